@@ -1,0 +1,54 @@
+"""Exact Euclidean distance from each masked patch to the nearest visible one, on the patch grid.
+
+Squared distances are integers, so both passes below are exact in fp32 up to grids of 4096 patches a side: first the
+nearest visible patch within each row, then over the rows,
+
+    d^2(y, x) = min over y' of (y - y')^2 + min over x' with (y', x') visible of (x - x')^2.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "reference", "triton")
+
+
+def check_impl(impl: str) -> None:
+    """ValueError unless `impl` can serve; "auto" picks the reference, the only implementation of this version."""
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "triton":
+        raise ValueError("impl='triton' is not part of this version: use impl='auto' or impl='reference'")
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on CPU, or anywhere under DDAE_CHECK=1 (on a GPU a look stalls the stream)."""
+    return tensor.device.type == "cpu" or os.environ.get("DDAE_CHECK") == "1"
+
+
+def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") -> Tensor:
+    """Distance of every patch to the nearest visible patch, in patch units, 0 where visible (paper section 3.1).
+
+    masked: bool [B, N], True where a patch is masked; grid: (H, W) with H * W = N. Returns float32 [B, N].
+    Raises ValueError for another shape or dtype, and (values: CPU or DDAE_CHECK=1) for an image without a visible
+    patch; unchecked, the distances of such an image are infinite.
+    """
+    check_impl(impl)
+    height, width = grid
+    if masked.ndim != 2 or masked.shape[1] != height * width:
+        raise ValueError(f"masked is {tuple(masked.shape)}: expected [B, {height * width}] for the grid {grid}")
+    if masked.dtype != torch.bool:
+        raise ValueError(f"masked is {masked.dtype}: expected bool, True where a patch is masked")
+    if values_are_checked(masked) and bool(masked.all(1).any()):
+        raise ValueError("masked has an image without a visible patch: its distances are undefined")
+    cost = torch.zeros(masked.shape, device=masked.device).masked_fill_(masked, torch.inf).view(-1, height, width)
+    cost = (cost[:, :, None, :] + _squared_offsets(width, cost)).amin(-1)  # nearest within the row
+    cost = (cost[:, None, :, :] + _squared_offsets(height, cost)[:, :, None]).amin(2)  # nearest over the rows
+    # Rounded from fp64: the fp32 root of CPU builds is an ulp off for some integers, and equal d^2 must stay equal.
+    return cost.double().sqrt().float().flatten(1)
+
+
+def _squared_offsets(length: int, like: Tensor) -> Tensor:
+    places = torch.arange(length, device=like.device, dtype=like.dtype)
+    return (places[:, None] - places).square()

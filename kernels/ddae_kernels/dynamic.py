@@ -1,0 +1,196 @@
+"""The public calls: checks, choice of implementation, and the equations of reference.py behind one signature each.
+
+Shape letters: B images, N patches, M masked patches, K taps, D width, P numbers of a patch (side x side x 3).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddae_kernels import reference
+from ddae_kernels.distance import check_impl, values_are_checked
+
+RESCALE_GRADS = ("full", "detach")
+PATCH_NORMS = {"per_channel": (False, 1e-5), "joint": (True, 1e-6), "none": (False, 0.0)}  # norm -> unbiased, eps
+
+
+class DynamicLoss(NamedTuple):
+    """A loss to differentiate and two readings of it, which are detached."""
+
+    loss: Tensor  # []: sum over taps of tap_weight * tap_loss
+    tap_loss: Tensor  # [K]: weighted by distance, before the tap weight
+    token_error: Tensor  # [K, B, M]: mean squared error of each masked patch
+
+
+def distance_weights(distance: Tensor, beta: Tensor, *, rescale_grad: str = "full") -> Tensor:
+    """Weights of masked patches by distance, re-scaled so that each image's largest is 1 (paper Eq. 2).
+
+    distance [B, M] of masked patches, beta [K] -> [K, B, M] in (0, 1]; fp32, or fp64 for fp64 inputs.
+    """
+    _check_weights(distance, beta, rescale_grad)
+    return reference.relative_weights(distance, beta, rescale_grad)
+
+
+def weight_norm(distance: Tensor, beta: Tensor, ref_batch: float = 1) -> Tensor:
+    """The norm of the weights that the paper regularises (Eq. 6): [B, M], [K] -> [K].
+
+    sqrt(ref_batch * mean_b sum_i w_kbi^2) with w the softmax weights, not re-scaled: smallest for a uniform w.
+    ref_batch = 1 is the root mean square norm of one image's weights; ref_batch = 256 the norm over a flattened
+    batch of 256 images, whatever the batch at hand.
+    """
+    _check_weights(distance, beta, "full")
+    if ref_batch <= 0:
+        raise ValueError(f"ref_batch is {ref_batch}: expected a positive number of images")
+    return reference.weight_norm(distance, beta, ref_batch)
+
+
+def dynamic_mse(
+    pred: Tensor,
+    target: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    *,
+    rescale_grad: str = "full",
+    impl: str = "auto",
+) -> DynamicLoss:
+    """Distance-weighted mean squared error over K taps (paper Eqs. 3 and 5).
+
+        loss = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * mean_d (pred - target)^2
+
+    pred [K, B, M, D]; target [B, M, D], shared by the taps, or [K, B, M, D]; distance [B, M] of the masked patches in
+    patch units; beta [K]; tap_weight [K]. Differentiable in pred and beta; inputs are never written to. Computed in
+    fp32, in fp64 for fp64 inputs. rescale_grad: "full" differentiates through the re-scale's maximum, "detach" not.
+    Raises ValueError for shapes, dtypes, devices that do not fit, and for values (CPU, or DDAE_CHECK=1).
+    """
+    check_impl(impl)
+    _check_loss(pred, distance, beta, tap_weight, rescale_grad)
+    if target.shape not in (pred.shape, pred.shape[1:]):
+        raise ValueError(f"target is {_shape(target)}: expected {_shape(pred)} or {_shape(pred[0])}, to fit pred")
+    _check_device(pred, target=target)
+    return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
+
+
+def dynamic_pixel_mse(
+    pred: Tensor,
+    images_u8: Tensor,
+    masked: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    *,
+    patch: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    norm: str = "per_channel",
+    unbiased: bool | None = None,
+    eps: float | None = None,
+    rescale_grad: str = "full",
+    impl: str = "auto",
+) -> DynamicLoss:
+    """`dynamic_mse` against the images' own masked patches, normalised patch by patch.
+
+    pred [K, B, M, P], the numbers of a patch in (row, column, channel) order; images_u8 uint8 [B, 3, H, W];
+    masked: int64 [B, M] positions of the masked patches (or bool [B, N], read in ascending order); mean and std of
+    the pixels in [0, 1]. norm: "per_channel" statistics of each colour, "joint" of the whole patch, "none".
+    unbiased (variance over n - 1) and eps (added to the variance, in units after mean and std) default to each
+    norm's published form: per_channel False, 1e-5 (BootMAE); joint True, 1e-6 (MAE).
+    """
+    check_impl(impl)
+    _check_loss(pred, distance, beta, tap_weight, rescale_grad)
+    if norm not in PATCH_NORMS:
+        raise ValueError(f"norm is {norm!r}: choose one of {', '.join(PATCH_NORMS)}")
+    _check_images(pred, images_u8, patch)
+    if masked.dtype == torch.bool:
+        masked = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : distance.shape[1]]
+    if masked.shape != distance.shape or masked.dtype != torch.int64:
+        raise ValueError(f"masked is {masked.dtype} {_shape(masked)}: expected int64 {_shape(distance)}, as distance")
+    _check_device(pred, images_u8=images_u8, masked=masked)
+    published = PATCH_NORMS[norm]
+    target = reference.pixel_target(
+        images_u8,
+        masked,
+        patch,
+        mean,
+        std,
+        norm,
+        published[0] if unbiased is None else unbiased,
+        published[1] if eps is None else eps,
+        reference.compute_dtype(pred),
+    )
+    return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
+
+
+def dynamic_feature_mse(
+    pred: Tensor,
+    target: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    *,
+    norm_pred: bool = True,
+    eps: float = 1e-6,
+    rescale_grad: str = "full",
+    impl: str = "auto",
+) -> DynamicLoss:
+    """`dynamic_mse` against features that pass a LayerNorm without affine first (paper Eq. 5), as does the
+    prediction where norm_pred. Shapes as in `dynamic_mse`."""
+    dtype = reference.compute_dtype(pred, target)
+    target = reference.plain_layer_norm(target, eps, dtype)
+    pred = reference.plain_layer_norm(pred, eps, dtype) if norm_pred else pred
+    return dynamic_mse(pred, target, distance, beta, tap_weight, rescale_grad=rescale_grad, impl=impl)
+
+
+def _weighted(
+    pred: Tensor, target: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str
+) -> DynamicLoss:
+    loss, tap_loss, token_error = reference.weighted_mse(pred, target, distance, beta, tap_weight, rescale_grad)
+    return DynamicLoss(loss, tap_loss.detach(), token_error.detach())
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+def _check_device(pred: Tensor, **others: Tensor) -> None:
+    for name, tensor in others.items():
+        if tensor.device != pred.device:
+            raise ValueError(f"{name} is on {tensor.device}, pred on {pred.device}: move both to one device")
+
+
+def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str) -> None:
+    if rescale_grad not in RESCALE_GRADS:
+        raise ValueError(f"rescale_grad is {rescale_grad!r}: choose one of {', '.join(RESCALE_GRADS)}")
+    if distance.ndim != 2 or 0 in distance.shape or not distance.is_floating_point():
+        raise ValueError(f"distance is {distance.dtype} {_shape(distance)}: expected floats [B, M], none of them 0")
+    if beta.ndim != 1 or not beta.is_floating_point():
+        raise ValueError(f"beta is {beta.dtype} {_shape(beta)}: expected floats [K]")
+    if values_are_checked(distance) and not bool((distance.isfinite() & (distance > 0)).all()):
+        raise ValueError("distance holds a value that is not finite and above 0: pass masked patches only")
+    if values_are_checked(beta) and not bool(beta.isfinite().all()):
+        raise ValueError("beta holds a value that is not finite")
+
+
+def _check_loss(pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str) -> None:
+    _check_weights(distance, beta, rescale_grad)
+    if pred.ndim != 4 or not pred.is_floating_point():
+        raise ValueError(f"pred is {pred.dtype} {_shape(pred)}: expected floats [K, B, M, D]")
+    taps, images, patches, _ = pred.shape
+    if distance.shape != (images, patches):
+        raise ValueError(f"distance is {_shape(distance)}: expected [{images}, {patches}], to fit pred {_shape(pred)}")
+    for name, tensor in (("beta", beta), ("tap_weight", tap_weight)):
+        if tensor.shape != (taps,):
+            raise ValueError(f"{name} is {_shape(tensor)}: expected [{taps}], one for each tap of pred")
+    _check_device(pred, distance=distance, beta=beta, tap_weight=tap_weight)
+
+
+def _check_images(pred: Tensor, images_u8: Tensor, patch: int) -> None:
+    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[:2] != (pred.shape[1], 3):
+        raise ValueError(
+            f"images_u8 is {images_u8.dtype} {_shape(images_u8)}: expected uint8 [{pred.shape[1]}, 3, H, W]"
+        )
+    if images_u8.shape[2] % patch or images_u8.shape[3] % patch:
+        raise ValueError(f"images of {images_u8.shape[2]} x {images_u8.shape[3]} do not divide into patches of {patch}")
+    if pred.shape[3] != patch * patch * 3:
+        raise ValueError(f"pred predicts {pred.shape[3]} numbers a patch: a patch of side {patch} has {patch**2 * 3}")

@@ -1,0 +1,91 @@
+"""Paper Eqs. 2, 3, 5 and 6 written out in float64 NumPy, loops and all, independent of the code under test.
+
+B images, M masked patches, K taps, D numbers of a patch.
+"""
+
+import numpy as np
+
+
+def nearest_visible(masked: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """[B, N] bool -> [B, N]: Euclidean distance on the grid to the nearest visible patch."""
+    places = np.stack(np.unravel_index(np.arange(masked.shape[1]), grid), -1).astype(float)
+    between = np.linalg.norm(places[:, None] - places[None], axis=-1)
+    return np.stack([between[:, ~row].min(1) for row in masked])
+
+
+def softmax_weights(distance: np.ndarray, beta: float) -> np.ndarray:
+    """w of Eq. 2: [B, M] -> [B, M]."""
+    exponential = np.exp(distance**beta)
+    return exponential / exponential.sum(1, keepdims=True)
+
+
+def relative_weights(distance: np.ndarray, beta: float) -> np.ndarray:
+    weight = softmax_weights(distance, beta)
+    return weight / weight.max(1, keepdims=True)
+
+
+def relative_slope(distance: np.ndarray, beta: float, rescale_grad: str) -> np.ndarray:
+    """d r / d beta: [B, M] -> [B, M]."""
+    power = distance**beta
+    growth = power * np.log(distance)
+    if rescale_grad == "detach":
+        weight = softmax_weights(distance, beta)
+        anchor = (weight * growth).sum(1, keepdims=True)
+    else:  # the maximum's own growth, shared between ties
+        ties = power == power.max(1, keepdims=True)
+        anchor = (ties * growth).sum(1, keepdims=True) / ties.sum(1, keepdims=True)
+    return relative_weights(distance, beta) * (growth - anchor)
+
+
+def dynamic_loss(pred, target, distance, beta, tap_weight, rescale_grad="full"):
+    """loss, tap_loss [K], gradient of pred, gradient of beta [K], sum of that gradient's absolute terms [K]."""
+    taps, images, patches, width = pred.shape
+    target = np.broadcast_to(target, pred.shape)
+    tap_loss, pred_grad, beta_grad, beta_terms = np.zeros(taps), np.zeros(pred.shape), np.zeros(taps), np.zeros(taps)
+    for k in range(taps):
+        difference = pred[k] - target[k]
+        error = (difference**2).mean(-1)
+        relative = relative_weights(distance, beta[k])
+        share = tap_weight[k] / (images * patches)
+        tap_loss[k] = (relative * error).sum() / (images * patches)
+        pred_grad[k] = share * relative[..., None] * 2 * difference / width
+        terms = share * error * relative_slope(distance, beta[k], rescale_grad)
+        beta_grad[k], beta_terms[k] = terms.sum(), np.abs(terms).sum()
+    return (tap_weight * tap_loss).sum(), tap_loss, pred_grad, beta_grad, beta_terms
+
+
+def weight_norm(distance, beta, ref_batch=1.0):
+    return np.array([np.sqrt(ref_batch * (softmax_weights(distance, b) ** 2).sum(1).mean()) for b in beta])
+
+
+def weight_norm_slope(distance, beta):
+    """d weight_norm / d beta with ref_batch 1: [K]."""
+    slopes = []
+    for b in beta:
+        weight = softmax_weights(distance, b)
+        growth = distance**b * np.log(distance)
+        slope = 2 * weight**2 * (growth - (weight * growth).sum(1, keepdims=True))
+        slopes.append(slope.sum(1).mean() / (2 * weight_norm(distance, [b])[0]))
+    return np.array(slopes)
+
+
+def layer_norm(tokens, eps=1e-6):
+    centred = tokens - tokens.mean(-1, keepdims=True)
+    return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+
+
+def pixel_target(images_u8, masked, patch, mean, std, norm, unbiased, eps):
+    """[B, 3, H, W] uint8, [B, M] -> [B, M, patch * patch * 3] in (row, column, channel) order."""
+    pixels = (images_u8.astype(float) / 255 - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
+    columns = images_u8.shape[3] // patch
+    rows = []
+    for image, places in zip(pixels, masked, strict=True):
+        for place in places:
+            top, left = (place // columns) * patch, (place % columns) * patch
+            tile = image[:, top : top + patch, left : left + patch].transpose(1, 2, 0)
+            if norm != "none":
+                over = (0, 1) if norm == "per_channel" else (0, 1, 2)
+                tile = tile - tile.mean(over, keepdims=True)
+                tile = tile / np.sqrt(tile.var(over, ddof=int(unbiased), keepdims=True) + eps)
+            rows.append(tile.reshape(-1))
+    return np.stack(rows).reshape(*masked.shape, -1)

@@ -1,0 +1,44 @@
+import ddae_kernels as dk
+import equations
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import distance_transform_edt
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (3, 20), (1, 7), (64, 64)])
+def test_distances_are_exact(grid):
+    generator = torch.Generator().manual_seed(0)
+    masked = torch.rand(40, grid[0] * grid[1], generator=generator) < 0.9
+    masked[:, 0] = False
+    distance = dk.patch_distance(masked, grid)
+    assert distance.dtype == torch.float32
+    for row, plane in zip(distance.numpy(), masked.view(-1, *grid).numpy(), strict=True):
+        exact = distance_transform_edt(plane)
+        np.testing.assert_array_equal(row, exact.astype(np.float32).ravel())
+
+
+def test_distances_match_the_definition():
+    masked = torch.rand(5, 30, generator=torch.Generator().manual_seed(1)) < 0.75
+    np.testing.assert_allclose(dk.patch_distance(masked, (5, 6)), equations.nearest_visible(masked.numpy(), (5, 6)))
+
+
+def test_a_corner_seen_from_the_other():
+    masked = torch.ones(1, 196, dtype=torch.bool)
+    masked[0, 0] = False
+    distance = dk.patch_distance(masked, (14, 14))
+    assert distance[0, 0] == 0
+    assert distance[0, -1] == torch.tensor(2 * 13.0**2).sqrt()
+
+
+@pytest.mark.parametrize(
+    "masked, grid, word",
+    [
+        (torch.ones(1, 4, dtype=torch.bool), (2, 2), "without a visible patch"),
+        (torch.zeros(1, 4, dtype=torch.bool), (2, 3), "expected \\[B, 6\\]"),
+        (torch.zeros(1, 4), (2, 2), "expected bool"),
+    ],
+)
+def test_bad_masks_are_refused(masked, grid, word):
+    with pytest.raises(ValueError, match=word):
+        dk.patch_distance(masked, grid)

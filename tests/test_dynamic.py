@@ -1,0 +1,197 @@
+"""`ddae_kernels` against the float64 transcription in equations.py, values and gradients."""
+
+import ddae_kernels as dk
+import equations
+import numpy as np
+import pytest
+import torch
+
+BETAS = [-3.0, -0.5, 0.0, 0.7]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def block_mask(batch, grid):
+    """One rectangle a image, so that distances grow large."""
+    masked = np.zeros((batch, *grid), bool)
+    for b in range(batch):
+        masked[b, b % 3 : b % 3 + 9, 1:12] = True
+    return masked.reshape(batch, -1)
+
+
+def random_mask(batch, grid):
+    scores = np.random.default_rng(0).random((batch, grid[0] * grid[1]))
+    return scores.argsort(1).argsort(1) >= 97  # 99 masked, as many as a block
+
+
+def problem(kind, taps, width=48, shared=False, dtype=torch.float32):
+    rng = np.random.default_rng(7)
+    grid, batch = (14, 14), 6
+    masked = (block_mask if kind == "block" else random_mask)(batch, grid)
+    distance = equations.nearest_visible(masked, grid)[masked].reshape(batch, 99)
+    pred = rng.normal(size=(taps, batch, 99, width))
+    target = rng.normal(size=(batch, 99, width) if shared else pred.shape)
+    tap_weight = np.linspace(0.75, 1, taps)
+    cast = [torch.tensor(array, dtype=dtype) for array in (pred, target, distance, tap_weight)]
+    return [array.double().numpy() for array in cast], cast  # both sides see the same numbers
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("taps", [1, 4])
+@pytest.mark.parametrize("kind", ["block", "random"])
+@pytest.mark.parametrize("rescale_grad", ["full", "detach"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_dynamic_mse_is_eq_2_and_3(beta, taps, kind, rescale_grad, dtype, tolerance):
+    exact, (pred, target, distance, tap_weight) = problem(kind, taps, shared=taps == 1, dtype=dtype)
+    betas = (torch.full((taps,), beta, dtype=dtype) * torch.linspace(1, 1.2, taps, dtype=dtype)).requires_grad_()
+    pred.requires_grad_()
+    result = dk.dynamic_mse(pred, target, distance, betas, tap_weight, rescale_grad=rescale_grad)
+    result.loss.backward()
+
+    wanted = equations.dynamic_loss(
+        exact[0], exact[1], exact[2], betas.detach().double().numpy(), exact[3], rescale_grad
+    )
+    loss, tap_loss, pred_grad, beta_grad, beta_terms = wanted
+    assert result.loss.dtype == dtype
+    np.testing.assert_allclose(result.loss.item(), loss, rtol=tolerance)
+    np.testing.assert_allclose(result.tap_loss, tap_loss, rtol=tolerance)
+    np.testing.assert_allclose(result.token_error, ((exact[0] - exact[1]) ** 2).mean(-1), rtol=tolerance)
+    largest = np.abs(pred_grad).max()
+    np.testing.assert_allclose(pred.grad, pred_grad, rtol=0, atol=tolerance * largest)
+    assert (np.abs(betas.grad.double().numpy() - beta_grad) <= tolerance * beta_terms).all()
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_weights_and_their_norm(beta):
+    (_, _, exact, _), (_, _, distance, _) = problem("block", 1, dtype=torch.float64)
+    betas = torch.tensor([beta, beta / 2], dtype=torch.float64, requires_grad=True)
+    relative = dk.distance_weights(distance, betas)
+    assert relative.shape == (2, *distance.shape)
+    assert (relative.amax(-1) == 1).all()
+    assert (relative > 0).all()
+    np.testing.assert_allclose(relative[0].detach(), equations.relative_weights(exact, beta), rtol=1e-10)
+    norm = dk.weight_norm(distance, betas)
+    norm.sum().backward()
+    np.testing.assert_allclose(norm.detach(), equations.weight_norm(exact, [beta, beta / 2]), rtol=1e-10)
+    np.testing.assert_allclose(betas.grad, equations.weight_norm_slope(exact, [beta, beta / 2]), rtol=1e-8, atol=1e-15)
+    np.testing.assert_allclose(dk.weight_norm(distance, betas, 256).detach(), 16 * norm.detach(), rtol=1e-10)
+
+
+def test_a_case_done_by_hand():
+    """Two masked patches at distance 1 and 2, beta 1: weights e^1 and e^2, re-scaled e^-1 and 1."""
+    pred = torch.tensor([1.0, 3.0]).view(1, 1, 2, 1)
+    target = torch.tensor([0.0, 1.0]).view(1, 2, 1)
+    result = dk.dynamic_mse(pred, target, torch.tensor([[1.0, 2.0]]), torch.ones(1), torch.tensor([0.5]))
+    assert result.token_error.flatten().tolist() == [1, 4]
+    np.testing.assert_allclose(result.tap_loss.item(), (np.exp(-1) * 1 + 1 * 4) / 2, rtol=1e-6)
+    np.testing.assert_allclose(result.loss.item(), 0.5 * result.tap_loss.item(), rtol=1e-6)
+
+
+def test_beta_zero_weighs_all_patches_exactly_alike():
+    _, (_, _, distance, _) = problem("block", 1)
+    assert (dk.distance_weights(distance, torch.zeros(3)) == 1).all()
+
+
+def test_loss_weight_of_a_negative_beta_never_passes_e():
+    _, (_, _, distance, _) = problem("block", 1)
+    relative = dk.distance_weights(distance, torch.tensor([-1000.0]))
+    assert relative.min() >= np.exp(-1) - 1e-6
+
+
+@pytest.mark.parametrize("norm, unbiased, eps", [("per_channel", False, 1e-5), ("joint", True, 1e-6), ("none", 0, 0)])
+def test_pixel_target_is_made_from_the_images(norm, unbiased, eps):
+    rng = np.random.default_rng(3)
+    images = rng.integers(0, 256, (2, 3, 24, 40), dtype=np.uint8)
+    images[0, :, :8, :8] = 200  # a flat patch: variance 0
+    masked = np.stack([rng.permutation(15)[:9] for _ in range(2)])
+    masked[0, 0] = 0
+    target = equations.pixel_target(images, masked, 8, MEAN, STD, norm, unbiased, eps or 1)
+    distance, pred = 1 + 3 * rng.random((2, 9)), rng.normal(size=(4, 2, 9, 192))
+    beta, tap_weight = np.array(BETAS), np.array([0.75, 0.75, 0.75, 1])
+    loss, *_ = equations.dynamic_loss(pred, target, distance, beta, tap_weight)
+    arguments = [torch.tensor(x) for x in (pred, images, masked, distance, beta, tap_weight)]
+    result = dk.dynamic_pixel_mse(*arguments, patch=8, mean=MEAN, std=STD, norm=norm)
+    np.testing.assert_allclose(result.loss.item(), loss, rtol=1e-10)
+    told = dk.dynamic_pixel_mse(*arguments, patch=8, mean=MEAN, std=STD, norm=norm, unbiased=bool(unbiased), eps=eps)
+    assert told.loss == result.loss
+    whole = torch.zeros(2, 15, dtype=torch.bool).scatter_(1, arguments[2], True)
+    arguments[2] = arguments[2].sort(1).values
+    by_index = dk.dynamic_pixel_mse(*arguments, patch=8, mean=MEAN, std=STD, norm=norm)
+    arguments[2] = whole
+    assert by_index.loss == dk.dynamic_pixel_mse(*arguments, patch=8, mean=MEAN, std=STD, norm=norm).loss
+
+
+@pytest.mark.parametrize("norm_pred", [True, False])
+def test_feature_loss_normalises_first(norm_pred):
+    (pred, target, distance, tap_weight), tensors = problem("random", 4, dtype=torch.float64)
+    loss, *_ = equations.dynamic_loss(
+        equations.layer_norm(pred) if norm_pred else pred, equations.layer_norm(target), distance, BETAS, tap_weight
+    )
+    arguments = (*tensors[:3], torch.tensor(BETAS, dtype=torch.float64), tensors[3])
+    np.testing.assert_allclose(dk.dynamic_feature_mse(*arguments, norm_pred=norm_pred).loss.item(), loss, rtol=1e-10)
+
+
+def test_low_precision_inputs_are_computed_in_fp32_and_left_alone():
+    _, (pred, target, distance, tap_weight) = problem("block", 4)
+    pred, target = pred.bfloat16().requires_grad_(), target.bfloat16()
+    before = [t.detach().clone() for t in (pred, target, distance)]
+    result = dk.dynamic_mse(pred, target, distance, torch.tensor(BETAS), tap_weight)
+    result.loss.backward()
+    exact = dk.dynamic_mse(pred.detach().float(), target.float(), distance, torch.tensor(BETAS), tap_weight)
+    assert result.loss.dtype == torch.float32
+    assert result.loss == exact.loss
+    assert pred.grad.dtype == torch.bfloat16
+    assert all(torch.equal(a, b) for a, b in zip(before, (pred, target, distance), strict=True))
+
+
+def call(**changes):
+    arguments = {
+        "pred": torch.zeros(4, 2, 5, 3),
+        "target": torch.zeros(2, 5, 3),
+        "distance": torch.ones(2, 5),
+        "beta": torch.zeros(4),
+        "tap_weight": torch.ones(4),
+    } | changes
+    options = {k: arguments.pop(k) for k in ("rescale_grad", "impl") if k in arguments}
+    return dk.dynamic_mse(*arguments.values(), **options)
+
+
+@pytest.mark.parametrize(
+    "changes, word",
+    [
+        ({"pred": torch.zeros(2, 5, 3)}, "pred is"),
+        ({"target": torch.zeros(2, 5, 4)}, "target is"),
+        ({"distance": torch.ones(2, 6)}, "distance is"),
+        ({"distance": torch.zeros(2, 5)}, "not finite and above 0"),
+        ({"beta": torch.zeros(3)}, "beta is"),
+        ({"beta": torch.tensor([0, 0, torch.nan, 0])}, "beta holds"),
+        ({"tap_weight": torch.ones(3)}, "tap_weight is"),
+        ({"rescale_grad": "half"}, "rescale_grad is"),
+        ({"impl": "cuda"}, "impl is"),
+        ({"impl": "triton"}, "not part of this version"),
+    ],
+)
+def test_bad_arguments_are_named(changes, word):
+    assert call().loss == 0
+    with pytest.raises(ValueError, match=word):
+        call(**changes)
+
+
+def test_bad_images_are_named():
+    def pixels(pred_width=48, images=None, **options):
+        if images is None:
+            images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+        vectors = torch.ones(1, 2), torch.zeros(1), torch.ones(1)
+        options = {"patch": 4, "mean": MEAN, "std": STD} | options
+        return dk.dynamic_pixel_mse(
+            torch.zeros(1, 1, 2, pred_width), images, torch.tensor([[0, 1]]), *vectors, **options
+        )
+
+    pixels()
+    for word, changes in {
+        "expected uint8": {"images": torch.zeros(1, 3, 8, 8)},
+        "do not divide": {"images": torch.zeros(1, 3, 8, 10, dtype=torch.uint8)},
+        "has 48": {"pred_width": 20},
+        "norm is": {"norm": "global"},
+    }.items():
+        with pytest.raises(ValueError, match=word):
+            pixels(**changes)
