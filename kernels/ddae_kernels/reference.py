@@ -7,7 +7,7 @@ For a masked patch i of image b at distance d_bi from the nearest visible patch,
     w_kbi = softmax over i of d_bi ^ beta_k                the weight of a patch, summing to 1 over an image
     r_kbi = w_kbi / max_j w_kbj = exp(d_bi^beta_k - max_j d_bj^beta_k)        re-scaled, in (0, 1]
 
-and for predictions p and targets t (paper Eqs. 3 and 5, reduced as method notes section 4 says):
+and for predictions p and targets t (paper Eqs. 3 and 5, reduced as METHOD.md says):
 
     loss  = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * mean_d (p_kbid - t_kbid)^2
 

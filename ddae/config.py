@@ -1,0 +1,237 @@
+"""Every knob that can change a result, and the few that say where a run reads and writes.
+
+What only changes speed or memory (ZeRO stage, buckets, micro-batch) is in the DeepSpeed JSON instead. Defaults are
+those of `ddae_vit_b16_100e`; presets.py names the other experiments, METHOD.md says why each number is what it is.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ddae import masks
+from ddae.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    width: int = 768  # encoder width D
+    depth: int = 12  # encoder blocks
+    heads: int = 12  # attention heads
+    image_size: int = 224  # pixels a side of a training image
+    patch_size: int = 16  # pixels a side of a patch
+    positions: Literal["rowfirst", "colfirst"] = "rowfirst"  # what fills the first half of a position
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    kind: Literal["bootmae_block", "beit_block", "random"] = "bootmae_block"  # how masked patches are chosen
+    ratio: float = 0.75  # share of patches that is masked
+
+
+@dataclass(frozen=True)
+class PixelConfig:
+    enabled: bool = True  # rebuild the masked pixels
+    taps: tuple[int, ...] = (3, 6, 9, 12)  # encoder blocks whose output is decoded, counted from 1
+    tap_weights: tuple[float, ...] = (0.75, 0.75, 0.75, 1.0)  # weight of each tap's loss (lambda)
+    dynamic: bool = True  # weigh patches by distance, through the betas
+    decoder_depth: int = 2  # decoder blocks
+    decoder_width: int = 512  # decoder width
+    decoder_heads: int = 16  # decoder attention heads
+    norm: Literal["per_channel", "joint", "none"] = "per_channel"  # how a target patch is normalised
+
+
+@dataclass(frozen=True)
+class FeatureConfig:
+    enabled: bool = True  # rebuild the teacher's features of the masked patches
+    taps: tuple[int, ...] = (3, 6, 9, 12)  # encoder blocks that are decoded, each towards the teacher's same block
+    tap_weights: tuple[float, ...] = (0.75, 0.75, 0.75, 1.0)  # weight of each tap's loss (lambda)
+    dynamic: bool = True  # weigh patches by distance, through the betas
+    decoder_depth: int = 2  # decoder blocks
+    decoder_width: int = 768  # decoder width
+    decoder_heads: int = 12  # decoder attention heads
+    ramp: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
+
+
+@dataclass(frozen=True)
+class DynamicConfig:
+    beta_init: tuple[float, ...] = (-0.5,)  # where the betas begin: one number for all taps, or one a tap
+    learnable: bool = True  # betas learn; otherwise they stay where they begin
+    shared: bool = True  # one beta a tap for all branches; otherwise each branch has its own
+    rescale_grad: Literal["full", "detach"] = "full"  # gradient through the re-scale's maximum, or not
+    norm_weight: float = 0.5  # weight of the norm of the weights (Eq. 6)
+    norm_batch: float = 1.0  # images over which that norm is taken: 1 a single one, 256 a flattened batch
+    coupled_l2: float = 0.05  # L2 decay of the betas, in their gradient
+    lr_multiple: float = 1.0  # learning rate of the betas over the encoder's
+    clamp: tuple[float, float] = (-16.0, 3.0)  # betas are held in this range where they are used
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    momentum: float | Literal["schedule"] = "schedule"  # a constant, or the paper's schedule by epoch
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""  # shards to train on: a folder, or a pattern such as data/imagenet/train-*.tar
+    batch_size: int = 4096  # images a step, over all ranks and accumulation
+    backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # what decodes images; auto: DALI where installed
+    workers: int = 4  # reader processes of each rank; 0 reads in the training process
+    normalisation: Literal["half", "imagenet"] = "half"  # mean and std of pixels
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random crop keeps
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float | None = None  # peak learning rate; None: base_lr x batch_size / 256
+    base_lr: float = 1.5e-4  # peak learning rate of a batch of 256
+    min_lr: float = 1e-4  # learning rate at the end of the cosine
+    warmup_epochs: float = 20.0  # linear warm-up
+    weight_decay: float = 0.05  # decoupled; biases, norms, cls and mask tokens are exempt
+    adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors
+    clip_grad: float = 0.0  # largest gradient norm; 0 does not clip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    epochs: float = 100.0  # length of training
+    steps: int | None = None  # length of training in steps, instead of epochs
+    seed: int = 0  # of everything random: weights, order, crops, masks
+    log_every: int = 20  # steps between rows of metrics
+    save_every: int = 1000  # steps between checkpoints
+    keep: int = 3  # checkpoints that are kept
+    extend: bool = False  # allow a finished or started run to be given more steps
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    precision: Literal["bf16", "autocast", "fp32"] = "bf16"  # bf16 weights, fp32 masters; bf16 products
+
+
+@dataclass(frozen=True)
+class TrackerConfig:
+    kind: Literal["mlflow", "jsonl"] = "mlflow"  # where metrics go besides metrics.jsonl
+    experiment: str = "ddae"  # MLflow experiment
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment. `preset` is the name it started from."""
+
+    preset: str = "ddae_vit_b16_100e"  # named starting point; see README
+    run_dir: str = ""  # folder of the run; empty: runs/PRESET
+    ds_config: str = ""  # DeepSpeed JSON
+    allow_scratch: bool = False  # start anew where a run folder holds only broken checkpoints
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    pixel: PixelConfig = field(default_factory=PixelConfig)
+    feature: FeatureConfig = field(default_factory=FeatureConfig)
+    dynamic: DynamicConfig = field(default_factory=DynamicConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.model.image_size // self.model.patch_size
+        return side, side
+
+    @property
+    def num_masked(self) -> int:
+        return round(self.mask.ratio * self.grid[0] * self.grid[1])
+
+    @property
+    def peak_lr(self) -> float:
+        return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.data.batch_size / 256
+
+    @property
+    def folder(self) -> str:
+        return self.run_dir or f"runs/{self.preset}"
+
+    def num_steps(self, num_samples: int) -> int:
+        """Steps of the whole run over a data set of num_samples images."""
+        return self.train.steps or max(1, round(self.train.epochs * num_samples / self.data.batch_size))
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in the file
+
+
+# Fields that a resumed run may change: they move neither the curve nor what is compared (train.steps and train.epochs
+# grow with train.extend; the data set is compared by its content).
+FREE_ON_RESUME = {
+    *("preset", "run_dir", "ds_config", "allow_scratch", "data.train", "data.backend", "data.workers"),
+    *("train.log_every", "train.save_every", "train.keep", "train.extend", "tracker.kind", "tracker.experiment"),
+}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"width": 768}} -> {"model.width": 768}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def check(config: Config) -> None:
+    """UserError with the field, its value and the mend, where the fields contradict each other."""
+    model, data = config.model, config.data
+    if model.image_size % model.patch_size:
+        raise UserError(
+            f"model.image_size {model.image_size} is not divisible by model.patch_size {model.patch_size}: "
+            f"choose {model.image_size // model.patch_size * model.patch_size} or another patch size"
+        )
+    if model.width % model.heads or model.width % 4:
+        raise UserError(f"model.width {model.width} must be a multiple of 4 and of model.heads {model.heads}")
+    if config.mask.kind not in masks.KINDS:
+        raise UserError(f"mask.kind is {config.mask.kind!r}: choose one of {', '.join(masks.KINDS)}")
+    if not 0 < config.num_masked < config.grid[0] * config.grid[1]:
+        raise UserError(f"mask.ratio {config.mask.ratio} must leave at least one patch visible and one masked")
+    if not (config.pixel.enabled or config.feature.enabled):
+        raise UserError("pixel.enabled and feature.enabled are both off: nothing is left to learn")
+    for name, branch in (("pixel", config.pixel), ("feature", config.feature)):
+        if branch.enabled:
+            _check_branch(name, branch, model.depth)
+    betas, taps = len(config.dynamic.beta_init), num_betas(config)
+    if taps and betas not in (1, taps):
+        raise UserError(f"dynamic.beta_init has {betas} numbers: give 1, or {taps}, one for each dynamic tap")
+    momentum = config.teacher.momentum
+    if not isinstance(momentum, str) and not 0 <= momentum < 1:
+        raise UserError(f"teacher.momentum {momentum} must lie in [0, 1)")
+    for name, value in (
+        ("data.batch_size", data.batch_size),
+        ("train.log_every", config.train.log_every),
+        ("train.save_every", config.train.save_every),
+        ("train.keep", config.train.keep),
+        ("train.steps", 1 if config.train.steps is None else config.train.steps),
+    ):
+        if value < 1:
+            raise UserError(f"{name} is {value}: choose at least 1")
+    if data.workers < 0:
+        raise UserError(f"data.workers is {data.workers}: choose 0 or more")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise UserError(f"data.crop_scale {data.crop_scale} must be two growing numbers in (0, 1]")
+
+
+def _check_branch(name: str, branch: PixelConfig | FeatureConfig, depth: int) -> None:
+    if not branch.taps or list(branch.taps) != sorted(set(branch.taps)):
+        raise UserError(f"{name}.taps {branch.taps} must name blocks in ascending order, each once")
+    if branch.taps[0] < 1 or branch.taps[-1] > depth:
+        raise UserError(f"{name}.taps {branch.taps} reach outside the encoder: its blocks are 1 to {depth}")
+    if len(branch.tap_weights) != len(branch.taps):
+        raise UserError(
+            f"{name}.tap_weights has {len(branch.tap_weights)} numbers for {len(branch.taps)} taps: give one a tap"
+        )
+    if branch.decoder_width % branch.decoder_heads or branch.decoder_width % 4:
+        raise UserError(
+            f"{name}.decoder_width {branch.decoder_width} must be a multiple of 4 and of "
+            f"{name}.decoder_heads {branch.decoder_heads}"
+        )
+
+
+def num_betas(config: Config) -> int:
+    """How many betas the method has: one for each tap of a dynamic branch, shared by branches or not."""
+    taps = [branch.taps for branch in (config.pixel, config.feature) if branch.enabled and branch.dynamic]
+    return len(set().union(*taps)) if config.dynamic.shared else sum(map(len, taps))

@@ -1,0 +1,83 @@
+"""Which sample comes when, and how it is cropped and flipped: pure functions of (seed, epoch, sample).
+
+A run's position is one integer, the number of samples seen. Position p lies in epoch p // N; every epoch shows every
+sample once, whatever the batch size, and no rank or worker has a say in it. B positions at a time.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddae.counter import fold, permutation, uniform
+
+WINDOW = 16  # shards that are shuffled together: reads stay within this many files
+ATTEMPTS = 10  # random crops tried before a central one is taken
+ASPECT = (3 / 4, 4 / 3)  # of a crop's width to its height
+CROP_STREAM, FLIP_STREAM = 1000, 1001  # of the sample's counter; masks use those below 1000
+
+
+class Crops(NamedTuple):
+    """Where each sample is cut and whether it is mirrored."""
+
+    boxes: Tensor  # int64 [B, 4]: left, top, width, height in pixels
+    flips: Tensor  # bool [B]
+
+
+class Order:
+    """The order of a data set whose shard s holds samples first[s] to first[s + 1] - 1."""
+
+    def __init__(self, first: np.ndarray, seed: int):
+        self.first = torch.as_tensor(first)
+        self.seed = seed
+        self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)  # a batch may span two epochs
+
+    def _epoch_order(self, epoch: int) -> Tensor:
+        """All samples in the order of one epoch: shards permuted, then shuffled over windows of them."""
+        shards = permutation(len(self.first) - 1, self.seed, epoch, -1)
+        windows = []
+        for number, window in enumerate(shards.split(WINDOW)):
+            samples = torch.cat([torch.arange(int(self.first[s]), int(self.first[s + 1])) for s in window])
+            windows.append(samples[permutation(len(samples), self.seed, epoch, number)])
+        return torch.cat(windows)
+
+    def samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [B] positions -> epoch and sample of each."""
+        epochs, places = positions // int(self.first[-1]), positions % int(self.first[-1])
+        samples = torch.empty_like(positions)
+        for epoch in epochs.unique().tolist():
+            here = epochs == epoch
+            samples[here] = self.epoch_order(epoch)[places[here]]
+        return epochs, samples
+
+    def seeds(self, epochs: Tensor, samples: Tensor) -> Tensor:
+        """The counter of everything random about each sample in its epoch: int64 [B]."""
+        return fold(self.seed, epochs, samples)
+
+
+def random_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
+    """RandomResizedCrop's boxes and fair flips: a box of random area and aspect that fits, else a central one.
+
+    seeds, width and height int64 [B]; scale: the share of the area that a box covers.
+    """
+    draws = uniform(seeds, ATTEMPTS * 4, CROP_STREAM).view(-1, ATTEMPTS, 4)
+    area = (width * height)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    low, high = np.log(ASPECT)
+    aspect = (low + (high - low) * draws[..., 1]).exp()
+    wide, tall = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    fits = (wide >= 1) & (tall >= 1) & (wide <= width[:, None]) & (tall <= height[:, None])
+    left = (draws[..., 2] * (width[:, None] - wide + 1)).long()
+    top = (draws[..., 3] * (height[:, None] - tall + 1)).long()
+    chosen = fits.to(torch.uint8).argmax(1, keepdim=True)  # the first that fits
+    boxes = torch.stack([left, top, wide, tall], -1).gather(1, chosen[..., None].expand(-1, -1, 4))[:, 0]
+    boxes = torch.where(fits.any(1, keepdim=True), boxes, _central(width, height))
+    return Crops(boxes, uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
+
+
+def _central(width: Tensor, height: Tensor) -> Tensor:
+    """The largest central box whose aspect is allowed."""
+    wide = torch.minimum(width, (height * ASPECT[1]).round().long()).clamp(min=1)
+    tall = torch.minimum(height, (width / ASPECT[0]).round().long()).clamp(min=1)
+    return torch.stack([(width - wide) // 2, (height - tall) // 2, wide, tall], -1)

@@ -1,0 +1,48 @@
+"""Ranks: who am I, am I the one that speaks, the mean over all of us."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    """This process's rank; before the process group exists, what the launcher says."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and prints."""
+    return rank() == 0
+
+
+def device() -> torch.device:
+    """The device of this process: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of `values` over the ranks, on all of them; written into `values`."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of `values` over the ranks, on all of them; written into `values`."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

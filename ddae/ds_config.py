@@ -1,0 +1,73 @@
+"""The DeepSpeed JSON, joined with what the config owns.
+
+The JSON says what may only change speed or memory: ZeRO stage, buckets, overlap, offload, the micro-batch. The config
+owns what changes the loss curve; those keys are written here, and a JSON that says otherwise is refused.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddae.config import Config, flatten
+from ddae.errors import UserError
+
+FOREIGN = {"optimizer": "optim.*", "scheduler": "optim.*", "amp": "engine.precision"}  # JSON block -> whose it is
+
+
+class Resolved(NamedTuple):
+    """What DeepSpeed is given, and the micro-batch of one rank that follows from it."""
+
+    json: dict[str, Any]
+    micro_batch: int
+
+
+def load(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON; UserError where it is missing or not an object."""
+    if not path:
+        raise UserError("no DeepSpeed JSON is named: add --ds_config ds_configs/zero2.json")
+    try:
+        settings = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"--ds_config {path} cannot be read ({error.strerror}): name one of ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"--ds_config {path} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"--ds_config {path} holds a {type(settings).__name__}: expected a JSON object")
+    return settings
+
+
+def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
+    """The settings with the keys that the config owns; UserError where the two contradict each other."""
+    for block, owner in FOREIGN.items():
+        if block in settings:
+            raise UserError(f"the DeepSpeed JSON has a block {block!r}, which belongs to the config: use --{owner}")
+    batch = config.data.batch_size
+    micro = settings.get("train_micro_batch_size_per_gpu", batch // ranks)
+    if not isinstance(micro, int) or micro < 1 or batch % (micro * ranks):
+        raise UserError(
+            f"data.batch_size {batch} is not divisible by {ranks} ranks x micro-batch {micro}: "
+            "change --data.batch_size or train_micro_batch_size_per_gpu in the DeepSpeed JSON"
+        )
+    precision = config.engine.precision
+    owned = {
+        "train_batch_size": (batch, "data.batch_size"),
+        "train_micro_batch_size_per_gpu": (micro, ""),
+        "gradient_accumulation_steps": (batch // (micro * ranks), "data.batch_size"),
+        "gradient_clipping": (config.optim.clip_grad, "optim.clip_grad"),
+        "bf16.enabled": (precision == "bf16", "engine.precision"),
+        "fp16.enabled": (False, "engine.precision"),
+        "torch_autocast.enabled": (precision == "autocast", "engine.precision"),
+    }
+    said = flatten(settings)
+    for key, (value, field) in owned.items():
+        if key in said and said[key] != value:
+            raise UserError(
+                f"the DeepSpeed JSON says {key} = {said[key]!r}, the config {field} says {value!r}: "
+                f"take {key} out of the JSON and set --{field}"
+            )
+    joined = json.loads(json.dumps(settings))
+    for key, (value, _) in owned.items():
+        block, _, name = key.rpartition(".")
+        (joined.setdefault(block, {}) if block else joined)[name] = value
+    joined["torch_autocast"].setdefault("dtype", "bfloat16")
+    return Resolved(joined, micro)

@@ -1,0 +1,131 @@
+"""DeepSpeed: start, step, and the fp32 masters of the encoder. With checkpoint.py the only file that knows it."""
+
+import logging
+import os
+import socket
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_local_fp32_param
+from torch import Tensor
+
+from ddae.config import OptimConfig
+from ddae.distributed import device, rank, sum_over_ranks, world_size
+from ddae.ds_config import Resolved
+from ddae.errors import UserError
+from ddae.method import Losses, Method
+from ddae.model.teacher import Fragment
+from ddae.optim import build_optimizer
+
+
+def start_process_group() -> None:
+    """Join the ranks that the launcher started; a process without a launcher is the only rank."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if "RANK" not in os.environ:
+        os.environ |= alone | {"MASTER_PORT": str(_free_port())}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())
+    if not dist.is_initialized():
+        try:
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+        except dist.DistNetworkError as error:
+            port = os.environ.get("MASTER_PORT")
+            raise UserError(
+                f"the ranks cannot meet on port {port} ({str(error).splitlines()[0]}): "
+                "free it or choose another with deepspeed --master_port"
+            ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Engine:
+    """The method under DeepSpeed: forward and backward of micro-batches, then one update a step."""
+
+    def __init__(self, method: Method, optim: OptimConfig, resolved: Resolved):
+        optimizer = build_optimizer(method, optim)
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=method, optimizer=optimizer, config=resolved.json, dist_init_required=False
+        )
+        self.stage = self.deepspeed.zero_optimization_stage()
+        self.device = device()
+
+    @property
+    def method(self) -> Method:
+        return self.deepspeed.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights that run forward."""
+        return next(self.method.parameters()).dtype
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank owns a part of the masters; otherwise every rank has them all."""
+        return self.stage > 0 and world_size() > 1
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the student runs forward, for the teacher: bf16 products where the weights are fp32."""
+        enabled = self.deepspeed.torch_autocast_enabled()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def __call__(self, *inputs: object) -> Losses:
+        return self.deepspeed(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, divided by the number of micro-batches in a step."""
+        self.deepspeed.backward(loss)
+
+    def update(self, lr: float) -> bool:
+        """End a micro-batch; after a step's last one update the weights. Whether they were updated."""
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        self.deepspeed.step()
+        return self.deepspeed.was_step_applied()
+
+    def encoder_fragments(self) -> list[Fragment]:
+        """This rank's slices of the encoder's fp32 masters, at any ZeRO stage and precision: views, not copies."""
+        fragments = []
+        unfused = self._masters_by_parameter()
+        for name, parameter in self.method.encoder.named_parameters():
+            if self.stage == 3:
+                values = safe_get_local_fp32_param(parameter)
+                start = rank() * values.numel()
+                values = values[: max(0, parameter.ds_numel - start)]  # the last partition is padded
+            elif self.stage > 0:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                start, values = mapping.lp_fragment_address.start, mapping.hp_fragment
+            else:
+                start, values = 0, unfused.get(parameter, parameter).detach().flatten()
+            if values.numel():
+                fragments.append(Fragment(name, start, values))
+        return fragments
+
+    def _masters_by_parameter(self) -> dict[torch.nn.Parameter, Tensor]:
+        """Stage 0 in bf16: DeepSpeed's optimizer keeps one fp32 tensor a parameter."""
+        groups = (
+            getattr(self.deepspeed.optimizer, "fp16_groups", []),
+            getattr(self.deepspeed.optimizer, "fp32_groups", []),
+        )
+        return {p: m for low, high in zip(*groups, strict=True) for p, m in zip(low, high, strict=True)}
+
+    def encoder_weights(self) -> dict[str, Tensor]:
+        """The encoder's fp32 masters, whole, on the CPU of every rank."""
+        fragments: dict[str, list[Fragment]] = {}
+        for fragment in self.encoder_fragments():
+            fragments.setdefault(fragment.name, []).append(fragment)
+        weights = {}
+        for name, parameter in self.method.encoder.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
+            whole = torch.zeros(shape.numel(), device=self.device)
+            for fragment in fragments.get(name, []):
+                whole[fragment.start : fragment.start + fragment.values.numel()] = fragment.values
+            weights[name] = (sum_over_ranks(whole) if self.sharded else whole).view(shape).cpu()
+        return weights

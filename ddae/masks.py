@@ -1,0 +1,100 @@
+"""Which patches are masked: exact counts, from one seed a sample (paper section 4.1; METHOD.md).
+
+Shape letters: B images, N patches of a grid H x W, V visible, M masked; V + M = N.
+
+    random          every patch alike                                                              (MAE)
+    beit_block      rectangles until M patches are covered                                         (BEiT)
+    bootmae_block   rectangles over 120 of 196 patches, the rest at random, 0 to 3 patches shown   (BootMAE)
+                    inside the rectangles
+"""
+
+import math
+from typing import NamedTuple
+
+import ddae_kernels as dk
+import torch
+from torch import Tensor
+
+from ddae.counter import uniform
+
+KINDS = ("bootmae_block", "beit_block", "random")
+ROUNDS = 64  # rectangles tried for an image; what they leave open is filled at random
+LOG_ASPECT = math.log(1 / 0.3)  # sides of a rectangle relate as 0.3 to 1/0.3
+SHOWN_INSIDE = 3  # bootmae_block: at most so many visible patches come from inside the rectangles
+FILL_STREAM, SHOWN_STREAM = ROUNDS, ROUNDS + 1
+
+
+class Mask(NamedTuple):
+    """Positions of the visible and the masked patches of each image, ascending."""
+
+    visible: Tensor  # int64 [B, V]
+    masked: Tensor  # int64 [B, M]
+
+    def to(self, device: torch.device) -> "Mask":
+        return Mask(self.visible.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
+
+
+def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int) -> Mask:
+    """One mask for each of the seeds (int64 [B]); row i depends on seeds[i] alone.
+
+    Block sizes are those published for 196 patches, scaled to the grid. Raises ValueError for an unknown kind and
+    for a count that leaves nothing visible or nothing masked.
+    """
+    patches = grid[0] * grid[1]
+    if kind not in KINDS:
+        raise ValueError(f"mask kind is {kind!r}: choose one of {', '.join(KINDS)}")
+    if not 0 < num_masked < patches:
+        raise ValueError(f"num_masked is {num_masked}: expected 1 to {patches - 1} on a grid of {grid[0]} x {grid[1]}")
+    score = uniform(seeds, patches, FILL_STREAM)
+    shown = torch.zeros(len(seeds), dtype=torch.int64, device=seeds.device)
+    num_visible = patches - num_masked
+    if kind == "beit_block":
+        score += _rectangles(seeds, grid, num_masked, num_masked)
+    elif kind == "bootmae_block":
+        covered = min(round(120 * patches / 196), num_masked)
+        score += _rectangles(seeds, grid, covered, max(1, round(60 * patches / 196)))
+        shown = (uniform(seeds, 1, SHOWN_STREAM)[:, 0] * (SHOWN_INSIDE + 1)).long().clamp(max=num_visible - 1)
+    # Ranks by score, rolled by `shown`: the last few, inside the rectangles, come to stand among the visible.
+    rank = score.argsort(dim=1, stable=True).argsort(dim=1)
+    is_masked = (rank + shown[:, None]) % patches >= num_visible
+    order = is_masked.to(torch.uint8).argsort(dim=1, stable=True)
+    return Mask(visible=order[:, :num_visible], masked=order[:, num_visible:])
+
+
+def masked_distance(mask: Mask, grid: tuple[int, int]) -> Tensor:
+    """Distance of each masked patch to the nearest visible one, in patch units: float32 [B, M]."""
+    is_masked = torch.ones(len(mask.visible), grid[0] * grid[1], dtype=torch.bool, device=mask.visible.device)
+    is_masked.scatter_(1, mask.visible, False)
+    return dk.patch_distance(is_masked, grid).gather(1, mask.masked)
+
+
+def _rectangles(seeds: Tensor, grid: tuple[int, int], target: int, max_block: int) -> Tensor:
+    """Rectangles that cover up to `target` patches of each image: bool [B, N].
+
+    Each round draws one rectangle for every image and keeps it where it covers something new, but not too much.
+    """
+    height, width = grid
+    min_block = max(1, round(16 * height * width / 196))
+    rows = torch.arange(height, device=seeds.device)[None, :, None]
+    columns = torch.arange(width, device=seeds.device)[None, None, :]
+    covered = torch.zeros(len(seeds), height, width, dtype=torch.bool, device=seeds.device)
+    missing = torch.full((len(seeds),), target, device=seeds.device)
+    for attempt in range(ROUNDS):
+        draw = uniform(seeds, 4, attempt)
+        room = missing.clamp(max=max_block)
+        area = min_block + draw[:, 0] * (room - min_block)  # downwards where less room is left: needed to finish
+        aspect = ((2 * draw[:, 1] - 1) * LOG_ASPECT).exp()
+        tall = (area * aspect).sqrt().round().long().clamp(min=0)
+        wide = (area / aspect).sqrt().round().long().clamp(min=0)
+        fits = (tall <= max(1, height - 1)) & (wide <= max(1, width - 1))
+        top = (draw[:, 2] * (height - tall + 1)).long()[:, None, None]
+        left = (draw[:, 3] * (width - wide + 1)).long()[:, None, None]
+        inside = (rows >= top) & (rows < top + tall[:, None, None])
+        inside = inside & (columns >= left) & (columns < left + wide[:, None, None])
+        gained = (inside & ~covered).flatten(1).sum(1)
+        kept = fits & (gained > 0) & (gained <= room)
+        covered |= inside & kept[:, None, None]
+        missing = missing - gained * kept
+        if seeds.device.type == "cpu" and not bool(missing.any()):
+            break  # later rounds change nothing
+    return covered.flatten(1)

@@ -1,0 +1,84 @@
+"""What a run says of itself while it trains: means over the global batch, rates, the progress line."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ddae.betas import Betas
+from ddae.distributed import is_main, mean_over_ranks
+from ddae.method import Losses, Method, tap_name
+
+
+class Meter:
+    """Gathers the losses of one step on the device; they are read at log steps alone."""
+
+    def __init__(self, method: Method):
+        self.names = ["loss/total"]
+        for name, branch in method.branches.items():
+            for kind in ("loss", "error"):
+                self.names += [f"{kind}/{name}/{tap_name(tap)}" for tap in branch.taps]  # type: ignore[union-attr]
+        self._sums: Tensor | None = None
+        self._micro_batches = 0
+
+    def add(self, losses: Losses) -> None:
+        """Add one micro-batch of the step."""
+        parts = [losses.total.detach()[None]]
+        for result in losses.branches.values():
+            parts += [result.tap_loss, result.token_error.mean((1, 2))]
+        values = torch.cat([part.float() for part in parts])
+        self._sums = values if self._sums is None else self._sums + values
+        self._micro_batches += 1
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        self._sums, self._micro_batches = None, 0
+
+    def read(self, betas: Betas) -> dict[str, float]:
+        """Means over the global batch, the betas that the step used and their gradient; all ranks call it."""
+        assert self._sums is not None
+        means = mean_over_ranks(self._sums / self._micro_batches)
+        means[0] += betas.regulariser
+        values = torch.cat([means, betas.last_values, betas.gradient]).tolist()  # the one look at the device
+        names = self.names + [f"beta/{name}" for name in betas.names] + [f"grad/beta/{name}" for name in betas.names]
+        return dict(zip(names, values, strict=True))
+
+
+class Clock:
+    """Wall-clock time of the steps since the last reading, and how much of it was spent waiting for data."""
+
+    def __init__(self) -> None:
+        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    @contextmanager
+    def waiting(self):
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    def count_step(self) -> None:
+        self._steps += 1
+
+    def read(self, batch_size: int) -> dict[str, float]:
+        """Seconds a step, seconds of it spent waiting for data, images/s over all ranks; then begin anew."""
+        seconds, steps = time.perf_counter() - self._start, max(1, self._steps)
+        row = {
+            "rate/images_per_s": batch_size * self._steps / seconds,
+            "time/step": seconds / steps,
+            "time/data_wait": self._waited / steps,
+        }
+        self.__init__()
+        return row
+
+
+def print_progress(row: dict[str, float], steps: int) -> None:
+    """One line: step, loss, images/s, share of time spent waiting for data, time left."""
+    if is_main():
+        left = int((steps - row["step"]) * row["time/step"])
+        wait = row["time/data_wait"] / row["time/step"]
+        print(
+            f"step {int(row['step'])}/{steps}  loss {row['loss/total']:.4f}  {row['rate/images_per_s']:.0f} images/s  "
+            f"data wait {wait:.0%}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}",
+            flush=True,
+        )

@@ -1,0 +1,87 @@
+"""The teacher: a copy of the encoder that follows the student slowly and reads whole images (paper Eq. 5).
+
+Its master weights are fp32 and follow the optimizer's fp32 masters. Each rank keeps the slices that it owns of the
+student's masters; a copy in the student's precision, gathered once a step, runs the forward pass. B images, M masked
+patches, K taps, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddae.distributed import sum_over_ranks
+from ddae.model.vit import Encoder
+from ddae.patches import gather_tokens
+
+
+class Fragment(NamedTuple):
+    """The slice of one encoder parameter's fp32 master that this rank owns."""
+
+    name: str
+    start: int  # within the flattened parameter
+    values: Tensor  # float32, flat
+
+
+class Teacher:
+    """Momentum encoder over fragments; `sharded` says that each element belongs to one rank alone."""
+
+    def __init__(self, encoder: Encoder, fragments: list[Fragment], sharded: bool):
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.masters = [fragment.values.detach().clone() for fragment in fragments]
+        self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
+        self.sharded = sharded
+        parameters = dict(encoder.named_parameters())
+        first = next(iter(parameters.values()))
+        self._flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=first.dtype, device=first.device)
+        offsets, used = {}, 0
+        for name, parameter in parameters.items():  # the encoder's weights become views of one flat tensor
+            offsets[name] = used
+            parameter.data = self._flat[used : used + parameter.numel()].view_as(parameter)
+            used += parameter.numel()
+        self._slices = [
+            self._flat[offsets[f.name] + f.start : offsets[f.name] + f.start + f.values.numel()] for f in fragments
+        ]
+        self.publish()
+
+    @torch.no_grad()
+    def follow(self, fragments: list[Fragment], momentum: float) -> None:
+        """masters <- momentum * masters + (1 - momentum) * student, with Kahan's compensation.
+
+        A plain fp32 average at m = 0.99999 rounds a fifth of the way away; what an addition loses is kept and given
+        to the next.
+        """
+        change = torch._foreach_sub([fragment.values for fragment in fragments], self.masters)
+        torch._foreach_mul_(change, 1 - momentum)
+        torch._foreach_sub_(change, self.rounding)
+        moved = torch._foreach_add(self.masters, change)
+        self.rounding = list(torch._foreach_sub(moved, self.masters))
+        torch._foreach_sub_(self.rounding, change)
+        self.masters = list(moved)
+        self.publish()
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Bring the masters into the encoder that runs forward."""
+        self._flat.zero_()
+        for place, master in zip(self._slices, self.masters, strict=True):
+            place.copy_(master)
+        if self.sharded:
+            sum_over_ranks(self._flat)  # each element is one rank's and zero elsewhere: the sum is exact
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, taps: Sequence[int], masked: Tensor) -> Tensor:
+        """Tokens of the masked patches after each tap, before any norm: [B, 3, H, W], int64 [B, M] -> [K, B, M, D]."""
+        tokens = self.encoder.features(images, taps)
+        return torch.stack([gather_tokens(tokens_of_tap[:, 1:], masked) for tokens_of_tap in tokens])
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's slices."""
+        return {"masters": self.masters, "rounding": self.rounding}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for mine, saved in ((self.masters, state["masters"]), (self.rounding, state["rounding"])):
+            for place, values in zip(mine, saved, strict=True):
+                place.copy_(values)
+        self.publish()

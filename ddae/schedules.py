@@ -1,0 +1,33 @@
+"""Numbers that change in the course of training, as pure functions of the step or the epoch."""
+
+import math
+
+TEACHER_MOMENTUM = ((0, 0.999), (100, 0.9999), (400, 0.99999))  # (epoch, m), linear between; paper appendix, BootMAE
+TEACHER_BATCH = 4096  # the batch that the table above is meant for
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float, floor: float) -> float:
+    """Linear warm-up to `peak` over warmup_steps, then half a cosine down to `floor` at the last step."""
+    if step + 1 < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1.0, steps - 1 - warmup_steps)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+
+
+def teacher_momentum(epoch: float, batch_size: int) -> float:
+    """The paper's schedule, linear in m between its points, adapted to the batch: m ^ (batch / 4096).
+
+    A half-life counted in samples is what the exponent keeps (METHOD.md).
+    """
+    (start, momentum), *later = TEACHER_MOMENTUM
+    for end, target in later:
+        if epoch < end:
+            momentum += (target - momentum) * (epoch - start) / (end - start)
+            break
+        start, momentum = end, target
+    return momentum ** (batch_size / TEACHER_BATCH)
+
+
+def ramp(step: int, ramp_steps: float) -> float:
+    """Linear from near 0 to 1 over ramp_steps, then 1."""
+    return min(1.0, (step + 1) / ramp_steps) if ramp_steps > 0 else 1.0

@@ -1,0 +1,137 @@
+"""Pretraining, from a config to a finished run folder: build, resume, loop, show."""
+
+import gc
+from pathlib import Path
+
+import torch
+
+from ddae import ds_config, run_folder
+from ddae.betas import Betas
+from ddae.branches import Inputs
+from ddae.checkpoint import Checkpoints
+from ddae.config import Config
+from ddae.data.loader import Batch, Loader, Part
+from ddae.distributed import barrier, device, is_main, rank, world_size
+from ddae.engine import Engine, start_process_group
+from ddae.masks import masked_distance, sample_mask
+from ddae.meter import Clock, Meter, print_progress
+from ddae.method import Losses, beta_names, build_method
+from ddae.model.teacher import Teacher
+from ddae.patches import normalise
+from ddae.report import show_run, summary
+from ddae.schedules import ramp, teacher_momentum, warmup_cosine
+from ddae.tracker import start_tracker
+from ddae.weights import empty_encoder, export_encoder
+
+
+def pretrain(config: Config) -> None:
+    """Train to the end, or from the newest checkpoint on; then export the encoder and draw the report."""
+    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
+    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
+    folder, steps = Path(config.folder), config.num_steps(loader.num_samples)
+    run_folder.check_same(config)
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
+    newest = checkpoints.newest(config.allow_scratch)
+    if newest is not None and newest.step >= steps and (folder / "report.html").exists():
+        say(f"{folder} is complete: {newest.step} of {steps} steps\n{summary(config)}")
+        return
+
+    start_process_group()
+    engine = Engine(build_method(config), config.optim, resolved)
+    teacher = build_teacher(config, engine)
+    betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+    start = 0 if newest is None else checkpoints.load(newest.path, engine, teacher, betas, loader.fingerprint)
+    barrier()
+    if is_main():
+        run_folder.write(config, resolved.json)
+    tracker = start_tracker(config.tracker, folder, start, config.to_dict()) if is_main() else None
+    say(
+        f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
+        f"({part.accumulation} x {part.micro_batch} each), {loader.num_samples} images from {loader.backend}, "
+        f"{config.engine.precision}, ZeRO {engine.stage}, loss kernels: reference"
+    )
+
+    batches, meter, clock = loader.batches(start), Meter(engine.method), Clock()
+    warmup_steps = config.optim.warmup_epochs * loader.num_samples / config.data.batch_size
+    for step in range(start, steps):
+        epoch = step * config.data.batch_size / loader.num_samples
+        lr = warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
+        momentum = momentum_at(config, epoch)
+        feature_weight = ramp(step, config.feature.ramp * steps)
+        meter.clear()
+        applied = False
+        for _ in range(part.accumulation):
+            with clock.waiting():
+                batch = next(batches)
+            losses = forward(config, engine, teacher, betas, batch, feature_weight)
+            engine.backward(losses.total)
+            applied = engine.update(lr)
+            meter.add(losses)
+        betas.step(lr, applied)
+        if teacher is not None and applied:
+            teacher.follow(engine.encoder_fragments(), momentum)
+        clock.count_step()
+
+        done = step + 1
+        if done % config.train.log_every == 0 or done in (1, steps):
+            row = {"step": done, "epoch": epoch, **meter.read(betas), "lr": lr, "teacher/momentum": momentum}
+            row |= {"feature_weight": feature_weight, **clock.read(config.data.batch_size)}
+            stop_if_lost(row)
+            print_progress(row, steps)
+            if tracker is not None:
+                tracker.log(row)
+            gc.collect()
+        if done % config.train.save_every == 0 or done == steps:
+            checkpoints.save(done, engine, teacher, betas, loader.fingerprint)
+
+    loader.close()
+    weights = engine.encoder_weights()
+    if is_main():
+        export_encoder(weights, config, folder / "encoder")
+    files = show_run(config, engine.method, betas)
+    if tracker is not None:
+        tracker.finish(files)
+    say(f"{folder}: {steps} steps done\n{summary(config)}")
+
+
+def forward(
+    config: Config, engine: Engine, teacher: Teacher | None, betas: Betas, batch: Batch, feature_weight: float
+) -> Losses:
+    """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
+    mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
+    distance = masked_distance(mask, config.grid)
+    targets = None
+    if teacher is not None:
+        pixels = normalise(batch.images, config.data.normalisation, engine.dtype)
+        with engine.autocast():
+            targets = teacher.targets(pixels, config.feature.taps, mask.masked)
+    betas.add_norm(distance)
+    weight = torch.full((), feature_weight, device=engine.device)
+    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight))
+
+
+def build_teacher(config: Config, engine: Engine) -> Teacher | None:
+    """The momentum encoder, equal to the student; None where no branch asks for it."""
+    if not config.feature.enabled:
+        return None
+    encoder = empty_encoder(config, engine.dtype, engine.device)
+    return Teacher(encoder, engine.encoder_fragments(), engine.sharded)
+
+
+def momentum_at(config: Config, epoch: float) -> float:
+    """The teacher's momentum: a constant, or the paper's schedule."""
+    momentum = config.teacher.momentum
+    return teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum
+
+
+def stop_if_lost(row: dict[str, float]) -> None:
+    """RuntimeError where the loss is no longer a number: later checkpoints would be worthless."""
+    if row["loss/total"] != row["loss/total"]:
+        raise RuntimeError(f"the loss is not a number at step {row['step']}: resume with a lower --optim.lr")
+
+
+def say(text: str) -> None:
+    """Print on one rank."""
+    if is_main():
+        print(text, flush=True)

@@ -1,0 +1,18 @@
+"""Pretrain a Vision Transformer without labels.
+
+deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
+deepspeed --hostfile hosts launch/pretrain.py --ds_config ds_configs/zero2.json --data.train /data/imagenet
+"""
+
+from ddae.cli import run
+from ddae.config import Config
+
+
+def main(config: Config) -> None:
+    from ddae.train import pretrain  # DeepSpeed takes seconds to import; mistakes in the flags are told before
+
+    pretrain(config)
+
+
+if __name__ == "__main__":
+    run(main)
