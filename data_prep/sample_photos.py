@@ -33,7 +33,7 @@ PHOTOS = {  # file: classes are numbered in this order
     "brick.png": "brick",
 }
 TRAIN_SHARE = 0.75  # of a photograph's width
-SIDES = (112, 288)  # smallest and largest crop, in pixels
+SIDES = (72, 176)  # smallest and largest crop, in pixels
 
 
 def crops(photo: Image.Image, split: str, count: int, generator: np.random.Generator):

@@ -9,6 +9,7 @@ them. Their gradient has three parts, of the global batch each (B images, K beta
     coupled_l2 / 2 * beta^2     keeps beta from running away (METHOD.md, "What holds beta")
 """
 
+import copy
 from typing import Any
 
 import ddae_kernels as dk
@@ -71,7 +72,8 @@ class Betas:
         self._micro_batches = 0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values.detach().cpu(), "optimizer": self.optimizer.state_dict()}
+        """A copy of the values and of AdamW's averages."""
+        return copy.deepcopy({"values": self.values.detach().cpu(), "optimizer": self.optimizer.state_dict()})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():

@@ -3,6 +3,8 @@
 import base64
 import html
 import json
+import os
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -76,7 +78,8 @@ def summary(config: Config) -> str:
     """Where to look at a run."""
     lines = [f"pictures and curves:  {Path(config.folder) / 'report.html'}"]
     if config.tracker.kind == "mlflow":
-        lines.append("metrics in MLflow:    mlflow ui --backend-store-uri sqlite:///mlflow.db")
+        mlflow = os.path.relpath(Path(sys.executable).with_name("mlflow"))
+        lines.append(f"metrics in MLflow:    {mlflow} ui")
     return "\n".join([*lines, f"encoder:              {Path(config.folder) / 'encoder'}"])
 
 

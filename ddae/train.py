@@ -54,6 +54,7 @@ def pretrain(config: Config) -> None:
 
     batches, meter, clock = loader.batches(start), Meter(engine.method), Clock()
     warmup_steps = config.optim.warmup_epochs * loader.num_samples / config.data.batch_size
+    gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
     for step in range(start, steps):
         epoch = step * config.data.batch_size / loader.num_samples
         lr = warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
@@ -81,7 +82,6 @@ def pretrain(config: Config) -> None:
             print_progress(row, steps)
             if tracker is not None:
                 tracker.log(row)
-            gc.collect()
         if done % config.train.save_every == 0 or done == steps:
             checkpoints.save(done, engine, teacher, betas, loader.fingerprint)
 

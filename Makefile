@@ -1,0 +1,40 @@
+# Everything a newcomer needs: `make demo`, then `make test`. Each sets up what it is missing, once.
+
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+BIN := $(VENV)/bin
+
+.PHONY: venv demo test lint simd clean
+
+venv: $(READY)
+
+# torch first and pinned: the packages that build against it find it, and nothing replaces it.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[cu13,dev]'
+	touch $@
+
+data/demo/manifest.json: | $(READY)
+	$(BIN)/python data_prep/sample_photos.py --out data/demo
+
+demo: $(READY) data/demo/manifest.json
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# pillow-simd has pillow's import name: one of the two is installed, never both.
+simd: $(READY)
+	$(BIN)/pip uninstall --quiet --yes pillow pillow-simd
+	CC="cc -mavx2" $(BIN)/pip install --quiet --no-binary pillow-simd pillow-simd
+	$(BIN)/python -c "import PIL; print('pillow-simd', PIL.__version__)"
+
+clean:
+	rm -rf runs data/demo mlflow.db mlruns build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,45 @@
+"""Small data for every test: shards of generated photographs-like images, made once a session."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddae.data.shard_writer import Sample, write_manifest, write_shard
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+torch.set_num_threads(2)
+
+
+def picture(number: int) -> Image.Image:
+    """A smooth picture of its own size; the same number gives the same picture."""
+    rng = np.random.default_rng(number)
+    width, height = int(rng.integers(70, 140)), int(rng.integers(70, 140))
+    small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def sample(number: int) -> Sample:
+    image, buffer = picture(number), io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return Sample(f"s{number:05d}", buffer.getvalue(), number % 5, image.width, image.height)
+
+
+def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
+    """Shards of these many samples, with indexes and manifest."""
+    entries = {}
+    for number, count in enumerate(counts):
+        path = folder / f"{split}-{number:06d}.tar"
+        entries[path.name] = write_shard(path, [sample(start + i) for i in range(count)])
+        start += count
+    write_manifest(folder, entries, classes=list("abcde"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder with 100 training images in three shards."""
+    return make_shards(tmp_path_factory.mktemp("shards"))

@@ -1,0 +1,90 @@
+"""Starting ranks from tests: one set of processes serves many runs, on a port of its own, and leaves nothing behind.
+
+As a program it is one rank: it reads lists of words from its standard input, one a line, and pretrains with each.
+"""
+
+import glob
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NANO = (  # a model that takes milliseconds a step
+    "--preset demo --model.width 32 --model.depth 4 --model.heads 2 --model.image_size 32 --model.patch_size 8 "
+    "--pixel.taps 1 2 3 4 --pixel.decoder_width 16 --pixel.decoder_heads 2 "
+    "--feature.taps 1 2 3 4 --feature.decoder_width 16 --feature.decoder_heads 2 "
+    "--data.batch_size 16 --data.workers 0 --data.backend pillow --tracker.kind jsonl "
+    "--train.log_every 1 --train.save_every 1000 --optim.warmup_epochs 1"
+).split()
+
+
+def words(shards, run_dir, stage: int, *more: str) -> list[str]:
+    """The command line of a nano run."""
+    stage_file = ROOT / "ds_configs" / f"zero{stage}.json"
+    return [*NANO, "--data.train", str(shards), "--run_dir", str(run_dir), "--ds_config", str(stage_file), *more]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(count: int, command: list[str]) -> list[subprocess.Popen]:
+    """Start `count` ranks of a command, as a launcher would; rank 0 in the first place."""
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(count),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "2" if count == 1 else "1",
+    }
+    ranks = []
+    for rank in range(count):
+        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        ranks.append(subprocess.Popen([sys.executable, *command], env=own, cwd=ROOT, text=True, **pipes))
+        ranks[-1].port = environment["MASTER_PORT"]
+    return ranks
+
+
+def run_all(count: int, runs: list[list[str]], timeout: int = 300) -> str:
+    """Pretrain with each of the word lists on `count` ranks, in one set of processes; what rank 0 said."""
+    ranks = start(count, [__file__])
+    try:
+        for rank in ranks:
+            rank.stdin.write("\n".join(json.dumps(run) for run in runs))
+            rank.stdin.close()
+            rank.stdin = None  # communicate() would close it again
+        said = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+        clean(ranks)
+    assert all(rank.returncode == 0 for rank in ranks), said[0][-3000:] + said[-1][-3000:]
+    return said[0]
+
+
+def clean(ranks: list[subprocess.Popen]) -> None:
+    """DeepSpeed's shared-memory buffers outlive their process; remove those of these ranks' port."""
+    for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer*_{ranks[0].port}_*"):
+        os.unlink(buffer)
+
+
+def metrics(run_dir) -> list[dict]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def column(run_dir, name: str = "loss/total") -> list[float]:
+    return [row[name] for row in metrics(run_dir)]
+
+
+if __name__ == "__main__":
+    from ddae.cli import parse
+    from ddae.train import pretrain
+
+    for line in sys.stdin:
+        pretrain(parse(json.loads(line)))

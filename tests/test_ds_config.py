@@ -1,0 +1,79 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from ddae.ds_config import load, resolve
+from ddae.errors import UserError
+from ddae.presets import preset
+
+CONFIG = preset("demo")
+SHIPPED = sorted(Path("ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_name_nothing_that_the_config_owns(path):
+    resolved = resolve(load(str(path)), CONFIG, ranks=2)
+    assert resolved.micro_batch == 16
+    assert resolved.json["zero_optimization"]["stage"] == int(path.stem[-1])
+    assert resolved.json["gradient_clipping"] == 0
+    assert resolved.json["bf16"]["enabled"]
+
+
+def test_all_stages_are_shipped():
+    assert [path.stem for path in SHIPPED] == ["zero0", "zero1", "zero2", "zero3"]
+
+
+def test_accumulation_is_derived():
+    resolved = resolve({"train_micro_batch_size_per_gpu": 4}, CONFIG, ranks=2)
+    assert resolved.micro_batch == 4
+    assert resolved.json["gradient_accumulation_steps"] == 4
+    assert resolved.json["train_batch_size"] == 32
+
+
+@pytest.mark.parametrize(
+    "precision, blocks", [("bf16", (True, False)), ("autocast", (False, True)), ("fp32", (False, False))]
+)
+def test_precision(precision, blocks):
+    joined = resolve({}, replace(CONFIG, engine=replace(CONFIG.engine, precision=precision)), 1).json
+    assert (joined["bf16"]["enabled"], joined["torch_autocast"]["enabled"]) == blocks
+
+
+@pytest.mark.parametrize(
+    "settings, ranks, words",
+    [
+        ({}, 3, "data.batch_size 32 is not divisible by 3 ranks"),
+        ({"train_micro_batch_size_per_gpu": 5}, 1, "x micro-batch 5"),
+        ({"train_batch_size": 64}, 1, "train_batch_size = 64"),
+        ({"gradient_clipping": 1.0}, 1, "gradient_clipping = 1.0"),
+        ({"bf16": {"enabled": False}}, 1, "--engine.precision"),
+        ({"fp16": {"enabled": True}}, 1, "--engine.precision"),
+        ({"gradient_accumulation_steps": 2}, 1, "gradient_accumulation_steps = 2"),
+        ({"optimizer": {"type": "Adam"}}, 1, "'optimizer'"),
+        ({"scheduler": {}}, 1, "'scheduler'"),
+    ],
+)
+def test_contradictions_are_refused(settings, ranks, words):
+    with pytest.raises(UserError, match=words):
+        resolve(settings, CONFIG, ranks)
+
+
+def test_the_users_settings_are_kept_and_not_written_to():
+    settings = {"bf16": {"check_grad_overflow": False}, "zero_optimization": {"stage": 1}}
+    before = json.dumps(settings)
+    assert resolve(settings, CONFIG, 1).json["bf16"] == {"check_grad_overflow": False, "enabled": True}
+    assert json.dumps(settings) == before
+
+
+@pytest.mark.parametrize(
+    "content, words", [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "expected a JSON object")]
+)
+def test_bad_files(content, words, tmp_path):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=words):
+        load(str(path))
+    with pytest.raises(UserError, match="--ds_config"):
+        load("")

@@ -1,0 +1,84 @@
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from ddae.data.sampling import ASPECT, WINDOW, Order, random_crops
+
+
+def test_every_epoch_shows_every_sample_once():
+    order = Order(np.array([0, 40, 64, 100]), seed=3)
+    epochs, samples = order.samples(torch.arange(300))
+    assert torch.equal(epochs, torch.arange(300) // 100)
+    for epoch in range(3):
+        assert torch.equal(samples[epochs == epoch].sort().values, torch.arange(100))
+    assert not torch.equal(samples[:100], samples[100:200])
+
+
+def test_a_position_stands_alone():
+    order = Order(np.array([0, 40, 64, 100]), seed=3)
+    _, together = order.samples(torch.arange(90, 210))
+    alone = [Order(np.array([0, 40, 64, 100]), seed=3).samples(torch.tensor([p]))[1].item() for p in (90, 100, 209)]
+    assert together[[0, 10, 119]].tolist() == alone
+
+
+def test_reads_stay_within_a_window_of_shards():
+    first = np.arange(0, 101) * 10
+    _, samples = Order(first, seed=0).samples(torch.arange(1000))
+    shards = samples // 10
+    for start in range(0, 1000, WINDOW * 10):
+        assert len(shards[start : start + WINDOW * 10].unique()) <= WINDOW
+    assert not torch.equal(shards, shards.sort().values)
+
+
+def test_seeds_differ_by_seed_epoch_and_sample():
+    first = np.array([0, 1000])
+    epochs, samples = torch.arange(5).repeat_interleave(1000), torch.arange(1000).repeat(5)
+    seeds = [Order(first, seed).seeds(epochs, samples) for seed in (0, 1)]
+    assert torch.cat(seeds).unique().numel() == 10000
+
+
+def test_crops_fit_and_cover_their_share():
+    count = 20000
+    seeds = torch.arange(count) * 104729
+    width, height = torch.full((count,), 500), torch.full((count,), 375)
+    boxes, flips = random_crops(seeds, width, height, (0.2, 1.0))
+    left, top, wide, tall = boxes.unbind(1)
+    assert (left >= 0).all()
+    assert (top >= 0).all()
+    assert (left + wide <= 500).all()
+    assert (top + tall <= 375).all()
+    share = wide * tall / (500 * 375)
+    assert share.min() > 0.19
+    aspect = wide / tall
+    assert aspect.min() > ASPECT[0] * 0.97
+    assert aspect.max() < ASPECT[1] * 1.03
+    assert flips.float().mean() == pytest.approx(0.5, abs=0.02)
+    assert (left == 0).any()
+    assert (left + wide == 500).any()
+
+
+def test_crops_are_spread_as_torchvisions_are():
+    """Means and deviations of share, aspect and corner, against RandomResizedCrop itself."""
+    get_params = torchvision.transforms.RandomResizedCrop.get_params
+    torch.manual_seed(0)
+    theirs = torch.tensor([get_params(torch.empty(3, 375, 500), (0.2, 1.0), ASPECT) for _ in range(8000)]).float()
+    top, left, tall, wide = theirs.unbind(1)
+    sides = torch.full((8000,), 500), torch.full((8000,), 375)
+    ours, _ = random_crops(torch.arange(8000) * 104729, *sides, (0.2, 1.0))
+    our_left, our_top, our_wide, our_tall = ours.float().unbind(1)
+    for a, b in (
+        (wide * tall, our_wide * our_tall),
+        (wide / tall, our_wide / our_tall),
+        (top, our_top),
+        (left, our_left),
+    ):
+        assert b.mean() == pytest.approx(a.mean(), rel=0.04)
+        assert b.std() == pytest.approx(a.std(), rel=0.04)
+
+
+@pytest.mark.parametrize("width, height, box", [(1000, 10, (493, 0, 13, 10)), (10, 1000, (0, 493, 10, 13))])
+def test_an_image_too_long_is_cut_centrally(width, height, box):
+    sides = torch.tensor([width]), torch.tensor([height])
+    boxes, _ = random_crops(torch.tensor([5]), *sides, (0.9, 1.0))
+    assert torch.equal(boxes[0], torch.tensor(box))

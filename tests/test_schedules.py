@@ -1,0 +1,31 @@
+import itertools
+
+import pytest
+
+from ddae.schedules import ramp, teacher_momentum, warmup_cosine
+
+
+def test_learning_rate():
+    rates = [warmup_cosine(step, 100, 10, 1.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[54] == pytest.approx(0.55, abs=0.02)
+    assert all(a < b for a, b in itertools.pairwise(rates[:10]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+@pytest.mark.parametrize(
+    "epoch, momentum", [(0, 0.999), (50, 0.99945), (100, 0.9999), (250, 0.999945), (400, 0.99999), (799, 0.99999)]
+)
+def test_teacher_momentum_is_the_papers(epoch, momentum):
+    assert teacher_momentum(epoch, 4096) == pytest.approx(momentum, abs=1e-12)
+
+
+def test_teacher_momentum_keeps_its_half_life_in_samples():
+    assert teacher_momentum(100, 1024) ** 4 == pytest.approx(0.9999)
+
+
+def test_ramp():
+    assert [ramp(step, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    assert ramp(0, 0) == 1

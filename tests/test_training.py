@@ -1,0 +1,147 @@
+"""Whole runs: ZeRO stages and rank counts agree, resumed runs are the unbroken ones, the betas are Adam's."""
+
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import ranks
+import torch
+
+import ddae
+from ddae.tracker import read_metrics
+
+STAGES = (0, 1, 2, 3)
+FP32 = ("--engine.precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def runs(shards, tmp_path_factory):
+    """Every run that the tests below compare, by name; each set of ranks starts once."""
+    folder = tmp_path_factory.mktemp("runs")
+    twenty = ("--train.steps", "20")
+    one = [ranks.words(shards, folder / "one_0", 0, *FP32, *twenty)]
+    one += [ranks.words(shards, folder / "one_2", 2, *FP32, *twenty)]
+    one += [ranks.words(shards, folder / "micro_2", 2, *FP32, *twenty)]  # overwritten below with a smaller micro-batch
+    small = folder / "micro.json"
+    small.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}')
+    one[2][one[2].index("--ds_config") + 1] = str(small)
+    one += [ranks.words(shards, folder / f"bf16_{stage}", stage, *twenty) for stage in STAGES]
+    one += [ranks.words(shards, folder / "autocast", 2, "--engine.precision", "autocast", *twenty)]
+    one += [ranks.words(shards, folder / "long", 2, "--train.steps", "200", "--optim.clip_grad", "0.01")]
+    one += [ranks.words(shards, folder / "mae", 1, "--feature.no_enabled", "--pixel.no_dynamic", *FP32, *twenty)]
+    two = [ranks.words(shards, folder / f"two_{stage}", stage, *FP32, *twenty) for stage in STAGES]
+    two += [ranks.words(shards, folder / f"two_bf16_{stage}", stage, *twenty) for stage in STAGES]
+    two = [command + ["--train.save_every", "12"] for command in two]
+    for count, commands in ((1, one), (2, two)):
+        ranks.run_all(count, commands)
+    resumed = []
+    for name in (f"{precision}_{stage}" for precision in ("two", "two_bf16") for stage in STAGES):
+        shutil.copytree(folder / name, folder / f"resumed_{name}")  # as it was after step 12
+        shutil.rmtree(folder / f"resumed_{name}" / "checkpoints" / "step_00000020")
+        command = two[len(resumed)]
+        resumed.append([f"{folder}/resumed_{name}" if word == f"{folder / name}" else word for word in command])
+    ranks.run_all(2, resumed)
+    return folder
+
+
+def agree(runs, name, other, tolerance):
+    for column in ("loss/total", "error/pixel/tap_04", "error/feature/tap_01", "beta/tap_02"):
+        np.testing.assert_allclose(
+            ranks.column(runs / name, column), ranks.column(runs / other, column), rtol=tolerance
+        )
+
+
+@pytest.mark.parametrize("name", ["one_2", "micro_2", "two_0", "two_1", "two_2", "two_3"])
+def test_stages_ranks_and_accumulation_agree_in_fp32(runs, name):
+    assert len(ranks.column(runs / name)) == 20
+    agree(runs, name, "one_0", 1e-6)
+
+
+@pytest.mark.parametrize("name", [*(f"bf16_{s}" for s in STAGES), *(f"two_bf16_{s}" for s in STAGES), "autocast"])
+def test_bf16_stays_near_fp32(runs, name):
+    agree(runs, name, "one_0", 0.03)
+    assert ranks.column(runs / name) != ranks.column(runs / "one_0")
+
+
+def test_the_loss_falls(runs):
+    errors = ranks.column(runs / "long", "error/pixel/tap_04")
+    assert np.mean(errors[-20:]) < 0.6 * errors[0]
+
+
+def test_teacher_and_student_leave_each_other_as_the_momentum_says(runs):
+    """With momentum 0.99 the teacher moves, but lags behind: its features differ from an untrained copy's."""
+    assert ranks.column(runs / "one_0", "teacher/momentum") == [0.99] * 20
+    assert ranks.column(runs / "one_0", "error/feature/tap_04")[-1] < 1.5
+
+
+def test_logged_beta_gradients_are_what_adam_was_given(runs):
+    """200 steps of a clipped bf16 run, replayed in float64 from the log."""
+    rows = ranks.metrics(runs / "long")
+    assert len(rows) == 200
+    for tap in ("tap_01", "tap_04"):
+        value, first, second = rows[0][f"beta/{tap}"], 0.0, 0.0
+        for step, row in enumerate(rows, 1):
+            assert row[f"beta/{tap}"] == pytest.approx(value, abs=1e-6)
+            gradient = row[f"grad/beta/{tap}"]
+            first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+            lr = 4 * row["lr"]
+            value -= lr * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.95**step)) + 1e-8)
+        assert abs(value - rows[0][f"beta/{tap}"]) > 0.1
+
+
+@pytest.mark.parametrize("name", [f"{precision}_{stage}" for precision in ("two", "two_bf16") for stage in STAGES])
+def test_a_resumed_run_is_the_unbroken_one(runs, name):
+    """Bit for bit, from step 12 on: every metric but the times."""
+    whole, resumed = ranks.metrics(runs / name), ranks.metrics(runs / f"resumed_{name}")
+    assert [row["step"] for row in resumed] == list(range(1, 21))
+    assert resumed[12]["time/step"] != whole[12]["time/step"]  # it did run again
+    for a, b in zip(whole, resumed, strict=True):
+        same = [key for key in a if not key.startswith(("time/", "rate/"))]
+        assert {key: a[key] for key in same} == {key: b[key] for key in same}
+
+
+def test_mae_has_neither_teacher_nor_betas(runs):
+    row = ranks.metrics(runs / "mae")[-1]
+    assert not [name for name in row if "beta" in name or "feature/" in name]
+
+
+def test_the_export_is_the_student(runs):
+    encoders = [ddae.load_encoder(runs / name) for name in ("one_0", "two_1", "two_2", "two_3")]
+    images = torch.rand(2, 3, 32, 32)
+    outputs = [encoder(images) for encoder in encoders]
+    assert outputs[0].shape == (2, 17, 32)
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-4, atol=1e-4)
+    assert encoders[0].features(images, [2])[0].shape == (2, 17, 32)
+
+
+def test_a_run_leaves_its_report(runs):
+    page = (runs / "one_0" / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5
+    assert "http" not in page.replace("http-equiv", "")
+    for name in ("config.json", "ds_config.json", "environment.json", "figures/reconstructions.png"):
+        assert (runs / "one_0" / name).exists()
+
+
+def test_kill_9_changes_nothing(shards, tmp_path):
+    """Killed in mid-run, at no special place, the same command goes on: every loss equals the unbroken run's."""
+    options = (*FP32, "--train.steps", "60", "--train.save_every", "10", "--data.workers", "1")
+    command = ["launch/pretrain.py", *ranks.words(shards, tmp_path / "killed", 2, *options)]
+    (killed,) = ranks.start(1, command)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "killed" / "metrics.jsonl")) < 25:
+        assert killed.poll() is None, killed.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    ranks.clean([killed])
+    before = len(ranks.column(tmp_path / "killed"))
+    assert before < 60
+    said = ranks.run_all(1, [command[1:], ranks.words(shards, tmp_path / "whole", 2, *options), command[1:]])
+    assert f"steps {before // 10 * 10} to 60" in said or f"steps {before // 10 * 10 - 10} to 60" in said
+    assert "is complete: 60 of 60 steps" in said
+    assert ranks.column(tmp_path / "killed") == ranks.column(tmp_path / "whole")
+    assert ranks.column(tmp_path / "killed", "beta/tap_03") == ranks.column(tmp_path / "whole", "beta/tap_03")
