@@ -101,6 +101,7 @@ class TrainConfig:
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # checkpoints that are kept
     extend: bool = False  # allow a finished or started run to be given more steps
+    report: bool = True  # draw the pictures and report.html at the end
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,15 @@ class Config:
 # grow with train.extend; the data set is compared by its content).
 FREE_ON_RESUME = {
     *("preset", "run_dir", "ds_config", "allow_scratch", "data.train", "data.backend", "data.workers"),
-    *("train.log_every", "train.save_every", "train.keep", "train.extend", "tracker.kind", "tracker.experiment"),
+    *(
+        "train.log_every",
+        "train.save_every",
+        "train.keep",
+        "train.extend",
+        "train.report",
+        "tracker.kind",
+        "tracker.experiment",
+    ),
 }
 
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from typing import cast
 
 import deepspeed
 import torch
@@ -57,7 +58,7 @@ class Engine:
 
     @property
     def method(self) -> Method:
-        return self.deepspeed.module
+        return cast(Method, self.deepspeed.module)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,7 +84,7 @@ class Engine:
 
     def update(self, lr: float) -> bool:
         """End a micro-batch; after a step's last one update the weights. Whether they were updated."""
-        for group in self.deepspeed.optimizer.param_groups:
+        for group in cast(torch.optim.Optimizer, self.deepspeed.optimizer).param_groups:
             group["lr"] = lr
         self.deepspeed.step()
         return self.deepspeed.was_step_applied()
@@ -91,14 +92,14 @@ class Engine:
     def encoder_fragments(self) -> list[Fragment]:
         """This rank's slices of the encoder's fp32 masters, at any ZeRO stage and precision: views, not copies."""
         fragments = []
-        unfused = self._masters_by_parameter()
+        unfused = self._masters_by_parameter() if self.stage == 0 else {}
         for name, parameter in self.method.encoder.named_parameters():
             if self.stage == 3:
                 values = safe_get_local_fp32_param(parameter)
                 start = rank() * values.numel()
-                values = values[: max(0, parameter.ds_numel - start)]  # the last partition is padded
+                values = values[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]  # the last is padded
             elif self.stage > 0:
-                mapping = parameter._hp_mapping
+                mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is None:
                     continue
                 start, values = mapping.lp_fragment_address.start, mapping.hp_fragment

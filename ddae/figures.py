@@ -73,7 +73,7 @@ def reconstruction_grid(
     distance = masked_distance(mask, grid)
     pictures = [("input", images.float() / 255), ("visible", hide(images, mask, patch))]
     pictures += [(f"block {tap}", picture) for tap, picture in rebuilt.items()]
-    maps = [("distance", on_grid(distance, mask, grid), None)]
+    maps: list[tuple[str, np.ndarray, tuple[int, int] | None]] = [("distance", on_grid(distance, mask, grid), None)]
     for tap, beta in betas.items():
         weight = dk.distance_weights(distance, torch.tensor([beta], device=distance.device))[0]
         maps.append((f"weight {tap}, β={beta:.2f}", on_grid(weight, mask, grid), (0, 1)))

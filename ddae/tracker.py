@@ -51,8 +51,7 @@ class MlflowTracker(Tracker):
 
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            mlflow.set_tracking_uri(STORE)
+        mlflow.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI", STORE))
         mlflow.set_experiment(os.environ.get("MLFLOW_EXPERIMENT_NAME", experiment))
         known = folder / RUN_ID
         run_id = known.read_text().strip() if known.exists() else None
@@ -79,7 +78,7 @@ class MlflowTracker(Tracker):
 
         self._attempt(upload)
 
-    def _attempt(self, call: Callable[[], None]) -> None:
+    def _attempt(self, call: Callable[[], object]) -> None:
         """Run a call to MLflow; the first failure is told, and none are tried after it."""
         if self._failed:
             return

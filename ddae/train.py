@@ -33,7 +33,8 @@ def pretrain(config: Config) -> None:
     run_folder.check_same(config)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     newest = checkpoints.newest(config.allow_scratch)
-    if newest is not None and newest.step >= steps and (folder / "report.html").exists():
+    drawn = not config.train.report or (folder / "report.html").exists()
+    if newest is not None and newest.step >= steps and drawn:
         say(f"{folder} is complete: {newest.step} of {steps} steps\n{summary(config)}")
         return
 
@@ -89,7 +90,7 @@ def pretrain(config: Config) -> None:
     weights = engine.encoder_weights()
     if is_main():
         export_encoder(weights, config, folder / "encoder")
-    files = show_run(config, engine.method, betas)
+    files = show_run(config, engine.method, betas) if config.train.report else []
     if tracker is not None:
         tracker.finish(files)
     say(f"{folder}: {steps} steps done\n{summary(config)}")

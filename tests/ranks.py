@@ -13,11 +13,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 NANO = (  # a model that takes milliseconds a step
-    "--preset demo --model.width 32 --model.depth 4 --model.heads 2 --model.image_size 32 --model.patch_size 8 "
-    "--pixel.taps 1 2 3 4 --pixel.decoder_width 16 --pixel.decoder_heads 2 "
-    "--feature.taps 1 2 3 4 --feature.decoder_width 16 --feature.decoder_heads 2 "
-    "--data.batch_size 16 --data.workers 0 --data.backend pillow --tracker.kind jsonl "
-    "--train.log_every 1 --train.save_every 1000 --optim.warmup_epochs 1"
+    "--preset demo --model.width 32 --model.depth 2 --model.heads 2 --model.image_size 32 --model.patch_size 8 "
+    "--pixel.taps 1 2 --pixel.tap_weights 0.75 1 --pixel.decoder_width 16 --pixel.decoder_heads 2 "
+    "--feature.taps 1 2 --feature.tap_weights 0.75 1 --feature.decoder_width 16 --feature.decoder_heads 2 "
+    "--data.batch_size 16 --data.workers 0 --data.backend pillow --tracker.kind jsonl --train.no_report "
+    "--train.log_every 1 --train.save_every 12 --optim.warmup_epochs 1"
 ).split()
 
 

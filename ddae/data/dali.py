@@ -3,6 +3,9 @@
 The graph receives bytes, box and flip of each image and decodes the box alone; what is random was drawn before.
 """
 
+# pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
+# (DALI fills its modules when it is imported, which its stubs do not know)
+
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,7 +43,7 @@ class DaliDecoder:
     def __init__(self, size: int, batch: int, threads: int, device: torch.device):
         self.size, self.device = size, device
         on_gpu = device.type == "cuda"
-        self.pipeline = crop_graph(  # type: ignore[call-arg]
+        self.pipeline = crop_graph(
             size,
             "gpu" if on_gpu else "cpu",
             batch_size=batch,

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import webdataset
+from webdataset.writer import TarWriter
 
 from ddae.data.shards import FORMAT, INDEX_VERSION, MANIFEST
 
@@ -25,7 +25,7 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write one shard and its index, each complete or not at all; returns the shard's manifest entry."""
     unfinished = path.with_suffix(".tar.part")
     sizes = []
-    with webdataset.TarWriter(str(unfinished), encoder=False, mtime=0, user="", group="") as writer:
+    with TarWriter(str(unfinished), encoder=False, mtime=0, user="", group="") as writer:
         for sample in samples:
             writer.write({"__key__": sample.key, "jpg": sample.jpeg, "cls": str(sample.label).encode()})
             sizes.append([sample.width, sample.height])

@@ -6,7 +6,6 @@ give them, so that their files fit.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,12 @@ from torch import Tensor, nn
 
 from ddae.patches import gather_tokens, patchify, sincos_positions
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with the field's eps of 1e-6."""
+
+    def __init__(self, width: int, **options):
+        super().__init__(width, eps=1e-6, **options)
 
 
 def build_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:

@@ -1,0 +1,76 @@
+"""Data flows one way: each file imports only from files above it in this list. One heavy package, one file."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ORDER = [
+    *("ddae_kernels.reference", "ddae_kernels.distance", "ddae_kernels.dynamic", "ddae_kernels"),
+    *("ddae.errors", "ddae.counter", "ddae.distributed", "ddae.schedules", "ddae.patches", "ddae.masks"),
+    *("ddae.config", "ddae.presets", "ddae.ds_config", "ddae.betas"),
+    *("ddae.data.shards", "ddae.data.shard_writer", "ddae.data.sampling"),
+    *("ddae.data.pillow", "ddae.data.dali", "ddae.data.loader"),
+    *("ddae.model.vit", "ddae.model.decoder", "ddae.model.teacher"),
+    *("ddae.branches", "ddae.method", "ddae.optim", "ddae.engine", "ddae.checkpoint", "ddae.weights"),
+    *("ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report", "ddae.train", "ddae.cli"),
+    "ddae",
+]
+HEAVY = {  # package -> the files that may import it
+    "deepspeed": {"ddae.engine"},
+    "mlflow": {"ddae.tracker"},
+    "nvidia": {"ddae.data.dali"},
+    "matplotlib": {"ddae.figures", "ddae.report"},
+    "tyro": {"ddae.cli"},
+    "webdataset": {"ddae.data.shard_writer"},
+    "timm": {"ddae.model.vit"},
+    "PIL": {"ddae.data.pillow"},
+    "safetensors": {"ddae.weights"},
+    "triton": set(),
+}
+
+
+def sources():
+    for base in (ROOT, ROOT / "kernels"):
+        for path in sorted(base.glob("ddae*/**/*.py")):
+            name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+            if name not in ("ddae.data", "ddae.model"):  # empty
+                yield name, path
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if name in ORDER else str(node.module) for name in named)
+
+
+@pytest.mark.parametrize("name, path", list(sources()), ids=lambda value: value if isinstance(value, str) else "")
+def test_a_file_imports_only_from_above(name, path):
+    place = ORDER.index(name)
+    for imported in imports(path):
+        if imported.split(".")[0] in ("ddae", "ddae_kernels"):
+            if imported == "ddae":
+                continue
+            assert imported in ORDER, imported
+            assert ORDER.index(imported) < place, f"{name} imports {imported}, which stands below it"
+        for package, allowed in HEAVY.items():
+            assert imported.split(".")[0] != package or name in allowed, f"{name} imports {package}"
+
+
+def test_the_kernels_need_torch_alone():
+    for name, path in sources():
+        if name.startswith("ddae_kernels"):
+            packages = {imported.split(".")[0] for imported in imports(path)}
+            assert packages <= {"torch", "ddae_kernels", "os", "typing"}, (name, packages)
+
+
+def test_no_file_outgrows_its_room():
+    paths = [path for _, path in sources()] + list(ROOT.glob("launch/*.py")) + list(ROOT.glob("data_prep/*.py"))
+    for path in paths:
+        assert len(path.read_text().splitlines()) <= 300, path
+        assert path.stem not in ("utils", "misc", "common", "helpers", "base")

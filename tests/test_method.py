@@ -1,0 +1,184 @@
+"""Methods against the float64 transcription of Eqs. 3, 5 and 6, and their structure against the published ones."""
+
+from dataclasses import replace
+
+import equations
+import numpy as np
+import pytest
+import torch
+
+from ddae.betas import Betas
+from ddae.branches import Inputs
+from ddae.cli import parse
+from ddae.masks import masked_distance, sample_mask
+from ddae.method import beta_names, build_method
+from ddae.patches import NORMALISATIONS
+from ddae.presets import METHODS, names, preset
+from ddae.schedules import ramp
+
+
+def demo(*words):
+    return parse(["--preset", "demo", "--pixel.norm", "per_channel", *words])
+
+
+def step(config, dtype=torch.float64, images=3, feature_weight=1.0):
+    """One forward pass of a method on random images; its pieces."""
+    method = build_method(config).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    size = config.model.image_size
+    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    mask = sample_mask(config.mask.kind, torch.arange(images), config.grid, config.num_masked)
+    distance = masked_distance(mask, config.grid).to(dtype)
+    width, taps = config.model.width, len(config.feature.taps)
+    teacher = torch.randn(taps, images, config.num_masked, width, generator=generator).to(dtype)
+    names = beta_names(config)
+    betas = torch.linspace(-0.6, 0.4, max(1, len(names))).to(dtype)[: len(names)].requires_grad_()
+    weight = torch.tensor(feature_weight, dtype=dtype)
+    losses = method(Inputs(pixels, mask, distance, betas, teacher, weight))
+    return method, pixels, mask, distance.numpy(), betas, teacher.numpy(), losses
+
+
+def exact_terms(config, method, pixels, mask, distance, betas, teacher):
+    """Loss of each branch by the transcription, from the method's own predictions."""
+    tokens = method.encode(pixels, mask.visible)
+    mean, std = NORMALISATIONS[config.data.normalisation]
+    targets = {
+        "pixel": equations.pixel_target(
+            pixels.numpy(), mask.masked.numpy(), config.model.patch_size, mean, std, "per_channel", False, 1e-5
+        ),
+        "feature": equations.layer_norm(teacher.astype(float)),
+    }
+    terms = {}
+    for name, branch in method.branches.items():
+        pred = branch.predict([tokens[tap] for tap in branch.taps], mask).detach().double().numpy()
+        pred = equations.layer_norm(pred) if name == "feature" else pred
+        beta = [betas.detach().double().numpy()[place] for place in branch.beta_places] or np.zeros(len(branch.taps))
+        terms[name] = equations.dynamic_loss(
+            pred, targets[name], distance.astype(float), beta, np.array(branch.tap_weights)
+        )
+    return terms
+
+
+K1 = [w for b in ("pixel", "feature") for w in (f"--{b}.taps", "8", f"--{b}.tap_weights", "1")]
+
+
+@pytest.mark.parametrize("kind", ["bootmae_block", "random"])
+@pytest.mark.parametrize("words", [(), K1, ("--dynamic.no_shared",), ("--pixel.no_dynamic",)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_ddae_is_eqs_3_5_and_6(kind, words, dtype, tolerance):
+    """Values and beta's gradient, from the method's own predictions; a(t) scales the feature branch."""
+    config = demo("--mask.kind", kind, *words)
+    method, pixels, mask, distance, betas, teacher, losses = step(config, dtype, feature_weight=0.25)
+    losses.total.backward()
+    terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
+    total = terms["pixel"][0] + 0.25 * terms["feature"][0]
+    np.testing.assert_allclose(losses.total.item(), total, rtol=tolerance)
+    gradient, size = np.zeros(len(betas)), np.zeros(len(betas))
+    for name, factor in (("pixel", 1.0), ("feature", 0.25)):
+        np.testing.assert_allclose(losses.branches[name].tap_loss, terms[name][1], rtol=tolerance)
+        for place, part, terms_sum in zip(method.branches[name].beta_places, *terms[name][3:5], strict=False):
+            gradient[place] += factor * part
+            size[place] += factor * terms_sum
+    assert (np.abs(betas.grad.double().numpy() - gradient) <= tolerance * size).all()
+
+
+def test_the_whole_loss_of_eq_6():
+    """Data terms, 0.5 x the norm of the weights of each beta, and the coupled decay, as a run reports them."""
+    config = demo()
+    method, pixels, mask, distance, betas, teacher, losses = step(config)
+    own = Betas(beta_names(config), config.dynamic, (0.9, 0.95), torch.device("cpu"))
+    with torch.no_grad():
+        own.values.copy_(betas)
+    own.add_norm(torch.tensor(distance, dtype=torch.float32))
+    own.step(0.0, applied=False)
+    terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
+    values = betas.detach().numpy()
+    norm = equations.weight_norm(distance, values).sum()
+    wanted = sum(term[0] for term in terms.values()) + 0.5 * norm + 0.005 * (values**2).sum()
+    np.testing.assert_allclose(losses.total.item() + own.regulariser.item(), wanted, rtol=1e-6)
+
+
+def test_gradients_reach_what_they_should():
+    """All taps pull on the first block; the final norm and both decoders learn; the masked pixels are not seen."""
+    config = demo()
+    method, pixels, mask, _, _, _, losses = step(config)
+    losses.total.backward()
+    for name, parameter in method.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    hidden = pixels.clone()
+    block = config.model.patch_size
+    for image, places in zip(hidden, mask.masked, strict=True):
+        for place in places.tolist():
+            top, left = place // config.grid[1] * block, place % config.grid[1] * block
+            image[:, top : top + block, left : left + block] = 0
+    seen, unseen = (method.encode(images, mask.visible) for images in (pixels, hidden))
+    assert all(torch.equal(seen[tap], unseen[tap]) for tap in method.taps)
+
+
+def test_presets_are_lists_of_branches():
+    """design: MAE [12] plain, D-MAE [12] dynamic, DS-MAE four plain, DDS-MAE four dynamic, DDAE both branches."""
+    wanted = {
+        "mae": ((12,), False, False),
+        "d_mae": ((12,), True, False),
+        "ds_mae": ((3, 6, 9, 12), False, False),
+        "dds_mae": ((3, 6, 9, 12), True, False),
+        "ddae": ((3, 6, 9, 12), True, True),
+    }
+    assert wanted.keys() == METHODS.keys()
+    for method, (taps, dynamic, feature) in wanted.items():
+        config = preset(f"{method}_vit_b16_300e")
+        assert (config.pixel.taps, config.pixel.dynamic, config.feature.enabled) == (taps, dynamic, feature)
+    assert preset("ddae_vit_l16_800e").pixel.taps == (6, 12, 18, 24)
+    assert preset("ddae_vit_s16_100e").feature.decoder_width == 384
+    assert preset("ddae_vit_b16_800e").optim.warmup_epochs == 40
+
+
+@pytest.mark.parametrize(
+    "suffix, changed",
+    {
+        "": {},
+        "_anchored": {},
+        "_literal": {"coupled_l2": 0.0},
+        "_flatnorm256": {"coupled_l2": 0.0, "norm_batch": 256.0},
+        "_detach": {"rescale_grad": "detach"},
+    }.items(),
+)
+def test_readings_of_the_beta_gradient(suffix, changed):
+    base = preset("ddae_vit_b16_100e")
+    assert preset(f"ddae_vit_b16_100e{suffix}").dynamic == replace(base.dynamic, **changed)
+    assert f"demo{suffix}" in names()
+
+
+def test_mae_has_the_published_structure():
+    """Every tensor of the published ViT-B/16 MAE, and no other: encoder 85.80 M, with its decoder 111.91 M numbers."""
+    config = preset("mae_vit_b16_800e")
+    method = build_method(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in method.state_dict().items()}
+    decoder = "branches.pixel.decoder"
+    expected = {"encoder.cls_token": (1, 1, 768), "encoder.pos_embed": (1, 197, 768)}
+    expected |= {"encoder.patch_embed.proj.weight": (768, 3, 16, 16), "encoder.patch_embed.proj.bias": (768,)}
+    expected |= {f"{decoder}.mask_token": (1, 1, 512), f"{decoder}.pos_embed": (1, 197, 512)}
+    expected |= {f"{decoder}.embed.weight": (512, 768), f"{decoder}.embed.bias": (512,)}
+    expected |= {f"{decoder}.head.weight": (768, 512), f"{decoder}.head.bias": (768,)}
+    for where, depth, width in (("encoder", 12, 768), (decoder, 8, 512)):
+        expected |= {f"{where}.norm.weight": (width,), f"{where}.norm.bias": (width,)}
+        for i in range(depth):
+            block = f"{where}.blocks.{i}"
+            expected |= {f"{block}.norm{n}.{p}": (width,) for n in (1, 2) for p in ("weight", "bias")}
+            for layer, rows, columns in (
+                ("attn.qkv", 3 * width, width),
+                ("attn.proj", width, width),
+                ("mlp.fc1", 4 * width, width),
+                ("mlp.fc2", width, 4 * width),
+            ):
+                expected |= {f"{block}.{layer}.weight": (rows, columns), f"{block}.{layer}.bias": (rows,)}
+    assert shapes == expected
+    assert sum(tensor.numel() for tensor in method.state_dict().values()) == 111_907_840
+    assert sum(tensor.numel() for tensor in method.encoder.state_dict().values()) == 85_798_656
+    assert method.branches["pixel"].decoder.blocks[0].attn.num_heads == 16
+
+
+def test_the_ramp_takes_a_quarter_of_training():
+    assert preset("ddae_vit_b16_100e").feature.ramp == 0.25
+    assert [ramp(step, 0.25 * 8) for step in range(3)] == [0.5, 1, 1]
