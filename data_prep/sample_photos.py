@@ -33,7 +33,7 @@ PHOTOS = {  # file: classes are numbered in this order
     "brick.png": "brick",
 }
 TRAIN_SHARE = 0.75  # of a photograph's width
-SIDES = (72, 176)  # smallest and largest crop, in pixels
+SIDES = (64, 160)  # smallest and largest crop, in pixels
 
 
 def crops(photo: Image.Image, split: str, count: int, generator: np.random.Generator):
@@ -55,16 +55,15 @@ def encode(image: Image.Image) -> bytes:
 
 
 def make_split(folder: Path, split: str, per_photo: int, per_shard: int, seed: int) -> dict:
-    """Write the shards of one split, its samples shuffled over all of them; returns their manifest entries."""
+    """Write the shards of one split, photograph after photograph in turn; returns their manifest entries."""
     source = Path(skimage.__file__).parent / "data"
     generator = np.random.default_rng([seed, split == "train"])
-    samples = []
+    by_photo = []
     for label, name in enumerate(PHOTOS):
         with Image.open(source / name) as file:
-            photo = file.convert("RGB")
-        for image in crops(photo, split, per_photo, generator):
-            samples.append((encode(image), label, image.width, image.height))
-    generator.shuffle(samples)
+            images = crops(file.convert("RGB"), split, per_photo, generator)
+            by_photo.append([(encode(image), label, image.width, image.height) for image in images])
+    samples = [sample for turn in zip(*by_photo, strict=True) for sample in turn]
     entries = {}
     for number, start in enumerate(range(0, len(samples), per_shard)):
         chunk = enumerate(samples[start : start + per_shard], start)

@@ -1,5 +1,8 @@
 """DeepSpeed: start, step, and the fp32 masters of the encoder. With checkpoint.py the only file that knows it."""
 
+import atexit
+import contextlib
+import glob
 import logging
 import os
 import socket
@@ -29,6 +32,7 @@ def start_process_group() -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if not dist.is_initialized():
+        atexit.register(_remove_buffers)
         try:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
         except dist.DistNetworkError as error:
@@ -37,6 +41,13 @@ def start_process_group() -> None:
                 f"the ranks cannot meet on port {port} ({str(error).splitlines()[0]}): "
                 "free it or choose another with deepspeed --master_port"
             ) from None
+
+
+def _remove_buffers() -> None:
+    """DeepSpeed's shared-memory buffers on the CPU (69 MB a rank) outlive their process: remove this rank's."""
+    for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"):
+        with contextlib.suppress(OSError):
+            os.unlink(buffer)
 
 
 def _free_port() -> int:

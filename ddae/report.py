@@ -76,7 +76,8 @@ def show_run(config: Config, method: Method, betas: Betas) -> list[Path]:
 
 def summary(config: Config) -> str:
     """Where to look at a run."""
-    lines = [f"pictures and curves:  {Path(config.folder) / 'report.html'}"]
+    page = Path(config.folder) / "report.html"
+    lines = [f"pictures and curves:  {page}"] if config.train.report else []
     if config.tracker.kind == "mlflow":
         mlflow = os.path.relpath(Path(sys.executable).with_name("mlflow"))
         lines.append(f"metrics in MLflow:    {mlflow} ui")
