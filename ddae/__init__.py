@@ -10,7 +10,7 @@ __all__ = ["load_encoder"]
 
 
 def __getattr__(name: str) -> Any:
-    """`ddae.load_encoder`, resolved when asked for: data_prep/ imports ddae without torch's weight."""
+    """`ddae.load_encoder`, resolved when asked for: importing ddae alone imports no torch."""
     if name == "load_encoder":
         from ddae.weights import load_encoder
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddae.config import DynamicConfig
-from ddae.distributed import mean_over_ranks
+from ddae.distributed import is_main, mean_over_ranks
 
 
 class Betas:
@@ -34,6 +34,7 @@ class Betas:
         self.regulariser = torch.zeros((), device=device)  # of the last step, for the log
         self._squares, self._slopes = torch.zeros_like(start), torch.zeros_like(start)
         self._micro_batches = 0
+        self._warned = False
 
     def used(self) -> Tensor:
         """The betas as the loss uses them, held in the clamp's range; differentiable."""
@@ -70,6 +71,14 @@ class Betas:
         self._squares.zero_()
         self._slopes.zero_()
         self._micro_batches = 0
+
+    def warn_if_held(self) -> None:
+        """Say once when a beta has reached the clamp: held there, it learns no more from the loss."""
+        low, high = self.config.clamp
+        held = [n for n, value in zip(self.names, self.last_values.tolist(), strict=True) if not low < value < high]
+        if held and not self._warned and is_main():
+            print(f"beta of {', '.join(held)} has reached dynamic.clamp {self.config.clamp}", flush=True)
+            self._warned = True
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the values and of AdamW's averages."""

@@ -46,7 +46,7 @@ class Checkpoints:
             path.mkdir(parents=True)
         barrier()
         engine.deepspeed.save_checkpoint(str(self.folder), tag=unfinished, save_latest=False)
-        if teacher is not None:
+        if teacher is not None and (engine.sharded or is_main()):
             torch.save(teacher.state_dict(), path / _teacher_file(rank()))
         if is_main():
             state = {"step": step, "ranks": world_size(), "stage": engine.stage, "fingerprint": fingerprint}
@@ -99,10 +99,20 @@ class Checkpoints:
             raise UserError(f"{path} was trained on other shards than data.train: name the same, or another --run_dir")
         engine.deepspeed.load_checkpoint(str(self.folder), tag=path.name)
         if teacher is not None:
-            saved = torch.load(path / _teacher_file(rank()), map_location=engine.device, weights_only=True)
+            owner = rank() if engine.sharded else 0
+            saved = torch.load(path / _teacher_file(owner), map_location=engine.device, weights_only=True)
             teacher.load_state_dict(saved)
         betas.load_state_dict(state["betas"])
         return state["step"]
+
+    def set_aside_beyond(self, step: int) -> None:
+        """Rename what lies beyond the step that a run goes on from, so that it is neither resumed nor counted."""
+        for name in self._names():
+            if int(name.removeprefix("step_")) > step:
+                shutil.rmtree(self.folder / f"broken_{name}", ignore_errors=True)
+                os.rename(self.folder / name, self.folder / f"broken_{name}")
+        for unfinished in self.folder.glob(".unfinished_*"):
+            shutil.rmtree(unfinished)
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step_*"))

@@ -47,7 +47,7 @@ def run(main: Callable[[Config], None]) -> None:
 
 def print_help() -> None:
     """All flags with their help and defaults, on one rank."""
-    with contextlib.redirect_stdout(sys.stdout if is_main() else None):
+    with contextlib.redirect_stdout(sys.stdout if is_main() else io.StringIO()):
         tyro.cli(Config, default=preset("ddae_vit_b16_100e"), args=["--help"], use_underscores=True)
 
 
@@ -88,7 +88,8 @@ def normalise(words: list[str]) -> list[str]:
 
 def take_preset(words: list[str]) -> tuple[str, list[str]]:
     """The preset's name, and the words without it."""
-    words = list(words)
+    if sum(word == "--preset" or word.startswith("--preset=") for word in words) > 1:
+        raise UserError("--preset is given more than once: name one starting point")
     for i, word in enumerate(words):
         if word == "--preset" and i + 1 < len(words):
             return words[i + 1], words[:i] + words[i + 2 :]

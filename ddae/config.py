@@ -6,10 +6,10 @@ those of `ddae_vit_b16_100e`; presets.py names the other experiments, METHOD.md 
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddae import masks
 from ddae.errors import UserError
 
 
@@ -186,16 +186,15 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def check(config: Config) -> None:
     """UserError with the field, its value and the mend, where the fields contradict each other."""
-    model, data = config.model, config.data
+    _check_ranges(config)
+    model = config.model
     if model.image_size % model.patch_size:
         raise UserError(
             f"model.image_size {model.image_size} is not divisible by model.patch_size {model.patch_size}: "
-            f"choose {model.image_size // model.patch_size * model.patch_size} or another patch size"
+            f"choose {max(1, model.image_size // model.patch_size) * model.patch_size} or another patch size"
         )
     if model.width % model.heads or model.width % 4:
         raise UserError(f"model.width {model.width} must be a multiple of 4 and of model.heads {model.heads}")
-    if config.mask.kind not in masks.KINDS:
-        raise UserError(f"mask.kind is {config.mask.kind!r}: choose one of {', '.join(masks.KINDS)}")
     if not 0 < config.num_masked < config.grid[0] * config.grid[1]:
         raise UserError(f"mask.ratio {config.mask.ratio} must leave at least one patch visible and one masked")
     if not (config.pixel.enabled or config.feature.enabled):
@@ -206,22 +205,38 @@ def check(config: Config) -> None:
     betas, taps = len(config.dynamic.beta_init), num_betas(config)
     if taps and betas not in (1, taps):
         raise UserError(f"dynamic.beta_init has {betas} numbers: give 1, or {taps}, one for each dynamic tap")
-    momentum = config.teacher.momentum
-    if not isinstance(momentum, str) and not 0 <= momentum < 1:
-        raise UserError(f"teacher.momentum {momentum} must lie in [0, 1)")
-    for name, value in (
-        ("data.batch_size", data.batch_size),
-        ("train.log_every", config.train.log_every),
-        ("train.save_every", config.train.save_every),
-        ("train.keep", config.train.keep),
-        ("train.steps", 1 if config.train.steps is None else config.train.steps),
-    ):
-        if value < 1:
-            raise UserError(f"{name} is {value}: choose at least 1")
-    if data.workers < 0:
-        raise UserError(f"data.workers is {data.workers}: choose 0 or more")
-    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        raise UserError(f"data.crop_scale {data.crop_scale} must be two growing numbers in (0, 1]")
+    for name, (low, high) in {"data.crop_scale": config.data.crop_scale, "dynamic.clamp": config.dynamic.clamp}.items():
+        if low > high:
+            raise UserError(f"{name} is ({low}, {high}): give the smaller number first")
+
+
+ANY, TINY = math.inf, 1e-12
+RANGES = {  # field -> smallest and largest value; every number must also be finite
+    **dict.fromkeys(("model.width", "model.depth", "model.heads", "model.image_size", "model.patch_size"), (1, ANY)),
+    **{f"{b}.decoder_{f}": (1, ANY) for b in ("pixel", "feature") for f in ("depth", "width", "heads")},
+    **dict.fromkeys(("pixel.tap_weights", "feature.tap_weights"), (0, ANY)),
+    **dict.fromkeys(("feature.ramp", "mask.ratio"), (0, 1)),
+    **dict.fromkeys(("dynamic.beta_init", "dynamic.clamp"), (-ANY, ANY)),
+    **dict.fromkeys(("dynamic.norm_weight", "dynamic.coupled_l2", "dynamic.lr_multiple"), (0, ANY)),
+    "dynamic.norm_batch": (TINY, ANY),
+    "teacher.momentum": (0, 1 - TINY),
+    "data.crop_scale": (TINY, 1),
+    **dict.fromkeys(("data.batch_size", "train.log_every", "train.save_every", "train.keep", "train.steps"), (1, ANY)),
+    **dict.fromkeys(("data.workers", "train.seed", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)),
+    **dict.fromkeys(("optim.lr", "optim.base_lr", "optim.min_lr", "optim.clip_grad"), (0, ANY)),
+    "optim.adam_betas": (0, 1 - TINY),
+    "train.epochs": (TINY, ANY),
+}
+
+
+def _check_ranges(config: Config) -> None:
+    flat = flatten(config.to_dict())
+    for name, (low, high) in RANGES.items():
+        values = flat[name] if isinstance(flat[name], list) else [flat[name]]
+        for value in values:
+            if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
+                wanted = f"{low:g} or more" if high == ANY else f"a number from {low:g} to {high:g}"
+                raise UserError(f"{name} is {value}: choose {'a finite number' if low == -ANY else wanted}")
 
 
 def _check_branch(name: str, branch: PixelConfig | FeatureConfig, depth: int) -> None:

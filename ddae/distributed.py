@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ddae.errors import UserError
+
 
 def rank() -> int:
     """This process's rank; before the process group exists, what the launcher says."""
@@ -41,6 +43,19 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def agree(**facts: object) -> None:
+    """UserError where the ranks do not all say the same: their nodes see other files or other packages."""
+    if world_size() > 1:
+        told: list = [None] * world_size()
+        dist.all_gather_object(told, facts)
+        for name in facts:
+            if len({each[name] for each in told}) > 1:
+                raise UserError(
+                    f"the ranks disagree on {name} ({[each[name] for each in told]}): their nodes must see the same "
+                    "shards, run folder and packages"
+                )
 
 
 def barrier() -> None:

@@ -11,7 +11,15 @@ from typing import Any, NamedTuple
 from ddae.config import Config, flatten
 from ddae.errors import UserError
 
-FOREIGN = {"optimizer": "optim.*", "scheduler": "optim.*", "amp": "engine.precision"}  # JSON block -> whose it is
+FOREIGN = {  # keys of the JSON that would change the curve -> the flag that says the same, if there is one
+    "optimizer": "--optim.*",
+    "scheduler": "--optim.*",
+    **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),
+    **dict.fromkeys(("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"), "--engine.precision"),
+    **dict.fromkeys(("compression_training", "curriculum_learning", "data_efficiency"), "nothing"),
+    **dict.fromkeys(("progressive_layer_drop", "gradient_predivide_factor", "prescale_gradients"), "nothing"),
+}
+BLOCKS = ("zero_optimization", "bf16", "fp16", "torch_autocast")  # keys that hold a block
 
 
 class Resolved(NamedTuple):
@@ -38,9 +46,13 @@ def load(path: str) -> dict[str, Any]:
 
 def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
     """The settings with the keys that the config owns; UserError where the two contradict each other."""
-    for block, owner in FOREIGN.items():
-        if block in settings:
-            raise UserError(f"the DeepSpeed JSON has a block {block!r}, which belongs to the config: use --{owner}")
+    for block in BLOCKS:
+        if not isinstance(settings.get(block, {}), dict):
+            raise UserError(f"the DeepSpeed JSON has {block} = {settings[block]!r}: expected a block in braces")
+    said = flatten(settings)
+    for key, flag in FOREIGN.items():
+        if key in settings or key in said:
+            raise UserError(f"the DeepSpeed JSON names {key!r}, which would change the loss curve: use {flag} instead")
     batch = config.data.batch_size
     micro = settings.get("train_micro_batch_size_per_gpu", batch // ranks)
     if not isinstance(micro, int) or micro < 1 or batch % (micro * ranks):
@@ -57,8 +69,8 @@ def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
         "bf16.enabled": (precision == "bf16", "engine.precision"),
         "fp16.enabled": (False, "engine.precision"),
         "torch_autocast.enabled": (precision == "autocast", "engine.precision"),
+        "torch_autocast.dtype": ("bfloat16", "engine.precision"),
     }
-    said = flatten(settings)
     for key, (value, field) in owned.items():
         if key in said and said[key] != value:
             raise UserError(
@@ -69,5 +81,6 @@ def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
     for key, (value, _) in owned.items():
         block, _, name = key.rpartition(".")
         (joined.setdefault(block, {}) if block else joined)[name] = value
-    joined["torch_autocast"].setdefault("dtype", "bfloat16")
+    if "offload_optimizer" in settings.get("zero_optimization", {}):
+        joined.setdefault("zero_force_ds_cpu_optimizer", False)  # AdamW stays the config's, on whichever device
     return Resolved(joined, micro)

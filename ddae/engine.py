@@ -22,12 +22,20 @@ from ddae.method import Losses, Method
 from ddae.model.teacher import Fragment
 from ddae.optim import build_optimizer
 
+OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # that do not say which rank is whose
+
 
 def start_process_group() -> None:
     """Join the ranks that the launcher started; a process without a launcher is the only rank."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
+        others = [name for name in OTHER_LAUNCHERS if int(os.environ.get(name, "1")) > 1]
+        if others:
+            raise UserError(
+                f"{others[0]} says that there are several processes, but RANK is not set: start them with deepspeed "
+                "or torchrun, inside srun if need be (README has the lines)"
+            )
         os.environ |= alone | {"MASTER_PORT": str(_free_port())}
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
@@ -60,6 +68,11 @@ class Engine:
     """The method under DeepSpeed: forward and backward of micro-batches, then one update a step."""
 
     def __init__(self, method: Method, optim: OptimConfig, resolved: Resolved):
+        try:
+            deepspeed.DeepSpeedConfig(resolved.json)
+        except Exception as error:  # pydantic's, DeepSpeed's own and assertions: whatever it has against the JSON
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"DeepSpeed refuses the JSON: {reason}") from None
         optimizer = build_optimizer(method, optim)
         self.deepspeed, *_ = deepspeed.initialize(
             model=method, optimizer=optimizer, config=resolved.json, dist_init_required=False

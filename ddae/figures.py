@@ -1,4 +1,4 @@
-"""Pictures of a run. Each function draws one and returns it as a matplotlib figure; train.py's report shows them."""
+"""Pictures of a run. Each function draws one and returns it as a matplotlib figure; report.py shows them."""
 
 import matplotlib
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddae.branches import PixelBranch
 from ddae.masks import Mask, masked_distance
-from ddae.method import Method, tap_name
+from ddae.method import Method
 from ddae.patches import NORMALISATIONS, patchify, unpatchify
 
 GREY = 0.82  # of hidden patches
@@ -132,6 +132,3 @@ def weight_by_distance(betas: dict[str, float], farthest: float) -> Figure:
 def metric_names(rows: list[dict[str, float]], prefix: str) -> list[str]:
     """Names of the metrics under a prefix, in the order of the log."""
     return [name for name in rows[-1] if name.startswith(prefix)] if rows else []
-
-
-__all__ = ["curves", "metric_names", "reconstruct", "reconstruction_grid", "tap_name", "weight_by_distance"]

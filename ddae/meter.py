@@ -49,6 +49,9 @@ class Clock:
     """Wall-clock time of the steps since the last reading, and how much of it was spent waiting for data."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
         self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
     @contextmanager
@@ -68,7 +71,7 @@ class Clock:
             "time/step": seconds / steps,
             "time/data_wait": self._waited / steps,
         }
-        self.__init__()
+        self._begin()
         return row
 
 

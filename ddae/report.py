@@ -14,15 +14,15 @@ from matplotlib.figure import Figure
 from ddae import figures
 from ddae.betas import Betas
 from ddae.config import Config, flatten
-from ddae.data.loader import preview_images
+from ddae.data.loader import Preview
 from ddae.distributed import device, is_main
 from ddae.masks import sample_mask
-from ddae.method import Method
+from ddae.method import Method, tap_name
 from ddae.tracker import read_metrics
 
 NUM_IMAGES = 8
 CAPTIONS = {
-    "reconstructions": "Held-out photographs (left), the patches that the encoder sees, what the decoder rebuilds from "
+    "reconstructions": "{images} images (left), the patches that the encoder sees, what the decoder rebuilds from "
     "each tapped block, the distance of each masked patch to the nearest visible one, and each block's weights.",
     "losses": "Mean squared error of masked patches by tapped block: plain means, not weighted by distance.",
     "betas": "The learnable exponents: below 0 a block works on patches near visible ones, above 0 on far ones.",
@@ -35,19 +35,19 @@ td,th{padding:2px 10px 2px 0;text-align:left;border-bottom:1px solid #eee}.sub{c
 details{margin:1em 0}figure{margin:1em 0}figcaption{color:#555;font-size:13px}"""
 
 
-def show_run(config: Config, method: Method, betas: Betas) -> list[Path]:
+def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> list[Path]:
     """Draw everything; all ranks call it (the model may be sharded), rank 0 writes. The files written."""
     folder = Path(config.folder)
     drawn: dict[str, Figure] = {}
     by_name = dict(zip(betas.names, betas.used().detach().cpu().tolist(), strict=True))
     if config.pixel.enabled:
-        images = preview_images(config.data, config.model.image_size, NUM_IMAGES).to(device())
+        images = preview.images.to(device())
         if len(images):
             seeds = torch.arange(len(images)) + 1
             mask = sample_mask(config.mask.kind, seeds, config.grid, config.num_masked).to(images.device)
             rebuilt = figures.reconstruct(method, images, mask)
             prefix = "" if config.dynamic.shared else "pixel/"
-            names = {tap: prefix + figures.tap_name(tap) for tap in config.pixel.taps}
+            names = {tap: prefix + tap_name(tap) for tap in config.pixel.taps}
             values = {tap: by_name[name] for tap, name in names.items() if name in by_name and config.pixel.dynamic}
             drawn["reconstructions"] = figures.reconstruction_grid(
                 images, mask, config.model.patch_size, rebuilt, values
@@ -68,7 +68,7 @@ def show_run(config: Config, method: Method, betas: Betas) -> list[Path]:
     files = [_save(figure, folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
     page = folder / "report.html"
     unfinished = page.with_suffix(".part")
-    unfinished.write_text(_page(config, rows, files))
+    unfinished.write_text(_page(config, rows, files, preview.held_out))
     unfinished.replace(page)
     encoder = [folder / "encoder" / name for name in ("encoder.safetensors", "config.json")]
     return [*files, *encoder, page]
@@ -91,12 +91,12 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _page(config: Config, rows: list[dict[str, float]], files: list[Path]) -> str:
+def _page(config: Config, rows: list[dict[str, float]], files: list[Path], held_out: bool) -> str:
     first, last = rows[0], rows[-1]
     figures_html = ""
     for file in files:
         picture = base64.b64encode(file.read_bytes()).decode()
-        caption = html.escape(CAPTIONS[file.stem])
+        caption = html.escape(CAPTIONS[file.stem].format(images="Held-out" if held_out else "Training"))
         figures_html += f'<figure><img alt="{file.stem}" src="data:image/png;base64,{picture}">'
         figures_html += f"<figcaption>{caption}</figcaption></figure>\n"
     compared = [n for n in last if n.startswith(("loss/", "error/", "beta/"))]

@@ -15,21 +15,31 @@ from ddae.distributed import world_size
 from ddae.errors import UserError
 
 LENGTH = {"train.steps", "train.epochs"}
+FINISHED = "finished.json"
 PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "mlflow", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
-def check_same(config: Config) -> None:
-    """UserError where the run folder was started with another value of a field that changes the curve."""
-    path = Path(config.folder) / "config.json"
+def check(config: Config) -> None:
+    """UserError where the folder cannot be written, or was started with another value of a field that changes the
+    curve."""
+    folder = Path(config.folder)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"run_dir {folder} cannot be made or written: choose another --run_dir")
+    path = folder / "config.json"
     if not path.exists():
         return
     before, now = flatten(json.loads(path.read_text())), flatten(config.to_dict())
     for key in sorted(before.keys() | now.keys()):
         if key in FREE_ON_RESUME or before.get(key) == now.get(key):
             continue
-        if key in LENGTH and config.train.extend:
+        if key in LENGTH and config.train.extend and (now[key] or 0) >= (before[key] or 0):
             continue
-        mend = "add --train.extend to train on" if key in LENGTH else f"choose another --run_dir, or --{key} as before"
+        mend = (
+            "a longer run wants --train.extend, a shorter one another --run_dir"
+            if key in LENGTH
+            else f"choose another --run_dir, or --{key} as before"
+        )
         raise UserError(f"{config.folder} was started with {key} = {before.get(key)}, not {now.get(key)}: {mend}")
 
 
@@ -44,6 +54,19 @@ def write(config: Config, ds_json: dict[str, Any]) -> None:
         os.replace(unfinished, folder / f"{name}.json")
 
 
+def finished(config: Config) -> int:
+    """After how many steps the run was last exported and shown; 0 if never."""
+    path = Path(config.folder) / FINISHED
+    return json.loads(path.read_text())["steps"] if path.exists() else 0
+
+
+def set_finished(config: Config, steps: int) -> None:
+    """Say that nothing is left to do after this many steps."""
+    path = Path(config.folder) / FINISHED
+    path.with_suffix(".part").write_text(json.dumps({"steps": steps}))
+    os.replace(path.with_suffix(".part"), path)
+
+
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware, as far as they can be known."""
     versions = {}
@@ -55,7 +78,7 @@ def environment() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": None if _git("rev-parse") is None else _git("status", "--porcelain") != "",
         "python": platform.python_version(),
         "versions": versions,
         "hardware": {"cpus": os.cpu_count(), "gpus": gpus, "ranks": world_size(), "system": platform.platform()},
@@ -67,6 +90,6 @@ def _git(*words: str) -> str | None:
     here = Path(__file__).parent
     try:
         answer = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=20, check=False)
-    except OSError:
+    except (OSError, subprocess.SubprocessError):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None

@@ -10,6 +10,7 @@ def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float, floor
     """Linear warm-up to `peak` over warmup_steps, then half a cosine down to `floor` at the last step."""
     if step + 1 < warmup_steps:
         return peak * (step + 1) / warmup_steps
+    floor = min(floor, peak)  # a small batch's peak may lie below the floor meant for a large one
     progress = (step - warmup_steps) / max(1.0, steps - 1 - warmup_steps)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 

@@ -4,6 +4,7 @@ MLflow is somebody else's server: when it fails the run goes on, and says so onc
 """
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -83,7 +84,7 @@ class MlflowTracker(Tracker):
         if self._failed:
             return
         try:
-            with contextlib.redirect_stdout(None):
+            with contextlib.redirect_stdout(io.StringIO()):
                 call()
         except Exception as error:  # whatever a server, a client or a database may throw
             self._failed = True

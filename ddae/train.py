@@ -10,15 +10,15 @@ from ddae.betas import Betas
 from ddae.branches import Inputs
 from ddae.checkpoint import Checkpoints
 from ddae.config import Config
-from ddae.data.loader import Batch, Loader, Part
-from ddae.distributed import barrier, device, is_main, rank, world_size
+from ddae.data.loader import Batch, Loader, Part, preview_images
+from ddae.distributed import agree, barrier, device, is_main, rank, world_size
 from ddae.engine import Engine, start_process_group
 from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Clock, Meter, print_progress
 from ddae.method import Losses, beta_names, build_method
 from ddae.model.teacher import Teacher
 from ddae.patches import normalise
-from ddae.report import show_run, summary
+from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.tracker import start_tracker
 from ddae.weights import empty_encoder, export_encoder
@@ -30,15 +30,16 @@ def pretrain(config: Config) -> None:
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
     folder, steps = Path(config.folder), config.num_steps(loader.num_samples)
-    run_folder.check_same(config)
+    run_folder.check(config)
+    preview = preview_images(config.data, config.model.image_size, NUM_IMAGES)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
     newest = checkpoints.newest(config.allow_scratch)
-    drawn = not config.train.report or (folder / "report.html").exists()
-    if newest is not None and newest.step >= steps and drawn:
+    if newest is not None and newest.step >= steps and run_folder.finished(config) >= steps:
         say(f"{folder} is complete: {newest.step} of {steps} steps\n{summary(config)}")
         return
 
     start_process_group()
+    agree(backend=loader.backend, newest=newest and newest.step, samples=loader.num_samples)
     engine = Engine(build_method(config), config.optim, resolved)
     teacher = build_teacher(config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
@@ -46,6 +47,7 @@ def pretrain(config: Config) -> None:
     barrier()
     if is_main():
         run_folder.write(config, resolved.json)
+        checkpoints.set_aside_beyond(start)
     tracker = start_tracker(config.tracker, folder, start, config.to_dict()) if is_main() else None
     say(
         f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
@@ -77,8 +79,11 @@ def pretrain(config: Config) -> None:
 
         done = step + 1
         if done % config.train.log_every == 0 or done in (1, steps):
-            row = {"step": done, "epoch": epoch, **meter.read(betas), "lr": lr, "teacher/momentum": momentum}
-            row |= {"feature_weight": feature_weight, **clock.read(config.data.batch_size)}
+            row = {"step": done, "epoch": epoch, **meter.read(betas), "lr": lr}
+            if teacher is not None:
+                row |= {"teacher/momentum": momentum, "teacher/ramp": feature_weight}
+            row |= clock.read(config.data.batch_size)
+            betas.warn_if_held()
             stop_if_lost(row)
             print_progress(row, steps)
             if tracker is not None:
@@ -90,9 +95,10 @@ def pretrain(config: Config) -> None:
     weights = engine.encoder_weights()
     if is_main():
         export_encoder(weights, config, folder / "encoder")
-    files = show_run(config, engine.method, betas) if config.train.report else []
+    files = show_run(config, engine.method, betas, preview) if config.train.report else []
     if tracker is not None:
         tracker.finish(files)
+        run_folder.set_finished(config, steps)
     say(f"{folder}: {steps} steps done\n{summary(config)}")
 
 

@@ -4,9 +4,11 @@ An export is a folder with `encoder.safetensors` (fp32, timm's key names) and `c
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,10 +26,14 @@ def export_encoder(weights: dict[str, Tensor], config: Config, folder: Path) -> 
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
     if unexpected or missing != ["pos_embed"]:
         raise ValueError(f"these are not the encoder's weights: missing {missing}, unexpected {unexpected}")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(encoder.state_dict(), folder / WEIGHTS)
     settings = {"model": config.to_dict()["model"], "normalisation": config.data.normalisation, "preset": config.preset}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    unfinished = folder.with_name(folder.name + ".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file(encoder.state_dict(), unfinished / WEIGHTS)
+    (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
 
 
 def load_encoder(path: str | Path) -> Encoder:
@@ -42,14 +48,14 @@ def load_encoder(path: str | Path) -> Encoder:
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).exists():
             raise UserError(f"{path} is not an export: it has no {name}; name a finished run or its encoder/ folder")
-    settings = json.loads((folder / SETTINGS).read_text())
-    encoder = build_encoder(Config(model=ModelConfig(**settings["model"])))
-    weights = load_file(folder / WEIGHTS)
-    unlike = sorted(weights.keys() ^ encoder.state_dict().keys())
-    if unlike:
-        raise UserError(f"{folder / WEIGHTS} does not fit {SETTINGS} beside it: {', '.join(unlike[:5])}")
-    encoder.load_state_dict(weights)
-    encoder.normalisation = settings["normalisation"]
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        encoder = build_encoder(Config(model=ModelConfig(**settings["model"])))
+        encoder.normalisation = settings["normalisation"]
+        encoder.load_state_dict(load_file(folder / WEIGHTS))
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is not an export that this version reads: {reason}") from None
     return encoder.eval().requires_grad_(False)
 
 

@@ -1,5 +1,6 @@
 """Words -> config, and what a user sees of a mistake: one sentence, exit code 2, nothing left behind."""
 
+import ast
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def test_flags_override_the_preset():
         ("--data.bach_size 3", "the nearest is --data.batch_size"),
         ("--model.widht=3", "the nearest is --model.width"),
         ("--data.batch_size abc", "Error parsing --data.batch_size"),
-        ("--data.batch_size 0", "data.batch_size is 0: choose at least 1"),
+        ("--data.batch_size 0", "data.batch_size is 0: choose 1 or more"),
         ("--data.backend opencv", "invalid choice 'opencv'"),
         ("stray", "stray"),
         ("--pixel.taps 3 6 9 13", "its blocks are 1 to 12"),
@@ -58,11 +59,19 @@ def test_flags_override_the_preset():
         ("--pixel.decoder_heads 7", "pixel.decoder_heads 7"),
         ("--mask.ratio 1", "mask.ratio 1.0"),
         ("--mask.ratio 0.001", "mask.ratio 0.001"),
-        ("--teacher.momentum 1.5", "teacher.momentum 1.5"),
+        ("--teacher.momentum 1.5", "teacher.momentum is 1.5"),
         ("--dynamic.beta_init -0.5 -0.5", "dynamic.beta_init has 2 numbers: give 1, or 4"),
         ("--pixel.no_enabled --feature.no_enabled", "nothing is left to learn"),
         ("--data.crop_scale 0.5 0.2", "data.crop_scale"),
         ("--data.workers -1", "data.workers is -1"),
+        ("--model.patch_size 0", "model.patch_size is 0"),
+        ("--pixel.decoder_heads 0", "pixel.decoder_heads is 0"),
+        ("--mask.ratio nan", "mask.ratio is nan"),
+        ("--dynamic.beta_init nan", "dynamic.beta_init is nan"),
+        ("--optim.lr -1", "optim.lr is -1.0"),
+        ("--train.epochs 0", "train.epochs is 0.0"),
+        ("--dynamic.clamp 3 -16", "give the smaller number first"),
+        ("--preset demo --preset mae_vit_b16_100e", "more than once"),
     ],
 )
 def test_mistakes_are_one_sentence(words, message):
@@ -73,15 +82,20 @@ def test_mistakes_are_one_sentence(words, message):
 
 
 def test_every_field_is_read_by_code():
-    """A knob that nothing reads is a lie."""
-    code = ""
+    """A knob that nothing reads is a lie: each field is an attribute of something named after its section."""
+    read = set()
     for path in (ranks.ROOT / "ddae").rglob("*.py"):
-        if path.name not in ("config.py", "presets.py"):
-            code += path.read_text()
-    config = (ranks.ROOT / "ddae" / "config.py").read_text()
+        if path.name == "presets.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+                read.add((owner, node.attr))
+    known_as = {"": {"config", "self"}, "pixel": {"pixel", "branch"}, "feature": {"feature", "branch"}}
     for name in flatten(Config().to_dict()):
-        field = name.split(".")[-1]
-        assert f".{field}" in code or f"self.{name}" in config or f"config.{name}" in config, name
+        section, _, field = name.rpartition(".")
+        owners = known_as.get(section, {section, "config"})
+        assert any((owner, field) in read for owner in owners), name
 
 
 def pretrain(tmp_path, *words, world=1):
@@ -101,6 +115,13 @@ def test_show_prints_the_config_and_leaves(tmp_path):
     assert json.loads(shown)["optim"]["lr"] == 0.25
     assert json.loads(shown)["peak_lr"] == 0.25
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_told_by_one_rank(tmp_path):
+    (help_text, _, code), (silence, errors, other) = pretrain(tmp_path, "--help", world=2)
+    assert (code, other) == (0, 0), errors
+    assert "--optim.lr" in help_text
+    assert silence == ""
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,21 @@ def test_precision(precision, blocks):
         ({"gradient_accumulation_steps": 2}, 1, "gradient_accumulation_steps = 2"),
         ({"optimizer": {"type": "Adam"}}, 1, "'optimizer'"),
         ({"scheduler": {}}, 1, "'scheduler'"),
+        ({"bfloat16": {"enabled": False}}, 1, "'bfloat16'"),
+        ({"data_types": {"grad_accum_dtype": "fp16"}}, 1, "'data_types'"),
+        ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, 1, "torch_autocast.dtype"),
+        ({"bf16": True}, 1, "expected a block"),
+        ({"bf16": {"bf16_optimizer_states": True}}, 1, "bf16_optimizer_states"),
     ],
 )
 def test_contradictions_are_refused(settings, ranks, words):
     with pytest.raises(UserError, match=words):
         resolve(settings, CONFIG, ranks)
+
+
+def test_offload_keeps_the_configs_optimizer():
+    settings = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert resolve(settings, CONFIG, 1).json["zero_force_ds_cpu_optimizer"] is False
 
 
 def test_the_users_settings_are_kept_and_not_written_to():

@@ -160,6 +160,9 @@ def call(**changes):
     [
         ({"pred": torch.zeros(2, 5, 3)}, "pred is"),
         ({"target": torch.zeros(2, 5, 4)}, "target is"),
+        ({"target": torch.zeros(2, 5, 3, dtype=torch.int64)}, "target is"),
+        ({"tap_weight": torch.tensor([1, 1, torch.inf, 1])}, "tap_weight holds"),
+        ({"tap_weight": torch.ones(4, dtype=torch.bool)}, "tap_weight is"),
         ({"distance": torch.ones(2, 6)}, "distance is"),
         ({"distance": torch.zeros(2, 5)}, "not finite and above 0"),
         ({"beta": torch.zeros(3)}, "beta is"),
@@ -177,13 +180,14 @@ def test_bad_arguments_are_named(changes, word):
 
 
 def test_bad_images_are_named():
-    def pixels(pred_width=48, images=None, **options):
+    def pixels(pred_width=48, images=None, masked=None, **options):
         if images is None:
             images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
         vectors = torch.ones(1, 2), torch.zeros(1), torch.ones(1)
         options = {"patch": 4, "mean": MEAN, "std": STD} | options
+        pred = torch.zeros(1, 1, 2, pred_width)
         return dk.dynamic_pixel_mse(
-            torch.zeros(1, 1, 2, pred_width), images, torch.tensor([[0, 1]]), *vectors, **options
+            pred, images, torch.tensor([[0, 1]]) if masked is None else masked, *vectors, **options
         )
 
     pixels()
@@ -192,6 +196,9 @@ def test_bad_images_are_named():
         "do not divide": {"images": torch.zeros(1, 3, 8, 10, dtype=torch.uint8)},
         "has 48": {"pred_width": 20},
         "norm is": {"norm": "global"},
+        "names a patch outside": {"masked": torch.tensor([[0, 4]])},
+        "another number of patches": {"masked": torch.tensor([[True, False, False, False]])},
+        "masked is": {"masked": torch.tensor([[0, 1, 2]])},
     }.items():
         with pytest.raises(ValueError, match=word):
             pixels(**changes)

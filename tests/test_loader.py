@@ -1,13 +1,16 @@
+import io
 import itertools
 
 import numpy as np
 import pytest
 import torch
-from conftest import sample
+from conftest import picture, sample
+from PIL import Image
 
 from ddae.config import DataConfig
 from ddae.data import pillow
 from ddae.data.loader import Loader, Part, choose_backend, preview_images
+from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.errors import UserError
 
 CPU = torch.device("cpu")
@@ -50,12 +53,25 @@ def test_dali_and_pillow_give_the_same_batches(shards, workers):
         assert difference.max() <= 16
 
 
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+def test_images_are_read_as_they_are_stored(backend, tmp_path):
+    """EXIF's orientation is ignored by both back ends: boxes are of the stored image."""
+    pytest.importorskip("nvidia.dali")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    samples = []
+    for number in range(16):
+        image, buffer = picture(number).resize((120, 64)), io.BytesIO()
+        image.save(buffer, "JPEG", exif=rotated, quality=95)
+        samples.append(Sample(f"s{number}", buffer.getvalue(), 0, 120, 64))
+    write_manifest(tmp_path, {"train-000000.tar": write_shard(tmp_path / "train-000000.tar", samples)})
+    (batch,) = stream(tmp_path, backend, count=1)
+    (plain,) = stream(tmp_path, "pillow", count=1)
+    assert (batch.images.int() - plain.images.int()).abs().float().mean() < 1
+
+
 def test_pillow_crops_before_it_resizes():
     """Nothing outside the box is seen: a picture of two halves stays clean at the border."""
-    import io
-
-    from PIL import Image
-
     halves = np.zeros((64, 64, 3), np.uint8)
     halves[:, 32:] = 255
     buffer = io.BytesIO()
@@ -76,8 +92,9 @@ def test_synthetic_batches_need_no_data():
 
 
 def test_preview_shows_whole_images(shards):
-    images = preview_images(DataConfig(train=str(shards)), 32, 5)
+    images, held_out = preview_images(DataConfig(train=str(shards)), 32, 5)
     assert images.shape == (5, 3, 32, 32)
+    assert not held_out  # there are no validation shards
     opened = sample(0)
     side = min(opened.width, opened.height)
     box = (opened.width - side) // 2, (opened.height - side) // 2, side, side

@@ -79,6 +79,18 @@ def test_features_are_the_named_blocks_before_any_norm():
     assert first.shape == (2, 17, 24)
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 40, 40), (3, 32, 32), (1, 1, 32, 32)])
+def test_other_images_are_refused(shape):
+    with pytest.raises(ValueError, match="this encoder reads"):
+        build()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("layers", [[], [0], [4]])
+def test_other_layers_are_refused(layers):
+    with pytest.raises(ValueError, match="blocks from 1 to 3"):
+        build().features(torch.zeros(1, 3, 32, 32), layers)
+
+
 def test_timm_reads_the_encoder():
     """The same weights in timm's own ViT give the same tokens."""
     import timm

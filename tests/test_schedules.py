@@ -15,6 +15,11 @@ def test_learning_rate():
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
 
 
+def test_a_peak_below_the_floor_is_never_exceeded():
+    rates = [warmup_cosine(step, 50, 5, 1e-5, 1e-4) for step in range(50)]
+    assert max(rates) == 1e-5
+
+
 @pytest.mark.parametrize(
     "epoch, momentum", [(0, 0.999), (50, 0.99945), (100, 0.9999), (250, 0.999945), (400, 0.99999), (799, 0.99999)]
 )

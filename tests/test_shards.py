@@ -67,6 +67,16 @@ def spoil(kind, folder):
             manifest.write_text(manifest.read_text()[:-20])
         case "other manifest":
             manifest.write_text(json.dumps({"format": "else"}))
+        case "one size short":
+            content = json.loads(manifest.read_text())
+            content["shards"][shard.name]["sizes"].pop()
+            manifest.write_text(json.dumps(content))
+        case "binary manifest":
+            manifest.write_bytes(bytes(range(256)))
+        case "garbled index":
+            shard.with_suffix(".idx").write_text("v1.2 24\njpg x y z\n")
+        case "empty index":
+            shard.with_suffix(".idx").write_text("")
         case "unknown shard":
             (folder / "train-000009.tar").write_bytes(shard.read_bytes())
 
@@ -81,6 +91,10 @@ def spoil(kind, folder):
         "no manifest": "is missing",
         "broken manifest": "is not JSON",
         "other manifest": "is not a manifest",
+        "one size short": "does not say all",
+        "binary manifest": "is not JSON",
+        "garbled index": "without a jpg's offset",
+        "empty index": "make it again",
         "unknown shard": "is not in",
     }.items(),
 )

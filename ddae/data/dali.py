@@ -32,6 +32,7 @@ def crop_graph(size: int, device: str):
         normalized_anchor=False,
         normalized_shape=False,
         output_type=types.RGB,
+        adjust_orientation=False,  # boxes are of the image as it is stored, which is how Pillow reads it
     )
     images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
     return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])

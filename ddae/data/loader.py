@@ -175,7 +175,7 @@ def choose_backend(wanted: str) -> str:
     if wanted == "auto":
         return "dali" if installed else "pillow"
     if wanted == "dali" and not installed:
-        raise UserError("data.backend is 'dali', which is not installed: pip install 'ddae[cu13]' or choose 'pillow'")
+        raise UserError("data.backend is 'dali', which is not installed: pip install -e '.[cu13]' or choose 'pillow'")
     return wanted
 
 
@@ -185,13 +185,20 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def preview_images(config: DataConfig, size: int, count: int) -> Tensor:
-    """Images to look at, whole and unmirrored: of the validation shards beside the training ones, if there are any.
+class Preview(NamedTuple):
+    """Images to look at, whole and unmirrored."""
 
-    uint8 [count, 3, S, S], spread evenly over the data set; the synthetic back end has none, and gives zero of them.
+    images: Tensor  # uint8 [B, 3, S, S]
+    held_out: bool  # from validation shards
+
+
+def preview_images(config: DataConfig, size: int, count: int) -> Preview:
+    """Images spread evenly over the validation shards beside the training ones; over those if there are none.
+
+    The synthetic back end has no images, and gives zero of them.
     """
     if config.backend == "synthetic":
-        return torch.empty(0, 3, size, size, dtype=torch.uint8)
+        return Preview(torch.empty(0, 3, size, size, dtype=torch.uint8), held_out=False)
     folder = Path(config.train)
     split = "val" if folder.is_dir() and any(folder.glob("val-*.tar")) else "train"
     shards = open_shards(find_shards(config.train, split))
@@ -201,4 +208,4 @@ def preview_images(config: DataConfig, size: int, count: int) -> Tensor:
         side = min(width, height)
         box = (width - side) // 2, (height - side) // 2, side, side
         images.append(pillow.decode(shards.read(sample), box, False, size))
-    return torch.from_numpy(np.stack(images))
+    return Preview(torch.from_numpy(np.stack(images)), held_out=split == "val")

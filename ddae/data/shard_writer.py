@@ -30,6 +30,8 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
             writer.write({"__key__": sample.key, "jpg": sample.jpeg, "cls": str(sample.label).encode()})
             sizes.append([sample.width, sample.height])
     data = unfinished.read_bytes()
+    with open(unfinished) as file:
+        os.fsync(file.fileno())
     replace_text(path.with_suffix(".idx"), _index(unfinished))
     os.replace(unfinished, path)
     return {"samples": len(sizes), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "sizes": sizes}

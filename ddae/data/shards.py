@@ -72,6 +72,8 @@ def open_shards(paths: list[Path]) -> Shards:
         entry = manifests[path.parent]["shards"].get(path.name)
         if entry is None:
             raise UserError(f"{path} is not in {path.parent / MANIFEST}: shard the data again, or leave it out")
+        if {"samples", "bytes", "sha256", "sizes"} - entry.keys() or len(entry["sizes"]) != entry["samples"]:
+            raise UserError(f"{path.parent / MANIFEST} does not say all of {path.name}: shard the data again")
         if path.stat().st_size != entry["bytes"]:
             raise UserError(
                 f"{path} has {path.stat().st_size} bytes where its manifest says {entry['bytes']}: "
@@ -87,6 +89,8 @@ def open_shards(paths: list[Path]) -> Shards:
         sizes.append(np.asarray(entry["sizes"], np.int64).reshape(-1, 2))
         hashes.append(entry["sha256"])
     place, size = np.concatenate(offsets), np.concatenate(sizes)
+    if not len(place):
+        raise UserError(f"{paths[0].parent} holds shards without a single sample: run data_prep/ again")
     return Shards(
         paths=paths,
         first=np.concatenate([[0], np.cumsum(counts)]),
@@ -104,9 +108,13 @@ def _read_manifest(folder: Path) -> dict:
         raise UserError(f"{path} is missing: the shards beside it were not finished, run data_prep/ again")
     try:
         manifest = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of text
         raise UserError(f"{path} is not JSON ({error}): run data_prep/ again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if (
+        not isinstance(manifest, dict)
+        or manifest.get("format") != FORMAT
+        or not isinstance(manifest.get("shards"), dict)
+    ):
         raise UserError(f"{path} is not a manifest of the format {FORMAT}: run data_prep/ again")
     return manifest
 
@@ -116,14 +124,17 @@ def _read_index(shard: Path) -> np.ndarray:
     path = shard.with_suffix(".idx")
     if not path.exists():
         raise UserError(f"{shard} has no index {path.name} beside it: run data_prep/ again, or DALI's wds2idx")
-    header, *lines = path.read_text().splitlines()
-    if not header.startswith(INDEX_VERSION):
-        raise UserError(f"{path} is not an index of version {INDEX_VERSION}: make it again")
-    places = []
-    for line in lines:
-        parts = line.split(" ")
-        images = [i for i in range(0, len(parts) - 3, 4) if parts[i] == "jpg"]
-        if not images:
-            raise UserError(f"{path} has a sample without a jpg: {line!r}")
-        places.append((int(parts[images[0] + 1]), int(parts[images[0] + 2])))
+    try:
+        header, *lines = path.read_text().splitlines()
+        if not header.startswith(INDEX_VERSION):
+            raise UserError(f"{path} is not an index of version {INDEX_VERSION}: make it again")
+        places = []
+        for line in lines:
+            parts = line.split(" ")
+            image = next(i for i in range(0, len(parts) - 3, 4) if parts[i] == "jpg")
+            places.append((int(parts[image + 1]), int(parts[image + 2])))
+    except UserError:
+        raise
+    except (ValueError, StopIteration):
+        raise UserError(f"{path} has a line without a jpg's offset and size: make it again") from None
     return np.asarray(places, np.int64).reshape(-1, 2)

@@ -68,6 +68,7 @@ class Encoder(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, image_size: int, patch_size: int, positions: str):
         super().__init__()
         self.patch_size = patch_size
+        self.normalisation = "half"  # of the pixels it was trained on; a loaded encoder knows its own
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(patch_size, width)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -85,6 +86,9 @@ class Encoder(nn.Module):
         nothing is computed beyond the last of them. With `visible` (int64 [B, V]) the encoder sees those patches
         alone: T = 1 + V, otherwise 1 + N.
         """
+        height, width = (side * self.patch_size for side in self.grid)
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, height, width):
+            raise ValueError(f"images are {list(images.shape)}: this encoder reads [B, 3, {height}, {width}]")
         patches = patchify(images, self.patch_size)
         table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
         positions = table[:, 1:]
@@ -101,4 +105,6 @@ class Encoder(nn.Module):
 
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Tokens [B, 1 + N, D] after each of the blocks `layers` (counted from 1), before any norm."""
+        if not layers or min(layers) < 1 or max(layers) > len(self.blocks):
+            raise ValueError(f"layers are {list(layers)}: name blocks from 1 to {len(self.blocks)}")
         return self(images, layers=tuple(layers))

@@ -1,6 +1,6 @@
 """Exact Euclidean distance from each masked patch to the nearest visible one, on the patch grid.
 
-Squared distances are integers, so both passes below are exact in fp32 up to grids of 4096 patches a side: first the
+Squared distances are integers, so both passes below are exact in fp32 up to grids of 2,896 patches a side: first the
 nearest visible patch within each row, then over the rows,
 
     d^2(y, x) = min over y' of (y - y')^2 + min over x' with (y', x') visible of (x - x')^2.

@@ -66,9 +66,7 @@ def dynamic_mse(
     """
     check_impl(impl)
     _check_loss(pred, distance, beta, tap_weight, rescale_grad)
-    if target.shape not in (pred.shape, pred.shape[1:]):
-        raise ValueError(f"target is {_shape(target)}: expected {_shape(pred)} or {_shape(pred[0])}, to fit pred")
-    _check_device(pred, target=target)
+    _check_target(pred, target)
     return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
 
 
@@ -102,10 +100,7 @@ def dynamic_pixel_mse(
     if norm not in PATCH_NORMS:
         raise ValueError(f"norm is {norm!r}: choose one of {', '.join(PATCH_NORMS)}")
     _check_images(pred, images_u8, patch)
-    if masked.dtype == torch.bool:
-        masked = masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : distance.shape[1]]
-    if masked.shape != distance.shape or masked.dtype != torch.int64:
-        raise ValueError(f"masked is {masked.dtype} {_shape(masked)}: expected int64 {_shape(distance)}, as distance")
+    masked = _masked_positions(masked, distance, images_u8.shape[2] * images_u8.shape[3] // patch**2)
     _check_device(pred, images_u8=images_u8, masked=masked)
     published = PATCH_NORMS[norm]
     target = reference.pixel_target(
@@ -136,10 +131,13 @@ def dynamic_feature_mse(
 ) -> DynamicLoss:
     """`dynamic_mse` against features that pass a LayerNorm without affine first (paper Eq. 5), as does the
     prediction where norm_pred. Shapes as in `dynamic_mse`."""
+    check_impl(impl)
+    _check_loss(pred, distance, beta, tap_weight, rescale_grad)
+    _check_target(pred, target)
     dtype = reference.compute_dtype(pred, target)
     target = reference.plain_layer_norm(target, eps, dtype)
     pred = reference.plain_layer_norm(pred, eps, dtype) if norm_pred else pred
-    return dynamic_mse(pred, target, distance, beta, tap_weight, rescale_grad=rescale_grad, impl=impl)
+    return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
 
 
 def _weighted(
@@ -166,6 +164,8 @@ def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str) -> None:
         raise ValueError(f"distance is {distance.dtype} {_shape(distance)}: expected floats [B, M], none of them 0")
     if beta.ndim != 1 or not beta.is_floating_point():
         raise ValueError(f"beta is {beta.dtype} {_shape(beta)}: expected floats [K]")
+    if beta.device != distance.device:
+        raise ValueError(f"beta is on {beta.device}, distance on {distance.device}: move both to one device")
     if values_are_checked(distance) and not bool((distance.isfinite() & (distance > 0)).all()):
         raise ValueError("distance holds a value that is not finite and above 0: pass masked patches only")
     if values_are_checked(beta) and not bool(beta.isfinite().all()):
@@ -180,9 +180,33 @@ def _check_loss(pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor
     if distance.shape != (images, patches):
         raise ValueError(f"distance is {_shape(distance)}: expected [{images}, {patches}], to fit pred {_shape(pred)}")
     for name, tensor in (("beta", beta), ("tap_weight", tap_weight)):
-        if tensor.shape != (taps,):
-            raise ValueError(f"{name} is {_shape(tensor)}: expected [{taps}], one for each tap of pred")
+        if tensor.shape != (taps,) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype} {_shape(tensor)}: expected floats [{taps}], one a tap of pred")
+    if values_are_checked(tap_weight) and not bool(tap_weight.isfinite().all()):
+        raise ValueError("tap_weight holds a value that is not finite")
     _check_device(pred, distance=distance, beta=beta, tap_weight=tap_weight)
+
+
+def _check_target(pred: Tensor, target: Tensor) -> None:
+    if target.shape not in (pred.shape, pred.shape[1:]) or not target.is_floating_point():
+        wanted = f"{_shape(pred)} or {_shape(pred[0])}"
+        raise ValueError(f"target is {target.dtype} {_shape(target)}: expected floats {wanted}, to fit pred")
+    _check_device(pred, target=target)
+
+
+def _masked_positions(masked: Tensor, distance: Tensor, patches: int) -> Tensor:
+    """int64 [B, M] from positions or from a bool [B, N] that marks M patches in every row."""
+    images, count = distance.shape
+    if masked.dtype == torch.bool and masked.shape == (images, patches):
+        if values_are_checked(masked) and not bool((masked.sum(1) == count).all()):
+            raise ValueError(f"masked marks another number of patches than the {count} of distance in some row")
+        return masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :count]
+    if masked.shape != distance.shape or masked.dtype != torch.int64:
+        wanted = f"int64 {_shape(distance)}, as distance, or bool [{images}, {patches}]"
+        raise ValueError(f"masked is {masked.dtype} {_shape(masked)}: expected {wanted}")
+    if values_are_checked(masked) and not bool(((masked >= 0) & (masked < patches)).all()):
+        raise ValueError(f"masked names a patch outside 0 to {patches - 1}")
+    return masked
 
 
 def _check_images(pred: Tensor, images_u8: Tensor, patch: int) -> None:

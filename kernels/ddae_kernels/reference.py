@@ -11,8 +11,10 @@ and for predictions p and targets t (paper Eqs. 3 and 5, reduced as METHOD.md sa
 
     loss  = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * mean_d (p_kbid - t_kbid)^2
 
-Everything is computed in fp32, or in fp64 where an input is fp64.
+Everything is computed in fp32; in fp64 where a prediction or its target (for the weights: a distance or beta) is fp64.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,12 @@ def weighted_mse(
     return (tap_weight.to(dtype) * tap_loss).sum(), tap_loss, token_error
 
 
+@cache
+def _numbers(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """These numbers on the device, sent there once: a copy each step would stall the stream."""
+    return torch.tensor(values, device=device, dtype=dtype)
+
+
 def patchify(images: Tensor, patch: int) -> Tensor:
     """[B, 3, H, W] -> [B, N, P]: patches row by row, the numbers of a patch in (row, column, channel) order."""
     batch, channels, height, width = images.shape
@@ -87,7 +95,7 @@ def pixel_target(
     rows = masked[:, :, None].expand(-1, -1, patch * patch * 3)
     pixels = patchify(images_u8, patch).gather(1, rows).to(dtype) / 255
     pixels = pixels.unflatten(-1, (patch * patch, 3))  # [B, M, patch^2, 3]
-    pixels = (pixels - pixels.new_tensor(mean)) / pixels.new_tensor(std)
+    pixels = (pixels - _numbers(tuple(mean), pixels.device, dtype)) / _numbers(tuple(std), pixels.device, dtype)
     if norm != "none":
         over = (-2,) if norm == "per_channel" else (-2, -1)
         variance = pixels.var(over, unbiased=unbiased, keepdim=True)
