@@ -66,9 +66,10 @@ def on_grid(values: Tensor, mask: Mask, grid: tuple[int, int]) -> np.ndarray:
 
 
 def reconstruction_grid(
-    images: Tensor, mask: Mask, patch: int, rebuilt: dict[int, Tensor], betas: dict[int, float]
+    images: Tensor, mask: Mask, kinds: list[str], patch: int, rebuilt: dict[int, Tensor], betas: dict[int, float]
 ) -> Figure:
-    """Rows: images. Columns: input, visible patches, each tap's reconstruction, distances, each tap's weights."""
+    """Rows: images, each with the kind of its mask. Columns: input, visible patches, each tap's reconstruction,
+    distances, each tap's weights."""
     grid = images.shape[2] // patch, images.shape[3] // patch
     distance = masked_distance(mask, grid)
     pictures = [("input", images.float() / 255), ("visible", hide(images, mask, patch))]
@@ -79,7 +80,10 @@ def reconstruction_grid(
         maps.append((f"weight {tap}, β={beta:.2f}", on_grid(weight, mask, grid), (0, 1)))
     columns = len(pictures) + len(maps)
     figure, axes = plt.subplots(len(images), columns, figsize=(1.45 * columns, 1.52 * len(images)), squeeze=False)
-    for row in range(len(images)):
+    for row, kind in enumerate(kinds):
+        axes[row, 0].text(
+            -0.08, 0.5, kind, rotation=90, va="center", ha="center", transform=axes[row, 0].transAxes, size=7
+        )
         for column, (title, picture) in enumerate(pictures):
             _show(axes[row, column], picture[row].permute(1, 2, 0).cpu().numpy(), title if row == 0 else "")
         for column, (title, values, limits) in enumerate(maps, len(pictures)):

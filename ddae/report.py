@@ -16,14 +16,15 @@ from ddae.betas import Betas
 from ddae.config import Config, flatten
 from ddae.data.loader import Preview
 from ddae.distributed import device, is_main
-from ddae.masks import sample_mask
+from ddae.masks import Mask, sample_mask
 from ddae.method import Method, tap_name
 from ddae.tracker import read_metrics
 
 NUM_IMAGES = 8
 CAPTIONS = {
-    "reconstructions": "{images} images (left), the patches that the encoder sees, what the decoder rebuilds from "
-    "each tapped block, the distance of each masked patch to the nearest visible one, and each block's weights.",
+    "reconstructions": "{images} images (left), the patches that the encoder sees (rows take turns between the run's "
+    "own masks and random ones), what the decoder rebuilds from each tapped block, the distance of each masked patch "
+    "to the nearest visible one, and each block's weights.",
     "losses": "Mean squared error of masked patches by tapped block: plain means, not weighted by distance.",
     "betas": "The learnable exponents: below 0 a block works on patches near visible ones, above 0 on far ones.",
     "weights": "How much a masked patch counts at each distance, with the betas at the end.",
@@ -43,14 +44,18 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
     if config.pixel.enabled:
         images = preview.images.to(device())
         if len(images):
+            kinds = [config.mask.kind if i % 2 == 0 else "random" for i in range(len(images))]
             seeds = torch.arange(len(images)) + 1
-            mask = sample_mask(config.mask.kind, seeds, config.grid, config.num_masked).to(images.device)
+            by_row = [
+                sample_mask(k, s[None], config.grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)
+            ]
+            mask = Mask(*(torch.cat(positions).to(images.device) for positions in zip(*by_row, strict=True)))
             rebuilt = figures.reconstruct(method, images, mask)
             prefix = "" if config.dynamic.shared else "pixel/"
             names = {tap: prefix + tap_name(tap) for tap in config.pixel.taps}
             values = {tap: by_name[name] for tap, name in names.items() if name in by_name and config.pixel.dynamic}
             drawn["reconstructions"] = figures.reconstruction_grid(
-                images, mask, config.model.patch_size, rebuilt, values
+                images, mask, kinds, config.model.patch_size, rebuilt, values
             )
     if not is_main():
         return []
