@@ -31,6 +31,7 @@ def export_encoder(weights: dict[str, Tensor], config: Config, folder: Path) -> 
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
     save_file(encoder.state_dict(), unfinished / WEIGHTS)
+    (unfinished / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
     (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
