@@ -33,7 +33,7 @@ lint: $(READY)
 # pillow-simd has pillow's import name: one of the two is installed, never both.
 simd: $(READY)
 	$(BIN)/pip uninstall --quiet --yes pillow pillow-simd
-	CC="cc -mavx2" $(BIN)/pip install --quiet --no-binary pillow-simd pillow-simd
+	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-binary pillow-simd pillow-simd
 	$(BIN)/python -c "import PIL; print('pillow-simd', PIL.__version__)"
 
 clean:
