@@ -78,6 +78,8 @@ class Engine:
             model=method, optimizer=optimizer, config=resolved.json, dist_init_required=False
         )
         self.stage = self.deepspeed.zero_optimization_stage()
+        if self.stage == 0:
+            optimizer.state.clear()  # in bf16 DeepSpeed has stepped on zero gradients, which Adam would count
         self.device = device()
 
     @property

@@ -10,7 +10,7 @@ from ddae.betas import Betas
 from ddae.branches import Inputs
 from ddae.checkpoint import Checkpoints
 from ddae.config import Config
-from ddae.data.loader import Batch, Loader, Part, preview_images
+from ddae.data.loader import Batch, Loader, Part, Preview, preview_images
 from ddae.distributed import agree, barrier, device, is_main, rank, world_size
 from ddae.engine import Engine, start_process_group
 from ddae.masks import masked_distance, sample_mask
@@ -20,7 +20,7 @@ from ddae.model.teacher import Teacher
 from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
-from ddae.tracker import start_tracker
+from ddae.tracker import Tracker, start_tracker
 from ddae.weights import empty_encoder, export_encoder
 
 
@@ -92,12 +92,8 @@ def pretrain(config: Config) -> None:
             checkpoints.save(done, engine, teacher, betas, loader.fingerprint)
 
     loader.close()
-    weights = engine.encoder_weights()
+    finish(config, engine, betas, preview, tracker)
     if is_main():
-        export_encoder(weights, config, folder / "encoder")
-    files = show_run(config, engine.method, betas, preview) if config.train.report else []
-    if tracker is not None:
-        tracker.finish(files)
         run_folder.set_finished(config, steps)
     say(f"{folder}: {steps} steps done\n{summary(config)}")
 
@@ -118,6 +114,16 @@ def forward(
     return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight))
 
 
+def finish(config: Config, engine: Engine, betas: Betas, preview: Preview, tracker: Tracker | None) -> None:
+    """Export the encoder and draw the report; all ranks call it, for the weights may be spread over them."""
+    weights = engine.encoder_weights()
+    if is_main():
+        export_encoder(weights, config, Path(config.folder) / "encoder")
+    files = show_run(config, engine.method, betas, preview) if config.train.report else []
+    if tracker is not None:
+        tracker.finish(files)
+
+
 def build_teacher(config: Config, engine: Engine) -> Teacher | None:
     """The momentum encoder, equal to the student; None where no branch asks for it."""
     if not config.feature.enabled:
@@ -135,7 +141,10 @@ def momentum_at(config: Config, epoch: float) -> float:
 def stop_if_lost(row: dict[str, float]) -> None:
     """RuntimeError where the loss is no longer a number: later checkpoints would be worthless."""
     if row["loss/total"] != row["loss/total"]:
-        raise RuntimeError(f"the loss is not a number at step {row['step']}: resume with a lower --optim.lr")
+        raise RuntimeError(
+            f"the loss is not a number at step {row['step']}: the last checkpoint is from before, "
+            "resume from it on other hardware, or begin another --run_dir with a lower --optim.lr"
+        )
 
 
 def say(text: str) -> None:

@@ -1,4 +1,4 @@
-"""Small data for every test: shards of generated photographs-like images, made once a session."""
+"""Small data for every test: shards of generated images that are smooth as photographs are, made once a session."""
 
 import io
 import os

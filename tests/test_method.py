@@ -117,7 +117,7 @@ def test_gradients_reach_what_they_should():
 
 
 def test_presets_are_lists_of_branches():
-    """design: MAE [12] plain, D-MAE [12] dynamic, DS-MAE four plain, DDS-MAE four dynamic, DDAE both branches."""
+    """MAE [12] plain, D-MAE [12] dynamic, DS-MAE four plain, DDS-MAE four dynamic, DDAE both branches."""
     wanted = {
         "mae": ((12,), False, False),
         "d_mae": ((12,), True, False),
