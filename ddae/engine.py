@@ -51,6 +51,13 @@ def start_process_group() -> None:
             ) from None
 
 
+def stop_process_group() -> None:
+    """Leave together: a rank that goes early breaks the connections of one that still draws or uploads."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def _remove_buffers() -> None:
     """DeepSpeed's shared-memory buffers on the CPU (69 MB a rank) outlive their process: remove this rank's."""
     for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"):

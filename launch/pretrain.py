@@ -9,9 +9,12 @@ from ddae.config import Config
 
 
 def main(config: Config) -> None:
-    from ddae.train import pretrain  # DeepSpeed takes seconds to import; mistakes in the flags are told before
+    # DeepSpeed takes seconds to import; mistakes in the flags are told before.
+    from ddae.engine import stop_process_group
+    from ddae.train import pretrain
 
     pretrain(config)
+    stop_process_group()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,8 @@ def run_all(count: int, runs: list[list[str]], timeout: int = 300) -> str:
         for rank in ranks:
             rank.kill()
         clean(ranks)
-    assert all(rank.returncode == 0 for rank in ranks), said[0][-3000:] + said[-1][-3000:]
+    codes = [rank.returncode for rank in ranks]
+    assert codes == [0] * count, "\n".join(["exit codes", str(codes), *(text[-3000:] for text in said)])
     return said[0]
 
 
@@ -84,7 +85,9 @@ def column(run_dir, name: str = "loss/total") -> list[float]:
 
 if __name__ == "__main__":
     from ddae.cli import parse
+    from ddae.engine import stop_process_group
     from ddae.train import pretrain
 
     for line in sys.stdin:
         pretrain(parse(json.loads(line)))
+    stop_process_group()
