@@ -202,7 +202,7 @@ def check(config: Config) -> None:
     for name, branch in (("pixel", config.pixel), ("feature", config.feature)):
         if branch.enabled:
             _check_branch(name, branch, model.depth)
-    betas, taps = len(config.dynamic.beta_init), num_betas(config)
+    betas, taps = len(config.dynamic.beta_init), len(beta_names(config))
     if taps and betas not in (1, taps):
         raise UserError(f"dynamic.beta_init has {betas} numbers: give 1, or {taps}, one for each dynamic tap")
     for name, (low, high) in {"data.crop_scale": config.data.crop_scale, "dynamic.clamp": config.dynamic.clamp}.items():
@@ -255,7 +255,15 @@ def _check_branch(name: str, branch: PixelConfig | FeatureConfig, depth: int) ->
         )
 
 
-def num_betas(config: Config) -> int:
-    """How many betas the method has: one for each tap of a dynamic branch, shared by branches or not."""
-    taps = [branch.taps for branch in (config.pixel, config.feature) if branch.enabled and branch.dynamic]
-    return len(set().union(*taps)) if config.dynamic.shared else sum(map(len, taps))
+def tap_name(tap: int) -> str:
+    """A tap's name in metrics: tap_03."""
+    return f"tap_{tap:02d}"
+
+
+def beta_names(config: Config) -> list[str]:
+    """One name for each beta: tap_03 where branches share them, pixel/tap_03 where they do not."""
+    branches = {"pixel": config.pixel, "feature": config.feature}
+    dynamic = {name: branch for name, branch in branches.items() if branch.enabled and branch.dynamic}
+    if config.dynamic.shared:
+        return [tap_name(tap) for tap in sorted({tap for branch in dynamic.values() for tap in branch.taps})]
+    return [f"{name}/{tap_name(tap)}" for name, branch in dynamic.items() for tap in branch.taps]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from ddae.betas import Betas
+from ddae.config import tap_name
 from ddae.distributed import is_main, mean_over_ranks
-from ddae.method import Losses, Method, tap_name
+from ddae.method import Losses, Method
 
 
 class Meter:

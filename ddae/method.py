@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddae.branches import Branch, FeatureBranch, Inputs, PixelBranch
-from ddae.config import Config
+from ddae.config import Config, beta_names, tap_name
 from ddae.model.decoder import Decoder
 from ddae.model.vit import Encoder, initialise
 from ddae.patches import normalise
@@ -87,16 +87,3 @@ def build_method(config: Config) -> Method:
     method = Method(build_encoder(config), branches, config.data.normalisation)
     initialise(method, torch.Generator().manual_seed(config.train.seed))
     return method
-
-
-def tap_name(tap: int) -> str:
-    """A tap's name in metrics: tap_03."""
-    return f"tap_{tap:02d}"
-
-
-def beta_names(config: Config) -> list[str]:
-    """One name for each beta: tap_03 where branches share them, pixel/tap_03 where they do not."""
-    dynamic = {n: b for n, b in (("pixel", config.pixel), ("feature", config.feature)) if b.enabled and b.dynamic}
-    if config.dynamic.shared:
-        return [tap_name(tap) for tap in sorted({tap for branch in dynamic.values() for tap in branch.taps})]
-    return [f"{name}/{tap_name(tap)}" for name, branch in dynamic.items() for tap in branch.taps]

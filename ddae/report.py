@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from ddae import figures
 from ddae.betas import Betas
-from ddae.config import Config, flatten
+from ddae.config import Config, flatten, tap_name
 from ddae.data.loader import Preview
 from ddae.distributed import device, is_main
 from ddae.masks import Mask, sample_mask
-from ddae.method import Method, tap_name
+from ddae.method import Method
 from ddae.tracker import read_metrics
 
 NUM_IMAGES = 8

@@ -9,19 +9,19 @@ from ddae import ds_config, run_folder
 from ddae.betas import Betas
 from ddae.branches import Inputs
 from ddae.checkpoint import Checkpoints
-from ddae.config import Config
+from ddae.config import Config, beta_names
 from ddae.data.loader import Batch, Loader, Part, Preview, preview_images
 from ddae.distributed import agree, barrier, device, is_main, rank, world_size
 from ddae.engine import Engine, start_process_group
 from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Clock, Meter, print_progress
-from ddae.method import Losses, beta_names, build_method
+from ddae.method import Losses, build_encoder, build_method
 from ddae.model.teacher import Teacher
 from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.tracker import Tracker, start_tracker
-from ddae.weights import empty_encoder, export_encoder
+from ddae.weights import export_encoder
 
 
 def pretrain(config: Config) -> None:
@@ -128,7 +128,7 @@ def build_teacher(config: Config, engine: Engine) -> Teacher | None:
     """The momentum encoder, equal to the student; None where no branch asks for it."""
     if not config.feature.enabled:
         return None
-    encoder = empty_encoder(config, engine.dtype, engine.device)
+    encoder = build_encoder(config).to(engine.device, engine.dtype)
     return Teacher(encoder, engine.encoder_fragments(), engine.sharded)
 
 
@@ -139,11 +139,11 @@ def momentum_at(config: Config, epoch: float) -> float:
 
 
 def stop_if_lost(row: dict[str, float]) -> None:
-    """RuntimeError where the loss is no longer a number: later checkpoints would be worthless."""
+    """RuntimeError where the loss is no longer a number: the checkpoints that follow would be worthless."""
     if row["loss/total"] != row["loss/total"]:
         raise RuntimeError(
-            f"the loss is not a number at step {row['step']}: the last checkpoint is from before, "
-            "resume from it on other hardware, or begin another --run_dir with a lower --optim.lr"
+            f"the loss is not a number at step {row['step']}: begin another --run_dir with a lower --optim.lr, "
+            "or remove the checkpoints since it went wrong and run again"
         )
 
 

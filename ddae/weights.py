@@ -7,7 +7,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -58,8 +57,3 @@ def load_encoder(path: str | Path) -> Encoder:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} is not an export that this version reads: {reason}") from None
     return encoder.eval().requires_grad_(False)
-
-
-def empty_encoder(config: Config, dtype: torch.dtype, device: torch.device) -> Encoder:
-    """An encoder whose weights are yet to come, in the given precision."""
-    return build_encoder(config).to(device=device, dtype=dtype)
