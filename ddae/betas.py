@@ -3,7 +3,7 @@
 They stand outside the DeepSpeed engine: bf16 would round them and a clipping of the encoder's gradients would clip
 them. Their gradient has three parts, of the global batch each (B images, K betas, M masked patches):
 
-    the loss's                  by autograd, averaged over accumulation and ranks here
+    the loss's                  by autograd, summed over accumulation; averaged over ranks here
     norm_weight * sum_k R_k     R_k = sqrt(norm_batch * mean_b sum_i w_kbi^2), the norm of Eq. 6; its mean runs over
                                 all images of the step, so S_k = R_k^2 / norm_batch is averaged before the root
     coupled_l2 / 2 * beta^2     keeps beta from running away (METHOD.md, "What holds beta")
@@ -52,7 +52,7 @@ class Betas:
     def step(self, lr: float, applied: bool) -> None:
         """Complete the gradient over accumulation and ranks, and follow it where the engine took its step too.
 
-        The loss's own part is in values.grad, already divided by the number of micro-batches.
+        The loss's own part is in values.grad: summed over the micro-batches, each of which is a share of the step.
         """
         self.last_values = self.values.detach().clone()
         if self.names:

@@ -27,6 +27,8 @@ class Inputs(NamedTuple):
     betas: Tensor  # float32: all betas of the method
     teacher_tokens: Tensor | None  # [K, B, M, D]: after the feature branch's taps, at masked patches
     feature_weight: Tensor  # float32 []: the feature branch's ramp, 0 to 1
+    share: float  # 1 / micro-batches of a step, taken within the loss: its gradient needs no scaling afterwards
+    kernels: str  # implementation of the loss: auto, reference or triton
 
 
 class Branch(nn.Module):
@@ -48,7 +50,7 @@ class Branch(nn.Module):
 
     def weights(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """beta [K] and tap weight [K]. A branch that is not dynamic has beta 0: all weights are exactly 1."""
-        tap_weight = constant(self.tap_weights, inputs.betas.device)
+        tap_weight = constant(tuple(inputs.share * weight for weight in self.tap_weights), inputs.betas.device)
         if not self.beta_places:
             return torch.zeros_like(tap_weight), tap_weight
         return torch.stack([inputs.betas[place] for place in self.beta_places]), tap_weight
@@ -77,6 +79,7 @@ class PixelBranch(Branch):
             std=self.std,
             norm=self.norm,
             rescale_grad=self.rescale_grad,
+            impl=inputs.kernels,
         )
 
 
@@ -92,4 +95,5 @@ class FeatureBranch(Branch):
             beta,
             tap_weight * inputs.feature_weight,
             rescale_grad=self.rescale_grad,
+            impl=inputs.kernels,
         )

@@ -107,6 +107,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     precision: Literal["bf16", "autocast", "fp32"] = "bf16"  # bf16 weights, fp32 masters; bf16 products
+    kernels: Literal["auto", "reference", "triton"] = "auto"  # of the loss; auto: Triton on a GPU, else plain torch
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ class Config:
 # grow with train.extend; the data set is compared by its content).
 FREE_ON_RESUME = {
     *("preset", "run_dir", "ds_config", "allow_scratch", "data.train", "data.backend", "data.workers"),
+    "engine.kernels",
     *(
         "train.log_every",
         "train.save_every",

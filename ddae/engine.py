@@ -112,8 +112,8 @@ class Engine:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch, divided by the number of micro-batches in a step."""
-        self.deepspeed.backward(loss)
+        """Gradients of one micro-batch, whose loss is a share of the step's: an upstream gradient of exactly 1."""
+        self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> bool:
         """End a micro-batch; after a step's last one update the weights. Whether they were updated."""

@@ -61,11 +61,11 @@ def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int
     return Mask(visible=order[:, :num_visible], masked=order[:, num_visible:])
 
 
-def masked_distance(mask: Mask, grid: tuple[int, int]) -> Tensor:
+def masked_distance(mask: Mask, grid: tuple[int, int], kernels: str = "reference") -> Tensor:
     """Distance of each masked patch to the nearest visible one, in patch units: float32 [B, M]."""
     is_masked = torch.ones(len(mask.visible), grid[0] * grid[1], dtype=torch.bool, device=mask.visible.device)
     is_masked.scatter_(1, mask.visible, False)
-    return dk.patch_distance(is_masked, grid).gather(1, mask.masked)
+    return dk.patch_distance(is_masked, grid, impl=kernels).gather(1, mask.masked)
 
 
 def _rectangles(seeds: Tensor, grid: tuple[int, int], target: int, max_block: int) -> Tensor:

@@ -39,7 +39,9 @@ class Meter:
     def read(self, betas: Betas) -> dict[str, float]:
         """Means over the global batch, the betas that the step used and their gradient; all ranks call it."""
         assert self._sums is not None
-        means = mean_over_ranks(self._sums / self._micro_batches)
+        means = self._sums / self._micro_batches
+        means[0] = self._sums[0]  # a share of the step already
+        means = mean_over_ranks(means)
         means[0] += betas.regulariser
         values = torch.cat([means, betas.last_values, betas.gradient]).tolist()  # the one look at the device
         names = self.names + [f"beta/{name}" for name in betas.names] + [f"grad/beta/{name}" for name in betas.names]

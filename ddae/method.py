@@ -18,7 +18,10 @@ from ddae.patches import normalise
 
 
 class Losses(NamedTuple):
-    """The loss to differentiate (the betas' own regulariser is added by betas.py), and its parts by branch."""
+    """The loss to differentiate (the betas' own regulariser is added by betas.py), and its parts by branch.
+
+    total is a share of the step's loss: summed over the micro-batches of a step it is their mean.
+    """
 
     total: Tensor
     branches: dict[str, dk.DynamicLoss]

@@ -1,9 +1,11 @@
 """Pretraining, from a config to a finished run folder: build, resume, loop, show."""
 
 import gc
+import logging
 from pathlib import Path
 
 import torch
+from ddae_kernels.implementation import choose
 
 from ddae import ds_config, run_folder
 from ddae.betas import Betas
@@ -13,6 +15,7 @@ from ddae.config import Config, beta_names
 from ddae.data.loader import Batch, Loader, Part, Preview, preview_images
 from ddae.distributed import agree, barrier, device, is_main, rank, world_size
 from ddae.engine import Engine, start_process_group
+from ddae.errors import UserError
 from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Clock, Meter, print_progress
 from ddae.method import Losses, build_encoder, build_method
@@ -38,6 +41,7 @@ def pretrain(config: Config) -> None:
         say(f"{folder} is complete: {newest.step} of {steps} steps\n{summary(config)}")
         return
 
+    kernels = loss_kernels(config)
     start_process_group()
     agree(backend=loader.backend, newest=newest and newest.step, samples=loader.num_samples)
     engine = Engine(build_method(config), config.optim, resolved)
@@ -48,11 +52,12 @@ def pretrain(config: Config) -> None:
     if is_main():
         run_folder.write(config, resolved.json)
         checkpoints.set_aside_beyond(start)
-    tracker = start_tracker(config.tracker, folder, start, config.to_dict()) if is_main() else None
+    params = config.to_dict() | {"loss_kernels": kernels}
+    tracker = start_tracker(config.tracker, folder, start, params) if is_main() else None
     say(
         f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
         f"({part.accumulation} x {part.micro_batch} each), {loader.num_samples} images from {loader.backend}, "
-        f"{config.engine.precision}, ZeRO {engine.stage}, loss kernels: reference"
+        f"{config.engine.precision}, ZeRO {engine.stage}, loss kernels: {kernels}"
     )
 
     batches, meter, clock = loader.batches(start), Meter(engine.method), Clock()
@@ -68,7 +73,7 @@ def pretrain(config: Config) -> None:
         for _ in range(part.accumulation):
             with clock.waiting():
                 batch = next(batches)
-            losses = forward(config, engine, teacher, betas, batch, feature_weight)
+            losses = forward(config, engine, teacher, betas, batch, feature_weight, 1 / part.accumulation, kernels)
             engine.backward(losses.total)
             applied = engine.update(lr)
             meter.add(losses)
@@ -98,12 +103,28 @@ def pretrain(config: Config) -> None:
     say(f"{folder}: {steps} steps done\n{summary(config)}")
 
 
+def loss_kernels(config: Config) -> str:
+    """The implementation of the loss that serves this device; UserError where the one asked for cannot."""
+    logging.getLogger("ddae_kernels").setLevel(logging.ERROR)  # the run's first line says what was chosen
+    try:
+        return choose(config.engine.kernels, device())
+    except ValueError as error:
+        raise UserError(f"--engine.kernels {config.engine.kernels}: {error}") from None
+
+
 def forward(
-    config: Config, engine: Engine, teacher: Teacher | None, betas: Betas, batch: Batch, feature_weight: float
+    config: Config,
+    engine: Engine,
+    teacher: Teacher | None,
+    betas: Betas,
+    batch: Batch,
+    feature_weight: float,
+    share: float,
+    kernels: str,
 ) -> Losses:
     """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
     mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
-    distance = masked_distance(mask, config.grid)
+    distance = masked_distance(mask, config.grid, kernels)
     targets = None
     if teacher is not None:
         pixels = normalise(batch.images, config.data.normalisation, engine.dtype)
@@ -111,7 +132,7 @@ def forward(
             targets = teacher.targets(pixels, config.feature.taps, mask.masked)
     betas.add_norm(distance)
     weight = torch.full((), feature_weight, device=engine.device)
-    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight))
+    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels))
 
 
 def finish(config: Config, engine: Engine, betas: Betas, preview: Preview, tracker: Tracker | None) -> None:

@@ -37,7 +37,7 @@ def step(config, dtype=torch.float64, images=3, feature_weight=1.0, first_beta=0
     names = beta_names(config)
     betas = torch.tensor([BETAS[(first_beta + i) % 4] for i in range(len(names))], dtype=dtype, requires_grad=True)
     weight = torch.tensor(feature_weight, dtype=dtype)
-    losses = method(Inputs(pixels, mask, distance, betas, teacher, weight))
+    losses = method(Inputs(pixels, mask, distance, betas, teacher, weight, 1.0, "reference"))
     return method, pixels, mask, distance.numpy(), betas, teacher.numpy(), losses
 
 

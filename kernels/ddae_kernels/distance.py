@@ -6,25 +6,10 @@ nearest visible patch within each row, then over the rows,
     d^2(y, x) = min over y' of (y - y')^2 + min over x' with (y', x') visible of (x - x')^2.
 """
 
-import os
-
 import torch
 from torch import Tensor
 
-IMPLEMENTATIONS = ("auto", "reference", "triton")
-
-
-def check_impl(impl: str) -> None:
-    """ValueError unless `impl` can serve; "auto" picks the reference, the only implementation of this version."""
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
-    if impl == "triton":
-        raise ValueError("impl='triton' is not part of this version: use impl='auto' or impl='reference'")
-
-
-def values_are_checked(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on CPU, or anywhere under DDAE_CHECK=1 (on a GPU a look stalls the stream)."""
-    return tensor.device.type == "cpu" or os.environ.get("DDAE_CHECK") == "1"
+from ddae_kernels.implementation import choose, values_are_checked
 
 
 def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") -> Tensor:
@@ -34,7 +19,6 @@ def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") ->
     Raises ValueError for another shape or dtype, and (values: CPU or DDAE_CHECK=1) for an image without a visible
     patch; unchecked, the distances of such an image are infinite.
     """
-    check_impl(impl)
     height, width = grid
     if masked.ndim != 2 or masked.shape[1] != height * width:
         raise ValueError(f"masked is {tuple(masked.shape)}: expected [B, {height * width}] for the grid {grid}")
@@ -42,6 +26,10 @@ def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") ->
         raise ValueError(f"masked is {masked.dtype}: expected bool, True where a patch is masked")
     if values_are_checked(masked) and bool(masked.all(1).any()):
         raise ValueError("masked has an image without a visible patch: its distances are undefined")
+    if choose(impl, masked.device) == "triton":
+        from ddae_kernels import operators  # at need: it imports Triton, which may not be there
+
+        return operators.patch_distance(masked, *grid)
     cost = torch.zeros(masked.shape, device=masked.device).masked_fill_(masked, torch.inf).view(-1, height, width)
     cost = (cost[:, :, None, :] + _squared_offsets(width, cost)).amin(-1)  # nearest within the row
     cost = (cost[:, None, :, :] + _squared_offsets(height, cost)[:, :, None]).amin(2)  # nearest over the rows

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddae_kernels import reference
-from ddae_kernels.distance import check_impl, values_are_checked
+from ddae_kernels.implementation import choose, values_are_checked
 
 RESCALE_GRADS = ("full", "detach")
 PATCH_NORMS = {"per_channel": (False, 1e-5), "joint": (True, 1e-6), "none": (False, 0.0)}  # norm -> unbiased, eps
@@ -62,12 +62,16 @@ def dynamic_mse(
     pred [K, B, M, D]; target [B, M, D], shared by the taps, or [K, B, M, D]; distance [B, M] of the masked patches in
     patch units; beta [K]; tap_weight [K]. Differentiable in pred and beta; inputs are never written to. Computed in
     fp32, in fp64 for fp64 inputs. rescale_grad: "full" differentiates through the re-scale's maximum, "detach" not.
+    impl: "auto" is Triton for CUDA tensors and the reference elsewhere; "triton" never falls back to the reference.
+    Triton allows one backward a call, and copies inputs that are not contiguous first.
     Raises ValueError for shapes, dtypes, devices that do not fit, and for values (CPU, or DDAE_CHECK=1).
     """
-    check_impl(impl)
     _check_loss(pred, distance, beta, tap_weight, rescale_grad)
     _check_target(pred, target)
-    return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
+    weights = distance, beta, tap_weight, rescale_grad
+    if choose(impl, pred.device, pred.dtype, target.dtype) == "triton":
+        return _in_triton(pred, target, *weights)
+    return _detached(*reference.weighted_mse(pred, target, *weights))
 
 
 def dynamic_pixel_mse(
@@ -95,26 +99,21 @@ def dynamic_pixel_mse(
     unbiased (variance over n - 1) and eps (added to the variance, in units after mean and std) default to each
     norm's published form: per_channel False, 1e-5 (BootMAE); joint True, 1e-6 (MAE).
     """
-    check_impl(impl)
     _check_loss(pred, distance, beta, tap_weight, rescale_grad)
     if norm not in PATCH_NORMS:
         raise ValueError(f"norm is {norm!r}: choose one of {', '.join(PATCH_NORMS)}")
     _check_images(pred, images_u8, patch)
     masked = _masked_positions(masked, distance, images_u8.shape[2] * images_u8.shape[3] // patch**2)
     _check_device(pred, images_u8=images_u8, masked=masked)
-    published = PATCH_NORMS[norm]
-    target = reference.pixel_target(
-        images_u8,
-        masked,
-        patch,
-        mean,
-        std,
-        norm,
-        published[0] if unbiased is None else unbiased,
-        published[1] if eps is None else eps,
-        reference.compute_dtype(pred),
-    )
-    return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
+    unbiased = PATCH_NORMS[norm][0] if unbiased is None else unbiased
+    eps = PATCH_NORMS[norm][1] if eps is None else eps
+    weights = distance, beta, tap_weight, rescale_grad
+    if choose(impl, pred.device, pred.dtype) == "triton":
+        how = {"masked": masked, "patch": patch, "mean": mean, "std": std}
+        return _in_triton(pred, images_u8, *weights, norm=norm, unbiased=unbiased, eps=eps, **how)
+    dtype = reference.compute_dtype(pred)
+    target = reference.pixel_target(images_u8, masked, patch, mean, std, norm, unbiased, eps, dtype)
+    return _detached(*reference.weighted_mse(pred, target, *weights))
 
 
 def dynamic_feature_mse(
@@ -131,19 +130,24 @@ def dynamic_feature_mse(
 ) -> DynamicLoss:
     """`dynamic_mse` against features that pass a LayerNorm without affine first (paper Eq. 5), as does the
     prediction where norm_pred. Shapes as in `dynamic_mse`."""
-    check_impl(impl)
     _check_loss(pred, distance, beta, tap_weight, rescale_grad)
     _check_target(pred, target)
+    weights = distance, beta, tap_weight, rescale_grad
+    if choose(impl, pred.device, pred.dtype, target.dtype) == "triton":
+        return _in_triton(pred, target, *weights, norm="token", eps=eps, norm_pred=norm_pred)
     dtype = reference.compute_dtype(pred, target)
     target = reference.plain_layer_norm(target, eps, dtype)
     pred = reference.plain_layer_norm(pred, eps, dtype) if norm_pred else pred
-    return _weighted(pred, target, distance, beta, tap_weight, rescale_grad)
+    return _detached(*reference.weighted_mse(pred, target, *weights))
 
 
-def _weighted(
-    pred: Tensor, target: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str
-) -> DynamicLoss:
-    loss, tap_loss, token_error = reference.weighted_mse(pred, target, distance, beta, tap_weight, rescale_grad)
+def _in_triton(*arguments, **options) -> DynamicLoss:
+    from ddae_kernels import operators  # at need: it imports Triton, which may not be there
+
+    return _detached(*operators.dynamic_loss(*arguments, **options))
+
+
+def _detached(loss: Tensor, tap_loss: Tensor, token_error: Tensor) -> DynamicLoss:
     return DynamicLoss(loss, tap_loss.detach(), token_error.detach())
 
 
@@ -174,8 +178,8 @@ def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str) -> None:
 
 def _check_loss(pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str) -> None:
     _check_weights(distance, beta, rescale_grad)
-    if pred.ndim != 4 or not pred.is_floating_point():
-        raise ValueError(f"pred is {pred.dtype} {_shape(pred)}: expected floats [K, B, M, D]")
+    if pred.ndim != 4 or 0 in pred.shape or not pred.is_floating_point():
+        raise ValueError(f"pred is {pred.dtype} {_shape(pred)}: expected floats [K, B, M, D], none of them 0")
     taps, images, patches, _ = pred.shape
     if distance.shape != (images, patches):
         raise ValueError(f"distance is {_shape(distance)}: expected [{images}, {patches}], to fit pred {_shape(pred)}")
@@ -185,6 +189,7 @@ def _check_loss(pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor
     if values_are_checked(tap_weight) and not bool(tap_weight.isfinite().all()):
         raise ValueError("tap_weight holds a value that is not finite")
     _check_device(pred, distance=distance, beta=beta, tap_weight=tap_weight)
+    _check_constant(distance=distance, tap_weight=tap_weight)
 
 
 def _check_target(pred: Tensor, target: Tensor) -> None:
@@ -192,6 +197,13 @@ def _check_target(pred: Tensor, target: Tensor) -> None:
         wanted = f"{_shape(pred)} or {_shape(pred[0])}"
         raise ValueError(f"target is {target.dtype} {_shape(target)}: expected floats {wanted}, to fit pred")
     _check_device(pred, target=target)
+    _check_constant(target=target)
+
+
+def _check_constant(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, and only pred and beta are given one: pass {name}.detach()")
 
 
 def _masked_positions(masked: Tensor, distance: Tensor, patches: int) -> Tensor:
