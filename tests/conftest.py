@@ -10,6 +10,8 @@ from PIL import Image
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run in Python then
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
 torch.set_num_threads(2)
 

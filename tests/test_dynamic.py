@@ -170,7 +170,12 @@ def call(**changes):
         ({"tap_weight": torch.ones(3)}, "tap_weight is"),
         ({"rescale_grad": "half"}, "rescale_grad is"),
         ({"impl": "cuda"}, "impl is"),
-        ({"impl": "triton"}, "not part of this version"),
+        ({"pred": torch.zeros(4, 2, 5, 0), "target": torch.zeros(2, 5, 0)}, "pred is"),
+        ({"pred": torch.zeros(4, 2, 0, 3), "distance": torch.ones(2, 0)}, "distance is"),
+        ({"target": torch.zeros(3, 2, 5, 3)}, "target is"),
+        ({"target": torch.zeros(2, 5, 3, requires_grad=True)}, "target requires a gradient"),
+        ({"tap_weight": torch.ones(4, requires_grad=True)}, "tap_weight requires a gradient"),
+        ({"distance": torch.ones(2, 5, device="meta")}, "distance on meta"),
     ],
 )
 def test_bad_arguments_are_named(changes, word):

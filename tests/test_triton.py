@@ -1,0 +1,421 @@
+"""The Triton kernels against the float64 reference: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter takes about a millisecond for a patch and tap, so the cases are small.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+
+import ddae_kernels as dk
+import equations
+import numpy as np
+import pytest
+import torch
+from ddae_kernels import implementation
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from scipy.ndimage import distance_transform_edt
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BETAS = (-3.0, -0.5, 0.0, 0.7)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+UPSTREAM = 3.0
+ROUNDING = {torch.bfloat16: 2.0} if DEVICE == "cpu" else {}  # the interpreter cuts off where a GPU rounds to nearest
+FP32 = 2e-6  # of a value, of the largest gradient, of the sum of beta's terms: kernels/README.md says why
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_shows(monkeypatch):
+    """torch.empty is full of NaN, so that a cell no kernel writes is seen."""
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *args, make=make, **options: make(*args, **options).fill_(torch.nan))
+
+
+class Case:
+    """Random inputs of one call, as float64 numbers that each dtype under test holds exactly."""
+
+    def __init__(self, kind="shared", taps=4, images=2, patches=7, width=48, dtype=torch.float32, seed=0, side=4):
+        rng = torch.Generator().manual_seed(seed)
+        self.kind, self.dtype = kind, dtype
+        width = 3 * side**2 if kind == "pixel" else width
+        self.pred = torch.randn(taps, images, patches, width, generator=rng).to(dtype).double()
+        shape = self.pred.shape[1:] if kind == "shared" else self.pred.shape
+        self.target = (0.7 + 2 * torch.randn(shape, generator=rng)).to(dtype).double()
+        self.distance = torch.randint(1, 60, (images, patches), generator=rng).float().sqrt().double()
+        self.beta = torch.tensor([BETAS[(seed + k) % 4] for k in range(taps)]).double()
+        self.tap_weight = torch.linspace(0.75, 1, taps).double()
+        self.images = torch.randint(0, 256, (images, 3, 3 * side, side * (patches // 3 + 2)), generator=rng).byte()
+        self.images[0, :, :side, :side] = 200  # a patch of one colour has no variance
+        places = [torch.randperm(3 * (patches // 3 + 2), generator=rng)[:patches] for _ in range(images)]
+        self.masked, self.side = torch.stack(places), side
+        self.masked[0, 0] = 0
+
+    def __call__(self, impl, call=dk.dynamic_mse, change=lambda tensor: tensor, **options):
+        """loss, tap_loss, token_error, gradient of pred, gradient of beta; `change` alters the inputs' layout."""
+        dtype = torch.float64 if impl == "reference" else torch.float32
+        device = "cpu" if impl == "reference" else DEVICE
+        narrow = dtype if impl == "reference" else self.dtype
+        pred = self.pred.to(device, narrow, copy=True).requires_grad_()
+        beta = self.beta.to(device, dtype, copy=True).requires_grad_()
+        distance, tap_weight = self.distance.to(device, dtype), self.tap_weight.to(device, dtype)
+        if self.kind == "pixel":
+            call, middle = dk.dynamic_pixel_mse, (change(self.images.to(device)), change(self.masked.to(device)))
+            options = {"patch": self.side, "mean": MEAN, "std": STD} | options
+        else:
+            middle = (change(self.target.to(device, narrow)),)
+        result = call(change(pred), *middle, change(distance), beta, change(tap_weight), impl=impl, **options)
+        (UPSTREAM * result.loss).backward()
+        return [*result, pred.grad, beta.grad]
+
+    def check(self, **options):
+        """Triton's five results against the reference's."""
+        found = [tensor.detach().cpu() for tensor in self("triton", **options)]
+        options.pop("change", None)
+        wanted = [tensor.detach() for tensor in self("reference", **options)]
+        assert [tensor.dtype for tensor in found] == [*[torch.float32] * 3, self.dtype, torch.float32]
+        for one, other in zip(found[:3], wanted[:3], strict=True):
+            np.testing.assert_allclose(one, other, rtol=FP32, atol=0)
+        limits = torch.finfo(self.dtype)  # the gradient is rounded twice: as it is stored, and by the upstream gradient
+        rounding = (
+            ROUNDING.get(self.dtype, 1.0) * limits.eps * (wanted[3].abs() + limits.smallest_normal)
+            if self.dtype != torch.float32
+            else 0
+        )
+        assert ((found[3].double() - wanted[3]).abs() <= FP32 * wanted[3].abs().max() + rounding).all()
+        terms = UPSTREAM * self.tap_weight * self.beta_terms(wanted[2].numpy(), options.get("rescale_grad", "full"))
+        assert ((found[4].double() - wanted[4]).abs() <= FP32 * terms).all()
+
+    def beta_terms(self, error, rescale_grad):
+        """[K]: what cancels in beta's gradient, each term r e (growth - anchor) with its parts taken absolute."""
+        distance, terms = self.distance.numpy(), []
+        for k, beta in enumerate(self.beta.tolist()):
+            relative = equations.relative_weights(distance, beta)
+            growth = distance**beta * np.log(distance)
+            anchor = growth - equations.relative_slope(distance, beta, rescale_grad) / relative
+            terms.append((relative * error[k] * (np.abs(growth) + np.abs(anchor))).mean())
+        return torch.tensor(terms)
+
+
+@pytest.mark.parametrize("rescale_grad", ["full", "detach"])
+@pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
+@pytest.mark.parametrize("seed", range(4))  # each tap meets each beta
+def test_values_and_gradients(kind, rescale_grad, seed):
+    Case(kind, seed=seed).check(rescale_grad=rescale_grad)
+
+
+@pytest.mark.parametrize("norm_pred", [True, False])
+@pytest.mark.parametrize("kind", ["shared", "per_tap"])
+def test_features_are_standardised_within(kind, norm_pred):
+    Case(kind).check(call=dk.dynamic_feature_mse, norm_pred=norm_pred)
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+@pytest.mark.parametrize("norm, eps", [("per_channel", 1e-5), ("joint", 1e-6), ("joint", 0.1), ("none", None)])
+@pytest.mark.parametrize("side", [4, 5])
+def test_pixel_targets_are_made_within(side, norm, eps, unbiased):
+    Case("pixel", side=side).check(norm=norm, eps=eps, unbiased=unbiased)
+
+
+def test_pixel_targets_of_real_size():
+    Case("pixel", taps=2, patches=5, side=16).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
+def test_half_precision(kind, dtype):
+    Case(kind, dtype=dtype).check()
+    if kind != "pixel":
+        Case(kind, dtype=dtype).check(call=dk.dynamic_feature_mse)
+
+
+@pytest.mark.parametrize("width", [1, 63, 384, 768, 1000, 1024, 2048, 4096])
+def test_any_width(width):
+    Case(width=width, patches=3).check()
+    if width > 1:
+        Case("per_tap", width=width, patches=3).check(call=dk.dynamic_feature_mse)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 12])
+@pytest.mark.parametrize("images, patches", [(1, 1), (1, 15), (3, 4)])
+def test_any_number_of_taps_images_and_patches(taps, images, patches):
+    Case(taps=taps, images=images, patches=patches, width=16).check()
+
+
+@pytest.mark.parametrize("rescale_grad", ["full", "detach"])
+def test_more_patches_than_a_block_holds(rescale_grad):
+    Case(taps=1, images=1, patches=300, width=4, seed=1).check(rescale_grad=rescale_grad)
+    Case(taps=1, images=1, patches=300, width=4, seed=2).check(rescale_grad=rescale_grad)  # beta 0: all tie
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(
+    kind=st.sampled_from(["shared", "per_tap", "pixel"]),
+    taps=st.integers(1, 6),
+    images=st.integers(1, 3),
+    patches=st.integers(1, 11),
+    width=st.integers(1, 130),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 1000),
+    side=st.integers(2, 9),
+    rescale_grad=st.sampled_from(["full", "detach"]),
+)
+def test_random_shapes(kind, taps, images, patches, width, dtype, seed, side, rescale_grad):
+    Case(kind, taps, images, patches, width, dtype, seed, side).check(rescale_grad=rescale_grad)
+
+
+def strided(tensor):
+    """The same numbers, every other cell of a wider tensor."""
+    wider = torch.stack([tensor, torch.zeros_like(tensor)], -1)
+    return wider[..., 0]
+
+
+@pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
+@pytest.mark.parametrize("change", [strided, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)])
+def test_inputs_that_are_not_contiguous(kind, change):
+    Case(kind).check(change=change)
+
+
+def test_inputs_are_left_alone():
+    case = Case()
+    tensors = [case.pred.float().to(DEVICE), case.target.float().to(DEVICE), case.distance.float().to(DEVICE)]
+    before = [tensor.clone() for tensor in tensors]
+    beta, tap_weight = case.beta.float().to(DEVICE), case.tap_weight.float().to(DEVICE)
+    pred = tensors[0].detach().requires_grad_()
+    (2 * dk.dynamic_mse(pred, *tensors[1:], beta, tap_weight, impl="triton").loss).backward()
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["shared", "pixel"])
+def test_equal_runs_give_equal_bits(kind):
+    runs = [Case(kind, images=3, patches=9, dtype=torch.bfloat16)("triton") for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def leaf_call(upstream, dtype=torch.float32, **shape):
+    """Gradients of a call under an upstream gradient, and what the reference gives."""
+    case = Case(dtype=dtype, **shape)
+    gradients = []
+    for impl, kind, device in (("triton", dtype, DEVICE), ("reference", torch.float64, "cpu")):
+        pred = case.pred.to(device, kind, copy=True).requires_grad_()
+        wide = torch.float64 if kind == torch.float64 else torch.float32
+        vectors = [tensor.to(device, wide) for tensor in (case.distance, case.beta, case.tap_weight)]
+        loss = dk.dynamic_mse(pred, case.target.to(device, kind), *vectors, impl=impl).loss
+        gradients.append(torch.autograd.grad(loss, pred, torch.tensor(upstream, device=device, dtype=wide))[0].cpu())
+    return gradients
+
+
+def test_fp16_gradients_survive_until_the_loss_scaler():
+    """Divided by B * M * D they would have lost their digits before the scaler's factor meets them."""
+    found, wanted = leaf_call(65536.0, torch.float16, taps=1, images=16, patches=16, width=2048)
+    assert wanted.abs().max() / 65536 < 1e-4  # below fp16's normal numbers
+    np.testing.assert_allclose(found.double(), wanted, rtol=2.0**-10, atol=1e-6)
+
+
+def test_an_upstream_gradient_of_one_and_of_zero():
+    found, wanted = leaf_call(1.0)
+    np.testing.assert_allclose(found, wanted, atol=FP32 * wanted.abs().max().item())
+    assert (leaf_call(0.0)[0] == 0).all()
+
+
+def test_a_second_backward_is_refused():
+    """The stored gradient was handed over: it may have been scaled, and others may write to it."""
+    case = Case()
+    pred = case.pred.float().to(DEVICE).requires_grad_()
+    arguments = [t.float().to(DEVICE) for t in (case.target, case.distance, case.beta, case.tap_weight)]
+    loss = dk.dynamic_mse(pred, *arguments, impl="triton").loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("wants", ["pred", "beta", "neither"])
+def test_gradients_are_given_to_who_asks(wants):
+    case = Case()
+    pred, target, distance, beta, tap_weight = (
+        t.float().to(DEVICE) for t in (case.pred, case.target, case.distance, case.beta, case.tap_weight)
+    )
+    pred.requires_grad_(wants == "pred")
+    beta.requires_grad_(wants == "beta")
+    result = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
+    assert result.loss.requires_grad == (wants != "neither")
+    assert not result.tap_loss.requires_grad
+    assert not result.token_error.requires_grad
+    if wants != "neither":
+        result.loss.backward()
+    assert (pred.grad is not None) == (wants == "pred")
+    assert (beta.grad is not None) == (wants == "beta")
+    with torch.no_grad():
+        again = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
+    assert all(torch.equal(a, b) for a, b in zip(result, again, strict=True))
+    assert not again.loss.requires_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("kind", ["per_tap", "pixel"])
+def test_compiled_without_a_graph_break(kind, backend):
+    case = Case(kind)
+    call = dk.dynamic_pixel_mse if kind == "pixel" else dk.dynamic_feature_mse
+
+    def doubled(pred, *arguments, **options):
+        result = call(2 * pred, *arguments, **options)
+        return result._replace(loss=result.loss + 1)
+
+    compiled = torch.compile(doubled, fullgraph=True, backend=backend)
+    if kind == "pixel":  # the call is the case's own, but what runs is ours
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dk, "dynamic_pixel_mse", doubled)
+            plain = case("triton")
+            patch.setattr(dk, "dynamic_pixel_mse", compiled)
+            found = case("triton")
+    else:
+        plain, found = case("triton", call=doubled), case("triton", call=compiled)
+    for one, other in zip(plain, found, strict=True):
+        np.testing.assert_allclose(one.detach().cpu(), other.detach().cpu(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (3, 20), (1, 7), (7, 1), (37, 37), (64, 64)])
+def test_distances_are_exact(grid):
+    masked = torch.rand(3, grid[0] * grid[1], generator=torch.Generator().manual_seed(0)) < 0.9
+    masked[:, 0] = False
+    masked[1, 1:] = True
+    distance = dk.patch_distance(masked.to(DEVICE), grid, impl="triton").cpu()
+    for row, plane in zip(distance.numpy(), masked.view(-1, *grid).numpy(), strict=True):
+        np.testing.assert_array_equal(row, distance_transform_edt(plane).astype(np.float32).ravel())
+    assert torch.equal(distance, dk.patch_distance(masked, grid, impl="reference"))
+
+
+def test_distances_of_many_samples_and_of_a_strided_mask():
+    masked = torch.rand(500, 12, generator=torch.Generator().manual_seed(0)) < 0.5
+    masked[:, 0] = False
+    mask = strided(masked).to(DEVICE)
+    assert torch.equal(
+        dk.patch_distance(mask, (3, 4), impl="triton").cpu(), dk.patch_distance(masked, (3, 4), impl="reference")
+    )
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes for these")
+def test_distances_of_a_whole_batch_on_a_gpu():
+    masked = torch.rand(4096, 4096, generator=torch.Generator().manual_seed(0)) < 0.75
+    masked[:, 0] = False
+    distance = dk.patch_distance(masked.to(DEVICE), (64, 64), impl="triton").cpu()
+    assert torch.equal(distance[::64], dk.patch_distance(masked[::64], (64, 64), impl="reference"))
+
+
+def test_an_image_without_a_visible_patch_is_infinitely_far():
+    from ddae_kernels import operators
+
+    assert torch.isinf(operators.patch_distance(torch.ones(1, 6, dtype=torch.bool, device=DEVICE), 2, 3)).all()
+
+
+class Traffic:
+    """Bytes that interpreted kernels load from and store to each tensor."""
+
+    def __init__(self, monkeypatch, **tensors):
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self.ranges = {name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for name, t in tensors.items()}
+        self.bytes: dict[str, int] = {}
+        for kind in ("load", "store"):
+            plain = getattr(InterpreterBuilder, f"create_masked_{kind}")
+            monkeypatch.setattr(InterpreterBuilder, f"create_masked_{kind}", self.counting(kind, plain))
+
+    def counting(self, kind, plain):
+        def counted(builder, pointers, *arguments):
+            mask = arguments[0] if kind == "load" else arguments[1]
+            addresses = pointers.data[mask.data]
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            for address in addresses.ravel()[:1]:
+                inside = [name for name, (low, high) in self.ranges.items() if low <= address < high]
+                name = f"{kind} {inside[0] if inside else 'else'}"
+                self.bytes[name] = self.bytes.get(name, 0) + len(addresses) * size
+            return plain(builder, pointers, *arguments)
+
+        return counted
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
+def test_every_byte_is_moved_once(kind, monkeypatch):
+    """The floor: pred and target read once, the gradient written once. Everything else together: 2 % of it."""
+    taps, images, patches, side = 4, 1, 12, 16
+    case = Case(kind, taps, images, patches, 768, torch.bfloat16, side=side)
+    pred = case.pred.bfloat16().requires_grad_()
+    target = case.images if kind == "pixel" else case.target.bfloat16()
+    vectors = [case.distance.float(), case.beta.float().requires_grad_(), case.tap_weight.float()]
+    traffic = Traffic(monkeypatch, pred=pred, target=target)
+    if kind == "pixel":
+        how = {"patch": side, "mean": MEAN, "std": STD}
+        result = dk.dynamic_pixel_mse(pred, target, case.masked, *vectors, **how, impl="triton")
+    else:
+        result = dk.dynamic_mse(pred, target, *vectors, impl="triton")
+    forward = dict(traffic.bytes)
+    masked_bytes = patches * 768 if kind == "pixel" else target.numel() * 2
+    assert forward.pop("load pred") == pred.numel() * 2
+    assert forward.pop("load target") == masked_bytes
+    floor = 2 * pred.numel() * 2 + masked_bytes
+    assert forward["store else"] >= pred.numel() * 2  # the gradient, and what is small
+    assert sum(forward.values()) - pred.numel() * 2 < 0.02 * floor
+
+    traffic.bytes.clear()
+    gradient = torch.autograd.grad(result.loss, pred)[0]
+    assert sum(traffic.bytes.values()) < 100  # an upstream gradient of 1: a look at it, and beta's few numbers
+    assert gradient.numel() == pred.numel()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="seen without a GPU alone")
+def test_triton_is_never_exchanged_for_the_reference(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="impl='triton' cannot serve this call: the tensors are on the CPU"):
+        Case()("triton")
+    with pytest.raises(ValueError, match="cannot serve"):
+        dk.patch_distance(torch.tensor([[True, False]]), (1, 2), impl="triton")
+
+
+def test_fp64_is_the_references():
+    pred = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"torch\.float64 is the reference's alone"):
+        dk.dynamic_mse(pred, pred, torch.ones(1, 1), torch.ones(1), torch.ones(1), impl="triton")
+
+
+def test_auto_says_once_what_it_takes(caplog):
+    implementation._say.cache_clear()
+    pred = torch.zeros(1, 1, 1, 1, device=DEVICE)
+    arguments = pred, pred, *(torch.ones(shape, device=DEVICE) for shape in ((1, 1), 1, 1))
+    with caplog.at_level(logging.INFO, logger="ddae_kernels"):
+        for _ in range(3):
+            dk.dynamic_mse(*arguments)
+    chosen = "triton" if DEVICE == "cuda" else "reference"
+    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
+        f"impl='auto' takes {chosen} for {DEVICE} tensors"
+    ]
+
+
+def resources(arch):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "kernels/bench/resources.py", "--json", "--arch", str(arch)]
+    return subprocess.Popen(command, env=environment | {"PYTHONPATH": "kernels"}, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the driver is replaced by one that only compiles")
+def test_kernels_compile_for_a100_and_h100_without_spills():
+    """And every load and store of predictions, targets and gradients is 16 bytes wide."""
+    import json
+
+    for process in [resources(arch) for arch in (80, 90)]:
+        rows = [json.loads(line) for line in process.communicate(timeout=600)[0].splitlines()]
+        assert process.returncode == 0
+        assert {row["kernel"] for row in rows} == {"distance_kernel", "loss_kernel", "sum_kernel", "scale_kernel"}
+        losses = [row for row in rows if row["kernel"] == "loss_kernel"]
+        assert len(losses) == 11
+        for row in rows:
+            assert (row["stack"], row["local"], row["spills"]) == (0, 0, 0), row
+        for row in losses:
+            width = int(row["call"].split("D=")[1])
+            vectors = -(-width // 256)  # of 16 bytes, a warp
+            tensors = 1 if row["call"].startswith("pixel") else 2
+            assert row["load_128"] == tensors * vectors, row
+            assert row["store_128"] == vectors, row
+            assert "load_16" not in row, row
