@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+PY := $(BIN)/python
 
-.PHONY: venv demo test lint simd clean
+.PHONY: venv demo test lint bench-kernels gpu-check simd clean
 
 venv: $(READY)
 
@@ -29,6 +30,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+# Times of the losses; on a GPU the rows are added to kernels/bench/results.csv.
+bench-kernels: $(READY)
+	$(BIN)/python kernels/bench/bench.py --step ddae_vit_b16_100e
+
+# What only a GPU can show. Where there is a Python with everything but this project: make gpu-check PY=python3
+gpu-check:
+	PYTHONPATH=kernels:. $(PY) -m pytest tests/test_triton.py tests/test_dynamic.py tests/test_distance.py
+	PYTHONPATH=kernels:. $(PY) kernels/bench/bench.py --step ddae_vit_b16_100e
 
 # pillow-simd has pillow's import name: one of the two is installed, never both.
 simd: $(READY)

@@ -109,11 +109,17 @@ def row(call: str, kernel: str, binary: Any, arch: int) -> dict[str, Any]:
         bits = re.search(r"\.(U8|U16|S8|S16|64|128)\b", suffixes)
         name = f"{'load' if kind == 'LDG' else 'store'}_{bits[1].lstrip('US') if bits else 32}"
         widths[name] = widths.get(name, 0) + 1
-    warps = binary.metadata.num_warps
     return {
-        **{"arch": arch, "call": call, "kernel": kernel, "warps": warps, "registers": registers},
-        **{"stack": stack, "local": local, "spills": len(re.findall(r"\b(?:LDL|STL)\b", code))},
-        **{"instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.MULTILINE)), **widths},
+        "arch": arch,
+        "call": call,
+        "kernel": kernel,
+        "warps": binary.metadata.num_warps,
+        "registers": registers,
+        "stack": stack,
+        "local": local,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.MULTILINE)),
+        **widths,
     }
 
 

@@ -1,0 +1,23 @@
+"""The benchmark's harness, on whatever device there is; its numbers are nobody's business here."""
+
+import csv
+import os
+import subprocess
+import sys
+
+
+def test_the_harness_times_and_writes_rows(tmp_path):
+    out = tmp_path / "results.csv"
+    environment = os.environ | {"PYTHONPATH": "kernels"}
+    command = [sys.executable, "kernels/bench/bench.py", "--batch", "2", "--only", "pixel", "--out", str(out)]
+    for _ in range(2):  # the second run adds to the first
+        said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert "x floor" in said
+    rows = list(csv.DictReader(out.open()))
+    assert len(rows) % 2 == 0
+    assert {row["impl"] for row in rows} >= {"eager", "compiled"}
+    for row in rows:
+        assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
+        assert int(row["floor_bytes"]) > 0
+        assert row["hardware"]
+        assert row["torch"]
