@@ -31,10 +31,18 @@ def runs(shards, tmp_path_factory):
     small = folder / "micro.json"
     small.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 4}')
     one[2][one[2].index("--ds_config") + 1] = str(small)
+    halves = folder / "halves.json"
+    halves.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}')
     one += [ranks.words(shards, folder / "bf16", 2, *twenty)]
     one += [ranks.words(shards, folder / "autocast", 2, "--engine.precision", "autocast", *twenty)]
     one += [ranks.words(shards, folder / "long", 2, "--train.steps", "200", "--optim.clip_grad", "0.01")]
     one += [ranks.words(shards, folder / "mae", 1, "--feature.no_enabled", "--pixel.no_dynamic", *FP32, *twenty)]
+    norm = ("--pixel.norm", "per_channel")
+    for kernels in ("reference", "triton"):  # small, for the interpreter; two micro-batches a step
+        for precision in ("fp32", "bf16"):
+            what = ("--engine.kernels", kernels, "--engine.precision", precision, "--train.steps", "32", *norm)
+            one += [ranks.words(shards, folder / f"{kernels}_{precision}", 2, *what, "--data.batch_size", "2")]
+            one[-1][one[-1].index("--ds_config") + 1] = str(halves)
     offload = folder / "offload.json"
     zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     offload.write_text(json.dumps({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 4}))
@@ -77,6 +85,16 @@ def test_bf16_stays_near_fp32(runs, name):
 @pytest.mark.parametrize("stage", [0, 1, 3])
 def test_stages_agree_in_bf16(runs, stage):
     agree(runs, f"two_bf16_{stage}", "two_bf16_2", 0.005)
+
+
+@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-5), ("bf16", 5e-3)])
+def test_reference_and_triton_give_the_same_curve(runs, precision, tolerance):
+    """32 steps; per-patch normalised pixels, features standardised on both sides, betas that learn."""
+    for column in ("loss/total", "error/pixel/tap_02", "error/feature/tap_01", "beta/tap_01"):
+        curves = [ranks.column(runs / f"{kernels}_{precision}", column) for kernels in ("reference", "triton")]
+        assert len(curves[0]) == 32
+        assert column != "error/feature/tap_01" or curves[0] != curves[1]  # they are two implementations
+        np.testing.assert_allclose(*curves, rtol=tolerance)
 
 
 def test_dali_feeds_a_run_as_pillow_does(runs):

@@ -13,6 +13,7 @@ import equations
 import numpy as np
 import pytest
 import torch
+import traffic
 from ddae_kernels import implementation
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -310,58 +311,31 @@ def test_an_image_without_a_visible_patch_is_infinitely_far():
     assert torch.isinf(operators.patch_distance(torch.ones(1, 6, dtype=torch.bool, device=DEVICE), 2, 3)).all()
 
 
-class Traffic:
-    """Bytes that interpreted kernels load from and store to each tensor."""
-
-    def __init__(self, monkeypatch, **tensors):
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        self.ranges = {name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for name, t in tensors.items()}
-        self.bytes: dict[str, int] = {}
-        for kind in ("load", "store"):
-            plain = getattr(InterpreterBuilder, f"create_masked_{kind}")
-            monkeypatch.setattr(InterpreterBuilder, f"create_masked_{kind}", self.counting(kind, plain))
-
-    def counting(self, kind, plain):
-        def counted(builder, pointers, *arguments):
-            mask = arguments[0] if kind == "load" else arguments[1]
-            addresses = pointers.data[mask.data]
-            size = pointers.get_element_ty().primitive_bitwidth // 8
-            for address in addresses.ravel()[:1]:
-                inside = [name for name, (low, high) in self.ranges.items() if low <= address < high]
-                name = f"{kind} {inside[0] if inside else 'else'}"
-                self.bytes[name] = self.bytes.get(name, 0) + len(addresses) * size
-            return plain(builder, pointers, *arguments)
-
-        return counted
-
-
 @pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
 @pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
-def test_every_byte_is_moved_once(kind, monkeypatch):
+def test_every_byte_is_moved_once(kind):
     """The floor: pred and target read once, the gradient written once. Everything else together: 2 % of it."""
     taps, images, patches, side = 4, 1, 12, 16
     case = Case(kind, taps, images, patches, 768, torch.bfloat16, side=side)
     pred = case.pred.bfloat16().requires_grad_()
     target = case.images if kind == "pixel" else case.target.bfloat16()
     vectors = [case.distance.float(), case.beta.float().requires_grad_(), case.tap_weight.float()]
-    traffic = Traffic(monkeypatch, pred=pred, target=target)
-    if kind == "pixel":
-        how = {"patch": side, "mean": MEAN, "std": STD}
-        result = dk.dynamic_pixel_mse(pred, target, case.masked, *vectors, **how, impl="triton")
-    else:
-        result = dk.dynamic_mse(pred, target, *vectors, impl="triton")
-    forward = dict(traffic.bytes)
+    with traffic.Kernels(pred=pred, target=target) as moved:
+        if kind == "pixel":
+            how = {"patch": side, "mean": MEAN, "std": STD}
+            result = dk.dynamic_pixel_mse(pred, target, case.masked, *vectors, **how, impl="triton")
+        else:
+            result = dk.dynamic_mse(pred, target, *vectors, impl="triton")
     masked_bytes = patches * 768 if kind == "pixel" else target.numel() * 2
-    assert forward.pop("load pred") == pred.numel() * 2
-    assert forward.pop("load target") == masked_bytes
     floor = 2 * pred.numel() * 2 + masked_bytes
-    assert forward["store else"] >= pred.numel() * 2  # the gradient, and what is small
-    assert sum(forward.values()) - pred.numel() * 2 < 0.02 * floor
+    assert moved.bytes.pop("load pred") == pred.numel() * 2
+    assert moved.bytes.pop("load target") == masked_bytes
+    assert moved.bytes["store else"] >= pred.numel() * 2  # the gradient, and what is small
+    assert sum(moved.bytes.values()) - pred.numel() * 2 < 0.02 * floor
 
-    traffic.bytes.clear()
-    gradient = torch.autograd.grad(result.loss, pred)[0]
-    assert sum(traffic.bytes.values()) < 100  # an upstream gradient of 1: a look at it, and beta's few numbers
+    with traffic.Kernels() as moved:
+        gradient = torch.autograd.grad(result.loss, pred)[0]
+    assert sum(moved.bytes.values()) < 100  # an upstream gradient of 1: a look at it, and beta's few numbers
     assert gradient.numel() == pred.numel()
 
 
