@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 
 import ranks
 
@@ -44,3 +46,15 @@ def test_the_makefiles_targets_are_the_promised_ones():
     makefile = (ranks.ROOT / "Makefile").read_text()
     for target in ("venv", "demo", "test", "lint", "simd", "clean"):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_kernels_example_trains_without_the_rest_of_the_project():
+    """Their README's toy model, in a Python that finds `ddae_kernels` and no `ddae`."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ranks.ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
+    hidden = "import sys; sys.path.insert(0, 'kernels'); sys.modules['ddae'] = None\n"
+    command = [sys.executable, "-I", "-c", hidden + code]
+    said = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True).stdout
+    rows = [[float(number) for number in re.findall(r"-?\d\.\d+", line)] for line in said.splitlines()]
+    first, last = rows[0], rows[-1]
+    assert max(last[:2]) < 0.7 * min(first[:2])  # both taps' errors
+    assert max(last[2:]) < -0.6  # both betas have left -0.5

@@ -110,14 +110,12 @@ def draw(rows: dict[str, dict[str, float]], path: str) -> None:
         at = [3.6 * (len(rows) - i) - place for i in range(len(rows))]
         bars = axes.barh(at, [row[kind] for row in rows.values()], 0.9, color=colours[kind], label=label)
         axes.bar_label(bars, fmt="%.2f" if kind != "torch" else "%.0f", padding=3, fontsize=9)
-    axes.set_yticks(
-        [3.6 * (len(rows) - i) - 1 for i in range(len(rows))],
-        [f"dynamic_{name}_mse".replace("_mse_mse", "_mse") for name in rows],
-    )
+    names = ["dynamic_mse" if name == "mse" else f"dynamic_{name}_mse" for name in rows]
+    axes.set_yticks([3.6 * (len(rows) - i) - 1 for i in range(len(rows))], names)
     axes.set_xlabel("bytes moved for each number of the predictions (bf16, K = 4, forward + backward)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.08)
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=150)
 
 
