@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import ranks
+import torch
 
 from ddae.cli import parse
 from ddae.config import Config, flatten
 from ddae.errors import UserError
+from ddae.train import loss_kernels
 
 
 def test_the_default_is_the_papers_vit_b():
@@ -141,3 +143,13 @@ def test_one_rank_speaks_and_nothing_is_left(words, message, tmp_path):
     assert "Traceback" not in speaker
     assert "ddae:" not in silent + silent_out
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="seen without a GPU alone")
+def test_asking_for_triton_in_vain_is_told(monkeypatch):
+    asked = parse(["--preset", "demo", "--engine.kernels", "triton"])
+    assert loss_kernels(asked) == "triton"  # in the interpreter, which conftest.py asks for
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert loss_kernels(parse(["--preset", "demo"])) == "reference"
+    with pytest.raises(UserError, match=r"--engine.kernels triton: impl='triton' cannot serve"):
+        loss_kernels(asked)

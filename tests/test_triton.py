@@ -19,10 +19,6 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
 
-from ddae.cli import parse
-from ddae.errors import UserError
-from ddae.train import loss_kernels
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS = (-3.0, -0.5, 0.0, 0.7)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -350,16 +346,6 @@ def test_triton_is_never_exchanged_for_the_reference(monkeypatch):
         Case()("triton")
     with pytest.raises(ValueError, match="cannot serve"):
         dk.patch_distance(torch.tensor([[True, False]]), (1, 2), impl="triton")
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="seen without a GPU alone")
-def test_a_run_that_asks_for_triton_in_vain_is_told_so(monkeypatch):
-    asked = parse(["--preset", "demo", "--engine.kernels", "triton"])
-    assert loss_kernels(asked) == "triton"  # in the interpreter
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert loss_kernels(parse(["--preset", "demo"])) == "reference"
-    with pytest.raises(UserError, match="--engine.kernels triton: impl='triton' cannot serve"):
-        loss_kernels(asked)
 
 
 def test_fp64_is_the_references():
