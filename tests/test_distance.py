@@ -3,6 +3,7 @@ import equations
 import numpy as np
 import pytest
 import torch
+from ddae_kernels.implementation import values_are_checked
 from scipy.ndimage import distance_transform_edt
 
 
@@ -42,3 +43,11 @@ def test_a_corner_seen_from_the_other():
 def test_bad_masks_are_refused(masked, grid, word):
     with pytest.raises(ValueError, match=word):
         dk.patch_distance(masked, grid)
+
+
+def test_values_are_looked_at_on_the_cpu_or_when_told(monkeypatch):
+    elsewhere = torch.empty(1, device="meta")
+    assert values_are_checked(torch.empty(1))
+    assert not values_are_checked(elsewhere)
+    monkeypatch.setenv("DDAE_CHECK", "1")
+    assert values_are_checked(elsewhere)

@@ -262,7 +262,7 @@ def test_compiled_without_a_graph_break(kind, backend):
 
     def doubled(pred, *arguments, **options):
         result = call(2 * pred, *arguments, **options)
-        return result._replace(loss=result.loss + 1)
+        return dk.DynamicLoss(result.loss + 1, *result[1:])
 
     compiled = torch.compile(doubled, fullgraph=True, backend=backend)
     if kind == "pixel":  # the call is the case's own, but what runs is ours
@@ -295,6 +295,23 @@ def test_distances_of_many_samples_and_of_a_strided_mask():
     assert torch.equal(
         dk.patch_distance(mask, (3, 4), impl="triton").cpu(), dk.patch_distance(masked, (3, 4), impl="reference")
     )
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="15 GB and the interpreter would take days")
+def test_more_numbers_than_32_bits_count():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    pred = torch.randn(1, 15_000, 147, 1024, generator=generator, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
+    assert pred.numel() > 2**31
+    target = torch.zeros_like(pred[0])
+    distance = torch.ones(pred.shape[1:3], device=DEVICE)
+    beta, tap_weight = torch.zeros(1, device=DEVICE), torch.ones(1, device=DEVICE)
+    result = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
+    gradient = torch.autograd.grad(result.loss, pred, torch.tensor(2.0**30, device=DEVICE))[0]
+    for image in (0, 14_999):
+        own = pred.detach()[0, image].double()
+        torch.testing.assert_close(result.token_error[0, image].double(), own.square().mean(-1), rtol=FP32, atol=0)
+        exact = own * 2 * 2.0**30 / pred.numel()
+        torch.testing.assert_close(gradient[0, image].double(), exact, rtol=2.0**-7, atol=0)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes for these")

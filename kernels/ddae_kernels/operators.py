@@ -83,7 +83,7 @@ def _dynamic_loss(
     eps: float,
     norm_pred: bool,
     patch: int,
-    affine: Sequence[float],
+    affine: list[float],
     full: bool,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
