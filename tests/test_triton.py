@@ -145,6 +145,18 @@ def test_any_number_of_taps_images_and_patches(taps, images, patches):
     Case(taps=taps, images=images, patches=patches, width=16).check()
 
 
+def test_all_patches_but_one_are_masked():
+    case = Case("pixel", patches=15)
+    hidden = torch.ones(2, 16, dtype=torch.bool)
+    hidden[:, 5] = False
+    case.images, case.masked = (
+        case.images[:, :, :12, :16].repeat(1, 1, 2, 1)[:, :, :16],
+        hidden.nonzero()[:, 1].view(2, 15),
+    )
+    case.distance = dk.patch_distance(hidden, (4, 4), impl="reference")[hidden].view(2, 15).double()
+    case.check()
+
+
 @pytest.mark.parametrize("rescale_grad", ["full", "detach"])
 def test_more_patches_than_a_block_holds(rescale_grad):
     Case(taps=1, images=1, patches=300, width=4, seed=1).check(rescale_grad=rescale_grad)
