@@ -38,7 +38,7 @@ bench-kernels: $(READY)
 # What only a GPU can show. Where there is a Python with everything but this project: make gpu-check PY=python3
 gpu-check:
 	PYTHONPATH=kernels:. $(PY) -m pytest --noconftest tests/test_triton.py tests/test_dynamic.py tests/test_distance.py
-	PYTHONPATH=kernels:. $(PY) kernels/bench/bench.py --step ddae_vit_b16_100e
+	PYTHONPATH=kernels:. $(PY) kernels/bench/bench.py --step ddae_vit_b16_100e $(BENCH)
 
 # pillow-simd has pillow's import name: one of the two is installed, never both.
 simd: $(READY)

@@ -1,7 +1,6 @@
 """Pretraining, from a config to a finished run folder: build, resume, loop, show."""
 
 import gc
-import logging
 from pathlib import Path
 
 import torch
@@ -105,9 +104,8 @@ def pretrain(config: Config) -> None:
 
 def loss_kernels(config: Config) -> str:
     """The implementation of the loss that serves this device; UserError where the one asked for cannot."""
-    logging.getLogger("ddae_kernels").setLevel(logging.ERROR)  # the run's first line says what was chosen
     try:
-        return choose(config.engine.kernels, device())
+        return choose(config.engine.kernels, device(), quiet=True)  # the run's first line says it
     except ValueError as error:
         raise UserError(f"--engine.kernels {config.engine.kernels}: {error}") from None
 

@@ -84,10 +84,20 @@ def column(run_dir, name: str = "loss/total") -> list[float]:
 
 
 if __name__ == "__main__":
+    from ddae_kernels import operators
+
     from ddae.cli import parse
     from ddae.engine import stop_process_group
     from ddae.train import pretrain
 
+    scale, upstream_gradients = operators._scale_gradients, set()
+
+    def watched(grad, beta_grad, upstream, unit):
+        upstream_gradients.add(float(upstream))
+        scale(grad, beta_grad, upstream, unit)
+
+    operators._scale_gradients = watched
     for line in sys.stdin:
         pretrain(parse(json.loads(line)))
+    print("upstream gradients of Triton's losses:", sorted(upstream_gradients))
     stop_process_group()

@@ -2,17 +2,20 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 
 
 def test_the_harness_times_and_writes_rows(tmp_path):
     out = tmp_path / "results.csv"
-    environment = os.environ | {"PYTHONPATH": "kernels"}
+    environment = os.environ | {"PYTHONPATH": "kernels:."}
     command = [sys.executable, "kernels/bench/bench.py", "--batch", "2", "--only", "pixel", "--out", str(out)]
+    command += ["--step", "demo"]
     for _ in range(2):  # the second run adds to the first
         said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert "x floor" in said
+        assert re.search(r"reference  step +[\d.]+ ms  losses +[\d.]+ ms  [\d.]+% of it", said)
     rows = list(csv.DictReader(out.open()))
     assert len(rows) % 2 == 0
     assert {row["impl"] for row in rows} >= {"eager", "compiled"}

@@ -9,6 +9,7 @@ import sys
 import pytest
 import ranks
 import torch
+from ddae_kernels import implementation
 
 from ddae.cli import parse
 from ddae.config import Config, flatten
@@ -149,7 +150,7 @@ def test_one_rank_speaks_and_nothing_is_left(words, message, tmp_path):
 def test_asking_for_triton_in_vain_is_told(monkeypatch):
     asked = parse(["--preset", "demo", "--engine.kernels", "triton"])
     assert loss_kernels(asked) == "triton"  # in the interpreter, which conftest.py asks for
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(implementation, "INTERPRETED", False)
     assert loss_kernels(parse(["--preset", "demo"])) == "reference"
     with pytest.raises(UserError, match=r"--engine.kernels triton: impl='triton' cannot serve"):
         loss_kernels(asked)

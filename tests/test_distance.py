@@ -38,6 +38,8 @@ def test_a_corner_seen_from_the_other():
         (torch.ones(1, 4, dtype=torch.bool), (2, 2), "without a visible patch"),
         (torch.zeros(1, 4, dtype=torch.bool), (2, 3), "expected \\[B, 6\\]"),
         (torch.zeros(1, 4), (2, 2), "expected bool"),
+        (torch.zeros(1, 4, dtype=torch.bool), 4, "grid is 4"),
+        (torch.zeros(1, 4, dtype=torch.bool), (-2, -2), "grid is"),
     ],
 )
 def test_bad_masks_are_refused(masked, grid, word):

@@ -52,7 +52,7 @@ def runs(shards, tmp_path_factory):
     two[-1][two[-1].index("--ds_config") + 1] = str(offload)
     two += [ranks.words(shards, folder / "dali", 3, *FP32, *twenty, "--train.report", "--data.backend", "dali")]
     for count, commands in ((1, one), (2, two)):
-        ranks.run_all(count, commands)
+        (folder / f"said_{count}.txt").write_text(ranks.run_all(count, commands))
     resumed = []
     for name in (f"{precision}_{stage}" for precision in ("two", "two_bf16") for stage in STAGES):
         shutil.copytree(folder / name, folder / f"resumed_{name}")  # as it was after step 12
@@ -95,6 +95,11 @@ def test_reference_and_triton_give_the_same_curve(runs, precision, tolerance):
         assert len(curves[0]) == 32
         assert column != "error/feature/tap_01" or curves[0] != curves[1]  # they are two implementations
         np.testing.assert_allclose(*curves, rtol=tolerance)
+
+
+def test_backward_finds_nothing_to_scale(runs):
+    """Tap weights, ramp and accumulation stand within the loss: its upstream gradient is 1, in fp32 and in bf16."""
+    assert "upstream gradients of Triton's losses: [1.0]" in (runs / "said_1.txt").read_text()
 
 
 def test_dali_feeds_a_run_as_pillow_does(runs):

@@ -10,9 +10,12 @@ results.csv. Without a GPU the same code runs on tiny shapes and writes only whe
 
 import argparse
 import csv
+import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +32,7 @@ K, PATCH, IMAGE = 4, 16, 224 if CUDA else 64
 GRID = IMAGE // PATCH
 M = round(0.75 * GRID**2)
 WIDTHS = {"S": 384, "B": 768, "L": 1024} if CUDA else {"nano": 48}
-ROTATED = 600e6 if CUDA else 0  # bytes: an H200's L2 cache holds 50 MB
+ROTATED = 600e6 if CUDA else 0  # bytes: an H200's L2 cache holds 60 MB
 ROUNDS = 30 if CUDA else 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -48,6 +51,7 @@ class Case(NamedTuple):
 
 def build(loss: str, size: str, width: int, batch: int) -> Case:
     """Random inputs as training has them; pred, target and gradient are what must be moved."""
+    torch._dynamo.reset()  # each case is compiled for itself
     width = 3 * PATCH**2 if loss == "pixel" else width
     pred_bytes = K * batch * M * width * 2
     target_bytes = {"mse": pred_bytes // K, "feature": pred_bytes, "pixel": batch * M * width}[loss]
@@ -93,7 +97,7 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
                 call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
     return graph.replay
@@ -145,9 +149,21 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * 4 / (p50 * 1e-6)
 
 
+def runs_at_all(call: Callable[[], Any]) -> bool:
+    """Whether a baseline runs here: one that does not (its memory, its compiler) is named and left out."""
+    try:
+        call()
+    except Exception as error:  # whatever it is, the other rows are wanted
+        print(f"left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+        return False
+    return True
+
+
 def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
     """Rows of one case."""
-    sets = len(case.calls["eager"])
+    sets = max(len(calls) for calls in case.calls.values())
+    for name in [name for name, calls in case.calls.items() if name != "triton" and not runs_at_all(calls[0])]:
+        del case.calls[name]
     memory = {name: extra_bytes(calls[0]) for name, calls in case.calls.items()}
 
     def one_after_the_other(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
@@ -177,39 +193,63 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
 
 
 def step_share(preset: str, batch: int) -> str:
-    """What share of a training step's forward and backward (eager, bf16 weights, no teacher) the losses are."""
+    """What share the losses are of a training step: masks' distances, teacher, student forward and backward, AdamW."""
     from ddae import presets
     from ddae.branches import Inputs
     from ddae.masks import masked_distance, sample_mask
-    from ddae.method import build_method
+    from ddae.method import build_encoder, build_method
 
     config = presets.preset(preset)
-    method = build_method(config).to(DEVICE, torch.bfloat16)
+    method, teacher = build_method(config).to(DEVICE, torch.bfloat16), build_encoder(config).to(DEVICE, torch.bfloat16)
+    optimizer = torch.optim.AdamW(method.parameters(), lr=0.0, fused=CUDA)
     images = torch.randint(0, 256, (batch, 3, *[config.model.image_size] * 2), dtype=torch.uint8, device=DEVICE)
     mask = sample_mask(config.mask.kind, torch.arange(batch), config.grid, config.num_masked).to(DEVICE)
-    distance = masked_distance(mask, config.grid)
-    shape = len(config.feature.taps), batch, config.num_masked, config.model.width
-    teacher = torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
     betas = torch.full((len(config.pixel.taps),), -0.5, device=DEVICE, requires_grad=True)
     one = torch.ones((), device=DEVICE)
 
-    def step(kernels: str) -> Callable[[], Any]:
-        return lambda: method(Inputs(images, mask, distance, betas, teacher, one, 1.0, kernels)).total.backward()
+    def step(kernels: str) -> None:
+        distance = masked_distance(mask, config.grid, kernels)
+        with torch.no_grad():
+            tokens = teacher.features(images.to(torch.bfloat16) / 255, list(config.feature.taps))
+            rows = 1 + mask.masked[:, :, None].expand(-1, -1, config.model.width)
+            targets = torch.stack([layer.gather(1, rows) for layer in tokens])
+        method(Inputs(images, mask, distance, betas, targets, one, 1.0, kernels)).total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
-    timed = alternating(
-        {kernels: step(kernels) for kernels in (("reference", "triton") if CUDA else ("reference",))}, 1
+    kinds = ("reference", "triton") if CUDA else ("reference",)
+    steps = {f"{kernels} step": partial(step, kernels) for kernels in kinds}
+    distance = masked_distance(mask, config.grid)
+    weights = distance, betas, torch.ones(len(betas), device=DEVICE)
+    shape = len(betas), batch, config.num_masked
+    pixels, features = (
+        torch.randn(*shape, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for width in (3 * config.model.patch_size**2, config.model.width)
     )
-    return f"{preset}, batch {batch}, forward + backward: " + ", ".join(
-        f"{p50 / 1000:.2f} ms with {kernels} losses" for kernels, (_, p50, _) in timed.items()
-    )
+    how = {"patch": config.model.patch_size, "mean": MEAN, "std": STD}
+
+    def losses(kernels: str) -> None:
+        pixel = dk.dynamic_pixel_mse(pixels, images, mask.masked, *weights, impl=kernels, **how)
+        feature = dk.dynamic_feature_mse(features, features.detach(), *weights, impl=kernels)
+        torch.autograd.grad(pixel.loss + feature.loss, (pixels, features))
+
+    timed = alternating(steps | {f"{kernels} losses": partial(losses, kernels) for kernels in kinds}, 1)
+    lines = [f"{preset}, batch {batch}, one process, no compile; losses as Python launches them"]
+    for kernels in kinds:
+        whole, part = timed[f"{kernels} step"][1] / 1000, timed[f"{kernels} losses"][1] / 1000
+        lines.append(f"  {kernels:9}  step {whole:8.2f} ms  losses {part:7.3f} ms  {part / whole:.1%} of it")
+    return "\n".join(lines)
 
 
 def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    commit = os.environ.get("DDAE_COMMIT")  # for a machine that has the code and no git
+    if commit is None and shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     triton = metadata.version("triton") if HAS_TRITON else None
     hardware = torch.cuda.get_device_name() if CUDA else "cpu"
     where = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware, "torch": torch.__version__, "triton": triton}
-    return {**where, "commit": commit.stdout.strip() or None}
+    return {**where, "commit": commit}
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -232,22 +272,22 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS if CUDA else None, help="CSV file that rows are added to")
     arguments = parser.parse_args(words)
     torch.manual_seed(0)
-    bandwidth, here, rows = copy_bandwidth(), environment(), []
+    bandwidth, here = copy_bandwidth(), environment()
     print(
         f"{here['hardware']}: copies at {bandwidth / 1e9:.0f} GB/s, read and written; times in us, forward + backward"
     )
     for batch in arguments.batch:
         for loss in arguments.only:
             for size, width in WIDTHS.items() if loss != "pixel" else [("any", 0)]:
-                for row in measure(build(loss, size, width, batch), bandwidth):
-                    rows.append(here | row)
+                rows = [here | row for row in measure(build(loss, size, width, batch), bandwidth)]
+                for row in rows:
                     times = f"{row['p20_us']:9} {row['p50_us']:9} {row['p80_us']:9}  {row['x_floor']:6} x floor"
                     print(f"{loss:8} {size:4} B={batch:4} {row['impl']:9} {row['mode']:9} {times}", flush=True)
+                if arguments.out:  # case by case: what is measured is kept, whatever happens next
+                    append(arguments.out, rows)
     if arguments.step:
         print(step_share(arguments.step, min(arguments.batch)))
-    if arguments.out:
-        append(arguments.out, rows)
-    else:
+    if not arguments.out:
         print("no GPU: nothing is added to results.csv")
 
 

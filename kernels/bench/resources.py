@@ -64,19 +64,19 @@ def compiled(calls: dict[str, Any], arch: int) -> Iterator[tuple[str, str, Any]]
         JITFunction.run = run
 
 
-def loss_call(width: int, target: str, **options):
-    """A forward and backward of the loss in bf16: target "shared", "per_tap" or "pixels"."""
+def loss_call(width: int, target: str, dtype: torch.dtype = torch.bfloat16, rescale_grad: str = "full", **options):
+    """A forward and backward of the loss: target "shared", "per_tap" or "pixels"."""
 
     def call() -> None:
-        pred = torch.zeros(K, B, M, width, dtype=torch.bfloat16, requires_grad=True)
+        pred = torch.zeros(K, B, M, width, dtype=dtype, requires_grad=True)
         vectors = torch.ones(B, M), torch.zeros(K, requires_grad=True), torch.ones(K)
         if target == "pixels":
             images, masked = torch.zeros(B, 3, 224, 224, dtype=torch.uint8), torch.zeros(B, M, dtype=torch.int64)
             how = {"masked": masked, "patch": PATCH, "mean": (0.5,) * 3, "std": (0.5,) * 3, "eps": 1e-5}
-            loss, *_ = operators.dynamic_loss(pred, images, *vectors, "full", **how, **options)
+            loss, *_ = operators.dynamic_loss(pred, images, *vectors, rescale_grad, **how, **options)
         else:
             given = torch.zeros_like(pred[0] if target == "shared" else pred).detach()
-            loss, *_ = operators.dynamic_loss(pred, given, *vectors, "full", **options)
+            loss, *_ = operators.dynamic_loss(pred, given, *vectors, rescale_grad, **options)
         loss.backward()
 
     return call
@@ -91,6 +91,12 @@ def calls() -> dict[str, Any]:
         named[f"feature D={width}"] = loss_call(width, "per_tap", norm="token", norm_pred=True, eps=1e-6)
     for norm in ("per_channel", "joint", "none"):
         named[f"pixel {norm} D={3 * PATCH**2}"] = loss_call(3 * PATCH**2, "pixels", norm=norm)
+    for norm, unbiased in (("per_channel", True), ("joint", True)):
+        options = {"norm": norm, "unbiased": unbiased, "rescale_grad": "detach"}
+        named[f"pixel {norm} unbiased detach D={3 * PATCH**2}"] = loss_call(3 * PATCH**2, "pixels", **options)
+    for dtype in (torch.float32, torch.float16):
+        options = {"dtype": dtype, "rescale_grad": "detach", "norm": "token", "norm_pred": True, "eps": 1e-6}
+        named[f"feature {str(dtype)[6:]} detach D=768"] = loss_call(768, "shared", **options)
     return named
 
 
@@ -131,7 +137,7 @@ def main() -> None:
     for arch in arguments.arch:
         for call, kernel, binary in compiled(calls(), arch):
             found = row(call, kernel, binary, arch)
-            head = f"sm_{arch}  {call:24} {kernel:15} {found['warps']:2} warps  {found['registers']:3} registers"
+            head = f"sm_{arch}  {call:36} {kernel:15} {found['warps']:2} warps  {found['registers']:3} registers"
             widths = "  ".join(
                 f"{name} x {found[name]}" for name in sorted(found) if name.startswith(("load_", "store_"))
             )

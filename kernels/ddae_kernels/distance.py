@@ -19,6 +19,8 @@ def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") ->
     Raises ValueError for another shape or dtype, and (values: CPU or DDAE_CHECK=1) for an image without a visible
     patch; unchecked, the distances of such an image are infinite.
     """
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid is {grid}: expected (rows, columns) of patches")
     height, width = grid
     if masked.ndim != 2 or masked.shape[1] != height * width:
         raise ValueError(f"masked is {tuple(masked.shape)}: expected [B, {height * width}] for the grid {grid}")

@@ -102,7 +102,7 @@ def dynamic_pixel_mse(
     _check_loss(pred, distance, beta, tap_weight, rescale_grad)
     if norm not in PATCH_NORMS:
         raise ValueError(f"norm is {norm!r}: choose one of {', '.join(PATCH_NORMS)}")
-    _check_images(pred, images_u8, patch)
+    _check_images(pred, images_u8, patch, mean, std)
     masked = _masked_positions(masked, distance, images_u8.shape[2] * images_u8.shape[3] // patch**2)
     _check_device(pred, images_u8=images_u8, masked=masked)
     unbiased = PATCH_NORMS[norm][0] if unbiased is None else unbiased
@@ -221,7 +221,12 @@ def _masked_positions(masked: Tensor, distance: Tensor, patches: int) -> Tensor:
     return masked
 
 
-def _check_images(pred: Tensor, images_u8: Tensor, patch: int) -> None:
+def _check_images(pred: Tensor, images_u8: Tensor, patch: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    if patch < 1:
+        raise ValueError(f"patch is {patch}: expected the side of a patch in pixels, 1 or more")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != 3 or (name == "std" and min(values) <= 0):
+            raise ValueError(f"{name} is {values}: expected three numbers, one a colour, and of std above 0")
     if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[:2] != (pred.shape[1], 3):
         raise ValueError(
             f"images_u8 is {images_u8.dtype} {_shape(images_u8)}: expected uint8 [{pred.shape[1]}, 3, H, W]"

@@ -10,14 +10,15 @@ from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks as early
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def choose(impl: str, device: torch.device, *dtypes: torch.dtype) -> str:
+def choose(impl: str, device: torch.device, *dtypes: torch.dtype, quiet: bool = False) -> str:
     """ "reference" or "triton" for a call on tensors like these; ValueError where `impl` can be neither.
 
-    "auto" takes Triton for CUDA tensors and the reference elsewhere, and logs it once: as a warning where it is the
-    reference. "triton" is never exchanged for the reference: where Triton cannot serve, it is an error.
+    "auto" takes Triton for CUDA tensors and the reference elsewhere, and logs it once unless `quiet`: as a warning
+    where it is the reference. "triton" is never exchanged for the reference: where Triton cannot serve, it is an error.
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
@@ -29,7 +30,7 @@ def choose(impl: str, device: torch.device, *dtypes: torch.dtype) -> str:
             raise ValueError(f"impl='triton' cannot serve this call: {obstacle}; use impl='reference'")
         return impl
     chosen = "triton" if device.type == "cuda" and not obstacle else "reference"
-    if not torch.compiler.is_compiling():
+    if not (quiet or torch.compiler.is_compiling()):
         _say(chosen, device.type, obstacle)
     return chosen
 
@@ -49,8 +50,8 @@ def _obstacle(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     foreign = [str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES]
     if foreign:
         return f"{foreign[0]} is the reference's alone"
-    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the tensors are on the CPU, where Triton runs only under TRITON_INTERPRET=1"
+    if device == "cpu" and not INTERPRETED:
+        return "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1 set beforehand"
     if device not in ("cpu", "cuda"):
         return f"no kernel is written for {device} tensors"
     return "" if HAS_TRITON else "Triton is not installed"

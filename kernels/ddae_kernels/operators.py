@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ddae_kernels import triton_impl
-from ddae_kernels.reference import device_constant
 
 kernels: Any = triton_impl  # type checkers do not know how Triton launches
 ROWS = 4  # masked patches a program takes: few, for an even end; more than one, for it weighs the whole image first
@@ -92,16 +91,16 @@ def _dynamic_loss(
     loss, tap_loss, token_error, grad, beta_grad = outputs
     num_taps, num_images, num_masked, numbers = pred.shape
     height, width = target.shape[2:] if patch else (0, 0)
-    table = device_constant(tuple(affine), pred.device, torch.float32) if patch else None
     block_k, block_d = _block(num_taps), _block(numbers)
     programs = num_images * _ceil(num_masked, ROWS)
     partial = torch.empty(2, num_taps, programs, device=pred.device)
     with torch.cuda.device_of(pred):
         kernels.loss_kernel[(programs,)](
-            *(pred, target, masked, table, distance, beta, tap_weight, token_error, grad, partial),
+            *(pred, target, masked, distance, beta, tap_weight, token_error, grad, partial),
             *(num_images, num_masked, num_taps, height, width, eps, 2 * _lift(pred) / pred[0].numel()),
             D=numbers,
             PATCH=patch,
+            AFFINE=tuple(affine),
             PER_TAP=not patch and target.ndim == 4,
             NORM=norm,
             SPARE=int(unbiased),
@@ -117,7 +116,7 @@ def _dynamic_loss(
         kernels.sum_kernel[(1,)](
             *(partial, tap_weight, loss, tap_loss, beta_grad, num_taps, programs, num_images * num_masked),
             BLOCK_K=block_k,
-            BLOCK=1024,
+            BLOCK=max(256, 8192 // block_k),
             num_warps=16,
         )
     return outputs
@@ -154,6 +153,7 @@ def _scale_gradients(grad: Tensor, beta_grad: Tensor, upstream: Tensor, unit: fl
 
 
 def _keep(ctx, inputs, output) -> None:
+    """Backward writes to the last two outputs, so they never leave this file."""
     ctx.set_materialize_grads(False)  # no zeros for the outputs that are not differentiated
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[3:])
@@ -162,6 +162,8 @@ def _keep(ctx, inputs, output) -> None:
 
 def _backward(ctx, upstream: Tensor, *_):
     """The stored gradients themselves, scaled in place: autograd refuses a second backward over them."""
+    if upstream is None:
+        return (None,) * 14
     grad, beta_grad = ctx.saved_tensors
     _scale_gradients(grad, beta_grad, upstream, ctx.unit)
     wants_pred, *_, wants_beta = ctx.needs_input_grad[:5]

@@ -87,7 +87,6 @@ def _features(target_ptr, at, own, eps, D: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def _patch(
     image_ptr,
-    affine_ptr,
     place,
     column,
     own,
@@ -95,6 +94,7 @@ def _patch(
     width,
     eps,
     SIDE: tl.constexpr,
+    AFFINE: tl.constexpr,
     NORM: tl.constexpr,
     SPARE: tl.constexpr,
 ):
@@ -114,8 +114,9 @@ def _patch(
         own_byte = tl.where(channel == one, value, 0)
         total = tl.where(c == one, tl.sum(own_byte, 0), total)
         square = tl.where(c == one, tl.sum(own_byte * own_byte, 0), square)
-    gain = tl.load(affine_ptr + c, mask=c < 3, other=0.0)
-    shift = gain * total / COUNT + tl.load(affine_ptr + 3 + c, mask=c < 3, other=0.0)  # the channel's mean
+    gain = tl.where(c == 0, AFFINE[0], tl.where(c == 1, AFFINE[1], AFFINE[2]))
+    shift = tl.where(c == 0, AFFINE[3], tl.where(c == 1, AFFINE[4], tl.where(c == 2, AFFINE[5], 0.0)))
+    shift = gain * total / COUNT + shift  # the channel's mean
     variance = (square.to(tl.int64) * COUNT - total.to(tl.int64) * total).to(tl.float32) / (COUNT * COUNT)
     variance = gain * gain * variance
     if NORM == "per_channel":
@@ -144,7 +145,6 @@ def loss_kernel(
     pred_ptr,  # [K, B, M, D]
     target_ptr,  # [B, M, D]; [K, B, M, D] where PER_TAP; uint8 [B, 3, height, width] where PATCH
     place_ptr,  # int64 [B, M], where PATCH
-    affine_ptr,  # fp32 [2, 3], mean and std, where PATCH
     distance_ptr,  # fp32 [B, M]
     beta_ptr,  # fp32 [K]
     tap_weight_ptr,  # fp32 [K]
@@ -159,7 +159,8 @@ def loss_kernel(
     eps,
     gain,  # what all gradients are multiplied by
     D: tl.constexpr,
-    PATCH: tl.constexpr,
+    PATCH: tl.constexpr,  # its side; 0 where the target is given
+    AFFINE: tl.constexpr,  # a factor of each channel's bytes, then a summand of each: to the units after mean and std
     PER_TAP: tl.constexpr,
     NORM: tl.constexpr,
     SPARE: tl.constexpr,
@@ -193,7 +194,7 @@ def loss_kernel(
         if PATCH:
             place = tl.load(place_ptr + token)
             image_ptr = target_ptr + image * 3 * height * width
-            target = _patch(image_ptr, affine_ptr, place, column, own, height, width, eps, PATCH, NORM, SPARE)
+            target = _patch(image_ptr, place, column, own, height, width, eps, PATCH, AFFINE, NORM, SPARE)
         elif not PER_TAP:
             target = _features(target_ptr, token * D + column, own, eps, D, NORM)
         errors = tl.zeros([BLOCK_K], tl.float32)
