@@ -3,6 +3,7 @@
 The interpreter takes about a millisecond for a patch and tap, so the cases are small.
 """
 
+import json
 import logging
 import os
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import traffic
-from ddae_kernels import implementation
+from ddae_kernels import implementation, operators
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
@@ -348,8 +349,6 @@ def test_the_size_of_training(kind):
 
 
 def test_more_shares_than_the_sum_takes_at_once():
-    from ddae_kernels import operators
-
     rng = torch.Generator().manual_seed(0)
     partial_sums, tap_weight = (
         torch.randn(2, 3, 3000, generator=rng).to(DEVICE),
@@ -382,8 +381,6 @@ def test_a_backward_that_brings_nothing_gives_nothing():
 
 
 def test_operators_keep_torchs_rules():
-    from ddae_kernels import operators
-
     grad, beta_grad, upstream = (torch.ones(shape, device=DEVICE) for shape in ((2, 3), 2, ()))
     torch.library.opcheck(operators.patch_distance, (torch.tensor([[True, False]], device=DEVICE), 1, 2))
     torch.library.opcheck(operators._scale_gradients, (grad, beta_grad, upstream, 1.0))
@@ -398,8 +395,6 @@ def test_distances_of_a_whole_batch_on_a_gpu():
 
 
 def test_an_image_without_a_visible_patch_is_infinitely_far():
-    from ddae_kernels import operators
-
     assert torch.isinf(operators.patch_distance(torch.ones(1, 6, dtype=torch.bool, device=DEVICE), 2, 3)).all()
 
 
@@ -468,9 +463,7 @@ def resources(arch):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the driver is replaced by one that only compiles")
 def test_kernels_compile_for_a100_and_h100_without_spills():
-    """And every load and store of predictions, targets and gradients is 16 bytes wide."""
-    import json
-
+    """And every load and store of predictions, given targets and gradients is 16 bytes wide; images go by bytes."""
     for process in [resources(arch) for arch in (80, 90)]:
         rows = [json.loads(line) for line in process.communicate(timeout=600)[0].splitlines()]
         assert process.returncode == 0

@@ -63,7 +63,7 @@ def weighted_mse(
 
 
 @cache
-def device_constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _numbers(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """These numbers on the device, sent there once: a copy each step would stall the stream."""
     return torch.tensor(values, device=device, dtype=dtype)
 
@@ -95,7 +95,7 @@ def pixel_target(
     rows = masked[:, :, None].expand(-1, -1, patch * patch * 3)
     pixels = patchify(images_u8, patch).gather(1, rows).to(dtype) / 255
     pixels = pixels.unflatten(-1, (patch * patch, 3))  # [B, M, patch^2, 3]
-    centre, spread = (device_constant(tuple(values), pixels.device, dtype) for values in (mean, std))
+    centre, spread = (_numbers(tuple(values), pixels.device, dtype) for values in (mean, std))
     pixels = (pixels - centre) / spread
     if norm != "none":
         over = (-2,) if norm == "per_channel" else (-2, -1)
