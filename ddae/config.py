@@ -73,10 +73,16 @@ class TeacherConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: str = ""  # shards to train on: a folder, or a pattern such as data/imagenet/train-*.tar
+    train: str = ""  # shards to train on: a folder, a pattern such as data/train-{000000..000099}.tar, or a URL
     batch_size: int = 4096  # images a step, over all ranks and accumulation
-    backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # what decodes images; auto: DALI where installed
-    workers: int = 4  # reader processes of each rank; 0 reads in the training process
+    remainder: Literal["rotate", "drop"] = (
+        "rotate"  # an epoch's last, incomplete batch: filled from the next, or left out
+    )
+    backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # what decodes images; auto: the faster one here
+    workers: int = 4  # reader processes of each rank, and DALI's threads; 0 reads in the training process
+    hw_decoder_load: float = 0.65  # share of JPEGs that DALI gives to a GPU's hardware decoder
+    cache: str = "data/cache"  # folder for shards downloaded from URLs
+    cache_gib: float = 500.0  # largest size of that folder
     normalisation: Literal["half", "imagenet"] = "half"  # mean and std of pixels
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the image's area that a random crop keeps
 
@@ -153,9 +159,9 @@ class Config:
     def folder(self) -> str:
         return self.run_dir or f"runs/{self.preset}"
 
-    def num_steps(self, num_samples: int) -> int:
-        """Steps of the whole run over a data set of num_samples images."""
-        return self.train.steps or max(1, round(self.train.epochs * num_samples / self.data.batch_size))
+    def num_steps(self, epoch_samples: int) -> int:
+        """Steps of the whole run whose epochs are of so many images."""
+        return self.train.steps or max(1, round(self.train.epochs * epoch_samples / self.data.batch_size))
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in the file
@@ -165,6 +171,7 @@ class Config:
 # grow with train.extend; the data set is compared by its content).
 FREE_ON_RESUME = {
     *("preset", "run_dir", "ds_config", "allow_scratch", "data.train", "data.backend", "data.workers"),
+    *("data.hw_decoder_load", "data.cache", "data.cache_gib"),
     "engine.kernels",
     *(
         "train.log_every",
@@ -217,13 +224,14 @@ RANGES = {  # field -> smallest and largest value; every number must also be fin
     **dict.fromkeys(("model.width", "model.depth", "model.heads", "model.image_size", "model.patch_size"), (1, ANY)),
     **{f"{b}.decoder_{f}": (1, ANY) for b in ("pixel", "feature") for f in ("depth", "width", "heads")},
     **dict.fromkeys(("pixel.tap_weights", "feature.tap_weights"), (0, ANY)),
-    **dict.fromkeys(("feature.ramp", "mask.ratio"), (0, 1)),
+    **dict.fromkeys(("feature.ramp", "mask.ratio", "data.hw_decoder_load"), (0, 1)),
     **dict.fromkeys(("dynamic.beta_init", "dynamic.clamp"), (-ANY, ANY)),
     **dict.fromkeys(("dynamic.norm_weight", "dynamic.coupled_l2", "dynamic.lr_multiple"), (0, ANY)),
     "dynamic.norm_batch": (TINY, ANY),
     "teacher.momentum": (0, 1 - TINY),
     "data.crop_scale": (TINY, 1),
     **dict.fromkeys(("data.batch_size", "train.log_every", "train.save_every", "train.keep", "train.steps"), (1, ANY)),
+    "data.cache_gib": (TINY, ANY),
     **dict.fromkeys(("data.workers", "train.seed", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)),
     **dict.fromkeys(("optim.lr", "optim.base_lr", "optim.min_lr", "optim.clip_grad"), (0, ANY)),
     "optim.adam_betas": (0, 1 - TINY),

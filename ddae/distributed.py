@@ -1,12 +1,16 @@
 """Ranks: who am I, am I the one that speaks, the mean over all of us."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ddae.errors import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -45,17 +49,33 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def gather(value: T) -> list[T]:
+    """What each rank has, on all of them; any picklable value."""
+    if world_size() == 1:
+        return [value]
+    told: list = [None] * world_size()
+    dist.all_gather_object(told, value)
+    return told
+
+
+def from_main(decide: Callable[[], T]) -> T:
+    """What the main rank decides, on all of them."""
+    if world_size() == 1:
+        return decide()
+    told = [decide() if is_main() else None]
+    dist.broadcast_object_list(told)
+    return told[0]  # type: ignore[return-value]
+
+
 def agree(**facts: object) -> None:
     """UserError where the ranks do not all say the same: their nodes see other files or other packages."""
-    if world_size() > 1:
-        told: list = [None] * world_size()
-        dist.all_gather_object(told, facts)
-        for name in facts:
-            if len({each[name] for each in told}) > 1:
-                raise UserError(
-                    f"the ranks disagree on {name} ({[each[name] for each in told]}): their nodes must see the same "
-                    "shards, run folder and packages"
-                )
+    told = gather(facts)
+    for name in facts:
+        if len({each[name] for each in told}) > 1:
+            raise UserError(
+                f"the ranks disagree on {name} ({[each[name] for each in told]}): their nodes must see the same "
+                "shards, run folder and packages"
+            )
 
 
 def barrier() -> None:

@@ -1,4 +1,7 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and what commands make of it."""
+
+import sys
+from collections.abc import Callable
 
 
 class UserError(ValueError):
@@ -6,3 +9,16 @@ class UserError(ValueError):
 
     The commands print it without a traceback, on one rank, and exit with code 2.
     """
+
+
+def command(name: str, main: Callable[[], int | None]) -> None:
+    """Run a command of one process and exit with its code; a user's mistake is a sentence and code 2."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped; the same command goes on", file=sys.stderr)
+        code = 130
+    sys.exit(code)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ddae import figures
 from ddae.betas import Betas
 from ddae.config import Config, flatten, tap_name
-from ddae.data.loader import Preview
+from ddae.data.preview import Preview
 from ddae.distributed import device, is_main
 from ddae.masks import Mask, sample_mask
 from ddae.method import Method

@@ -43,15 +43,22 @@ def check(config: Config) -> None:
         raise UserError(f"{config.folder} was started with {key} = {before.get(key)}, not {now.get(key)}: {mend}")
 
 
-def write(config: Config, ds_json: dict[str, Any]) -> None:
-    """Write config.json, ds_config.json and environment.json."""
+def write(config: Config, ds_json: dict[str, Any], backend: str) -> None:
+    """Write config.json, ds_config.json and environment.json; backend: the one that decodes, which "auto" may have
+    chosen."""
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
-    documents = {"config": config.to_dict(), "ds_config": ds_json, "environment": environment()}
+    documents = {"config": config.to_dict(), "ds_config": ds_json, "environment": environment() | {"backend": backend}}
     for name, content in documents.items():
         unfinished = folder / f"{name}.json.part"
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
         os.replace(unfinished, folder / f"{name}.json")
+
+
+def backend_before(config: Config) -> str | None:
+    """The back end that an earlier start of the run decoded with: another would give other pixels."""
+    path = Path(config.folder) / "environment.json"
+    return json.loads(path.read_text()).get("backend") if path.exists() else None
 
 
 def finished(config: Config) -> int:

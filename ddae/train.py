@@ -11,7 +11,9 @@ from ddae.betas import Betas
 from ddae.branches import Inputs
 from ddae.checkpoint import Checkpoints
 from ddae.config import Config, beta_names
-from ddae.data.loader import Batch, Loader, Part, Preview, preview_images
+from ddae.data.loader import Batch, Loader
+from ddae.data.preview import Preview, preview_images
+from ddae.data.reader import Part
 from ddae.distributed import agree, barrier, device, is_main, rank, world_size
 from ddae.engine import Engine, start_process_group
 from ddae.errors import UserError
@@ -31,7 +33,7 @@ def pretrain(config: Config) -> None:
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
-    folder, steps = Path(config.folder), config.num_steps(loader.num_samples)
+    folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)
     run_folder.check(config)
     preview = preview_images(config.data, config.model.image_size, NUM_IMAGES)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
@@ -42,6 +44,7 @@ def pretrain(config: Config) -> None:
 
     kernels = loss_kernels(config)
     start_process_group()
+    loader.settle(run_folder.backend_before(config))
     agree(backend=loader.backend, newest=newest and newest.step, samples=loader.num_samples)
     engine = Engine(build_method(config), config.optim, resolved)
     teacher = build_teacher(config, engine)
@@ -49,21 +52,21 @@ def pretrain(config: Config) -> None:
     start = 0 if newest is None else checkpoints.load(newest.path, engine, teacher, betas, loader.fingerprint)
     barrier()
     if is_main():
-        run_folder.write(config, resolved.json)
+        run_folder.write(config, resolved.json, loader.backend)
         checkpoints.set_aside_beyond(start)
     params = config.to_dict() | {"loss_kernels": kernels}
     tracker = start_tracker(config.tracker, folder, start, params) if is_main() else None
     say(
         f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
-        f"({part.accumulation} x {part.micro_batch} each), {loader.num_samples} images from {loader.backend}, "
+        f"({part.accumulation} x {part.micro_batch} each), {loader.describe()}, "
         f"{config.engine.precision}, ZeRO {engine.stage}, loss kernels: {kernels}"
     )
 
     batches, meter, clock = loader.batches(start), Meter(engine.method), Clock()
-    warmup_steps = config.optim.warmup_epochs * loader.num_samples / config.data.batch_size
+    warmup_steps = config.optim.warmup_epochs * loader.epoch_samples / config.data.batch_size
     gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
     for step in range(start, steps):
-        epoch = step * config.data.batch_size / loader.num_samples
+        epoch = step * config.data.batch_size / loader.epoch_samples
         lr = warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
         momentum = momentum_at(config, epoch)
         feature_weight = ramp(step, config.feature.ramp * steps)
@@ -86,7 +89,7 @@ def pretrain(config: Config) -> None:
             row = {"step": done, "epoch": epoch, **meter.read(betas), "lr": lr}
             if teacher is not None:
                 row |= {"teacher/momentum": momentum, "teacher/ramp": feature_weight}
-            row |= clock.read(config.data.batch_size)
+            row |= clock.read(config.data.batch_size) | loader.read_stats()
             betas.warn_if_held()
             stop_if_lost(row)
             print_progress(row, steps)

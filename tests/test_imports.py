@@ -12,8 +12,12 @@ ORDER = [
     *("ddae_kernels.distance", "ddae_kernels.dynamic", "ddae_kernels"),
     *("ddae.errors", "ddae.counter", "ddae.distributed", "ddae.schedules", "ddae.patches", "ddae.masks"),
     *("ddae.config", "ddae.presets", "ddae.ds_config", "ddae.betas"),
-    *("ddae.data.shards", "ddae.data.shard_writer", "ddae.data.sampling"),
-    *("ddae.data.pillow", "ddae.data.dali", "ddae.data.loader"),
+    *("ddae.data.remote", "ddae.data.shards", "ddae.data.shard_writer", "ddae.data.sampling"),
+    *("ddae.data.jpeg", "ddae.data.pillow", "ddae.data.dali", "ddae.data.reader", "ddae.data.choice"),
+    *("ddae.data.rescue", "ddae.data.loader", "ddae.data.preview"),
+    *("ddae.sharding.archives", "ddae.sharding.devkit", "ddae.sharding.sources", "ddae.sharding.inspection"),
+    *("ddae.sharding.workers", "ddae.sharding.target", "ddae.sharding.report", "ddae.sharding.sharder"),
+    *("ddae.sharding.verification", "ddae.sharding.ade20k"),
     *("ddae.model.vit", "ddae.model.decoder", "ddae.model.teacher"),
     *("ddae.branches", "ddae.method", "ddae.optim", "ddae.engine", "ddae.checkpoint", "ddae.weights"),
     *("ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report", "ddae.train", "ddae.cli"),
@@ -27,7 +31,11 @@ HEAVY = {  # package -> the files that may import it
     "tyro": {"ddae.cli"},
     "webdataset": {"ddae.data.shard_writer"},
     "timm": {"ddae.model.vit"},
-    "PIL": {"ddae.data.pillow"},
+    "PIL": {"ddae.data.pillow", "ddae.sharding.inspection", "ddae.sharding.ade20k"},
+    "fsspec": {"ddae.data.remote"},
+    "aiohttp": {"ddae.data.remote"},
+    "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
+    "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
     "safetensors": {"ddae.weights"},
     "triton": {"ddae_kernels.triton_impl"},
 }
@@ -37,7 +45,7 @@ def sources():
     for base in (ROOT, ROOT / "kernels"):
         for path in sorted(base.glob("ddae*/**/*.py")):
             name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
-            if name not in ("ddae.data", "ddae.model"):  # empty
+            if name not in ("ddae.data", "ddae.model", "ddae.sharding"):  # empty
                 yield name, path
 
 

@@ -9,7 +9,10 @@ from PIL import Image
 
 from ddae.config import DataConfig
 from ddae.data import pillow
-from ddae.data.loader import Loader, Part, choose_backend, preview_images
+from ddae.data.choice import check_installed
+from ddae.data.loader import Loader
+from ddae.data.preview import preview_images
+from ddae.data.reader import Part
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.errors import UserError
 
@@ -102,8 +105,7 @@ def test_preview_shows_whole_images(shards):
 
 
 def test_backend_is_chosen_and_named(monkeypatch):
-    assert choose_backend("pillow") == "pillow"
+    assert check_installed("pillow") == "pillow"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert choose_backend("auto") == "pillow"
     with pytest.raises(UserError, match="not installed"):
-        choose_backend("dali")
+        check_installed("dali")

@@ -2,18 +2,22 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import webdataset
 from conftest import make_shards, sample
 from PIL import Image
 
+from ddae.data.remote import Cache
 from ddae.data.shards import find_shards, open_shards
 from ddae.errors import UserError
 
+CACHE = Cache(Path("nowhere"), 0)  # for what is not remote
+
 
 def test_every_image_is_found_at_its_place(shards):
-    opened = open_shards(find_shards(str(shards)))
+    opened = open_shards(str(shards), CACHE)
     assert len(opened) == 100
     for number in (0, 39, 40, 63, 64, 99):
         assert opened.read(number) == sample(number).jpeg
@@ -22,8 +26,7 @@ def test_every_image_is_found_at_its_place(shards):
 
 
 def test_webdataset_reads_the_shards(shards):
-    paths = [str(path) for path in find_shards(str(shards))]
-    read = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False))
+    read = list(webdataset.WebDataset(find_shards(str(shards)), shardshuffle=False, empty_check=False))
     assert [record["__key__"] for record in read] == [sample(i).key for i in range(100)]
     assert read[7]["jpg"] == sample(7).jpeg
     assert read[7]["cls"] == b"2"
@@ -31,7 +34,7 @@ def test_webdataset_reads_the_shards(shards):
 
 def test_dali_makes_the_same_index(shards, tmp_path):
     wds2idx = pytest.importorskip("wds2idx")
-    shard = find_shards(str(shards))[1]
+    shard = Path(find_shards(str(shards))[1])
     with wds2idx.IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False) as creator:
         creator.create_index()
     assert (tmp_path / "theirs.idx").read_text() == shard.with_suffix(".idx").read_text()
@@ -100,10 +103,10 @@ def spoil(kind, folder):
 )
 def test_damage_is_named(kind, words, tmp_path):
     make_shards(tmp_path)
-    assert len(open_shards(find_shards(str(tmp_path)))) == 100
+    assert len(open_shards(str(tmp_path), CACHE)) == 100
     spoil(kind, tmp_path)
     with pytest.raises(UserError, match=words):
-        open_shards(find_shards(str(tmp_path)))
+        open_shards(str(tmp_path), CACHE)
 
 
 @pytest.mark.parametrize("where", ["", "/nowhere", "/nowhere/*.tar"])
@@ -116,7 +119,7 @@ def test_sample_photos_cuts_both_splits_from_every_photograph(tmp_path):
     command = [sys.executable, "data_prep/sample_photos.py", "--out", str(tmp_path / "photos")]
     command += ["--train_per_photo", "3", "--val_per_photo", "2", "--per_shard", "20"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
-    train, val = (open_shards(find_shards(str(tmp_path / "photos"), split)) for split in ("train", "val"))
+    train, val = (open_shards(str(tmp_path / "photos"), CACHE, split) for split in ("train", "val"))
     assert len(train) == 33
     assert len(val) == 22
     assert "33 training and 22 validation" in first.stdout

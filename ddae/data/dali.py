@@ -6,84 +6,101 @@ The graph receives bytes, box and flip of each image and decodes the box alone; 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 # (DALI fills its modules when it is imported, which its stubs do not know)
 
-from collections.abc import Iterator
+import multiprocessing
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-AHEAD = 2  # batches that are decoded while earlier ones are used
+PROBE_SECONDS = 120  # a child that has not decoded a few images by then hangs
+PROBE_LEVELS = 2.0  # mean difference, of 255, that two ways to decode a GPU's images may have
 
 
-@pipeline_def(prefetch_queue_depth=AHEAD)
-def crop_graph(size: int, device: str):
-    """encoded, top-left corner, shape and flip of each image -> uint8 [3, size, size] on `device`."""
+@pipeline_def(exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
+def crop_graph(size: int, device: str, region: bool, hw_decoder_load: float):
+    """encoded, top-left corner, shape and flip of each image -> uint8 [3, size, size] on `device` ("cpu" or "gpu").
+
+    region: decode the box alone; else the whole image, which is cut then.
+    """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    images = fn.decoders.image_slice(
-        encoded,
-        corner,
-        shape,
-        device="mixed" if device == "gpu" else "cpu",
-        axis_names="HW",
-        normalized_anchor=False,
-        normalized_shape=False,
-        output_type=types.RGB,
-        adjust_orientation=False,  # boxes are of the image as it is stored, which is how Pillow reads it
-    )
+    box = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
+    decoder = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}  # boxes are of the stored image
+    if device == "gpu":  # chroma is to be interpolated as on the CPU
+        decoder |= {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
+    if region:
+        images = fn.decoders.image_slice(encoded, corner, shape, **box, **decoder)
+    else:
+        images = fn.slice(fn.decoders.image(encoded, **decoder), corner, shape, **box)
     images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
     return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])
 
 
 class DaliDecoder:
-    """Decodes batches in the order they are given; AHEAD of them are under way at a time."""
+    """Decodes batches of one size; RuntimeError for a batch with an image that cannot be, after which it is of no use.
 
-    def __init__(self, size: int, batch: int, threads: int, device: torch.device):
+    size: pixels a side; threads: of the CPU; region and hw_decoder_load: see crop_graph.
+    """
+
+    def __init__(
+        self, size: int, batch: int, threads: int, device: torch.device, region: bool = True, hw_decoder_load: float = 0
+    ):
         self.size, self.device = size, device
         on_gpu = device.type == "cuda"
         self.pipeline = crop_graph(
             size,
             "gpu" if on_gpu else "cpu",
+            region,
+            hw_decoder_load,
             batch_size=batch,
             num_threads=threads,
             device_id=device.index if on_gpu else None,
         )
         self.pipeline.build()
-        self.fed = 0
 
-    def start(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> None:
-        """Begin to decode a batch: uint8 arrays of file bytes, int64 [B, 4] (left, top, width, height), bool [B]."""
+    def decode(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> Tensor:
+        """uint8 arrays of file bytes, int64 [B, 4] (left, top, width, height), bool [B] -> uint8 [B, 3, S, S]."""
         left, top, width, height = boxes.int().unbind(1)
         self.pipeline.feed_input("encoded", encoded)
         self.pipeline.feed_input("corner", torch.stack([top, left], 1).numpy())
         self.pipeline.feed_input("shape", torch.stack([height, width], 1).numpy())
         self.pipeline.feed_input("flip", flips.int().numpy())
-        self.fed += 1
-        if self.fed >= AHEAD:  # the first call runs all batches fed so far, each later one runs one
-            self.pipeline.schedule_run()
+        (images,) = self.pipeline.run()
+        if self.device.type != "cuda":
+            return torch.from_numpy(np.array(images.as_tensor()))
+        from nvidia.dali.plugin.pytorch import feed_ndarray
 
-    def finish(self) -> Tensor:
-        """The oldest batch begun: uint8 [B, 3, S, S] on the decoder's device."""
-        (images,) = self.pipeline.share_outputs()
-        if self.device.type == "cuda":
-            from nvidia.dali.plugin.pytorch import feed_ndarray
-
-            batch = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
-            feed_ndarray(images.as_tensor(), batch, cuda_stream=torch.cuda.current_stream(self.device))
-        else:
-            batch = torch.from_numpy(np.array(images.as_tensor()))
-        self.pipeline.release_outputs()
+        batch = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device)
+        feed_ndarray(images.as_tensor(), batch, cuda_stream=stream)
+        stream.synchronize()  # this thread's stream is not the trainer's, which takes the batch as it is
         return batch
 
 
-def decode_all(decoder: DaliDecoder, batches: Iterator[tuple[list[np.ndarray], Tensor, Tensor]]) -> Iterator[Tensor]:
-    """Decode an endless stream of batches, keeping the decoder busy ahead of its user."""
-    for _ in range(AHEAD):
-        decoder.start(*next(batches))
-    while True:
-        images = decoder.finish()
-        decoder.start(*next(batches))
-        yield images
+def region_works(encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_load: float) -> bool:
+    """Whether decoding the boxes alone gives what decoding whole images does; tried in a process that may crash.
+
+    nvImageCodec 0.9 was reported to end the process on ordinary JPEGs on A100 and H100 (NVIDIA/nvImageCodec #55).
+    """
+    child = multiprocessing.get_context("spawn").Process(
+        target=_try_region, args=(encoded, boxes, size, device, hw_load), daemon=True
+    )
+    child.start()
+    child.join(PROBE_SECONDS)
+    if child.is_alive():
+        child.kill()
+        child.join()
+    return child.exitcode == 0
+
+
+def _try_region(encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_load: float) -> None:
+    flips = torch.zeros(len(boxes), dtype=torch.bool)
+    by_region, whole = (
+        DaliDecoder(size, len(boxes), 2, device, region, hw_load).decode(encoded, boxes, flips).float()
+        for region in (True, False)
+    )
+    difference = (by_region - whole).abs().flatten(1).mean(1).max()
+    raise SystemExit(0 if difference <= PROBE_LEVELS else 1)

@@ -1,16 +1,17 @@
-"""An endless stream of micro-batches that any step can be resumed at.
+"""An endless stream of micro-batches that any step can be resumed at, whichever back end decodes.
 
-Micro-batch j of step s on rank r holds fixed positions of the run (sampling.py), so the stream depends on no back end,
-worker or restart, and the ranks together see the same global batches however many they are. Reader processes read and,
-for Pillow, decode; DALI decodes in the training process. B images of a micro-batch, S pixels a side.
+Reader processes read and, for Pillow, decode (reader.py); DALI decodes in a thread of the training process. A sample
+that cannot be decoded is named, counted, and replaced by the next of the data set; too many end the run.
 """
 
 import atexit
-import importlib.util
 import itertools
 import signal
+import threading
 from collections import deque
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,12 +21,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddae.config import DataConfig
-from ddae.data import pillow
-from ddae.data.sampling import Order, random_crops
-from ddae.data.shards import Shards, find_shards, open_shards
+from ddae.data.choice import can_decode_regions, check_installed, choose
+from ddae.data.reader import Micro, Part, Reader, SyntheticReader
+from ddae.data.remote import Cache, is_url
+from ddae.data.rescue import RescuingDecoder
+from ddae.data.sampling import Order
+from ddae.data.shards import Shards, open_shards
+from ddae.distributed import from_main, gather
 from ddae.errors import UserError
 
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
+AHEAD = 2  # micro-batches that DALI decodes while earlier ones are used
+MAX_BAD = 0.001  # share of the data set that may turn out to be bad
 
 
 class Batch(NamedTuple):
@@ -36,93 +43,63 @@ class Batch(NamedTuple):
     samples: Tensor  # int64 [B]: numbers of the samples in the data set
 
 
-class Encoded(NamedTuple):
-    """A micro-batch before it is decoded: all files end to end."""
-
-    bytes: Tensor  # uint8 [sum of lengths]
-    lengths: Tensor  # int64 [B]
-    boxes: Tensor  # int64 [B, 4]
-    flips: Tensor  # bool [B]
-
-
-class Part(NamedTuple):
-    """Which positions of the run this rank reads."""
-
-    batch_size: int  # global
-    micro_batch: int  # of one rank
-    rank: int
-    ranks: int
-
-    @property
-    def accumulation(self) -> int:
-        return self.batch_size // (self.micro_batch * self.ranks)
-
-    def positions(self, number: int) -> Tensor:
-        """Positions of this rank's micro-batch `number`, counted from the run's beginning: int64 [B]."""
-        step, micro = divmod(number, self.accumulation)
-        start = step * self.batch_size + (self.rank * self.accumulation + micro) * self.micro_batch
-        return torch.arange(start, start + self.micro_batch)
-
-
-class Reader(Dataset):
-    """Micro-batch by number, read from the shards: decoded by Pillow, or still encoded for DALI."""
-
-    def __init__(
-        self, shards: Shards, order: Order, part: Part, size: int, crop_scale: tuple[float, float], decodes: bool
-    ):
-        self.shards, self.order, self.part = shards, order, part
-        self.size, self.crop_scale, self.decodes = size, crop_scale, decodes
-
-    def __getitem__(self, number: int) -> tuple[Encoded | Tensor, Tensor, Tensor]:
-        epochs, samples = self.order.samples(self.part.positions(number))
-        seeds = self.order.seeds(epochs, samples)
-        width, height = (torch.as_tensor(side)[samples] for side in (self.shards.width, self.shards.height))
-        crops = random_crops(seeds, width, height, self.crop_scale)
-        files = [self.shards.read(sample) for sample in samples.tolist()]
-        if self.decodes:
-            boxes = zip(files, crops.boxes.tolist(), crops.flips.tolist(), strict=True)
-            images = [pillow.decode(file, tuple(box), flip, self.size) for file, box, flip in boxes]
-            return torch.from_numpy(np.stack(images)), seeds, samples
-        lengths = torch.tensor([len(file) for file in files])
-        flat = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
-        return Encoded(flat, lengths, crops.boxes, crops.flips), seeds, samples
-
-
-class SyntheticReader(Dataset):
-    """Noise images, for measuring everything but the data."""
-
-    def __init__(self, order: Order, part: Part, size: int):
-        self.order, self.part, self.size = order, part, size
-        generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (part.micro_batch, 3, size, size), dtype=torch.uint8, generator=generator)
-
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        epochs, samples = self.order.samples(self.part.positions(number))
-        return self.images, self.order.seeds(epochs, samples), samples
-
-
 class Loader:
     """The data set of a run and its stream of micro-batches."""
 
     def __init__(self, config: DataConfig, size: int, seed: int, part: Part, device: torch.device):
-        self.backend = choose_backend(config.backend)
         self.config, self.part, self.device, self.size = config, part, device, size
+        self.backend = check_installed(config.backend)  # "auto" until settle() has chosen
+        self.shards: Shards | None = None
+        whole_batches = part.batch_size if config.remainder == "drop" else 1
         if self.backend == "synthetic":
             first, self.fingerprint = np.array([0, SYNTHETIC_SAMPLES]), "synthetic"
-            self.reader: Dataset = SyntheticReader(Order(first, seed), part, size)
         else:
-            shards = open_shards(find_shards(config.train))
-            first, self.fingerprint = shards.first, shards.fingerprint
-            order = Order(first, seed)
-            self.reader = Reader(shards, order, part, size, config.crop_scale, decodes=self.backend == "pillow")
-        self.num_samples = int(first[-1])
-
+            self.shards = open_shards(config.train, cache_of(config))
+            first, self.fingerprint = self.shards.first, self.shards.fingerprint
+        self.order = Order(first, seed, whole_batches)
+        self.num_samples, self.epoch_samples = self.order.num_samples, self.order.epoch_samples
+        if self.num_samples < part.ranks:
+            raise UserError(f"data.train holds {self.num_samples} images for {part.ranks} ranks: start fewer ranks")
+        if not self.epoch_samples:
+            raise UserError(
+                f"data.batch_size {part.batch_size} is larger than the {self.num_samples} images of data.train, so "
+                "that data.remainder drop leaves nothing: choose a smaller batch, or --data.remainder rotate"
+            )
+        self.bad: dict[int, str] = {}  # samples that could not be decoded, and why
+        self.told = ""  # what led to the choice of the back end
+        self._region = True
+        self._decoded, self._decode_seconds = 0, 0.0
         self._stream: Generator[Batch, None, None] | None = None
         atexit.register(self.close)  # before multiprocessing's own hook, which waits for workers deaf to SIGTERM
+
+    def settle(self, known: str | None = None) -> None:
+        """Choose the back end that "auto" stands for, on the main rank for all: the one known from an earlier start of
+        the run, else the faster one."""
+        reader = self._reader()
+        if self.backend == "auto":
+            assert isinstance(reader, Reader)
+            self.backend, why = from_main(lambda: choose(reader, self.config, self.device, known))
+            self.told = f" ({why})"
+        if self.backend == "dali":
+            assert isinstance(reader, Reader)
+            self._region = can_decode_regions(reader, self.config, self.device)
+
+    def describe(self) -> str:
+        """The data set and what becomes of an epoch's last batch, in words."""
+        words = f"{self.num_samples} images from {self.backend}{self.told}"
+        if self.shards is not None and self.shards.num_bad:
+            words += f", {self.shards.num_bad} more are listed as bad"
+        left = self.num_samples % self.part.batch_size
+        if left:
+            rotated = "go into the next one's first batch" if self.config.remainder == "rotate" else "are left out"
+            words += f", the last {left} of an epoch {rotated}"
+        return words
 
     def batches(self, step: int) -> Iterator[Batch]:
         """Micro-batches without end from the first of `step` on; `part.accumulation` of them make a step."""
         self.close()
+        if self.backend == "auto":
+            self.settle()
         self._stream = self._batches(step)
         return self._stream
 
@@ -132,18 +109,52 @@ class Loader:
             self._stream.close()
             self._stream = None
 
+    def read_stats(self) -> dict[str, float]:
+        """Bad samples so far over all ranks, and images/s that this rank's decoders manage (0: none since the last
+        call). All ranks call it; UserError on all where too many samples are bad."""
+        bad: dict[int, str] = {}
+        for each in gather(self.bad):
+            bad |= each
+        if self.shards is not None and len(bad) > MAX_BAD * self.num_samples:
+            listed = [f"{self.shards.name_of(sample)} ({why})" for sample, why in sorted(bad.items())]
+            more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+            raise UserError(
+                f"{len(bad)} of {self.num_samples} images cannot be decoded, more than {MAX_BAD:.1%}: "
+                f"{', '.join(listed[:20])}{more}: check_shards.py --full --mark_bad lists them, to be left out"
+            )
+        rate = self._decoded / self._decode_seconds if self._decode_seconds else 0.0
+        self._decoded, self._decode_seconds = 0, 0.0
+        return {"data/bad_samples": len(bad), "rate/decode_images_per_s": rate}
+
     def _batches(self, step: int) -> Generator[Batch, None, None]:
+        over, position = threading.Event(), [step * self.part.batch_size]
+        if self.shards is not None and is_url(self.shards.places[0]):
+            threading.Thread(target=self._fetch_ahead, args=(self.shards, position, over), daemon=True).start()
         stream = self._read(step * self.part.accumulation)
         if self.backend == "dali":
-            stream = self._decode(stream)
-        for images, seeds, samples in stream:
-            yield Batch(images.to(self.device, non_blocking=True), seeds, samples)
+            stream = self._decode_ahead(stream)
+        try:
+            for micro in stream:
+                self._note(micro)
+                position[0] += self.part.micro_batch * self.part.ranks
+                images = micro.images.to(self.device, non_blocking=True)
+                yield Batch(images, micro.drawn.seeds, micro.drawn.samples)
+        finally:
+            over.set()
+            if isinstance(stream, Generator):
+                stream.close()
 
-    def _read(self, first: int) -> Iterator:
-        workers = 0 if self.backend == "synthetic" else self.config.workers
+    def _reader(self) -> Dataset:
+        if self.shards is None:
+            return SyntheticReader(self.order, self.part, self.size)
+        decodes = self.backend == "pillow"
+        return Reader(self.shards, self.order, self.part, self.size, self.config.crop_scale, decodes)
+
+    def _read(self, first: int) -> Iterator[Micro]:
+        workers = 0 if self.shards is None else self.config.workers
         return iter(
             DataLoader(
-                self.reader,
+                self._reader(),
                 batch_size=None,
                 sampler=itertools.count(first),  # type: ignore[arg-type]
                 num_workers=workers,
@@ -153,59 +164,56 @@ class Loader:
             )
         )
 
-    def _decode(self, stream: Iterator) -> Iterator:
-        from ddae.data.dali import DaliDecoder, decode_all
+    def _note(self, micro: Micro) -> None:
+        """Name bad samples that are new; count what was decoded."""
+        for sample, why in micro.bad:
+            if sample not in self.bad:
+                self.bad[sample] = why
+                assert self.shards is not None
+                print(f"passing over {self.shards.name_of(sample)}: {why}", flush=True)
+        self._decoded += len(micro.lengths)
+        self._decode_seconds += micro.seconds / (max(1, self.config.workers) if self.backend == "pillow" else 1)
 
-        waiting: deque = deque()
+    def _decode_ahead(self, stream: Iterator[Micro]) -> Generator[Micro, None, None]:
+        """Decode with DALI, AHEAD of the user, in a thread of its own."""
+        from ddae.data.dali import DaliDecoder
 
-        def encoded_batches() -> Iterator:
-            for encoded, *rest in stream:
-                waiting.append(rest)
-                files = [file.numpy() for file in encoded.bytes.split(encoded.lengths.tolist())]
-                yield files, encoded.boxes, encoded.flips
+        def new_decoder(batch: int) -> DaliDecoder:
+            threads, load = max(1, self.config.workers), self.config.hw_decoder_load
+            return DaliDecoder(self.size, batch, threads, self.device, self._region, load)
 
-        decoder = DaliDecoder(self.size, self.part.micro_batch, max(1, self.config.workers), self.device)
-        for images in decode_all(decoder, encoded_batches()):
-            yield images, *waiting.popleft()
+        reader = self._reader()
+        assert isinstance(reader, Reader)
+        decoder = RescuingDecoder(reader, new_decoder)
+        with ThreadPoolExecutor(1, "dali") as thread:
+            waiting = deque(thread.submit(lambda: decoder.decode(next(stream))) for _ in range(AHEAD))
+            try:
+                while True:
+                    micro = waiting.popleft().result()
+                    waiting.append(thread.submit(lambda: decoder.decode(next(stream))))
+                    yield micro
+            finally:
+                thread.shutdown(cancel_futures=True)
+
+    def _fetch_ahead(self, shards: Shards, position: list[int], over: threading.Event) -> None:
+        """Download the shards of the windows that are read now and next, before a reader waits for them."""
+        fetched: list[int] = []
+        while not over.wait(0.2):
+            near = self.order.shards_near(position[0])
+            for shard in [each for each in near if each not in fetched]:
+                with suppress(UserError):  # the reader that needs it will say so
+                    shards.fetch(shard)
+                if over.is_set():
+                    return
+            fetched = near
 
 
-def choose_backend(wanted: str) -> str:
-    """The back end that decodes; "auto" takes DALI where it is installed, else Pillow."""
-    installed = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
-    if wanted == "auto":
-        return "dali" if installed else "pillow"
-    if wanted == "dali" and not installed:
-        raise UserError("data.backend is 'dali', which is not installed: pip install -e '.[cu13]' or choose 'pillow'")
-    return wanted
+def cache_of(config: DataConfig) -> Cache:
+    """Where shards from URLs are kept."""
+    return Cache(Path(config.cache), int(config.cache_gib * 2**30))
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-
-
-class Preview(NamedTuple):
-    """Images to look at, whole and unmirrored."""
-
-    images: Tensor  # uint8 [B, 3, S, S]
-    held_out: bool  # from validation shards
-
-
-def preview_images(config: DataConfig, size: int, count: int) -> Preview:
-    """Images spread evenly over the validation shards beside the training ones; over those if there are none.
-
-    The synthetic back end has no images, and gives zero of them.
-    """
-    if config.backend == "synthetic":
-        return Preview(torch.empty(0, 3, size, size, dtype=torch.uint8), held_out=False)
-    folder = Path(config.train)
-    split = "val" if folder.is_dir() and any(folder.glob("val-*.tar")) else "train"
-    shards = open_shards(find_shards(config.train, split))
-    images = []
-    for sample in np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist():
-        width, height = int(shards.width[sample]), int(shards.height[sample])
-        side = min(width, height)
-        box = (width - side) // 2, (height - side) // 2, side, side
-        images.append(pillow.decode(shards.read(sample), box, False, size))
-    return Preview(torch.from_numpy(np.stack(images)), held_out=split == "val")

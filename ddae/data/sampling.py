@@ -1,7 +1,8 @@
 """Which sample comes when, and how it is cropped and flipped: pure functions of (seed, epoch, sample).
 
-A run's position is one integer, the number of samples seen. Position p lies in epoch p // N; every epoch shows every
-sample once, whatever the batch size, and no rank or worker has a say in it. B positions at a time.
+A run's position is one integer, the number of samples seen. Position p lies in epoch p // E, where an epoch's E is all
+N samples, each once (what is left of its last batch goes to the next epoch), or as many of them as whole batches take.
+No rank or worker has a say in it. B positions at a time.
 """
 
 from functools import lru_cache
@@ -27,11 +28,16 @@ class Crops(NamedTuple):
 
 
 class Order:
-    """The order of a data set whose shard s holds samples first[s] to first[s + 1] - 1."""
+    """The order of a data set whose shard s holds samples first[s] to first[s + 1] - 1.
 
-    def __init__(self, first: np.ndarray, seed: int):
+    whole_batches_of: leave out what does not fill a batch of this size at an epoch's end; other samples each epoch.
+    """
+
+    def __init__(self, first: np.ndarray, seed: int, whole_batches_of: int = 1):
         self.first = torch.as_tensor(first)
         self.seed = seed
+        self.num_samples = int(first[-1])
+        self.epoch_samples = self.num_samples // whole_batches_of * whole_batches_of
         self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)  # a batch may span two epochs
 
     def _epoch_order(self, epoch: int) -> Tensor:
@@ -45,12 +51,20 @@ class Order:
 
     def samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B] positions -> epoch and sample of each."""
-        epochs, places = positions // int(self.first[-1]), positions % int(self.first[-1])
+        epochs, places = positions // self.epoch_samples, positions % self.epoch_samples
         samples = torch.empty_like(positions)
         for epoch in epochs.unique().tolist():
             here = epochs == epoch
             samples[here] = self.epoch_order(epoch)[places[here]]
         return epochs, samples
+
+    def shards_near(self, position: int) -> list[int]:
+        """The shards that the window of a position reads, and those of the next, in the order of their use."""
+        epoch, place = divmod(position, self.epoch_samples)
+        shards = permutation(len(self.first) - 1, self.seed, epoch, -1)
+        ends = (self.first[shards + 1] - self.first[shards]).cumsum(0)
+        start = int(torch.searchsorted(ends, place, right=True)) // WINDOW * WINDOW
+        return shards[start : start + 2 * WINDOW].tolist()
 
     def seeds(self, epochs: Tensor, samples: Tensor) -> Tensor:
         """The counter of everything random about each sample in its epoch: int64 [B]."""

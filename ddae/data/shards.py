@@ -1,26 +1,33 @@
-"""Shards on disk: what a folder of them holds, where each image lies, and what a reader needs to know of it.
+"""Shards on disk or at URLs: what a set of them holds, where each image lies, and what a reader needs to know of it.
 
 A shard is a tar of samples KEY.jpg + KEY.cls, `SHARD.idx` beside it is DALI's index of it (v1.2), and the folder's
 `manifest.json` says how many samples and bytes each shard has, its sha256 and the size of each image:
 
     {"format": "ddae-shards-1", "shards": {"train-000000.tar": {"samples": 2, "bytes": 30720, "sha256": "...",
      "sizes": [[500, 375], [640, 480]]}}, "classes": [...], "source": ..., "settings": ...}
+
+An entry may have "bad": keys of samples that cannot be decoded (check_shards.py lists them), which are left out.
 """
 
 import glob
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from braceexpand import braceexpand
 
+from ddae.data.remote import Cache, is_url, join, name, parent
 from ddae.errors import UserError
 
 FORMAT = "ddae-shards-1"
 MANIFEST = "manifest.json"
 INDEX_VERSION = "v1.2"
+OPEN_FILES = 64  # that a process keeps open: a window of shards and some to spare
 
 
 @dataclass(frozen=True)
@@ -30,80 +37,150 @@ class Shards:
     `first` has one entry more than there are shards: shard s holds samples first[s] to first[s + 1] - 1.
     """
 
-    paths: list[Path]
+    places: list[str]  # paths or URLs
+    entries: list[dict[str, Any]]  # of the manifest
+    cache: Cache
     first: np.ndarray  # int64 [S + 1]
     offset: np.ndarray  # int64 [N]: of the image within its shard, in bytes
     length: np.ndarray  # int64 [N]: of the image, in bytes
     width: np.ndarray  # int64 [N]: pixels
     height: np.ndarray  # int64 [N]: pixels
     fingerprint: str  # of the shards' hashes: two data sets with the same images in the same order share it
+    num_bad: int  # samples that the manifest lists as bad, which are not among the N
+    _files: OrderedDict[int, int] = field(default_factory=OrderedDict, compare=False, repr=False)  # shard -> descriptor
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def read(self, sample: int) -> bytes:
-        """The image file of one sample."""
-        shard = int(np.searchsorted(self.first, sample, side="right")) - 1
-        with open(self.paths[shard], "rb") as file:
-            return os.pread(file.fileno(), int(self.length[sample]), int(self.offset[sample]))
+        """The image file of one sample; OSError where the shard ends before."""
+        length = int(self.length[sample])
+        data = os.pread(self._open(self.shard_of(sample)), length, int(self.offset[sample]))
+        if len(data) < length:
+            raise OSError(f"its shard ends {length - len(data)} bytes before it does")
+        return data
+
+    def shard_of(self, sample: int) -> int:
+        return int(np.searchsorted(self.first, sample, side="right")) - 1
+
+    def name_of(self, sample: int) -> str:
+        """A sample as a person may look it up: SHARD:KEY."""
+        shard = self.shard_of(sample)
+        index = read_index(local(self.places[shard].removesuffix(".tar") + ".idx", self.cache))
+        keys = [key for key, offset, _ in index if offset == self.offset[sample]]
+        return f"{self.places[shard]}:{keys[0] if keys else sample}"
+
+    def fetch(self, shard: int) -> None:
+        """See to it that a remote shard is in the cache."""
+        if is_url(self.places[shard]):
+            self.cache.fetch(self.places[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
+
+    def _open(self, shard: int) -> int:
+        """A descriptor of the shard; the least recently used of many is closed."""
+        if shard in self._files:
+            self._files.move_to_end(shard)
+            return self._files[shard]
+        place, entry = self.places[shard], self.entries[shard]
+        remote = is_url(place)
+        opened = self.cache.open(place, entry["bytes"], entry["sha256"]) if remote else os.open(place, os.O_RDONLY)
+        self._files[shard] = opened
+        if len(self._files) > OPEN_FILES:
+            os.close(self._files.popitem(last=False)[1])
+        return opened
 
 
-def find_shards(where: str, split: str = "train") -> list[Path]:
-    """The shards that a folder (those of `split`) or a pattern names, in order; UserError where there are none."""
+def find_shards(where: str, split: str = "train") -> list[str]:
+    """The shards that a folder (those of `split`), a pattern or a URL of either names, in order.
+
+    UserError where there are none, or one that the pattern names is missing.
+    """
     if not where:
         raise UserError(
             "data.train is empty: make shards with data_prep/ and name them with --data.train FOLDER, "
             "or try --preset demo after `make demo`"
         )
-    pattern = os.path.join(where, f"{split}-*.tar") if os.path.isdir(where) else where
-    paths = [Path(path) for path in sorted(glob.glob(pattern))]
+    if where.startswith("pipe:"):
+        raise UserError(f"data.train {where!r} would run a command: name a folder, a pattern or a URL of shards")
+    if is_url(where):
+        return list(braceexpand(where)) if where.endswith(".tar") else []  # a folder's are in its manifest
+    if os.path.isdir(where):
+        paths = sorted(glob.glob(os.path.join(where, f"{split}-*.tar")))
+    else:
+        paths = [path for each in braceexpand(where) for path in (sorted(glob.glob(each)) or [each])]
+        missing = [path for path in paths if not os.path.exists(path)]
+        if missing and len(paths) > 1:
+            raise UserError(f"data.train {where!r} names {missing[0]}, which does not exist: check the range")
+        paths = [path for path in paths if path not in missing]
     if not paths:
-        raise UserError(f"data.train {where!r} holds no shards ({pattern}): make them with data_prep/")
+        raise UserError(f"data.train {where!r} holds no shards of {split!r}: make them with data_prep/")
     return paths
 
 
-def open_shards(paths: list[Path]) -> Shards:
-    """Read the manifests and indexes of these shards; UserError names the first that is missing or does not fit."""
-    manifests: dict[Path, dict] = {}
-    counts, offsets, sizes, hashes = [], [], [], []
-    for path in paths:
-        if path.parent not in manifests:
-            manifests[path.parent] = _read_manifest(path.parent)
-        entry = manifests[path.parent]["shards"].get(path.name)
+def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
+    """Find shards and read their manifests and indexes; UserError names the first that is missing or does not fit."""
+    places = find_shards(where, split)
+    manifests: dict[str, dict[str, Any]] = {}
+    if not places:
+        manifests[where.rstrip("/")] = manifest = read_manifest(where, cache)
+        places = [join(where, each) for each in sorted(manifest["shards"]) if each.startswith(f"{split}-")]
+        if not places:
+            raise UserError(f"data.train {where!r} holds no shards of {split!r}: see its {MANIFEST}")
+    entries, columns, counts, num_bad = [], [], [], 0
+    for place in places:
+        folder, base = (parent(place), name(place)) if is_url(place) else os.path.split(place)
+        if folder not in manifests:
+            manifests[folder] = read_manifest(folder, cache)
+        entry = manifests[folder]["shards"].get(base)
         if entry is None:
-            raise UserError(f"{path} is not in {path.parent / MANIFEST}: shard the data again, or leave it out")
-        if {"samples", "bytes", "sha256", "sizes"} - entry.keys() or len(entry["sizes"]) != entry["samples"]:
-            raise UserError(f"{path.parent / MANIFEST} does not say all of {path.name}: shard the data again")
-        if path.stat().st_size != entry["bytes"]:
+            raise UserError(f"{place} is not in {folder}/{MANIFEST}: shard the data again, or leave it out")
+        if not is_url(place) and os.path.getsize(place) != entry["bytes"]:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes where its manifest says {entry['bytes']}: "
+                f"{place} has {os.path.getsize(place)} bytes where its manifest says {entry['bytes']}: "
                 "it is cut or changed, shard the data again"
             )
-        places = _read_index(path)
-        if len(places) != entry["samples"]:
-            raise UserError(
-                f"{path.with_suffix('.idx')} lists {len(places)} samples of {entry['samples']}: make it again"
-            )
-        counts.append(entry["samples"])
-        offsets.append(places)
-        sizes.append(np.asarray(entry["sizes"], np.int64).reshape(-1, 2))
-        hashes.append(entry["sha256"])
-    place, size = np.concatenate(offsets), np.concatenate(sizes)
-    if not len(place):
-        raise UserError(f"{paths[0].parent} holds shards without a single sample: run data_prep/ again")
+        index = read_index(local(place.removesuffix(".tar") + ".idx", cache))
+        if len(index) != entry["samples"]:
+            raise UserError(f"the index of {place} lists {len(index)} samples of {entry['samples']}: make it again")
+        bad = set(entry.get("bad", ()))
+        rows = [
+            (offset, length, *size)
+            for (key, offset, length), size in zip(index, entry["sizes"], strict=True)
+            if key not in bad
+        ]
+        columns.append(np.asarray(rows, np.int64).reshape(-1, 4))
+        num_bad += len(index) - len(rows)
+        counts.append(len(rows))
+        entries.append(entry)
+    table = np.concatenate(columns)
+    if not len(table):
+        raise UserError(f"{where} holds shards without a single sample: run data_prep/ again")
+    known = [entry["sha256"] + "".join(sorted(entry.get("bad", ()))) for entry in entries]
     return Shards(
-        paths=paths,
+        places=places,
+        entries=[{key: entry[key] for key in ("bytes", "sha256")} for entry in entries],
+        cache=cache,
         first=np.concatenate([[0], np.cumsum(counts)]),
-        offset=place[:, 0],
-        length=place[:, 1],
-        width=size[:, 0],
-        height=size[:, 1],
-        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
+        offset=table[:, 0].copy(),
+        length=table[:, 1].copy(),
+        width=table[:, 2].copy(),
+        height=table[:, 3].copy(),
+        fingerprint=hashlib.sha256("".join(known).encode()).hexdigest(),
+        num_bad=num_bad,
     )
 
 
-def _read_manifest(folder: Path) -> dict:
-    path = folder / MANIFEST
+def local(place: str, cache: Cache) -> Path:
+    """A small file's local path: its own, or that of a fresh copy."""
+    return cache.fetch_fresh(place) if is_url(place) else Path(place)
+
+
+def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, Any]:
+    """The manifest of a folder, or of a folder's URL; UserError where it is missing or is none."""
+    if isinstance(folder, str) and is_url(folder):
+        assert cache is not None
+        path = cache.fetch_fresh(join(folder, MANIFEST))
+    else:
+        path = Path(folder) / MANIFEST
     if not path.exists():
         raise UserError(f"{path} is missing: the shards beside it were not finished, run data_prep/ again")
     try:
@@ -116,13 +193,17 @@ def _read_manifest(folder: Path) -> dict:
         or not isinstance(manifest.get("shards"), dict)
     ):
         raise UserError(f"{path} is not a manifest of the format {FORMAT}: run data_prep/ again")
+    for shard, entry in manifest["shards"].items():
+        whole = isinstance(entry, dict) and entry.keys() >= {"samples", "bytes", "sha256", "sizes"}
+        if not whole or len(entry["sizes"]) != entry["samples"]:
+            raise UserError(f"{path} does not say all of {shard}: shard the data again")
     return manifest
 
 
-def _read_index(shard: Path) -> np.ndarray:
-    """Offset and length of each sample's image: int64 [N, 2]."""
-    path = shard.with_suffix(".idx")
+def read_index(path: Path) -> list[tuple[str, int, int]]:
+    """Key of each sample, and offset and length of its image, from DALI's index of a shard."""
     if not path.exists():
+        shard = path.with_suffix(".tar")
         raise UserError(f"{shard} has no index {path.name} beside it: run data_prep/ again, or DALI's wds2idx")
     try:
         header, *lines = path.read_text().splitlines()
@@ -132,9 +213,9 @@ def _read_index(shard: Path) -> np.ndarray:
         for line in lines:
             parts = line.split(" ")
             image = next(i for i in range(0, len(parts) - 3, 4) if parts[i] == "jpg")
-            places.append((int(parts[image + 1]), int(parts[image + 2])))
+            places.append((parts[image + 3].removesuffix(".jpg"), int(parts[image + 1]), int(parts[image + 2])))
     except UserError:
         raise
     except (ValueError, StopIteration):
         raise UserError(f"{path} has a line without a jpg's offset and size: make it again") from None
-    return np.asarray(places, np.int64).reshape(-1, 2)
+    return places

@@ -1,0 +1,150 @@
+"""Micro-batches by number, as reader processes make them: read from the shards, and for Pillow decoded.
+
+Micro-batch j of step s on rank r holds fixed positions of the run (sampling.py), so what is in it depends on no back
+end, worker or restart, and the ranks together see the same global batches however many they are.
+B images of a micro-batch, S pixels a side.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ddae.data import pillow
+from ddae.data.jpeg import is_cut
+from ddae.data.sampling import Crops, Order, random_crops
+from ddae.data.shards import Shards
+from ddae.errors import UserError
+
+T = TypeVar("T")
+IN_A_ROW = 100  # samples that may be bad one after another before the data set is taken to be broken
+
+
+class Part(NamedTuple):
+    """Which positions of the run this rank reads."""
+
+    batch_size: int  # global
+    micro_batch: int  # of one rank
+    rank: int
+    ranks: int
+
+    @property
+    def accumulation(self) -> int:
+        return self.batch_size // (self.micro_batch * self.ranks)
+
+    def positions(self, number: int) -> Tensor:
+        """Positions of this rank's micro-batch `number`, counted from the run's beginning: int64 [B]."""
+        step, micro = divmod(number, self.accumulation)
+        start = step * self.batch_size + (self.rank * self.accumulation + micro) * self.micro_batch
+        return torch.arange(start, start + self.micro_batch)
+
+
+class Drawn(NamedTuple):
+    """What is known of a micro-batch before any file is read."""
+
+    epochs: Tensor  # int64 [B]
+    samples: Tensor  # int64 [B]: numbers of the samples in the data set
+    seeds: Tensor  # int64 [B]: counters of the samples in their epochs; crops and masks are drawn from them
+    crops: Crops
+
+
+class Micro(NamedTuple):
+    """A micro-batch as it comes from a reader process."""
+
+    images: Tensor  # uint8 [B, 3, S, S]; for DALI, whose turn is next: all files end to end, uint8 [sum of lengths]
+    lengths: Tensor  # int64 [B]: of the files in bytes
+    drawn: Drawn
+    bad: list[tuple[int, str]]  # samples that could not be used, and why; others stand in for them
+    seconds: float  # that it took
+
+
+class Reader(Dataset):
+    """Micro-batch by number."""
+
+    def __init__(
+        self, shards: Shards, order: Order, part: Part, size: int, crop_scale: tuple[float, float], decodes: bool = True
+    ):
+        self.shards, self.order, self.part = shards, order, part
+        self.size, self.crop_scale, self.decodes = size, crop_scale, decodes
+        self.width, self.height = torch.as_tensor(shards.width), torch.as_tensor(shards.height)
+
+    def __getitem__(self, number: int) -> Micro:
+        start = time.perf_counter()
+        drawn = self.draw(*self.order.samples(self.part.positions(number)))
+        if self.decodes:
+            images, drawn, bad = self.fill(drawn, self.decode)
+            data, lengths = torch.from_numpy(np.stack(images)), torch.zeros(len(images), dtype=torch.int64)
+        else:
+            files, drawn, bad = self.fill(drawn, lambda sample, box, flip: self.read(sample))
+            data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
+            lengths = torch.tensor([len(file) for file in files])
+        return Micro(data, lengths, drawn, bad, time.perf_counter() - start)
+
+    def draw(self, epochs: Tensor, samples: Tensor) -> Drawn:
+        """Seeds and crops of these samples in these epochs."""
+        seeds = self.order.seeds(epochs, samples)
+        crops = random_crops(seeds, self.width[samples], self.height[samples], self.crop_scale)
+        return Drawn(epochs, samples, seeds, crops)
+
+    def fill(
+        self, drawn: Drawn, load: Callable[[int, list[int], bool], T]
+    ) -> tuple[list[T], Drawn, list[tuple[int, str]]]:
+        """load(sample, box, flip) of each row; where it fails, of the next sample of the data set that can be loaded.
+
+        Returns what was loaded, what was drawn for it, and the samples that failed with their reasons.
+        """
+        loaded, bad = [], []
+        boxes, flips, samples = drawn.crops.boxes.tolist(), drawn.crops.flips.tolist(), drawn.samples.tolist()
+        for row, (sample, box, flip) in enumerate(zip(samples, boxes, flips, strict=True)):
+            tries = 0
+            while True:
+                try:
+                    loaded.append(load(sample, box, flip))
+                    break
+                except UserError:
+                    raise
+                except Exception as error:  # decoders raise whatever a broken file leads them to
+                    bad.append((sample, str(error) or type(error).__name__))
+                tries += 1
+                if tries == IN_A_ROW:
+                    raise UserError(
+                        f"{IN_A_ROW} samples in a row cannot be read, the last is {self.shards.name_of(sample)} "
+                        f"({bad[-1][1]}): run data_prep/check_shards.py --full"
+                    )
+                sample = (sample + 1) % len(self.shards)
+                other = self.draw(drawn.epochs[row : row + 1], torch.tensor([sample]))
+                box, flip = other.crops.boxes[0].tolist(), bool(other.crops.flips[0])
+                for ours, theirs in zip((*drawn[:3], *drawn.crops), (*other[:3], *other.crops), strict=True):
+                    ours[row] = theirs[0]
+        return loaded, drawn, bad
+
+    def read(self, sample: int) -> bytes:
+        """The file of a sample; ValueError where it is no whole JPEG to look at."""
+        data = self.shards.read(sample)
+        if is_cut(data):
+            raise ValueError("its end is missing")
+        return data
+
+    def decode(self, sample: int, box: list[int], flip: bool) -> np.ndarray:
+        """A sample's crop: uint8 [3, S, S]."""
+        return pillow.decode(self.read(sample), tuple(box), flip, self.size)  # type: ignore[arg-type]
+
+
+class SyntheticReader(Dataset):
+    """Noise images, for measuring everything but the data."""
+
+    def __init__(self, order: Order, part: Part, size: int):
+        self.order, self.part, self.size = order, part, size
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (part.micro_batch, 3, size, size), dtype=torch.uint8, generator=generator)
+
+    def __getitem__(self, number: int) -> Micro:
+        epochs, samples = self.order.samples(self.part.positions(number))
+        nothing = torch.zeros(len(samples), dtype=torch.int64)
+        whole = Crops(nothing[:, None].expand(-1, 4), nothing.bool())
+        drawn = Drawn(epochs, samples, self.order.seeds(epochs, samples), whole)
+        return Micro(self.images, nothing, drawn, [], 0.0)

@@ -1,0 +1,44 @@
+"""DALI's decoder for micro-batches that may hold a bad image, which to DALI is the end."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddae.data.reader import Micro, Reader
+
+
+class RescuingDecoder:
+    """Decodes micro-batches; where one fails, its images are decoded one by one, others in place of the bad ones."""
+
+    def __init__(self, reader: Reader, new_decoder: Callable[[int], Any]):
+        """new_decoder(batch) makes a DaliDecoder for batches of this size."""
+        self.reader, self.new_decoder = reader, new_decoder
+        self.whole = new_decoder(reader.part.micro_batch)
+        self.single: Any = None
+
+    def decode(self, micro: Micro) -> Micro:
+        """The micro-batch with images uint8 [B, 3, S, S] in place of files."""
+        start = time.perf_counter()
+        files = [file.numpy() for file in micro.images.split(micro.lengths.tolist())]
+        drawn, bad = micro.drawn, micro.bad
+        try:
+            images = self.whole.decode(files, drawn.crops.boxes, drawn.crops.flips)
+        except RuntimeError:
+            self.whole = self.new_decoder(self.reader.part.micro_batch)
+            singles, drawn, more = self.reader.fill(drawn, self._decode_one)
+            images, bad = torch.cat(singles), bad + more
+        return Micro(images, micro.lengths, drawn, bad, time.perf_counter() - start)
+
+    def _decode_one(self, sample: int, box: list[int], flip: bool) -> Tensor:
+        file = np.frombuffer(self.reader.read(sample), np.uint8)
+        self.single = self.single or self.new_decoder(1)
+        try:
+            return self.single.decode([file], torch.tensor([box]), torch.tensor([flip]))
+        except RuntimeError as error:
+            self.single = None
+            lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Stacktrace")]
+            raise ValueError(f"DALI cannot decode it: {' '.join(lines)[:200]}") from None

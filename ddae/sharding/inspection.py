@@ -1,0 +1,103 @@
+"""Looking at one image file: is it a plain RGB JPEG, what is odd about it, and what it becomes in a shard.
+
+Every image is decoded whole. An odd one that decodes becomes an RGB JPEG, upright; the rest cannot be used.
+"""
+
+import io
+import warnings
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest has 61
+MAX_BYTES = 1 << 28  # of one image file: 256 MiB
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+SCAN, END = b"\xff\xda", b"\xff\xd9"  # JPEG's markers before the coded pixels and at the end of the file
+
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter guard
+warnings.filterwarnings("ignore", module="PIL")  # of metadata that is odd or cut: what matters is found below
+
+
+class Finding(NamedTuple):
+    """What was found in an image file."""
+
+    kinds: tuple[str, ...]  # what is odd: none for a plain RGB JPEG
+    jpeg: bytes | None  # what goes into a shard; None where the file cannot be used
+    width: int = 0
+    height: int = 0
+
+
+def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
+    """Decode an image file and say what it is.
+
+    Where the shorter side is larger than resize_shorter (pixels; 0: never) the image is made smaller. What is not kept
+    byte for byte is written as JPEG of that quality.
+    """
+    if not data:
+        return Finding(("empty",), None)
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS or len(data) > MAX_BYTES:
+            return Finding(("bomb",), None)
+        image.load()
+        kinds = _kinds(image, data)
+    except Image.DecompressionBombError:
+        return Finding(("bomb",), None)
+    except Exception:  # Pillow's decoders raise whatever a broken file leads them to
+        return Finding(("truncated" if _is_cut(data) else "unreadable",), None)
+    smaller = 0 < resize_shorter < min(image.size)
+    if not kinds and not smaller:
+        return Finding((), data, image.width, image.height)
+    image = _upright_rgb(image)
+    if smaller:
+        share = resize_shorter / min(image.size)
+        image = image.resize([max(1, round(side * share)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
+    return Finding(kinds, buffer.getvalue(), image.width, image.height)
+
+
+def _kinds(image: Image.Image, data: bytes) -> tuple[str, ...]:
+    """What is odd about an opened image that has all its pixels."""
+    kinds = []
+    if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, of which the first is read
+        kinds.append(str(image.format).lower())  # png, webp, gif, ...
+    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24:25] == b"\x10"):
+        kinds.append("16bit")
+    if image.mode.startswith(("1", "L", "I", "F")):
+        kinds.append("greyscale")
+    elif image.mode == "CMYK":
+        kinds.append("cmyk")
+    if _orientation(image) != 1:
+        kinds.append("exif_rotated")
+    return tuple(kinds)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # broken metadata says nothing
+        return 1
+    return value if value in range(2, 9) else 1
+
+
+def _is_cut(data: bytes) -> bool:
+    """Whether a file that does not decode begins as an image does and lacks its end."""
+    if data.startswith(b"\xff\xd8"):
+        return data.rfind(END) <= data.rfind(SCAN)
+    if data.startswith(b"\x89PNG"):
+        return b"IEND" not in data[-64:]
+    if data.startswith(b"RIFF"):
+        return len(data) < int.from_bytes(data[4:8], "little") + 8
+    return False
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    """The image as a person sees it: turned as its EXIF says, three channels of 8 bits."""
+    upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    if upright.mode.startswith(("I", "F")):  # 16 bits or more a pixel, which convert() would clip
+        values = np.asarray(upright, np.float64)
+        low, high = (0.0, 65535.0) if values.max() > 1 else (0.0, 1.0)
+        upright = Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8))
+    return upright.convert("RGB")
