@@ -1,0 +1,33 @@
+"""Turn ADE20K's zip into shards of images and masks for segmentation; nothing is unpacked to disk.
+
+    python data_prep/prepare_ade20k.py ADEChallengeData2016.zip --out data/ade20k
+
+The zip is SceneParse150's (150 classes, 8-bit masks) or that of the full ADE20K of 2016 or 2021 (16-bit masks). What
+had to be left out or converted is named in the folder's report.json.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ddae.errors import UserError
+from ddae.sharding.ade20k import prepare
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="prepare_ade20k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("zip", type=Path, help="ADEChallengeData2016.zip, ADE20K_2016_07_26.zip, ...")
+    parser.add_argument("--out", type=Path, default=Path("data/ade20k"), help="folder for the shards")
+    parser.add_argument("--per_shard", type=int, default=500, help="samples of a shard")
+    arguments = parser.parse_args()
+    try:
+        print(prepare(arguments.zip, arguments.out, arguments.per_shard))
+    except UserError as error:
+        print(f"prepare_ade20k: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
