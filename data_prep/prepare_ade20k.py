@@ -7,10 +7,9 @@ had to be left out or converted is named in the folder's report.json.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from ddae.errors import UserError
+from ddae.errors import command
 from ddae.sharding.ade20k import prepare
 
 
@@ -21,13 +20,9 @@ def main() -> None:
     parser.add_argument("zip", type=Path, help="ADEChallengeData2016.zip, ADE20K_2016_07_26.zip, ...")
     parser.add_argument("--out", type=Path, default=Path("data/ade20k"), help="folder for the shards")
     parser.add_argument("--per_shard", type=int, default=500, help="samples of a shard")
-    arguments = parser.parse_args()
-    try:
-        print(prepare(arguments.zip, arguments.out, arguments.per_shard))
-    except UserError as error:
-        print(f"prepare_ade20k: {error}", file=sys.stderr)
-        sys.exit(2)
+    words = parser.parse_args()
+    print(prepare(words.zip, words.out, words.per_shard))
 
 
 if __name__ == "__main__":
-    main()
+    command("prepare_ade20k", main)

@@ -79,7 +79,7 @@ class DataConfig:
         "rotate"  # an epoch's last, incomplete batch: filled from the next, or left out
     )
     backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # what decodes images; auto: the faster one here
-    workers: int = 4  # reader processes of each rank, and DALI's threads; 0 reads in the training process
+    workers: int = 4  # of each rank: Pillow's processes (0: the training process itself), or DALI's threads
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI gives to a GPU's hardware decoder
     cache: str = "data/cache"  # folder for shards downloaded from URLs
     cache_gib: float = 500.0  # largest size of that folder

@@ -5,10 +5,11 @@ SEQUENTIAL = (0xC0, 0xC1)  # frames whose rows are coded from top to bottom, onc
 TAIL = 1024  # bytes; the end of the image is nearly always among the last of the file
 
 
-def is_cut(data: bytes) -> bool:
+def is_cut(file: bytes | memoryview) -> bool:
     """Whether a file that begins as a JPEG does lacks its end."""
-    if not data.startswith(SOI) or EOI in data[-TAIL:]:
+    if file[:2] != SOI or EOI in bytes(file[-TAIL:]):
         return False
+    data = bytes(file)
     return data.rfind(EOI) <= data.rfind(SOS)  # an EXIF thumbnail has an end of its own, before the scan
 
 

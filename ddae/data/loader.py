@@ -1,7 +1,8 @@
 """An endless stream of micro-batches that any step can be resumed at, whichever back end decodes.
 
-Reader processes read and, for Pillow, decode (reader.py); DALI decodes in a thread of the training process. A sample
-that cannot be decoded is named, counted, and replaced by the next of the data set; too many end the run.
+Pillow decodes in reader processes; for DALI threads of the training process read and another one decodes, all of them
+outside of Python's lock. A sample that cannot be decoded is named, counted, and replaced by the next of the data set;
+too many end the run.
 """
 
 import atexit
@@ -9,11 +10,12 @@ import itertools
 import signal
 import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ from ddae.data.shards import Shards, open_shards
 from ddae.distributed import from_main, gather
 from ddae.errors import UserError
 
+T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
 AHEAD = 2  # micro-batches that DALI decodes while earlier ones are used
 MAX_BAD = 0.001  # share of the data set that may turn out to be bad
@@ -130,9 +133,8 @@ class Loader:
         over, position = threading.Event(), [step * self.part.batch_size]
         if self.shards is not None and is_url(self.shards.places[0]):
             threading.Thread(target=self._fetch_ahead, args=(self.shards, position, over), daemon=True).start()
-        stream = self._read(step * self.part.accumulation)
-        if self.backend == "dali":
-            stream = self._decode_ahead(stream)
+        first = step * self.part.accumulation
+        stream = self._dali(self.read_files(first)) if self.backend == "dali" else self._processes(first)
         try:
             for micro in stream:
                 self._note(micro)
@@ -150,7 +152,15 @@ class Loader:
         decodes = self.backend == "pillow"
         return Reader(self.shards, self.order, self.part, self.size, self.config.crop_scale, decodes)
 
-    def _read(self, first: int) -> Iterator[Micro]:
+    def read_files(self, first: int) -> Generator[Micro, None, None]:
+        """Micro-batches from this number on, read by threads and not decoded."""
+        reader, threads = self._reader(), max(1, self.config.workers)
+        return in_order(
+            (partial(reader.__getitem__, number) for number in itertools.count(first)), threads, 2 * threads
+        )
+
+    def _processes(self, first: int) -> Iterator[Micro]:
+        """Micro-batches from this number on, read and decoded by processes."""
         workers = 0 if self.shards is None else self.config.workers
         return iter(
             DataLoader(
@@ -159,7 +169,7 @@ class Loader:
                 sampler=itertools.count(first),  # type: ignore[arg-type]
                 num_workers=workers,
                 prefetch_factor=4 if workers else None,
-                pin_memory=self.device.type == "cuda" and self.backend != "dali",
+                pin_memory=self.device.type == "cuda",
                 worker_init_fn=_leave_signals_to_the_parent,
             )
         )
@@ -174,8 +184,8 @@ class Loader:
         self._decoded += len(micro.lengths)
         self._decode_seconds += micro.seconds / (max(1, self.config.workers) if self.backend == "pillow" else 1)
 
-    def _decode_ahead(self, stream: Iterator[Micro]) -> Generator[Micro, None, None]:
-        """Decode with DALI, AHEAD of the user, in a thread of its own."""
+    def _dali(self, files: Generator[Micro, None, None]) -> Generator[Micro, None, None]:
+        """Micro-batches decoded by DALI, AHEAD of the user."""
         from ddae.data.dali import DaliDecoder
 
         def new_decoder(batch: int) -> DaliDecoder:
@@ -185,15 +195,10 @@ class Loader:
         reader = self._reader()
         assert isinstance(reader, Reader)
         decoder = RescuingDecoder(reader, new_decoder)
-        with ThreadPoolExecutor(1, "dali") as thread:
-            waiting = deque(thread.submit(lambda: decoder.decode(next(stream))) for _ in range(AHEAD))
-            try:
-                while True:
-                    micro = waiting.popleft().result()
-                    waiting.append(thread.submit(lambda: decoder.decode(next(stream))))
-                    yield micro
-            finally:
-                thread.shutdown(cancel_futures=True)
+        try:
+            yield from in_order(itertools.repeat(lambda: decoder.decode(next(files))), 1, AHEAD)
+        finally:
+            files.close()
 
     def _fetch_ahead(self, shards: Shards, position: list[int], over: threading.Event) -> None:
         """Download the shards of the windows that are read now and next, before a reader waits for them."""
@@ -206,6 +211,19 @@ class Loader:
                 if over.is_set():
                     return
             fetched = near
+
+
+def in_order(tasks: Iterator[Callable[[], T]], num_threads: int, ahead: int) -> Generator[T, None, None]:
+    """What the tasks return, in order, done by threads up to so many tasks ahead of the user."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        waiting = deque(threads.submit(task) for task in itertools.islice(tasks, ahead))
+        try:
+            while True:
+                done = waiting.popleft().result()
+                waiting.append(threads.submit(next(tasks)))
+                yield done
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def cache_of(config: DataConfig) -> Cache:

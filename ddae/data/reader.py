@@ -1,4 +1,4 @@
-"""Micro-batches by number, as reader processes make them: read from the shards, and for Pillow decoded.
+"""Micro-batches by number: read from the shards, and for Pillow decoded.
 
 Micro-batch j of step s on rank r holds fixed positions of the run (sampling.py), so what is in it depends on no back
 end, worker or restart, and the ranks together see the same global batches however many they are.
@@ -53,7 +53,7 @@ class Drawn(NamedTuple):
 
 
 class Micro(NamedTuple):
-    """A micro-batch as it comes from a reader process."""
+    """A micro-batch as a reader makes it."""
 
     images: Tensor  # uint8 [B, 3, S, S]; for DALI, whose turn is next: all files end to end, uint8 [sum of lengths]
     lengths: Tensor  # int64 [B]: of the files in bytes
@@ -79,10 +79,30 @@ class Reader(Dataset):
             images, drawn, bad = self.fill(drawn, self.decode)
             data, lengths = torch.from_numpy(np.stack(images)), torch.zeros(len(images), dtype=torch.int64)
         else:
-            files, drawn, bad = self.fill(drawn, lambda sample, box, flip: self.read(sample))
-            data = torch.from_numpy(np.frombuffer(b"".join(files), np.uint8).copy())
-            lengths = torch.tensor([len(file) for file in files])
+            data, lengths, drawn, bad = self.read_all(drawn)
         return Micro(data, lengths, drawn, bad, time.perf_counter() - start)
+
+    def read_all(self, drawn: Drawn) -> tuple[Tensor, Tensor, Drawn, list[tuple[int, str]]]:
+        """Files end to end, and the length of each."""
+        lengths = torch.as_tensor(self.shards.length[drawn.samples.numpy()])
+        data = torch.empty(int(lengths.sum()), dtype=torch.uint8)
+        places = [
+            memoryview(place.numpy())  # type: ignore[arg-type]
+            for place in data.split(lengths.tolist())
+        ]
+
+        def read(row: int, sample: int, box: list[int], flip: bool) -> memoryview:
+            length = int(self.shards.length[sample])
+            place = places[row] if len(places[row]) == length else memoryview(bytearray(length))
+            self.shards.read_into(place, sample)
+            check_whole(place)
+            return place
+
+        files, drawn, bad = self.fill(drawn, read)
+        if bad:  # others in their place, of other lengths
+            lengths = torch.tensor([len(file) for file in files])
+            data = torch.from_numpy(np.concatenate([np.frombuffer(file, np.uint8) for file in files]))
+        return data, lengths, drawn, bad
 
     def draw(self, epochs: Tensor, samples: Tensor) -> Drawn:
         """Seeds and crops of these samples in these epochs."""
@@ -91,9 +111,9 @@ class Reader(Dataset):
         return Drawn(epochs, samples, seeds, crops)
 
     def fill(
-        self, drawn: Drawn, load: Callable[[int, list[int], bool], T]
+        self, drawn: Drawn, load: Callable[[int, int, list[int], bool], T]
     ) -> tuple[list[T], Drawn, list[tuple[int, str]]]:
-        """load(sample, box, flip) of each row; where it fails, of the next sample of the data set that can be loaded.
+        """load(row, sample, box, flip) of each row; where it fails, of the next sample that can be loaded.
 
         Returns what was loaded, what was drawn for it, and the samples that failed with their reasons.
         """
@@ -103,7 +123,7 @@ class Reader(Dataset):
             tries = 0
             while True:
                 try:
-                    loaded.append(load(sample, box, flip))
+                    loaded.append(load(row, sample, box, flip))
                     break
                 except UserError:
                     raise
@@ -122,16 +142,17 @@ class Reader(Dataset):
                     ours[row] = theirs[0]
         return loaded, drawn, bad
 
-    def read(self, sample: int) -> bytes:
-        """The file of a sample; ValueError where it is no whole JPEG to look at."""
-        data = self.shards.read(sample)
-        if is_cut(data):
-            raise ValueError("its end is missing")
-        return data
+    def decode(self, row: int, sample: int, box: list[int], flip: bool) -> np.ndarray:
+        """A sample's crop, by Pillow: uint8 [3, S, S]."""
+        file = self.shards.read(sample)
+        check_whole(file)
+        return pillow.decode(file, tuple(box), flip, self.size)  # type: ignore[arg-type]
 
-    def decode(self, sample: int, box: list[int], flip: bool) -> np.ndarray:
-        """A sample's crop: uint8 [3, S, S]."""
-        return pillow.decode(self.read(sample), tuple(box), flip, self.size)  # type: ignore[arg-type]
+
+def check_whole(file: bytes | memoryview) -> None:
+    """ValueError where a JPEG's end is missing, which one decoder would forgive and another not."""
+    if is_cut(file):
+        raise ValueError("its end is missing")
 
 
 class SyntheticReader(Dataset):

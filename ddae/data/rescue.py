@@ -33,8 +33,8 @@ class RescuingDecoder:
             images, bad = torch.cat(singles), bad + more
         return Micro(images, micro.lengths, drawn, bad, time.perf_counter() - start)
 
-    def _decode_one(self, sample: int, box: list[int], flip: bool) -> Tensor:
-        file = np.frombuffer(self.reader.read(sample), np.uint8)
+    def _decode_one(self, row: int, sample: int, box: list[int], flip: bool) -> Tensor:
+        file = np.frombuffer(self.reader.shards.read(sample), np.uint8)
         self.single = self.single or self.new_decoder(1)
         try:
             return self.single.decode([file], torch.tensor([box]), torch.tensor([flip]))

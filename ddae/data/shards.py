@@ -13,6 +13,7 @@ import glob
 import hashlib
 import json
 import os
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from ddae.errors import UserError
 FORMAT = "ddae-shards-1"
 MANIFEST = "manifest.json"
 INDEX_VERSION = "v1.2"
-OPEN_FILES = 64  # that a process keeps open: a window of shards and some to spare
+OPEN_FILES = 40  # that a thread keeps open: two windows of shards and some to spare
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,22 @@ class Shards:
     height: np.ndarray  # int64 [N]: pixels
     fingerprint: str  # of the shards' hashes: two data sets with the same images in the same order share it
     num_bad: int  # samples that the manifest lists as bad, which are not among the N
-    _files: OrderedDict[int, int] = field(default_factory=OrderedDict, compare=False, repr=False)  # shard -> descriptor
+    _open: threading.local = field(default_factory=threading.local, compare=False, repr=False)  # files of this thread
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def read(self, sample: int) -> bytes:
-        """The image file of one sample; OSError where the shard ends before."""
-        length = int(self.length[sample])
-        data = os.pread(self._open(self.shard_of(sample)), length, int(self.offset[sample]))
-        if len(data) < length:
-            raise OSError(f"its shard ends {length - len(data)} bytes before it does")
-        return data
+        """The image file of one sample; OSError where its shard ends before."""
+        data = bytearray(int(self.length[sample]))
+        self.read_into(memoryview(data), sample)
+        return bytes(data)
+
+    def read_into(self, place: memoryview, sample: int) -> None:
+        """The image file of one sample, to where it is wanted; OSError where its shard ends before."""
+        got = os.preadv(self._descriptor(self.shard_of(sample)), [place], int(self.offset[sample]))
+        if got < len(place):
+            raise OSError(f"its shard ends {len(place) - got} bytes before it does")
 
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self.first, sample, side="right")) - 1
@@ -75,17 +80,18 @@ class Shards:
         if is_url(self.places[shard]):
             self.cache.fetch(self.places[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
 
-    def _open(self, shard: int) -> int:
-        """A descriptor of the shard; the least recently used of many is closed."""
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
+    def _descriptor(self, shard: int) -> int:
+        """An open descriptor of the shard; the least recently used of many is closed."""
+        files: OrderedDict[int, int] = self._open.__dict__.setdefault("files", OrderedDict())
+        if shard in files:
+            files.move_to_end(shard)
+            return files[shard]
         place, entry = self.places[shard], self.entries[shard]
         remote = is_url(place)
         opened = self.cache.open(place, entry["bytes"], entry["sha256"]) if remote else os.open(place, os.O_RDONLY)
-        self._files[shard] = opened
-        if len(self._files) > OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
+        files[shard] = opened
+        if len(files) > OPEN_FILES:
+            os.close(files.popitem(last=False)[1])
         return opened
 
 
