@@ -314,4 +314,4 @@ def run_command(name: str, *words: object) -> int:
 
 
 def shard_imagenet(*words: object) -> int:
-    return run_command("shard_imagenet", "--workers", 2, *words)
+    return run_command("shard_imagenet", "--workers", 1, *words)

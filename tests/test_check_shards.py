@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from archives_of_images import contents, imagenet, in_folders, run_command, shard_imagenet, written, write_folder
+from archives_of_images import contents, imagenet, in_folders, run_command, shard_imagenet, write_folder, written
 
 from ddae.data.remote import Cache
 from ddae.data.shards import open_shards, read_index

@@ -81,6 +81,14 @@ def test_every_cut_is_found(save):
         assert inspect(data[:length]) == (("truncated",), None, 0, 0), length
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_missing_end_is_found_in_every_photo(missing):
+    """Of some files the decoder has all pixels before it looks for the end."""
+    for number in (1, 4, 55, 80, 91, 97):
+        for save in ({}, {"progressive": True}, {"subsampling": 0}):
+            assert inspect(photo(number, **save)[:-missing]) == (("truncated",), None, 0, 0), (number, save)
+
+
 def test_a_cut_photo_with_a_thumbnail_is_truncated():
     data = with_thumbnail(4)
     start = data.index(b"\xff\xd9") + 2  # of what follows the thumbnail's end

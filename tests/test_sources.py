@@ -46,7 +46,7 @@ def expected(classes=CLASSES, names=None):
     return {sha(data): number[wnid] for wnid, files in classes.items() for data in files.values()}
 
 
-def expected_val(count=len(TRUTH)):
+def expected_val(count=8):
     return {
         sha(data): WNIDS.index(WNID_OF[TRUTH[i]]) for i, data in enumerate(list(val_files(len(TRUTH)).values())[:count])
     }
@@ -187,7 +187,7 @@ def test_without_classes_there_are_no_labels(form, tmp_path):
 
 ALIKE = {
     "images named alike": {"cat/1.jpg": photo(1), "dog/1.jpg": photo(2), "cat/2.jpg": photo(3), "dog/2.jpg": photo(4)},
-    "numbers": {f"{group}/{i}.jpg": photo(10 * group + i) for group in (1, 2, 12) for i in (1, 2, 12, 122)},
+    "numbers": {f"{group}/{i}.jpg": photo(1000 * group + i) for group in (1, 2, 12) for i in (1, 2, 12, 122)},
     "underscores": {"a/b_c.jpg": photo(1), "a_b/c.jpg": photo(2)},
     "punctuation": {"a/x y.jpg": photo(1), "a/x_y.jpg": photo(2), "a/x.y.jpg": photo(3), "b/é.jpg": photo(4)},
 }
@@ -419,6 +419,10 @@ def mistake(kind, folder):
             write_folder(folder / "others", {"bee/3.jpg": photo(3), "cat/4.jpg": photo(4)})
             assert shard_imagenet("--val", folder / "others", "--out", folder / "val") == 0
             return ["--train", folder / "cats", "--val", folder / "val"], "class"
+        case "names beside numbers":
+            web_shards(folder / "in", [(f"t{i}", photo(i), i) for i in range(5)], "cls")
+            write_folder(folder / "val", {"zebra/1.jpg": photo(8), "yak/2.jpg": photo(9)})
+            return ["--train", folder / "in", "--val", folder / "val"], "class"
         case "out is a file":
             write_tar(folder / "in.tar", flat)
             (folder / "out").write_text("mine")
@@ -517,11 +521,13 @@ def refused(words, says, folder, capsys):
     assert contents(folder) == before
 
 
-MISTAKES = """no source,missing,missing in a range,not a tar,empty file,gzip,cut outer,cut outer after a member,cut inner,
-cut inner after a member,broken header,broken inner header,zeroed header,tar of text,empty tar,empty folder,
+MISTAKES = """
+no source,missing,missing in a range,not a tar,empty file,gzip,cut outer,cut outer after a member,
+cut inner,cut inner after a member,broken header,broken inner header,zeroed header,tar of text,empty tar,empty folder,
 folder of empty folders,both splits,loose images beside folders,loose images beside folders in a tar,pipe,path upwards,
 absolute path,path upwards in a class tar,symlink,hard link,character device,block device,fifo,label outside,
 negative label,huge label,no number for a label,infinite label,one without a label,another list of classes,
+names beside numbers,
 out is a file,stray tars,another seed,another source,another format,out within a file,bad number,nothing usable"""
 
 
