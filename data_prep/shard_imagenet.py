@@ -15,7 +15,7 @@ from pathlib import Path
 from ddae.errors import UserError, command
 from ddae.sharding.devkit import read_devkit
 from ddae.sharding.sharder import Settings, shard
-from ddae.sharding.sources import index
+from ddae.sharding.sources import UNLABELLED, index
 
 
 def size(text: str) -> int:
@@ -64,7 +64,9 @@ def main() -> None:
         if getattr(words, split):
             print(f"reading where the images of --{split} lie", flush=True)
             indexes.append(index(split, getattr(words, split), classes, devkit if split == "val" else None))
-            classes = indexes[0].classes or None
+            classes = indexes[0].classes if (indexes[0].label != UNLABELLED).all() else None
+            if Path(getattr(words, split)).resolve() == words.out.resolve():
+                raise UserError(f"--out {words.out} is --{split} itself: name another folder")
     settings = Settings(**{name: getattr(words, name) for name in Settings.__dataclass_fields__})
     about = {} if devkit is None else {"class_words": dict(zip(devkit.synsets, devkit.words, strict=True))}
     print(shard(indexes, words.out, settings, words.workers, **about))

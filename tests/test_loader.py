@@ -286,7 +286,7 @@ def served(folder):
         def __init__(self, *arguments):
             super().__init__(*arguments, directory=str(folder))
 
-        def do_GET(self):  # noqa: N802 - http.server's name
+        def do_GET(self):
             asked.append(self.path)
             super().do_GET()
 

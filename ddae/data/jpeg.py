@@ -1,16 +1,21 @@
 """What can be told and done about a JPEG file without decoding it."""
 
-SOI, EOI, SOS = b"\xff\xd8", b"\xff\xd9", b"\xff\xda"  # begin of image, end of image, start of scan
-SEQUENTIAL = (0xC0, 0xC1)  # frames whose rows are coded from top to bottom, once
+from collections.abc import Iterator
+
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"  # begin and end of an image
+SOS = 0xDA  # marker of a scan: coded pixels follow, in which no EOI can occur
+SEQUENTIAL = (0xC0, 0xC1)  # markers of frames whose rows are coded from top to bottom, once
 TAIL = 1024  # bytes; the end of the image is nearly always among the last of the file
 
 
 def is_cut(file: bytes | memoryview) -> bool:
     """Whether a file that begins as a JPEG does lacks its end."""
-    if file[:2] != SOI or EOI in bytes(file[-TAIL:]):
+    if file[:2] != SOI:
         return False
-    data = bytes(file)
-    return data.rfind(EOI) <= data.rfind(SOS)  # an EXIF thumbnail has an end of its own, before the scan
+    scan = next((place for marker, place in _segments(file) if marker == SOS), None)
+    if scan is None:
+        return True
+    return EOI not in bytes(file[max(scan, len(file) - TAIL) :]) and EOI not in bytes(file[scan:])
 
 
 def first_rows(data: bytes, rows: int) -> bytes:
@@ -19,18 +24,23 @@ def first_rows(data: bytes, rows: int) -> bytes:
     Those rows are what the whole file gives, to the bit: the file's own rows of blocks are kept, and one row more, from
     which the colours of the last are interpolated. Returned as it is where that cannot be: progressive files, no JPEG.
     """
-    place = 2 if data.startswith(SOI) else len(data)
-    while place + 11 < len(data) and data[place] == 0xFF:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker in SEQUENTIAL:
-            height = int.from_bytes(data[place + 5 : place + 7], "big")
-            components = data[place + 9]
-            block = 8 * max(data[place + 11 + 3 * i] & 15 for i in range(components))
+    for marker, place in _segments(data):
+        if marker in SEQUENTIAL and len(data) > place + 10:
+            height, components = int.from_bytes(data[place + 5 : place + 7], "big"), data[place + 9]
+            sampling = data[place + 11 : place + 10 + 3 * components : 3]  # of each: across and down, 4 bits each
+            block = 8 * max((each & 15 for each in sampling), default=1)
             kept = (-(-rows // block) + 1) * block
-            if kept >= height:
-                return data
-            return data[: place + 5] + kept.to_bytes(2, "big") + data[place + 7 :]
-        if marker == SOS[1] or (0xC2 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return data
-        place += 2 + length
+            if kept < height:
+                return data[: place + 5] + kept.to_bytes(2, "big") + data[place + 7 :]
+            break
     return data
+
+
+def _segments(file: bytes | memoryview) -> Iterator[tuple[int, int]]:
+    """Marker and place of each segment of a JPEG up to its first scan; an EXIF thumbnail's own are passed over."""
+    place, marker = 2 if file[:2] == SOI else len(file), 0
+    while marker != SOS and place + 4 <= len(file) and file[place] == 0xFF:
+        marker = file[place + 1]
+        yield marker, place
+        # A marker may be preceded by more bytes 0xFF; a segment's length counts its own two bytes.
+        place += 1 if marker == 0xFF else 2 + int.from_bytes(file[place + 2 : place + 4], "big")

@@ -58,7 +58,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file so that a reader finds the old one or the new one, never half of either."""
     unfinished = path.with_name(path.name + ".part")
     try:
-        with open(unfinished, "w") as file:
+        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -30,7 +30,7 @@ def members(path: Path) -> Iterator[Member]:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             with tarfile.open(fileobj=file, mode="r:") as archive:
                 for outer in _files(archive, path):
-                    if not outer.name.endswith(".tar"):
+                    if not outer.name.endswith(".tar") or PurePosixPath(outer.name).name.startswith("."):
                         yield Member(outer.name, outer.offset_data, outer.size)
                         continue
                     with tarfile.open(fileobj=archive.extractfile(outer), mode="r:") as nested:
@@ -59,8 +59,9 @@ def _files(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
             yield member
     assert archive.fileobj is not None
     archive.fileobj.seek(archive.offset)
-    if len(archive.fileobj.read(BLOCK)) < BLOCK:
-        raise tarfile.ReadError("its end is missing")
+    end = archive.fileobj.read(2 * BLOCK)
+    if len(end) < BLOCK or end.strip(b"\0"):  # tarfile takes a broken header for the end
+        raise tarfile.ReadError(f"no file and no end at {archive.offset} bytes")
 
 
 def read_at(path: Path, offset: int, length: int) -> bytes:

@@ -49,7 +49,7 @@ def read_devkit(path: Path) -> Devkit:
     except Exception as error:  # whatever a file that is no meta.mat leads the reader to
         raise UserError(f"{path}: {META} cannot be read ({error}): {MEND}") from None
     lines = truth.decode(errors="replace").split()
-    wrong = [line for line in lines if not line.isdigit() or int(line) not in by_number]
+    wrong = [line for line in lines if not line.isdecimal() or int(line) not in by_number]
     if wrong or not lines:
         raise UserError(
             f"{path}: {TRUTH} names class {wrong[0] if wrong else 'nothing'!r}, outside meta.mat's {len(by_number)} "
@@ -74,5 +74,5 @@ def _content(path: Path, name: str) -> bytes:
                         assert file is not None
                         return file.read()
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"--devkit {path} cannot be read ({error}): {MEND}") from None
+        raise UserError(f"--devkit {path} cannot be read ({' '.join(str(error).split())}): {MEND}") from None
     raise UserError(f"--devkit {path} does not hold {name}: {MEND}")

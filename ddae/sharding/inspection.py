@@ -10,10 +10,12 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ddae.data.jpeg import is_cut
+
 MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest has 61
 MAX_BYTES = 1 << 28  # of one image file: 256 MiB
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what Pillow itself decodes
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
-SCAN, END = b"\xff\xda", b"\xff\xd9"  # JPEG's markers before the coded pixels and at the end of the file
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter guard
 warnings.filterwarnings("ignore", module="PIL")  # of metadata that is odd or cut: what matters is found below
@@ -37,15 +39,19 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
     if not data:
         return Finding(("empty",), None)
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS or len(data) > MAX_BYTES:
             return Finding(("bomb",), None)
+        if image.mode == "F":
+            return Finding(("unreadable",), None)  # numbers of no known range
         image.load()
+        if is_cut(data):  # all pixels came, the last of them perhaps guessed
+            return Finding(("truncated",), None)
         kinds = _kinds(image, data)
     except Image.DecompressionBombError:
         return Finding(("bomb",), None)
     except Exception:  # Pillow's decoders raise whatever a broken file leads them to
-        return Finding(("truncated" if _is_cut(data) else "unreadable",), None)
+        return Finding(("truncated" if _lacks_its_end(data) else "unreadable",), None)
     smaller = 0 < resize_shorter < min(image.size)
     if not kinds and not smaller:
         return Finding((), data, image.width, image.height)
@@ -63,9 +69,9 @@ def _kinds(image: Image.Image, data: bytes) -> tuple[str, ...]:
     kinds = []
     if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, of which the first is read
         kinds.append(str(image.format).lower())  # png, webp, gif, ...
-    if image.mode.startswith(("I", "F")) or (image.format == "PNG" and data[24:25] == b"\x10"):
+    if image.mode.startswith("I") or (image.format == "PNG" and data[24:25] == b"\x10"):
         kinds.append("16bit")
-    if image.mode.startswith(("1", "L", "I", "F")):
+    if image.mode.startswith(("1", "L", "I")):
         kinds.append("greyscale")
     elif image.mode == "CMYK":
         kinds.append("cmyk")
@@ -82,22 +88,22 @@ def _orientation(image: Image.Image) -> int:
     return value if value in range(2, 9) else 1
 
 
-def _is_cut(data: bytes) -> bool:
+def _lacks_its_end(data: bytes) -> bool:
     """Whether a file that does not decode begins as an image does and lacks its end."""
-    if data.startswith(b"\xff\xd8"):
-        return data.rfind(END) <= data.rfind(SCAN)
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-64:]
     if data.startswith(b"RIFF"):
         return len(data) < int.from_bytes(data[4:8], "little") + 8
-    return False
+    return is_cut(data)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """The image as a person sees it: turned as its EXIF says, three channels of 8 bits."""
     upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-    if upright.mode.startswith(("I", "F")):  # 16 bits or more a pixel, which convert() would clip
-        values = np.asarray(upright, np.float64)
-        low, high = (0.0, 65535.0) if values.max() > 1 else (0.0, 1.0)
-        upright = Image.fromarray(((values - low) / (high - low) * 255).clip(0, 255).round().astype(np.uint8))
+    if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+        values = np.asarray(upright).astype(np.int32)
+        np.clip(values, 0, 65535, out=values)
+        values += 128
+        values //= 257
+        upright = Image.fromarray(values.astype(np.uint8))
     return upright.convert("RGB")

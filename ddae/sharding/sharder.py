@@ -58,8 +58,13 @@ def shard(indexes: list[Index], out: Path, settings: Settings, num_workers: int,
     identity = {"source": {i.split: _fingerprint(i) for i in indexes}, "settings": asdict(settings)}
     if target.is_complete(out, identity):
         return f"{out} is complete; delete it to make it again"
-    with target.own(out, identity):
-        return _Sharder(indexes, out, settings, num_workers).run(identity, about)
+    try:
+        with target.own(out, identity):
+            return _Sharder(indexes, out, settings, num_workers).run(identity, about)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"no space left on {out}: make room; the same command goes on where it was") from None
 
 
 def plan_split(number: int, index: Index, settings: Settings) -> list[Planned]:
@@ -107,13 +112,8 @@ class _Sharder:
         """Make these shards, each without the images that are named beside it."""
         total = sum(len(planned.images) for planned in self.plan)
         done = total - sum(len(planned.images) for planned, _ in tasks)
-        try:
-            for _ in workers.run(self.make_shard, tasks, self.num_workers, total, done) if tasks else ():
-                pass
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise UserError(f"no space left on {self.out}: make room; the same command goes on where it was") from None
+        for _ in workers.run(self.make_shard, tasks, self.num_workers, total, done) if tasks else ():
+            pass
 
     def make_shard(self, planned: Planned, without: frozenset[int]) -> None:
         """Write one shard and note it; in a worker."""
@@ -158,14 +158,16 @@ class _Sharder:
         return {planned.name: target.noted(self.out, planned.name) or {} for planned in self.plan}
 
     def copies(self, records: dict[str, dict[str, Any]]) -> dict[Place, Place]:
-        """Each exact copy -> the first image with its bytes."""
+        """Each exact copy -> the first image with its bytes, which is not one that is left out for another reason."""
+        odd = {(p.split, image) for p in self.plan for image, kinds, _ in records[p.name]["odd"] if kinds}
+        left_out = odd if self.settings.on_bad == "drop_all" else set()
         by_digest: dict[str, list[Place]] = {}
         for planned in self.plan:
             for image, digest in records[planned.name]["digests"].items():
                 by_digest.setdefault(digest, []).append((planned.split, int(image)))
         copies = {}
         for same in by_digest.values():
-            first, *rest = sorted(same)
+            first, *rest = sorted(same, key=lambda place: (place in left_out, place))
             copies |= dict.fromkeys(rest, first)
         return dict(sorted(copies.items()))
 
@@ -204,6 +206,9 @@ class _Sharder:
         read = sum(len(index) for index in self.indexes)
         written = sum(entry["samples"] for entry in shards.values())
         if not written:
+            for name in shards:  # they are empty
+                (self.out / name).unlink()
+                (self.out / name).with_suffix(".idx").unlink()
             what = Counter(kind for image in odd for kind in image.kinds).most_common(3)
             raise UserError(f"none of the {read} images can be used ({dict(what)}): look at {odd[0].source}")
         write_report(

@@ -9,27 +9,27 @@ Classes are numbered in the order of their names, which for ImageNet is the usua
 """
 
 import glob
-import hashlib
 import json
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from braceexpand import braceexpand
 
-from ddae.data.shard_writer import KEY_LENGTH
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError
 from ddae.sharding.archives import members, read_at
 from ddae.sharding.devkit import Devkit
+from ddae.sharding.keys import unique_keys
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABEL_ENDINGS = (".cls", ".json")
 UNLABELLED = -1
+SPLIT_WORD = re.compile(r"(?<![A-Za-z])(train|val|test)")
 SHARD_NAME = re.compile(r"[-_]\d{3,}\.tar$")  # of one among many, not a class
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test"}
 
@@ -65,20 +65,23 @@ class Index:
         """The file of image i."""
         path = self.files[self.file[i]]
         if self.offset[i] < 0:
-            return (path / os.fsdecode(bytes(self.name[i]))).read_bytes()
+            try:
+                return (path / os.fsdecode(bytes(self.name[i]))).read_bytes()
+            except OSError as error:
+                raise UserError(f"{self.source(i)} cannot be read ({error.strerror}): put it back") from None
         return read_at(path, int(self.offset[i]), int(self.length[i]))
 
 
 def index(split: str, where: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
     """Find all images of a split; UserError where there are none, or their classes cannot be known.
 
-    classes: those of the training split, where there is one: others are refused.
+    classes: those of the training split, where that is labelled (none of them: by numbers alone); others are refused.
     """
     if where.startswith("pipe:"):
         raise UserError(f"--{split} {where!r} would run a command: name archives, shards or a folder")
     path = Path(where)
     if path.is_dir():
-        tars = sorted(path.glob("*.tar"))
+        tars = sorted(each for each in path.glob("*.tar") if not each.name.startswith("."))
         found = _folder(path) if not tars else _archives(_of_split(tars, split), known_classes(path))
     elif path.is_file():
         found = _archives([path], known_classes(path.parent))
@@ -102,11 +105,14 @@ def known_classes(folder: Path) -> list[str] | None:
 
 
 def _of_split(tars: list[Path], split: str) -> list[Path]:
-    """Of a folder's tars those that are named after the split; all, where none is named after any."""
-    named = [tar for tar in tars if split in tar.name]
-    if not named and any(other in tar.name for tar in tars for other in ("train", "val", "test")):
+    """Of a folder's tars those that are named after the split; all, where not all are named after one."""
+    found = [SPLIT_WORD.search(tar.name) for tar in tars]
+    if not all(found):
+        return tars
+    named = [tar for tar, word in zip(tars, found, strict=True) if word is not None and word[1] == split]
+    if not named:
         raise UserError(f"{tars[0].parent} holds tars, but none with {split!r} in its name: name a pattern")
-    return named or tars
+    return named
 
 
 class _Found:
@@ -116,21 +122,21 @@ class _Found:
         self.files, self.classes = files, classes
         self.file, self.offset, self.length = array("i"), array("q"), array("q")
         self.name: list[bytes] = []
-        self.key: list[str] = []
+        self.stem: list[str] = []
         self.group: list[str | int | None] = []  # class name, or number, or neither
         self.passed_over: list[str] = []
 
-    def add(self, file: int, name: str, offset: int, length: int, key: str, group: str | int | None) -> None:
+    def add(self, file: int, name: str, offset: int, length: int, stem: str, group: str | int | None) -> None:
         self.file.append(file)
         self.offset.append(offset)
         self.length.append(length)
         self.name.append(name.encode(errors="surrogateescape"))
-        self.key.append(key)
+        self.stem.append(stem)
         self.group.append(group)
 
     def finish(self, split: str, where: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
+        keys, repeated = unique_keys(self.stem, self.group, by_folder=-1 in self.offset[:1])
         label, own = self._labels(split, where, classes, devkit)
-        keys, repeated = unique_keys(self.key)
         return Index(
             split=split,
             where=where,
@@ -154,7 +160,7 @@ class _Found:
             if devkit is not None:
                 self.group = devkit.synsets_of([name.decode(errors="replace") for name in self.name], where)
                 classes = classes or devkit.synsets
-            elif classes:
+            elif classes is not None:
                 raise UserError(f"--{split} {where} has no classes of its own: give its labels with --devkit")
             else:
                 return np.full(len(self.group), UNLABELLED, np.int32), []
@@ -164,10 +170,17 @@ class _Found:
         numbered = [group for group in self.group if isinstance(group, int)]
         if numbered:
             known = classes or self.classes or []
-            if min(numbered) < 0 or (known and max(numbered) >= len(known)):
+            if self.classes and known != self.classes:
+                raise UserError(f"--{split} {where} numbers other classes than training does: shard each by itself")
+            limit = len(known) or 1 << 31
+            if min(numbered) < 0 or max(numbered) >= limit:
                 wrong = min(numbered) if min(numbered) < 0 else max(numbered)
-                raise UserError(f"--{split} {where} has label {wrong}, outside the {len(known)} classes known")
+                raise UserError(
+                    f"--{split} {where} has label {wrong}, outside the {limit} classes known: mend its .cls"
+                )
             return np.array(numbered, np.int32), known
+        if classes == []:
+            raise UserError(f"--{split} {where} names its classes, training only numbers them: shard each by itself")
         own = classes or sorted({str(group) for group in self.group})
         number = {name: i for i, name in enumerate(own)}
         strange = sorted({str(group) for group in self.group} - number.keys())
@@ -204,8 +217,12 @@ def _archives(tars: list[Path], classes: list[str] | None) -> _Found:
 
 def _holds_shards(tar: Path) -> bool:
     """Whether images have their labels beside them; seen in the first few files."""
+    images, labels = set(), set()
     for count, member in enumerate(members(tar)):
-        if member.name.endswith(LABEL_ENDINGS):
+        folder, _, base = member.name.rpartition("/")
+        sample = (folder, base.partition(".")[0])
+        (labels if base.endswith(LABEL_ENDINGS) else images).add(sample)
+        if images & labels:
             return True
         if count > 20:
             break
@@ -222,6 +239,8 @@ def _shards(tars: list[Path], classes: list[str] | None) -> _Found:
             sample = f"{folder}/{base.partition('.')[0]}"
             if member.name.endswith(LABEL_ENDINGS):
                 label = _label(read_at(tar, member.offset, min(member.length, 1 << 20)))
+                if label is None and member.name.endswith(".cls"):
+                    raise UserError(f"{tar} holds {member.name}, whose label is no number: class numbers are expected")
                 if label is not None:
                     labels.setdefault(sample, label)
             elif _is_image(member.name, found.passed_over):
@@ -237,7 +256,7 @@ def _label(content: bytes) -> int | None:
     try:
         value = json.loads(content)
         return int(value["label"] if isinstance(value, dict) else value)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError):
         return None
 
 
@@ -249,7 +268,7 @@ def _folder(root: Path) -> _Found:
     images = [name for name in loose if _is_image(name, found.passed_over)]
     if images and folders:
         raise UserError(f"{root} holds images ({images[0]}) beside folders ({folders[0]}): name one or the other")
-    if folders and {name.lower() for name in folders} <= SPLIT_FOLDERS:
+    if len({name.lower() for name in folders} & SPLIT_FOLDERS) > 1:
         raise UserError(f"{root} holds {' and '.join(folders)}: name each with --train and --val")
     for name in images:
         found.add(0, name, -1, (root / name).stat().st_size, Path(name).stem, None)
@@ -257,8 +276,7 @@ def _folder(root: Path) -> _Found:
         for name in _walk(root / group):
             path = PurePosixPath(group, name)
             if _is_image(str(path), found.passed_over):
-                key = path.stem if path.stem.startswith(group) else f"{group}_{path.stem}"
-                found.add(0, str(path), -1, (root / path).stat().st_size, key, group)
+                found.add(0, str(path), -1, (root / path).stat().st_size, path.stem, group)
     return found
 
 
@@ -278,20 +296,3 @@ def _is_image(name: str, passed_over: list[str]) -> bool:
         return True
     passed_over.append(name)
     return False
-
-
-def unique_keys(names: Iterable[str]) -> tuple[list[str], np.ndarray]:
-    """Names -> keys that a shard can hold, each once; and which had to be told from an earlier one: bool [N]."""
-    keys, repeated, seen = [], [], {}
-    for name in names:
-        plain = re.sub(r"[^0-9A-Za-z_-]", lambda found: "_" if found[0].isascii() else f"x{ord(found[0]):x}", name)
-        if len(plain) > KEY_LENGTH - 10:  # room for a number
-            plain = plain[: KEY_LENGTH - 21] + "-" + hashlib.sha1(name.encode(errors="replace")).hexdigest()[:10]
-        key = plain
-        repeated.append(key in seen)
-        while key in seen:
-            seen[plain] += 1
-            key = f"{plain}--{seen[plain]}"
-        seen[key] = 1
-        keys.append(key)
-    return keys, np.array(repeated, bool)

@@ -26,15 +26,24 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
     for path, verb in ((out / MANIFEST, "made"), (out / PROGRESS / "plan.json", "begun")):
         if path.exists():
             before = _read(path) or {}
-            if before.get("settings", {}).get("on_bad") == "stop" and path.name != MANIFEST:
-                before["settings"]["on_bad"] = identity["settings"]["on_bad"]  # no shard with a bad image was finished
+            settings = before.get("settings")
+            if isinstance(settings, dict) and settings.get("on_bad") == "stop" and path.name != MANIFEST:
+                settings["on_bad"] = identity["settings"]["on_bad"]  # no shard with a bad image was finished
             for key, value in identity.items():
                 if before.get(key) != value:
                     raise UserError(
                         f"--out {out} holds shards {verb} with another {key} "
                         f"({_difference(before.get(key), value)}): choose another folder or delete it"
                     )
-            return path.name == MANIFEST
+            if path.name != MANIFEST:
+                return False
+            lost = next((name for name in before["shards"] if not (out / name).exists()), None)
+            if lost is not None:
+                raise UserError(
+                    f"--out {out} lacks {lost}, which its {MANIFEST} lists: delete the folder to begin anew"
+                )
+            forget(out)
+            return True
     if out.exists() and any(out.glob("*.tar")):
         raise UserError(f"--out {out} holds tars without {MANIFEST}: choose an empty folder")
     return False
@@ -59,8 +68,8 @@ def own(out: Path, identity: dict[str, Any]) -> Iterator[None]:
         try:
             yield
         except UserError:
-            if fresh and not any(out.glob("*.tar")):
-                shutil.rmtree(out)
+            if not any(out.glob("*.tar")):
+                shutil.rmtree(out if fresh else out / PROGRESS)
             raise
         finally:
             if out.exists():
@@ -69,8 +78,9 @@ def own(out: Path, identity: dict[str, Any]) -> Iterator[None]:
 
 def sweep(out: Path) -> None:
     """Remove what was being written when a process ended."""
-    for unfinished in (*out.glob("*.part"), *out.glob(f"{PROGRESS}/*.part")):
-        unfinished.unlink(missing_ok=True)
+    for pattern in ("*.tar.part", "*.idx.part", "report.*.part", f"{MANIFEST}.part", f"{PROGRESS}/*.part"):
+        for unfinished in out.glob(pattern):
+            unfinished.unlink(missing_ok=True)
 
 
 def note(out: Path, name: str, record: dict[str, Any]) -> None:
@@ -91,7 +101,7 @@ def noted(out: Path, name: str) -> dict[str, Any] | None:
 
 def forget(out: Path) -> None:
     """All is done: clear the notes away."""
-    shutil.rmtree(out / PROGRESS)
+    shutil.rmtree(out / PROGRESS, ignore_errors=True)
 
 
 def check_room(out: Path, needed: int) -> None:

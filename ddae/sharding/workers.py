@@ -41,7 +41,7 @@ def run(work: Callable[..., T], tasks: list[tuple], workers: int, total: int, do
             pending = {pool.submit(_call, *task) for task in tasks}
             while pending:
                 finished, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
-                bar.update(_done.value - bar.n)
+                bar.update(_done.get_obj().value - bar.n)  # without the lock, which a killed worker may hold
                 for future in finished:
                     yield future.result()
         except BrokenProcessPool:
