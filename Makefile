@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: venv demo test lint bench-kernels gpu-check simd clean
+.PHONY: venv demo test lint bench-kernels bench-loader gpu-check simd clean
 
 venv: $(READY)
 
@@ -35,10 +35,18 @@ lint: $(READY)
 bench-kernels: $(READY)
 	$(BIN)/python kernels/bench/bench.py --step ddae_vit_b16_100e
 
+# pillow-simd beside Pillow, for the benchmark to take turns with: DATA is a folder of shards.
+.simd: $(READY)
+	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --no-binary pillow-simd --target .simd pillow-simd
+
+bench-loader: .simd
+	$(BIN)/python launch/benchmark.py loader --data $(DATA) --simd .simd $(BENCH)
+
 # What only a GPU can show. Where there is a Python with everything but this project: make gpu-check PY=python3
 gpu-check:
 	PYTHONPATH=kernels:. $(PY) -m pytest --noconftest tests/test_triton.py tests/test_dynamic.py tests/test_distance.py
 	PYTHONPATH=kernels:. $(PY) kernels/bench/bench.py --step ddae_vit_b16_100e $(BENCH)
+	test -z "$(DATA)" || PYTHONPATH=kernels:. $(PY) launch/benchmark.py loader --data $(DATA)
 
 # pillow-simd has pillow's import name: one of the two is installed, never both.
 simd: $(READY)
@@ -47,4 +55,4 @@ simd: $(READY)
 	$(BIN)/python -c "import PIL; print('pillow-simd', PIL.__version__)"
 
 clean:
-	rm -rf runs data/demo mlflow.db mlruns build *.egg-info .pytest_cache .ruff_cache
+	rm -rf runs data/demo .simd mlflow.db mlruns build *.egg-info .pytest_cache .ruff_cache

@@ -276,7 +276,8 @@ def written(folder: Path, split: str = "") -> dict[str, tuple[bytes, int | None]
         with tarfile.open(folder / shard) as archive:
             files = {member.name: archive.extractfile(member).read() for member in archive}  # type: ignore[union-attr]
         whole = (folder / shard).read_bytes()
-        for key, offset, length in read_index((folder / shard).with_suffix(".idx")):
+        keys, places = read_index((folder / shard).with_suffix(".idx"))
+        for key, (offset, length) in zip(keys, places.tolist(), strict=True):
             assert whole[offset : offset + length] == files[f"{key}.jpg"]
             label = files.get(f"{key}.cls")
             samples[f"{shard}:{key}"] = (files[f"{key}.jpg"], None if label is None else int(label))

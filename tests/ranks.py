@@ -17,7 +17,7 @@ NANO = (  # a model that takes milliseconds a step
     "--pixel.taps 1 2 --pixel.tap_weights 0.75 1 --pixel.decoder_width 16 --pixel.decoder_heads 2 "
     "--feature.taps 1 2 --feature.tap_weights 0.75 1 --feature.decoder_width 16 --feature.decoder_heads 2 "
     "--data.batch_size 16 --data.workers 0 --data.backend pillow --tracker.kind jsonl --train.no_report "
-    "--train.log_every 1 --train.save_every 12 --optim.warmup_epochs 1"
+    "--train.log_every 1 --train.save_every 12 --optim.warmup_epochs 1 --engine.precision bf16"
 ).split()
 
 

@@ -47,7 +47,8 @@ def flip(path, place, mask=0xFF):
 
 def spoil(kind, folder):
     shard, index = folder / SHARD, (folder / SHARD).with_suffix(".idx")
-    key, offset, length = read_index(index)[1]
+    keys, places = read_index(index)
+    key, (offset, length) = keys[1], places[1].tolist()
     match kind:
         case "image data":
             flip(shard, offset + length // 2)

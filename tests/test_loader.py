@@ -37,9 +37,10 @@ def loader_of(shards, backend, part=None, **options):
 
 def stream(shards, backend, step=0, count=4, part=None, **options):
     loader = loader_of(shards, backend, part, **options)
-    batches = list(itertools.islice(loader.batches(step), count))
-    loader.close()
-    return batches
+    try:
+        return list(itertools.islice(loader.batches(step), count))
+    finally:
+        loader.close()
 
 
 @pytest.mark.parametrize("backend", ["pillow", "dali"])
@@ -272,9 +273,10 @@ def test_samples_listed_as_bad_are_not_read(shards, tmp_path):
 
 def test_a_data_set_that_is_all_bad_does_not_run_for_ever(shards, tmp_path):
     folder = spoiled(shards, tmp_path / "bad", dict.fromkeys(range(100), "garbage"))
-    for backend in ("pillow", "dali"):
-        with pytest.raises(UserError, match="100 samples in a row cannot be read"):
-            stream(folder, backend)
+    for backend, workers in (("pillow", 0), ("pillow", 2), ("dali", 2)):
+        with pytest.raises(UserError, match=r"^100 samples in a row cannot be read.*--full$") as caught:
+            stream(folder, backend, workers=workers)
+        assert "\n" not in str(caught.value)
 
 
 @contextlib.contextmanager

@@ -329,11 +329,16 @@ def fetch_and_clear(cache, url):
 
 def test_a_forked_process_does_not_wait_for_its_parents_connections(server, cache):
     cache.fetch(f"{server.url}/a/x.tar")
-    start = time.monotonic()
-    child = FORK.Process(target=fetch_and_clear, args=(cache, f"{server.url}/a/y.tar"))
-    child.start()
-    child.join()
-    assert time.monotonic() - start < 0.9  # a second for each of the parent's file systems
+    seconds = []
+    for _ in range(3):  # the machine may be slow once
+        start = time.monotonic()
+        child = FORK.Process(target=fetch_and_clear, args=(cache, f"{server.url}/a/y.tar"))
+        child.start()
+        child.join()
+        seconds.append(time.monotonic() - start)
+        cache.fetch(f"{server.url}/a/y.tar").unlink()
+    assert min(seconds) < 0.9  # a second for each of the parent's file systems
+    cache.fetch(f"{server.url}/a/y.tar")
     assert files(cache) == ["x.tar", "y.tar"]
 
 

@@ -8,6 +8,7 @@ too many end the run.
 import atexit
 import itertools
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -29,13 +30,14 @@ from ddae.data.remote import Cache, is_url
 from ddae.data.rescue import RescuingDecoder
 from ddae.data.sampling import Order
 from ddae.data.shards import Shards, open_shards
-from ddae.distributed import from_main, gather
+from ddae.distributed import from_main, gather, is_main, rank
 from ddae.errors import UserError
 
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
 AHEAD = 2  # micro-batches that DALI decodes while earlier ones are used
 MAX_BAD = 0.001  # share of the data set that may turn out to be bad
+LISTED = 20  # bad samples that an error names
 
 
 class Batch(NamedTuple):
@@ -119,11 +121,11 @@ class Loader:
         for each in gather(self.bad):
             bad |= each
         if self.shards is not None and len(bad) > MAX_BAD * self.num_samples:
-            listed = [f"{self.shards.name_of(sample)} ({why})" for sample, why in sorted(bad.items())]
-            more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
+            listed = [f"{self.shards.name_of(sample)} ({why})" for sample, why in sorted(bad.items())[:LISTED]]
+            more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
             raise UserError(
                 f"{len(bad)} of {self.num_samples} images cannot be decoded, more than {MAX_BAD:.1%}: "
-                f"{', '.join(listed[:20])}{more}: check_shards.py --full --mark_bad lists them, to be left out"
+                f"{', '.join(listed)}{more}: check_shards.py --full --mark_bad lists them, to be left out"
             )
         rate = self._decoded / self._decode_seconds if self._decode_seconds else 0.0
         self._decoded, self._decode_seconds = 0, 0.0
@@ -137,14 +139,19 @@ class Loader:
         stream = self._dali(self.read_files(first)) if self.backend == "dali" else self._processes(first)
         try:
             for micro in stream:
+                if micro.mistake:
+                    raise UserError(micro.mistake)
                 self._note(micro)
                 position[0] += self.part.micro_batch * self.part.ranks
                 images = micro.images.to(self.device, non_blocking=True)
                 yield Batch(images, micro.drawn.seeds, micro.drawn.samples)
+        except UserError as error:
+            if not is_main():  # which is the one that speaks, and may know nothing of it
+                print(f"ddae: rank {rank()}: {error}", file=sys.stderr, flush=True)
+            raise
         finally:
             over.set()
-            if isinstance(stream, Generator):
-                stream.close()
+            stream.close()
 
     def _reader(self) -> Dataset:
         if self.shards is None:
@@ -159,19 +166,17 @@ class Loader:
             (partial(reader.__getitem__, number) for number in itertools.count(first)), threads, 2 * threads
         )
 
-    def _processes(self, first: int) -> Iterator[Micro]:
+    def _processes(self, first: int) -> Generator[Micro, None, None]:
         """Micro-batches from this number on, read and decoded by processes."""
         workers = 0 if self.shards is None else self.config.workers
-        return iter(
-            DataLoader(
-                self._reader(),
-                batch_size=None,
-                sampler=itertools.count(first),  # type: ignore[arg-type]
-                num_workers=workers,
-                prefetch_factor=4 if workers else None,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_parent,
-            )
+        yield from DataLoader(
+            self._reader(),
+            batch_size=None,
+            sampler=itertools.count(first),  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
         )
 
     def _note(self, micro: Micro) -> None:

@@ -60,6 +60,7 @@ class Micro(NamedTuple):
     drawn: Drawn
     bad: list[tuple[int, str]]  # samples that could not be used, and why; others stand in for them
     seconds: float  # that it took
+    mistake: str = ""  # of the user's, where there is no micro-batch: a process cannot raise it as it is
 
 
 class Reader(Dataset):
@@ -75,11 +76,14 @@ class Reader(Dataset):
     def __getitem__(self, number: int) -> Micro:
         start = time.perf_counter()
         drawn = self.draw(*self.order.samples(self.part.positions(number)))
-        if self.decodes:
-            images, drawn, bad = self.fill(drawn, self.decode)
-            data, lengths = torch.from_numpy(np.stack(images)), torch.zeros(len(images), dtype=torch.int64)
-        else:
-            data, lengths, drawn, bad = self.read_all(drawn)
+        try:
+            if self.decodes:
+                images, drawn, bad = self.fill(drawn, self.decode)
+                data, lengths = torch.from_numpy(np.stack(images)), torch.zeros(len(images), dtype=torch.int64)
+            else:
+                data, lengths, drawn, bad = self.read_all(drawn)
+        except UserError as error:
+            return Micro(torch.empty(0), torch.empty(0), drawn, [], 0.0, str(error))
         return Micro(data, lengths, drawn, bad, time.perf_counter() - start)
 
     def read_all(self, drawn: Drawn) -> tuple[Tensor, Tensor, Drawn, list[tuple[int, str]]]:

@@ -22,6 +22,8 @@ class RescuingDecoder:
 
     def decode(self, micro: Micro) -> Micro:
         """The micro-batch with images uint8 [B, 3, S, S] in place of files."""
+        if micro.mistake:
+            return micro
         start = time.perf_counter()
         files = [file.numpy() for file in micro.images.split(micro.lengths.tolist())]
         drawn, bad = micro.drawn, micro.bad
@@ -34,6 +36,7 @@ class RescuingDecoder:
         return Micro(images, micro.lengths, drawn, bad, time.perf_counter() - start)
 
     def _decode_one(self, row: int, sample: int, box: list[int], flip: bool) -> Tensor:
+        self.reader.decode(row, sample, box, flip)  # what Pillow cannot decode either need not end DALI's decoder
         file = np.frombuffer(self.reader.shards.read(sample), np.uint8)
         self.single = self.single or self.new_decoder(1)
         try:

@@ -71,9 +71,9 @@ class Shards:
     def name_of(self, sample: int) -> str:
         """A sample as a person may look it up: SHARD:KEY."""
         shard = self.shard_of(sample)
-        index = read_index(local(self.places[shard].removesuffix(".tar") + ".idx", self.cache))
-        keys = [key for key, offset, _ in index if offset == self.offset[sample]]
-        return f"{self.places[shard]}:{keys[0] if keys else sample}"
+        keys, index = read_index(local(self.places[shard].removesuffix(".tar") + ".idx", self.cache))
+        here = np.flatnonzero(index[:, 0] == self.offset[sample])
+        return f"{self.places[shard]}:{keys[here[0]] if len(here) else sample}"
 
     def fetch(self, shard: int) -> None:
         """See to it that a remote shard is in the cache."""
@@ -144,17 +144,14 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
                 f"{place} has {os.path.getsize(place)} bytes where its manifest says {entry['bytes']}: "
                 "it is cut or changed, shard the data again"
             )
-        index = read_index(local(place.removesuffix(".tar") + ".idx", cache))
-        if len(index) != entry["samples"]:
-            raise UserError(f"the index of {place} lists {len(index)} samples of {entry['samples']}: make it again")
-        bad = set(entry.get("bad", ()))
-        rows = [
-            (offset, length, *size)
-            for (key, offset, length), size in zip(index, entry["sizes"], strict=True)
-            if key not in bad
-        ]
-        columns.append(np.asarray(rows, np.int64).reshape(-1, 4))
-        num_bad += len(index) - len(rows)
+        keys, index = read_index(local(place.removesuffix(".tar") + ".idx", cache))
+        if len(keys) != entry["samples"]:
+            raise UserError(f"the index of {place} lists {len(keys)} samples of {entry['samples']}: make it again")
+        rows = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
+        if entry.get("bad"):
+            rows = rows[~np.isin(keys, entry["bad"])]
+        columns.append(rows)
+        num_bad += len(keys) - len(rows)
         counts.append(len(rows))
         entries.append(entry)
     table = np.concatenate(columns)
@@ -206,22 +203,26 @@ def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, A
     return manifest
 
 
-def read_index(path: Path) -> list[tuple[str, int, int]]:
-    """Key of each sample, and offset and length of its image, from DALI's index of a shard."""
+def read_index(path: Path) -> tuple[list[str], np.ndarray]:
+    """Keys of a shard's samples, and offset and length of their images int64 [N, 2], from DALI's index of it."""
     if not path.exists():
         shard = path.with_suffix(".tar")
         raise UserError(f"{shard} has no index {path.name} beside it: run data_prep/ again, or DALI's wds2idx")
     try:
-        header, *lines = path.read_text().splitlines()
+        header, _, body = path.read_text().partition("\n")
         if not header.startswith(INDEX_VERSION):
             raise UserError(f"{path} is not an index of version {INDEX_VERSION}: make it again")
-        places = []
-        for line in lines:
-            parts = line.split(" ")
-            image = next(i for i in range(0, len(parts) - 3, 4) if parts[i] == "jpg")
-            places.append((parts[image + 3].removesuffix(".jpg"), int(parts[image + 1]), int(parts[image + 2])))
+        width = len(body.partition("\n")[0].split())  # of a line: four words a file, the same files in every sample
+        words = body.split()
+        if not words:
+            return [], np.zeros((0, 2), np.int64)
+        image = words.index("jpg", 0, width)
+        names = words[image + 3 :: width]
+        if len(names) * width != len(words) or words[image::width].count("jpg") != len(names):
+            raise ValueError("lines differ")
+        numbers = [np.array(words[image + column :: width], "S").astype(np.int64) for column in (1, 2)]
     except UserError:
         raise
-    except (ValueError, StopIteration):
+    except ValueError:  # of words that are no numbers, or no text
         raise UserError(f"{path} has a line without a jpg's offset and size: make it again") from None
-    return places
+    return [name.removesuffix(".jpg") for name in names], np.stack(numbers, 1)

@@ -64,6 +64,17 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
     return Finding(kinds, buffer.getvalue(), image.width, image.height)
 
 
+def thumbnail(data: bytes) -> bytes | None:
+    """A JPEG of the image within 128 x 128 pixels; None for one that cannot be used."""
+    finding = inspect(data)
+    if finding.jpeg is None:
+        return None
+    image, buffer = Image.open(io.BytesIO(finding.jpeg)), io.BytesIO()
+    image.thumbnail((128, 128))
+    image.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
 def _kinds(image: Image.Image, data: bytes) -> tuple[str, ...]:
     """What is odd about an opened image that has all its pixels."""
     kinds = []

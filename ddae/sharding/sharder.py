@@ -18,11 +18,12 @@ import numpy as np
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.errors import UserError
 from ddae.sharding import target, workers
-from ddae.sharding.inspection import MAX_BYTES, Finding, inspect
+from ddae.sharding.inspection import MAX_BYTES, Finding, inspect, thumbnail
 from ddae.sharding.report import OddImage, write_report
 from ddae.sharding.sources import UNLABELLED, Index
 
 FEWEST = 16  # shards that a split is cut into where it has images enough, so that all workers have some
+SHOWN = 40  # thumbnails of a kind
 PER_SAMPLE = 2048  # bytes that a tar spends on a sample besides its image
 
 
@@ -197,11 +198,13 @@ class _Sharder:
         for place in copies:
             kinds, action = noted.get(place, ([], "kept"))
             noted[place] = ([*kinds, "duplicate"], action)
-        odd = []
+        odd, shown = [], Counter()
         for (split, image), (kinds, action) in sorted(noted.items()):
             index, first = self.indexes[split], copies.get((split, image))
             same_as = None if first is None else self.indexes[first[0]].source(first[1])
-            odd.append(OddImage(index.source(image), index.key_of(image), kinds, action, same_as))
+            small = thumbnail(index.read(image)) if shown.get(kinds[-1], 0) < SHOWN and "bomb" not in kinds else None
+            shown[kinds[-1]] += small is not None
+            odd.append(OddImage(index.source(image), index.key_of(image), kinds, action, same_as, small))
         shards = {planned.name: records[planned.name]["entry"] for planned in self.plan}
         read = sum(len(index) for index in self.indexes)
         written = sum(entry["samples"] for entry in shards.values())
@@ -220,7 +223,7 @@ class _Sharder:
         kinds = Counter(kind for image in odd for kind in image.kinds)
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return f"{self.out}: {written} of {read} images in {len(shards)} shards, {read - written} left out" + (
-            f"; {told}: see {self.out / 'report.txt'}" if odd else "; all were plain RGB JPEGs"
+            f"; {told}: see {self.out / 'report.html'}" if odd else "; all were plain RGB JPEGs"
         )
 
 

@@ -64,10 +64,10 @@ def _look(shard: Path, entry: dict[str, Any]) -> list[Problem]:
     if size != entry["bytes"]:
         problems.append(Problem(shard.name, f"has {size} bytes, not {entry['bytes']}"))
     try:
-        index = read_index(shard.with_suffix(".idx"))
+        keys, index = read_index(shard.with_suffix(".idx"))
     except UserError as error:
         return [*problems, Problem(shard.name, str(error))]
-    if len(index) != entry["samples"] or any(offset + length > entry["bytes"] for _, offset, length in index):
+    if len(keys) != entry["samples"] or (index.sum(1) > entry["bytes"]).any():
         problems.append(Problem(shard.name, "has an index that does not fit it"))
     return problems
 
@@ -96,7 +96,8 @@ def _read(shard: Path, entry: dict[str, Any], num_classes: int) -> list[Problem]
                 )
             found.append((key, member.offset, member.length))
             workers.count_one()
-        if found != read_index(shard.with_suffix(".idx")):
+        keys, index = read_index(shard.with_suffix(".idx"))
+        if found != [(key, *place) for key, place in zip(keys, index.tolist(), strict=True)]:
             problems.append(Problem(shard.name, "has an index that does not fit it"))
     except UserError as error:
         problems.append(Problem(shard.name, str(error)))
