@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,6 +16,8 @@ from tqdm import tqdm
 from ddae.errors import UserError
 
 T = TypeVar("T")
+tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays held by one that is killed
+tqdm.monitor_interval = 0  # nor may a thread hold it while workers are forked
 _FORK = multiprocessing.get_context("fork")  # what is to be done, and all it knows, is inherited and not sent
 _done = _FORK.Value("q", 0)
 _work: Callable[..., Any]
