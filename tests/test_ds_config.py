@@ -8,7 +8,8 @@ from ddae.ds_config import load, resolve
 from ddae.errors import UserError
 from ddae.presets import preset
 
-CONFIG = preset("demo")
+DEMO = preset("demo")
+CONFIG = replace(DEMO, engine=replace(DEMO.engine, precision="bf16"))
 SHIPPED = sorted(Path("ds_configs").glob("*.json"))
 
 

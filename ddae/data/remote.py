@@ -23,9 +23,8 @@ from ddae.errors import UserError
 WAITS = (1.0, 5.0, 25.0)  # seconds before the second, third and fourth attempt
 TIMEOUT = 60.0  # seconds without a connection or a byte before an attempt over http(s) has failed
 CHUNK = 4 << 20  # bytes
-_used = (
-    set()
-)  # of fsspec's file systems: if a forked process dropped its parent's, it would close them, and wait for it
+# fsspec's file systems, kept: a forked process that dropped its parent's would close them, and wait for it.
+_used = set()
 
 
 def is_url(where: str) -> bool:
