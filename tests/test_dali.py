@@ -32,12 +32,13 @@ def crops_of(sizes, scale=(0.2, 1.0)):
     return random_crops(torch.arange(len(sizes)) * 104729, sizes[:, 0], sizes[:, 1], scale)
 
 
+@pytest.mark.parametrize("resizes", [False, True])
 @pytest.mark.parametrize("subsampling", [0, 1, 2])
-def test_every_crop_is_pillows(subsampling):
-    """The same box, to half a level of 255 on average in every single image."""
+def test_every_crop_is_pillows(subsampling, resizes):
+    """The same box, to half a level of 255 on average in every single image, also by the whole graph, as on a GPU."""
     files, sizes = jpegs(60, subsampling=subsampling)
     crops = crops_of(sizes)
-    theirs = dali.DaliDecoder(64, 60, 2, CPU).decode(files, crops.boxes, crops.flips)
+    theirs = dali.DaliDecoder(64, 60, 2, CPU, resizes=resizes).decode(files, crops.boxes, crops.flips)
     for file, box, flip, other in zip(files, crops.boxes.tolist(), crops.flips.tolist(), theirs, strict=True):
         ours = pillow.decode(file.tobytes(), tuple(box), flip, 64)
         assert np.abs(ours.astype(int) - other.numpy().astype(int)).mean() <= 0.5
@@ -47,7 +48,7 @@ def test_regions_and_whole_images_give_the_same_crops():
     files, sizes = jpegs(20)
     crops = crops_of(sizes)
     region, whole = (
-        dali.DaliDecoder(48, 20, 2, CPU, region=region).decode(files, crops.boxes, crops.flips)
+        dali.DaliDecoder(48, 20, 2, CPU, region=region, resizes=True).decode(files, crops.boxes, crops.flips)
         for region in (True, False)
     )
     assert (region.int() - whole.int()).abs().float().mean((1, 2, 3)).max() < 0.1
@@ -87,7 +88,8 @@ def test_a_decoder_is_tried_in_a_process_that_may_crash(monkeypatch):
     assert not dali.region_works(*arguments)
 
 
-def test_both_back_ends_draw_torchvisions_law():
+@pytest.mark.parametrize("resizes", [False, True])
+def test_both_back_ends_draw_torchvisions_law(resizes):
     """Crops of a picture whose red is the column and whose green is the row tell, by their pixels, where they lie."""
     count, side = 1500, 256
     ramp = np.zeros((side, side, 3), np.uint8)
@@ -102,7 +104,8 @@ def test_both_back_ends_draw_torchvisions_law():
         RandomResizedCrop.get_params(torch.empty(3, side, side), [0.2, 1.0], list(ASPECT)) for _ in range(4 * count)
     ]
     top, left, tall, wide = np.array(drawn, float).T
-    by_dali = dali.DaliDecoder(16, count, 2, CPU).decode([file] * count, crops.boxes, crops.flips).numpy()
+    decoder = dali.DaliDecoder(16, count, 2, CPU, resizes=resizes)
+    by_dali = decoder.decode([file] * count, crops.boxes, crops.flips).numpy()
     boxes = zip(crops.boxes.tolist(), crops.flips.tolist(), strict=True)
     by_pillow = np.stack([pillow.decode(buffer.getvalue(), tuple(box), flip, 16) for box, flip in boxes])
     for pixels in (by_dali.astype(float), by_pillow.astype(float)):

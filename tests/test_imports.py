@@ -13,7 +13,14 @@ ORDER = [
     *("ddae.errors", "ddae.counter", "ddae.distributed", "ddae.schedules", "ddae.patches", "ddae.masks"),
     *("ddae.config", "ddae.presets", "ddae.ds_config", "ddae.betas"),
     *("ddae.data.remote", "ddae.data.shards", "ddae.data.shard_writer", "ddae.data.sampling"),
-    *("ddae.data.jpeg", "ddae.data.pillow", "ddae.data.dali", "ddae.data.reader", "ddae.data.choice"),
+    *(
+        "ddae.data.jpeg",
+        "ddae.data.resize",
+        "ddae.data.pillow",
+        "ddae.data.dali",
+        "ddae.data.reader",
+        "ddae.data.choice",
+    ),
     *("ddae.data.rescue", "ddae.data.loader", "ddae.data.preview"),
     *(
         "ddae.sharding.archives",

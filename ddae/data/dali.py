@@ -6,27 +6,30 @@ The graph receives bytes, box and flip of each image and decodes the box alone; 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
 # (DALI fills its modules when it is imported, which its stubs do not know)
 
+import itertools
 import multiprocessing
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from ddae.data.resize import resize
+
 PROBE_SECONDS = 120  # a child that has not decoded a few images by then hangs
 PROBE_LEVELS = 2.0  # mean difference, of 255, that two ways to decode a GPU's images may have
 
 
 @pipeline_def(exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
-def crop_graph(size: int, device: str, region: bool, hw_decoder_load: float):
+def crop_graph(size: int | None, device: str, region: bool, hw_decoder_load: float):
     """encoded, top-left corner, shape and flip of each image -> uint8 [3, size, size] on `device` ("cpu" or "gpu").
 
-    region: decode the box alone; else the whole image, which is cut then.
+    region: decode the box alone; else the whole image, which is cut then. size None: the box as it is, [H, W, 3].
     """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
-    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     box = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
     decoder = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}  # boxes are of the stored image
     if device == "gpu":  # chroma is to be interpolated as on the CPU
@@ -35,6 +38,9 @@ def crop_graph(size: int, device: str, region: bool, hw_decoder_load: float):
         images = fn.decoders.image_slice(encoded, corner, shape, **box, **decoder)
     else:
         images = fn.slice(fn.decoders.image(encoded, **decoder), corner, shape, **box)
+    if size is None:
+        return images
+    flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
     return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])
 
@@ -43,15 +49,25 @@ class DaliDecoder:
     """Decodes batches of one size; RuntimeError for a batch with an image that cannot be, after which it is of no use.
 
     size: pixels a side; threads: of the CPU; region and hw_decoder_load: see crop_graph.
+    resizes: whether DALI resizes, too, as it always does on a GPU; else its threads' number of ours do.
     """
 
     def __init__(
-        self, size: int, batch: int, threads: int, device: torch.device, region: bool = True, hw_decoder_load: float = 0
+        self,
+        size: int,
+        batch: int,
+        threads: int,
+        device: torch.device,
+        region: bool = True,
+        hw_decoder_load: float = 0,
+        resizes: bool = False,
     ):
         self.size, self.device = size, device
         on_gpu = device.type == "cuda"
+        self.resizes = resizes or on_gpu
+        self.threads = ThreadPoolExecutor(threads)  # starts them as they are needed
         self.pipeline = crop_graph(
-            size,
+            size if self.resizes else None,
             "gpu" if on_gpu else "cpu",
             region,
             hw_decoder_load,
@@ -67,8 +83,13 @@ class DaliDecoder:
         self.pipeline.feed_input("encoded", encoded)
         self.pipeline.feed_input("corner", torch.stack([top, left], 1).numpy())
         self.pipeline.feed_input("shape", torch.stack([height, width], 1).numpy())
-        self.pipeline.feed_input("flip", flips.int().numpy())
+        if self.resizes:
+            self.pipeline.feed_input("flip", flips.int().numpy())
         (images,) = self.pipeline.run()
+        if not self.resizes:
+            crops = [np.asarray(image) for image in images]  # DALI's own memory, until the next run
+            resized = self.threads.map(resize, crops, flips.tolist(), itertools.repeat(self.size))
+            return torch.from_numpy(np.stack(list(resized)))
         if self.device.type != "cuda":
             return torch.from_numpy(np.array(images.as_tensor()))
         from nvidia.dali.plugin.pytorch import feed_ndarray

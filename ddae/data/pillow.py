@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ddae.data.jpeg import first_rows
+from ddae.data.resize import resize
 
 
 def decode(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
@@ -18,8 +19,6 @@ def decode(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int
     with Image.open(io.BytesIO(first_rows(encoded, top + height))) as image:
         if left + width > image.width or top + height > image.height:
             raise ValueError(f"it has {image.width} x {image.height} pixels, fewer than its manifest says")
-        image = image.convert("RGB").crop((left, top, left + width, top + height))
-    image = image.resize((size, size), Image.Resampling.BICUBIC)
-    if flip:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return np.asarray(image).transpose(2, 0, 1)
+        crop = image.crop((left, top, left + width, top + height))
+    crop = crop if crop.mode == "RGB" else crop.convert("RGB")  # which would copy what is RGB already
+    return resize(np.array(crop), flip, size)
