@@ -19,6 +19,7 @@ from archives_of_images import (
 from conftest import picture
 from PIL import Image, ImageOps
 
+from ddae.data.jpeg import is_cut
 from ddae.sharding.inspection import inspect
 
 BAD, PLAIN = bad_corpus(), traps()
@@ -105,6 +106,32 @@ def test_damage_of_any_kind_raises_nothing():
                 broken[place] = rng.integers(256)
             found = inspect(bytes(broken))
             assert found.jpeg is not None or found.kinds
+
+
+def decodes(data: bytes) -> bool:
+    try:
+        Image.open(io.BytesIO(data)).load()
+    except Exception:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("save", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 2}])
+def test_a_photo_is_usable_where_all_its_pixels_decode(save):
+    """Though they are not all made: what damage ends a whole decoding is found, and nothing else."""
+    rng, verdicts = np.random.default_rng(2), set()
+    for number in range(300):
+        broken = bytearray(photo(number % 20, **save))
+        for place in rng.integers(2, len(broken) - 2, rng.integers(1, 20)):
+            broken[place] = rng.integers(256)
+        if number % 3 == 0:
+            place = rng.integers(600, len(broken))
+            del broken[place : place + rng.integers(1, 3000)]
+            broken += b"\xff\xd9"
+        usable = decodes(bytes(broken)) and not is_cut(bytes(broken))
+        assert (inspect(bytes(broken)).jpeg is not None) == usable
+        verdicts.add(usable)
+    assert verdicts == {False, True}
 
 
 def test_a_bomb_is_not_decoded():

@@ -1,6 +1,6 @@
 """Looking at one image file: is it a plain RGB JPEG, what is odd about it, and what it becomes in a shard.
 
-Every image is decoded whole. An odd one that decodes becomes an RGB JPEG, upright; the rest cannot be used.
+Every image is decoded to its end. An odd one that decodes becomes an RGB JPEG, upright; the rest cannot be used.
 """
 
 import io
@@ -44,6 +44,11 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
             return Finding(("bomb",), None)
         if image.mode == "F":
             return Finding(("unreadable",), None)  # numbers of no known range
+        size, smaller = image.size, 0 < resize_shorter < min(image.size)
+        if (
+            not smaller
+        ):  # a JPEG's coded blocks, where damage shows, are all read, its pixels made at an eighth of the size
+            image.draft(image.mode, (1, 1))
         image.load()
         if is_cut(data):  # all pixels came, the last of them perhaps guessed
             return Finding(("truncated",), None)
@@ -52,9 +57,10 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
         return Finding(("bomb",), None)
     except Exception:  # Pillow's decoders raise whatever a broken file leads them to
         return Finding(("truncated" if _lacks_its_end(data) else "unreadable",), None)
-    smaller = 0 < resize_shorter < min(image.size)
     if not kinds and not smaller:
-        return Finding((), data, image.width, image.height)
+        return Finding((), data, *size)
+    if image.size != size:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
     image = _upright_rgb(image)
     if smaller:
         share = resize_shorter / min(image.size)
@@ -65,13 +71,15 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
 
 
 def thumbnail(data: bytes) -> bytes | None:
-    """A JPEG of the image within 128 x 128 pixels; None for one that cannot be used."""
-    finding = inspect(data)
-    if finding.jpeg is None:
+    """A JPEG of the image within 128 x 128 pixels; None for one that cannot be decoded."""
+    try:
+        image, buffer = Image.open(io.BytesIO(data), formats=FORMATS), io.BytesIO()
+        image.draft(image.mode, (128, 128))  # a JPEG is decoded at half its size or less, as long as it stays above
+        image = _upright_rgb(image)
+        image.thumbnail((128, 128))
+        image.save(buffer, "JPEG", quality=85)
+    except Exception:  # as in inspect
         return None
-    image, buffer = Image.open(io.BytesIO(finding.jpeg)), io.BytesIO()
-    image.thumbnail((128, 128))
-    image.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()
 
 

@@ -1,8 +1,9 @@
 """Images -> shuffled shards, on all cores: the same bytes whatever the number of workers, however often it is killed.
 
 What goes where is planned before anything is read: the images of a split are permuted by the seed and cut into shards.
-A worker makes one shard at a time: it reads each image once, decodes it, writes the shard, and notes that it is whole
-(target.py), so that a run begun again makes only what is missing. The manifest comes last.
+A worker makes one shard at a time: it reads each image once, decodes it, and writes it. The main process brings each
+shard to its place and notes that it is whole (target.py), so that a run begun again makes only what is missing. The
+manifest comes last.
 """
 
 import errno
@@ -15,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ddae.data.shard_writer import Sample, write_manifest, write_shard
+from ddae.data.shard_writer import Sample, put_in_place, write_manifest, write_unfinished
 from ddae.errors import UserError
 from ddae.sharding import target, workers
 from ddae.sharding.inspection import MAX_BYTES, Finding, inspect, thumbnail
@@ -113,15 +114,18 @@ class _Sharder:
         """Make these shards, each without the images that are named beside it."""
         total = sum(len(planned.images) for planned in self.plan)
         done = total - sum(len(planned.images) for planned, _ in tasks)
-        for _ in workers.run(self.make_shard, tasks, self.num_workers, total, done) if tasks else ():
-            pass
+        if not tasks:
+            return
+        for name, record in workers.run(self.write, tasks, self.num_workers, total, done):
+            put_in_place(self.out / name)  # here, as it waits for the disk: the workers go on
+            target.note(self.out, name, record)
 
-    def make_shard(self, planned: Planned, without: frozenset[int]) -> None:
-        """Write one shard and note it; in a worker."""
+    def write(self, planned: Planned, without: frozenset[int]) -> tuple[str, dict[str, Any]]:
+        """Write one shard; its name, and what is to be noted of it. In a worker."""
         odd: list[tuple[int, list[str], str]] = []
         digests: dict[int, str] = {}
-        entry = write_shard(self.out / planned.name, self.samples(planned, without, odd, digests))
-        target.note(self.out, planned.name, {"entry": entry, "odd": odd, "digests": digests})
+        entry = write_unfinished(self.out / planned.name, self.samples(planned, without, odd, digests))
+        return planned.name, {"entry": entry, "odd": odd, "digests": digests}
 
     def samples(
         self, planned: Planned, without: frozenset[int], odd: list[tuple[int, list[str], str]], digests: dict[int, str]
