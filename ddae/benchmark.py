@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -160,11 +161,13 @@ def sharding_rates(archive: str, workers: int, rounds: int) -> dict[str, list[fl
     images = index("train", archive, None, None)
     rates: dict[str, list[float]] = {"decoding alone": [], "sharding": []}
     for _ in range(rounds):
-        for name, work in (("decoding alone", decode_all), ("sharding", shard_all)):
-            start = time.perf_counter()
-            work(images, workers)
-            rates[name].append(len(images) / (time.perf_counter() - start))
-            print(f"{name:14s} {rates[name][-1]:8.0f} images/s", flush=True)
+        with tempfile.TemporaryDirectory(dir=".") as folder:
+            shard_all = partial(shard, [images], Path(folder) / "shards", Settings())
+            for name, work in (("decoding alone", partial(decode_all, images)), ("sharding", shard_all)):
+                start = time.perf_counter()
+                work(workers)
+                rates[name].append(len(images) / (time.perf_counter() - start))
+                print(f"{name:14s} {rates[name][-1]:8.0f} images/s", flush=True)
     return rates
 
 
@@ -182,11 +185,6 @@ _images: Index  # of the workers, which inherit it
 def _decode_some(start: int) -> None:
     for image in range(start, min(start + BATCH, len(_images))):
         Image.open(io.BytesIO(_images.read(image))).load()
-
-
-def shard_all(images: Index, workers: int) -> None:
-    with tempfile.TemporaryDirectory(dir=".") as folder:
-        shard([images], Path(folder) / "shards", Settings(), workers)
 
 
 def ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, float]:
