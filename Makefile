@@ -44,7 +44,8 @@ bench-loader: .simd
 
 # What only a GPU can show. Where there is a Python with everything but this project: make gpu-check PY=python3
 gpu-check:
-	PYTHONPATH=kernels:. $(PY) -m pytest --noconftest tests/test_triton.py tests/test_dynamic.py tests/test_distance.py
+	PYTHONPATH=kernels:. $(PY) -m pytest --noconftest tests/test_triton.py tests/test_dynamic.py tests/test_distance.py \
+		tests/test_dali.py
 	PYTHONPATH=kernels:. $(PY) kernels/bench/bench.py --step ddae_vit_b16_100e $(BENCH)
 	test -z "$(DATA)" || PYTHONPATH=kernels:. $(PY) launch/benchmark.py loader --data $(DATA)
 

@@ -18,9 +18,10 @@ def main() -> int:
     depth = parser.add_mutually_exclusive_group()
     depth.add_argument("--fast", action="store_true", help="sizes and indexes alone, the default")
     depth.add_argument("--full", action="store_true", help="hashes too, and decode every image")
-    parser.add_argument("--mark_bad", action="store_true", help="list images that do not decode in the manifest")
+    parser.add_argument("--mark_bad", action="store_true", help="--full, and list what does not decode in the manifest")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; all cores by default")
     words = parser.parse_args()
+    words.full = words.full or words.mark_bad
     problems, images = check(words.folder, words.full, max(1, words.workers))
     for problem in problems:
         print(problem)

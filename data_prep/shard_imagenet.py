@@ -3,7 +3,7 @@
     python data_prep/shard_imagenet.py --train ILSVRC2012_img_train.tar \\
         --val ILSVRC2012_img_val.tar --devkit ILSVRC2012_devkit_t12.tar.gz --out data/imagenet
 
-Nothing is unpacked; every image is decoded once; the same command goes on where a killed one was. report.txt in the
+Nothing is unpacked; every image is decoded; the same command goes on where a killed one was. report.txt in the
 folder names every image that was not a plain RGB JPEG.
 """
 
@@ -62,11 +62,11 @@ def main() -> None:
     indexes, classes = [], None
     for split in ("train", "val"):
         if getattr(words, split):
+            if words.out.resolve().is_relative_to(Path(getattr(words, split)).resolve()):
+                raise UserError(f"--out {words.out} is --{split} itself or within it: name another folder")
             print(f"reading where the images of --{split} lie", flush=True)
             indexes.append(index(split, getattr(words, split), classes, devkit if split == "val" else None))
             classes = indexes[0].classes if (indexes[0].label != UNLABELLED).all() else None
-            if Path(getattr(words, split)).resolve() == words.out.resolve():
-                raise UserError(f"--out {words.out} is --{split} itself: name another folder")
     settings = Settings(**{name: getattr(words, name) for name in Settings.__dataclass_fields__})
     about = {} if devkit is None else {"class_words": dict(zip(devkit.synsets, devkit.words, strict=True))}
     print(shard(indexes, words.out, settings, words.workers, **about))

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from ddae.data.reader import Part, Reader
 from ddae.data.sampling import Order
 from ddae.data.shards import open_shards
 from ddae.distributed import device
+from ddae.sharding.inspection import inspect
 from ddae.sharding.sharder import Settings, shard
 from ddae.sharding.sources import Index, index
 
@@ -103,7 +104,7 @@ def measure(way: str, where: str, workers: int, seconds: float) -> float:
 
 
 def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tensor, None, None]:
-    """This project's loader, as a run uses it."""
+    """This project's loader."""
     config = DataConfig(train=where, batch_size=BATCH, workers=workers, backend=backend)  # type: ignore[arg-type]
     loader = Loader(config, SIZE, 0, Part(BATCH, BATCH, 0, 1), device())
     loader.settle()
@@ -117,7 +118,7 @@ def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tenso
 
 
 def read_batches(where: str, workers: int) -> Generator[torch.Tensor, None, None]:
-    """Reader processes alone: files and crops, nothing decoded."""
+    """Reader threads alone: files and crops, nothing decoded."""
     config = DataConfig(train=where, batch_size=4 * BATCH, workers=workers, backend="dali")
     loader = Loader(config, SIZE, 0, Part(4 * BATCH, 4 * BATCH, 0, 1), torch.device("cpu"))
     for micro in loader.read_files(0):
@@ -157,13 +158,20 @@ def pixel_differences(data: str) -> tuple[float, float]:
 
 
 def sharding_rates(archive: str, workers: int, rounds: int) -> dict[str, list[float]]:
-    """Images/s of the sharder, which decodes each image, and of decoding alone by as many processes."""
+    """Images/s of the sharder, of decoding alone by as many processes, which makes every pixel, and of the sharder's
+    own look at each image alone, which reads every coded block."""
     images = index("train", archive, None, None)
-    rates: dict[str, list[float]] = {"decoding alone": [], "sharding": []}
+    rates: dict[str, list[float]] = {"decoding alone": [], "inspection alone": [], "sharding": []}
+    for image in range(len(images)):
+        images.read(image)  # for all ways to find the archive in memory
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            shard_all = partial(shard, [images], Path(folder) / "shards", Settings())
-            for name, work in (("decoding alone", partial(decode_all, images)), ("sharding", shard_all)):
+            ways = (
+                partial(look_at_all, images, _decode),
+                partial(look_at_all, images, inspect),
+                partial(shard, [images], Path(folder) / "shards", Settings()),
+            )
+            for name, work in zip(rates, ways, strict=True):
                 start = time.perf_counter()
                 work(workers)
                 rates[name].append(len(images) / (time.perf_counter() - start))
@@ -171,20 +179,25 @@ def sharding_rates(archive: str, workers: int, rounds: int) -> dict[str, list[fl
     return rates
 
 
-def decode_all(images: Index, workers: int) -> None:
-    """Decode each image in worker processes, 64 a task, and nothing else."""
-    global _images
-    _images = images
+def look_at_all(images: Index, look: Callable[[bytes], object], workers: int) -> None:
+    """Read each image in worker processes, 64 a task, and look at it."""
+    global _look_at
+    _look_at = lambda image: look(images.read(image))  # noqa: E731
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-        list(pool.map(_decode_some, range(0, len(images), BATCH)))
+        starts = range(0, len(images), BATCH)
+        list(pool.map(_look_at_some, starts, [min(start + BATCH, len(images)) for start in starts]))
 
 
-_images: Index  # of the workers, which inherit it
+_look_at: Callable[[int], object]  # of the workers, which inherit it
 
 
-def _decode_some(start: int) -> None:
-    for image in range(start, min(start + BATCH, len(_images))):
-        Image.open(io.BytesIO(_images.read(image))).load()
+def _look_at_some(start: int, end: int) -> None:
+    for image in range(start, end):
+        _look_at(image)
+
+
+def _decode(data: bytes) -> None:
+    Image.open(io.BytesIO(data)).load()
 
 
 def ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, float]:

@@ -66,6 +66,19 @@ def test_the_graph_of_a_gpu_is_built_as_far_as_that_goes_without_one(region):
         dali.crop_graph(224, "gpu", region, "much", batch_size=8, num_threads=2, device_id=None).serialize()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("region", [True, False])
+@pytest.mark.parametrize("load", [0.0, 0.65])
+def test_a_gpu_gives_pillows_crops(region, load):
+    files, sizes = jpegs(60)
+    crops = crops_of(sizes)
+    decoder = dali.DaliDecoder(64, 60, 2, torch.device("cuda", 0), region, load)
+    theirs = decoder.decode(files, crops.boxes, crops.flips).cpu()
+    for file, box, flip, other in zip(files, crops.boxes.tolist(), crops.flips.tolist(), theirs, strict=True):
+        ours = pillow.decode(file.tobytes(), tuple(box), flip, 64)
+        assert np.abs(ours.astype(int) - other.numpy().astype(int)).mean() <= 0.5
+
+
 def die(*_):
     os.kill(os.getpid(), 11)
 

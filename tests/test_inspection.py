@@ -134,6 +134,15 @@ def test_a_photo_is_usable_where_all_its_pixels_decode(save):
     assert verdicts == {False, True}
 
 
+def test_a_turned_tiff_is_said_to_be_turned():
+    rotated, buffer = Image.Exif(), io.BytesIO()
+    rotated[0x0112] = 6
+    picture(3).resize((40, 30)).save(buffer, "TIFF", exif=rotated)
+    found = inspect(buffer.getvalue())
+    assert set(found.kinds) == {"tiff", "exif_rotated"}
+    assert (found.width, found.height) == (30, 40)
+
+
 def test_a_bomb_is_not_decoded():
     start = time.monotonic()
     assert inspect(BAD["bomb"]) == (("bomb",), None, 0, 0)

@@ -19,8 +19,10 @@ from ddae.data import loader as loader_module
 from ddae.data.choice import check_installed
 from ddae.data.loader import Loader
 from ddae.data.preview import preview_images
-from ddae.data.reader import Part
+from ddae.data.reader import Part, Reader
 from ddae.data.remote import Cache
+from ddae.data.rescue import RescuingDecoder
+from ddae.data.sampling import Order
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import open_shards
 from ddae.errors import UserError
@@ -243,6 +245,18 @@ def test_a_bad_sample_is_passed_over_named_and_counted(shards, tmp_path, monkeyp
         kept = torch.tensor([number not in BAD for number in plain.samples.tolist()])
         assert torch.equal(ours.images[kept], plain.images[kept])
         assert torch.equal(ours.seeds[kept], plain.seeds[kept])
+
+
+def test_a_device_without_memory_is_no_bad_image(shards):
+    class Full:
+        def decode(self, *_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    reader = Reader(
+        open_shards(str(shards), Cache(shards, 0)), Order(np.array([0, 100]), 0), Part(4, 4, 0, 1), 32, (1, 1), False
+    )
+    with pytest.raises(torch.OutOfMemoryError):
+        RescuingDecoder(reader, lambda batch: Full()).decode(reader[0])
 
 
 @pytest.mark.parametrize("backend", ["pillow", "dali"])

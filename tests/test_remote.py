@@ -23,6 +23,7 @@ from ddae.errors import UserError
 FORK = multiprocessing.get_context("fork")  # as the data loader's workers
 BODY = bytes(range(256)) * 40
 SHA = hashlib.sha256(BODY).hexdigest()
+NAME = f"x.tar.{SHA[:8]}"  # of x.tar where its hash is known
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -133,12 +134,19 @@ def test_a_folder_is_no_file(url, cache):
 def test_a_file_is_downloaded_once(server, cache):
     url = f"{server.url}/a/x.tar"
     path = cache.fetch(url, len(BODY), SHA)
-    assert path.name == "x.tar"
+    assert path.name == NAME
     assert path.read_bytes() == BODY
     assert cache.fetch(url, len(BODY), SHA) == path
-    assert read(cache.open(url)) == BODY
+    assert read(cache.open(url, len(BODY), SHA)) == BODY
     assert server.hits == {"/a/x.tar": 1}
-    assert files(cache) == ["x.tar"]
+    assert files(cache) == [NAME]
+
+
+def test_a_file_of_the_same_size_and_another_hash_is_another(server, cache, monkeypatch):
+    url, other = f"{server.url}/a/x.tar", BODY[::-1]
+    cache.fetch(url, len(BODY), SHA)
+    monkeypatch.setattr(f"{__name__}.BODY", other)
+    assert cache.fetch(url, len(other), hashlib.sha256(other).hexdigest()).read_bytes() == other
 
 
 def test_files_lie_beside_one_another_as_at_their_source(server, cache):
@@ -347,13 +355,13 @@ def test_a_killed_process_leaves_no_trouble(asked, server, cache):
     victim = FORK.Process(target=cache.fetch, args=(f"{server.url}/slow/x.tar", len(BODY), SHA))
     victim.start()
     until(lambda: server.hits["/slow/x.tar"])
-    until(lambda: files(cache) == [f".x.tar.{victim.pid}.part"])
+    until(lambda: files(cache) == [f".{NAME}.{victim.pid}.part"])
     os.kill(victim.pid, signal.SIGKILL)
     victim.join()
-    assert files(cache) == [f".x.tar.{victim.pid}.part"]
+    assert files(cache) == [f".{NAME}.{victim.pid}.part"]
     server.go_on.set()
     assert cache.fetch(f"{server.url}/{asked}", len(BODY), SHA).read_bytes() == BODY
-    assert files(cache) == [name(asked)]
+    assert files(cache) == [f"{name(asked)}.{SHA[:8]}"]
 
 
 def test_other_drivers_are_read(cache):

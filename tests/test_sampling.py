@@ -31,6 +31,17 @@ def test_reads_stay_within_a_window_of_shards():
     assert not torch.equal(shards, shards.sort().values)
 
 
+def test_the_next_window_is_near_also_over_the_end_of_an_epoch():
+    order = Order(np.arange(0, 401, 10), 3)  # 40 shards: windows of 16, 16 and 8
+    for position in (0, 170, 330, 399, 405):
+        windows = [
+            set((np.searchsorted(order.first, order.samples(torch.arange(start, end))[1], side="right") - 1).tolist())
+            for start, end in ((0, 160), (160, 320), (320, 400), (400, 560), (560, 720))
+        ]
+        here = [0, 160, 320, 400].index(max(start for start in (0, 160, 320, 400) if start <= position))
+        assert set(order.shards_near(position)) == windows[here] | windows[here + 1]
+
+
 def test_seeds_differ_by_seed_epoch_and_sample():
     first = np.array([0, 1000])
     epochs, samples = torch.arange(5).repeat_interleave(1000), torch.arange(1000).repeat(5)

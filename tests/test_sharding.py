@@ -296,7 +296,7 @@ def alive(processes):
 def long_source(tmp_path_factory):
     """100 images that take one core two seconds or so; and their shards."""
     folder = tmp_path_factory.mktemp("long")
-    images = [encoded(picture(i).resize((2000, 1500)), quality=90) for i in range(5)]
+    images = [encoded(picture(i).resize((2000, 1500)), quality=90, progressive=True) for i in range(5)]
     classes = {
         wnid: {f"{wnid}_{i}.JPEG": images[i % 5] + bytes(i) + wnid.encode() for i in range(20)} for wnid in WNIDS
     }
@@ -343,6 +343,23 @@ def test_the_command_itself_is_killed(long_source, tmp_path):
     assert shard_imagenet(*words) == 0
     assert contents(tmp_path / "out") == whole
     assert {path: path.stat().st_ino for path in kept} == kept  # what was done is not done again
+
+
+@pytest.mark.parametrize("how", ["shard missing", "shard cut", "index missing"])
+def test_a_folder_that_lost_something_is_not_complete(how, long_source, tmp_path, capsys):
+    source, _ = long_source
+    words = ["--train", source, "--max_count", 4, "--workers", 2, "--out", tmp_path / "out"]
+    shutil.copytree(source.parent / "whole", tmp_path / "out")
+    shard = tmp_path / "out" / "train-000001.tar"
+    match how:
+        case "shard missing":
+            shard.unlink()
+        case "shard cut":
+            os.truncate(shard, 100)
+        case "index missing":
+            shard.with_suffix(".idx").unlink()
+    assert shard_imagenet(*words) == 2
+    assert "lacks train-000001.tar or its index" in capsys.readouterr().err
 
 
 def test_a_killed_worker_is_one_sentence(long_source, tmp_path):

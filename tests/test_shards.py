@@ -1,7 +1,11 @@
+import gc
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,3 +128,19 @@ def test_sample_photos_cuts_both_splits_from_every_photograph(tmp_path):
     assert len(val) == 22
     assert "33 training and 22 validation" in first.stdout
     assert "is complete" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_missing_shard_is_named(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    (tmp_path / "data" / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"lacks train-000001.tar, which its manifest.json lists"):
+        open_shards(str(tmp_path / "data"), CACHE)
+
+
+def test_threads_leave_no_file_open(shards, tmp_path):
+    opened, before = open_shards(str(shards), CACHE), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(opened.read, range(100)))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

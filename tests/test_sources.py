@@ -11,6 +11,7 @@ from archives_of_images import (
     WNIDS,
     class_tars,
     contents,
+    encoded,
     imagenet,
     in_folders,
     keys_of,
@@ -27,7 +28,9 @@ from archives_of_images import (
     write_tar,
     written,
 )
+from conftest import picture
 
+from ddae.data.shard_writer import Sample, write_shard
 from ddae.data.shards import read_manifest
 
 CLASSES = imagenet()
@@ -153,6 +156,21 @@ def test_our_own_shards_are_sharded_again(tmp_path):
         assert labels_of(again, split) == labels_of(first, split)
         assert keys_of(again, split) == keys_of(first, split)
     assert read_manifest(again)["classes"] == WNIDS
+
+
+def test_masks_are_no_photographs(tmp_path):
+    samples = [Sample(f"s{i}", photo(i), None, 8, 8, mask=encoded(picture(i).convert("L"), "PNG")) for i in range(4)]
+    write_shard(tmp_path / "train-000000.tar", samples)
+    assert shard_imagenet("--train", tmp_path / "train-000000.tar", "--out", tmp_path / "out") == 0
+    assert keys_of(tmp_path / "out") == {f"s{i}" for i in range(4)}
+    assert report_of(tmp_path / "out")["passed_over"] == [f"{tmp_path}/train-000000.tar: s{i}.png" for i in range(4)]
+
+
+def test_shards_within_their_source_are_refused(tmp_path, capsys):
+    source = write_folder(tmp_path / "in", {f"{i}.jpg": photo(i) for i in range(3)})
+    assert shard_imagenet("--train", source, "--out", source / "shards") == 2
+    assert "within it: name another folder" in capsys.readouterr().err
+    assert not (source / "shards").exists()
 
 
 def test_shards_and_a_folder_of_both_splits(tmp_path):

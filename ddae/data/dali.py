@@ -66,6 +66,8 @@ class DaliDecoder:
         on_gpu = device.type == "cuda"
         self.resizes = resizes or on_gpu
         self.threads = ThreadPoolExecutor(threads)  # starts them as they are needed
+        # Its own stream: to wait for the trainer's is to wait for the steps that are queued there.
+        self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pipeline = crop_graph(
             size if self.resizes else None,
             "gpu" if on_gpu else "cpu",
@@ -94,10 +96,11 @@ class DaliDecoder:
             return torch.from_numpy(np.array(images.as_tensor()))
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
-        batch = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
-        stream = torch.cuda.current_stream(self.device)
-        feed_ndarray(images.as_tensor(), batch, cuda_stream=stream)
-        stream.synchronize()  # this thread's stream is not the trainer's, which takes the batch as it is
+        assert self.stream is not None
+        with torch.cuda.stream(self.stream):
+            batch = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+            feed_ndarray(images.as_tensor(), batch, cuda_stream=self.stream)
+        self.stream.synchronize()
         return batch
 
 

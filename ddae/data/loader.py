@@ -1,8 +1,8 @@
 """An endless stream of micro-batches that any step can be resumed at, whichever back end decodes.
 
-Pillow decodes in reader processes; for DALI threads of the training process read and another one decodes, all of them
-outside of Python's lock. A sample that cannot be decoded is named, counted, and replaced by the next of the data set;
-too many end the run.
+Pillow decodes in reader processes; for DALI threads of the training process read, decode and (on a CPU) resize, all of
+them outside of Python's lock. A sample that cannot be decoded is named, counted, and replaced by the next of the data
+set; too many end the run.
 """
 
 import atexit
@@ -144,6 +144,8 @@ class Loader:
                 self._note(micro)
                 position[0] += self.part.micro_batch * self.part.ranks
                 images = micro.images.to(self.device, non_blocking=True)
+                if micro.images.is_cuda:  # of the decoder's stream: not to be given away before this one has used it
+                    images.record_stream(torch.cuda.current_stream(self.device))
                 yield Batch(images, micro.drawn.seeds, micro.drawn.samples)
         except UserError as error:
             if not is_main():  # which is the one that speaks, and may know nothing of it

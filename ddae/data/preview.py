@@ -12,6 +12,7 @@ from ddae.data import pillow
 from ddae.data.loader import cache_of
 from ddae.data.reader import IN_A_ROW
 from ddae.data.shards import Shards, open_shards
+from ddae.errors import UserError
 
 
 class Preview(NamedTuple):
@@ -33,6 +34,8 @@ def preview_images(config: DataConfig, size: int, count: int) -> Preview:
     shards = open_shards(config.train, cache_of(config), split)
     places = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist()
     images = [image for place in places if (image := _central(shards, place, size)) is not None]
+    if not images:
+        raise UserError(f"data.train {config.train!r}: no image can be decoded: run data_prep/check_shards.py --full")
     return Preview(torch.from_numpy(np.stack(images)), held_out=split == "val")
 
 

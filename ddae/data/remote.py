@@ -1,8 +1,8 @@
 """Files at URLs, downloaded once into a folder that all processes of a machine share.
 
-CACHE/4f1d0c2a9b7e/train-000000.tar          the folder stands for the one it comes from: X.idx lies beside X.tar
-CACHE/4f1d0c2a9b7e/.train-000000.tar.lock    held by the process that opens, downloads or removes it
-CACHE/4f1d0c2a9b7e/.train-000000.tar.7.part  process 7 downloads it, and holds a lock on this meanwhile
+CACHE/4f1d0c2a9b7e/train-000000.tar.9f86d081 the folder stands for the one it comes from, the ending for the sha256
+CACHE/4f1d0c2a9b7e/.train-000000.tar.9f86d081.lock    held by the process that opens, downloads or removes it
+CACHE/4f1d0c2a9b7e/.train-000000.tar.9f86d081.7.part  process 7 downloads it, and holds a lock on this meanwhile
 CACHE/4f1d0c2a9b7e/.manifest.json.keep       manifest.json is never removed
 CACHE/.lock                                  held while files are counted, removed and put in place
 """
@@ -66,9 +66,10 @@ class Cache:
     cap: int  # bytes
 
     def fetch(self, url: str, size: int | None = None, sha256: str | None = None) -> Path:
-        """The local copy of url, downloaded if it is missing or of another size; it may be removed at any time."""
+        """The local copy of url, downloaded if it is missing or of another size or hash; it may be removed at any
+        time."""
         os.close(self.open(url, size, sha256))
-        return self._local(url)
+        return self._local(url, sha256)
 
     def fetch_fresh(self, url: str) -> Path:
         """The local copy of url, always downloaded anew and never removed; if that fails, an older one stays."""
@@ -77,7 +78,7 @@ class Cache:
 
     def open(self, url: str, size: int | None = None, sha256: str | None = None, fresh: bool = False) -> int:
         """As fetch (or fetch_fresh), but a descriptor to read from: on Linux it outlives the removal of the file."""
-        path = self._local(url)
+        path = self._local(url, sha256)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(_beside(path, "lock")):
@@ -91,11 +92,11 @@ class Cache:
             mend = "make room there, lower --data.cache_gib, or name another folder"
             raise UserError(f"the cache {self.folder} cannot be written ({error.strerror}): {mend}") from None
 
-    def _local(self, url: str) -> Path:
+    def _local(self, url: str, sha256: str | None = None) -> Path:
         if name(url)[:1] in ("", "."):  # the cache has names with a dot in front for itself
             raise UserError(f"{shown(url)} does not name a file: give its whole address")
         folder = hashlib.sha256((parent(url) + url.partition("?")[2]).encode()).hexdigest()[:12]
-        return self.folder / folder / name(url)
+        return self.folder / folder / (name(url) + (f".{sha256[:8]}" if sha256 else ""))
 
     def _download(self, url: str, path: Path, size: int | None, sha256: str | None) -> None:
         """Put a file that the caller holds the lock of in its place."""

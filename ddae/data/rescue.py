@@ -29,7 +29,8 @@ class RescuingDecoder:
         drawn, bad = micro.drawn, micro.bad
         try:
             images = self.whole.decode(files, drawn.crops.boxes, drawn.crops.flips)
-        except RuntimeError:
+        except RuntimeError as error:
+            _raise_if_of_the_device(error)
             self.whole = self.new_decoder(self.reader.part.micro_batch)
             singles, drawn, more = self.reader.fill(drawn, self._decode_one)
             images, bad = torch.cat(singles), bad + more
@@ -42,6 +43,18 @@ class RescuingDecoder:
         try:
             return self.single.decode([file], torch.tensor([box]), torch.tensor([flip]))
         except RuntimeError as error:
+            _raise_if_of_the_device(error)
             self.single = None
             lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Stacktrace")]
             raise ValueError(f"DALI cannot decode it: {' '.join(lines)[:200]}") from None
+
+
+def _raise_if_of_the_device(error: RuntimeError) -> None:
+    """A device without memory, or broken, says nothing about an image."""
+    words = str(error).lower()
+    if (
+        isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
+        or "cuda" in words
+        or "out of memory" in words
+    ):
+        raise error

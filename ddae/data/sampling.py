@@ -59,12 +59,15 @@ class Order:
         return epochs, samples
 
     def shards_near(self, position: int) -> list[int]:
-        """The shards that the window of a position reads, and those of the next, in the order of their use."""
+        """The shards that the window of a position reads, and those of the next one, perhaps of the next epoch."""
         epoch, place = divmod(position, self.epoch_samples)
         shards = permutation(len(self.first) - 1, self.seed, epoch, -1)
         ends = (self.first[shards + 1] - self.first[shards]).cumsum(0)
         start = int(torch.searchsorted(ends, place, right=True)) // WINDOW * WINDOW
-        return shards[start : start + 2 * WINDOW].tolist()
+        near = shards[start : start + 2 * WINDOW].tolist()
+        if start + WINDOW >= len(shards):
+            near += permutation(len(shards), self.seed, epoch + 1, -1)[:WINDOW].tolist()
+        return list(dict.fromkeys(near))
 
     def seeds(self, epochs: Tensor, samples: Tensor) -> Tensor:
         """The counter of everything random about each sample in its epoch: int64 [B]."""

@@ -82,7 +82,7 @@ class Shards:
 
     def _descriptor(self, shard: int) -> int:
         """An open descriptor of the shard; the least recently used of many is closed."""
-        files: OrderedDict[int, int] = self._open.__dict__.setdefault("files", OrderedDict())
+        files = self._open.__dict__.setdefault("files", _Files())
         if shard in files:
             files.move_to_end(shard)
             return files[shard]
@@ -93,6 +93,14 @@ class Shards:
         if len(files) > OPEN_FILES:
             os.close(files.popitem(last=False)[1])
         return opened
+
+
+class _Files(OrderedDict[int, int]):
+    """Open descriptors by shard, closed with the thread that they belong to."""
+
+    def __del__(self):
+        for descriptor in self.values():
+            os.close(descriptor)
 
 
 def find_shards(where: str, split: str = "train") -> list[str]:
@@ -154,6 +162,14 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
         num_bad += len(keys) - len(rows)
         counts.append(len(rows))
         entries.append(entry)
+    if os.path.isdir(where):
+        lost = {each for each in manifests[where]["shards"] if each.startswith(f"{split}-")} - set(
+            map(os.path.basename, places)
+        )
+        if lost:
+            raise UserError(
+                f"{where} lacks {min(lost)}, which its {MANIFEST} lists: put it back or shard the data again"
+            )
     table = np.concatenate(columns)
     if not len(table):
         raise UserError(f"{where} holds shards without a single sample: run data_prep/ again")

@@ -45,14 +45,13 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
         if image.mode == "F":
             return Finding(("unreadable",), None)  # numbers of no known range
         size, smaller = image.size, 0 < resize_shorter < min(image.size)
-        if (
-            not smaller
-        ):  # a JPEG's coded blocks, where damage shows, are all read, its pixels made at an eighth of the size
+        turned = _orientation(image) != 1  # which loading a TIFF undoes
+        if not smaller:  # a JPEG's coded blocks are all read, where damage shows, but few pixels made of them
             image.draft(image.mode, (1, 1))
         image.load()
         if is_cut(data):  # all pixels came, the last of them perhaps guessed
             return Finding(("truncated",), None)
-        kinds = _kinds(image, data)
+        kinds = _kinds(image, data, turned)
     except Image.DecompressionBombError:
         return Finding(("bomb",), None)
     except Exception:  # Pillow's decoders raise whatever a broken file leads them to
@@ -83,7 +82,7 @@ def thumbnail(data: bytes) -> bytes | None:
     return buffer.getvalue()
 
 
-def _kinds(image: Image.Image, data: bytes) -> tuple[str, ...]:
+def _kinds(image: Image.Image, data: bytes, turned: bool) -> tuple[str, ...]:
     """What is odd about an opened image that has all its pixels."""
     kinds = []
     if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, of which the first is read
@@ -94,7 +93,7 @@ def _kinds(image: Image.Image, data: bytes) -> tuple[str, ...]:
         kinds.append("greyscale")
     elif image.mode == "CMYK":
         kinds.append("cmyk")
-    if _orientation(image) != 1:
+    if turned or _orientation(image) != 1:  # of a PNG it may come last
         kinds.append("exif_rotated")
     return tuple(kinds)
 

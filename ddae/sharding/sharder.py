@@ -103,7 +103,7 @@ class _Sharder:
             (split, image), first = next(iter(copies.items()))
             raise UserError(
                 f"{self.indexes[split].source(image)} is an exact copy of {self.indexes[first[0]].source(first[1])}: "
-                "take it out, or let --on_bad keep keep it"
+                f"take it out and delete {self.out}, or let --on_bad keep keep it"
             )
         if copies and self.settings.on_bad == "drop_all":  # which image is a copy is known when all have been read
             self.make(self.holders(copies, records))

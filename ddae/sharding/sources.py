@@ -245,10 +245,18 @@ def _shards(tars: list[Path], classes: list[str] | None) -> _Found:
                     labels.setdefault(sample, label)
             elif _is_image(member.name, found.passed_over):
                 places.append((member, sample))
+        photos = {sample for member, sample in places if _is_jpeg(member.name)}
         for member, sample in places:
-            key = sample.rpartition("/")[2]
-            found.add(number, member.name, member.offset, member.length, key, labels.get(sample))
+            if sample in photos and not _is_jpeg(member.name):
+                found.passed_over.append(member.name)  # a photograph's mask
+            else:
+                key = sample.rpartition("/")[2]
+                found.add(number, member.name, member.offset, member.length, key, labels.get(sample))
     return found
+
+
+def _is_jpeg(name: str) -> bool:
+    return name.lower().endswith((".jpg", ".jpeg"))
 
 
 def _label(content: bytes) -> int | None:

@@ -37,10 +37,10 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
                     )
             if path.name != MANIFEST:
                 return False
-            lost = next((name for name in before["shards"] if not (out / name).exists()), None)
+            lost = next((name for name, entry in before["shards"].items() if not _is_there(out / name, entry)), None)
             if lost is not None:
                 raise UserError(
-                    f"--out {out} lacks {lost}, which its {MANIFEST} lists: delete the folder to begin anew"
+                    f"--out {out} lacks {lost} or its index as its {MANIFEST} lists it: delete the folder to begin anew"
                 )
             forget(out)
             return True
@@ -52,7 +52,7 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
 @contextmanager
 def own(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     """Hold the folder against other processes while shards are made in it; a mistake leaves nothing half-written."""
-    fresh = not out.exists()
+    made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
     try:
         (out / PROGRESS).mkdir(parents=True, exist_ok=True)
         lock = open(out / PROGRESS / "lock", "w")  # noqa: SIM115 - held as long as the work
@@ -69,7 +69,9 @@ def own(out: Path, identity: dict[str, Any]) -> Iterator[None]:
             yield
         except UserError:
             if not any(out.glob("*.tar")):
-                shutil.rmtree(out if fresh else out / PROGRESS)
+                shutil.rmtree(out if made else out / PROGRESS)
+                for folder in made[1:]:
+                    folder.rmdir()
             raise
         finally:
             if out.exists():
@@ -91,12 +93,7 @@ def note(out: Path, name: str, record: dict[str, Any]) -> None:
 def noted(out: Path, name: str) -> dict[str, Any] | None:
     """What was noted of a shard; None if nothing was, or the shard is not there as noted."""
     record = _read(out / PROGRESS / f"{name}.json")
-    try:
-        if record is None or (out / name).stat().st_size != record["entry"]["bytes"]:
-            return None
-        return record if (out / name).with_suffix(".idx").exists() else None
-    except (OSError, KeyError):
-        return None
+    return record if record is not None and _is_there(out / name, record.get("entry")) else None
 
 
 def forget(out: Path) -> None:
@@ -111,6 +108,14 @@ def check_room(out: Path, needed: int) -> None:
         raise UserError(
             f"no space left on {out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} free, make room"
         )
+
+
+def _is_there(shard: Path, entry: Any) -> bool:
+    """Whether a shard is there in its full length, with its index."""
+    try:
+        return shard.stat().st_size == entry["bytes"] and shard.with_suffix(".idx").exists()
+    except (OSError, KeyError, TypeError):
+        return False
 
 
 def _read(path: Path) -> dict[str, Any] | None:
