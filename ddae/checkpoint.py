@@ -1,12 +1,15 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, whole or not there at all.
 
-    checkpoints/step_00000100/   DeepSpeed's files, state.pt (step, betas, data set), teacher_rank_00000.pt, ...,
-                                 manifest.json (size of every file; written last)
+    checkpoints/step_00000100/   rank_00000.safetensors, ...: fp32 slices of weights, Adam's averages and the teacher,
+                                 by parameter; state.pt: step, betas, data set;
+                                 manifest.json: size and sha256 of every file, written last
     checkpoints/latest           the newest, by name
 
-A checkpoint is written into a folder of another name, flushed to disk, and renamed when it is complete.
+A checkpoint is written into a folder of another name, flushed to disk, and renamed when it is complete. Slices say
+which part of which parameter they are, so that any number of ranks at any ZeRO stage goes on from them.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,14 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from ddae.betas import Betas
-from ddae.distributed import barrier, is_main, rank, world_size
+from ddae.distributed import from_main, gather, is_main, rank, world_size
 from ddae.engine import Engine
 from ddae.errors import UserError
-from ddae.model.teacher import Teacher
+from ddae.model.teacher import Fragment, Teacher
 
 MANIFEST = "manifest.json"
+STATE = "state.pt"
 
 
 class Found(NamedTuple):
@@ -32,50 +38,52 @@ class Found(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; keeps the newest `keep`."""
+    """The checkpoints of one run folder; keeps the newest `keep`, and those of every `keep_every` steps for ever."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, keep_every: int = 0):
+        self.folder, self.keep, self.keep_every = folder, keep, keep_every
+        self._failed = False  # whether the last save did
 
     def save(self, step: int, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str) -> None:
-        """Save the state after `step` steps; all ranks call it."""
-        name, unfinished = f"step_{step:08d}", f".unfinished_{step:08d}"
-        path = self.folder / unfinished
-        if is_main():
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-        barrier()
-        engine.deepspeed.save_checkpoint(str(self.folder), tag=unfinished, save_latest=False)
-        if teacher is not None and (engine.sharded or is_main()):
-            torch.save(teacher.state_dict(), path / _teacher_file(rank()))
-        if is_main():
-            state = {"step": step, "ranks": world_size(), "stage": engine.stage, "fingerprint": fingerprint}
-            torch.save(state | {"betas": betas.state_dict()}, path / "state.pt")
-        _flush([file for file in path.iterdir() if is_main() or file.name == _teacher_file(rank())])
-        barrier()
-        if is_main():
-            sizes = {file.name: file.stat().st_size for file in path.iterdir()}
-            (path / MANIFEST).write_text(json.dumps({"step": step, "ranks": world_size(), "files": sizes}, indent=1))
-            _flush([path / MANIFEST, path])
-            shutil.rmtree(self.folder / name, ignore_errors=True)
-            os.rename(path, self.folder / name)
-            pointer = self.folder / "latest.part"
-            pointer.write_text(name)
-            _flush([pointer])
-            os.replace(pointer, self.folder / "latest")
-            _flush([self.folder])
-            for old in self._names()[: -self.keep]:
-                shutil.rmtree(self.folder / old)
-        barrier()
+        """Save the state after `step` steps; all ranks call it.
+
+        A save that fails is told and its remains removed; UserError for the second in a row.
+        """
+        path = self.folder / f".unfinished_{step:08d}"
+        facts = {"step": step, "updates": engine.updates, "fingerprint": fingerprint}
+        problem = from_main(lambda: _attempt(lambda: _make_empty(path)))
+        if problem is None:
+            written: dict[str, dict[str, Any]] = {}
+
+            def write() -> None:
+                if engine.sharded or is_main():
+                    written.update(_write_slices(path / _slices_file(rank()), engine, teacher))
+                if is_main():
+                    torch.save(facts | {"betas": betas.state_dict()}, path / STATE)
+                    written.update(_seal(path / STATE))
+
+            told = gather((_attempt(write), written))
+            problem = next((each for each, _ in told if each is not None), None)
+            if problem is None:
+                files = {name: entry for _, of_rank in told for name, entry in of_rank.items()}
+                problem = from_main(lambda: _attempt(lambda: self._complete(path, step, files)))
+        if problem is not None:
+            if is_main():
+                shutil.rmtree(path, ignore_errors=True)
+            if self._failed:
+                raise UserError(f"{self.folder} cannot be written ({problem}), twice in a row: make room and run again")
+            if is_main():
+                print(f"no checkpoint of step {step}: {problem}; the run goes on and tries again", flush=True)
+        self._failed = problem is not None
 
     def newest(self, allow_scratch: bool) -> Found | None:
-        """The newest complete checkpoint, None for a run that has none yet; all ranks see the same.
+        """The newest complete checkpoint, None for a run that has none yet; all ranks call it and see the same.
 
         UserError where there are checkpoints and none is complete, unless allow_scratch.
         """
-        names = self._names()
+        names = from_main(self._names)
         for name in reversed(names):
-            reason = _damage(self.folder / name)
+            reason = next((each for each in gather(_damage(self.folder / name)) if each is not None), None)
             if reason is None:
                 return Found(self.folder / name, int(name.removeprefix("step_")))
             if is_main():
@@ -88,20 +96,21 @@ class Checkpoints:
         return None
 
     def load(self, path: Path, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str) -> int:
-        """Restore the state; the number of steps done. UserError where it is of other ranks or other data."""
-        state: dict[str, Any] = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        if state["ranks"] != world_size() or state["stage"] != engine.stage:
-            raise UserError(
-                f"{path} was saved by {state['ranks']} ranks at ZeRO stage {state['stage']}, this run has "
-                f"{world_size()} at stage {engine.stage}: resume with as many, or choose another --run_dir"
-            )
+        """Restore the state, whatever ranks and ZeRO stage it was saved by; the number of steps done.
+
+        UserError where it is of other data or another model.
+        """
+        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
         if state["fingerprint"] != fingerprint:
             raise UserError(f"{path} was trained on other shards than data.train: name the same, or another --run_dir")
-        engine.deepspeed.load_checkpoint(str(self.folder), tag=path.name)
+        engine.prepare(state["updates"])
+        with _Slices(path) as slices:
+            for of, fragments in _state(engine, teacher).items():
+                for fragment in fragments:
+                    slices.fill(of, fragment)
+        engine.publish()
         if teacher is not None:
-            owner = rank() if engine.sharded else 0
-            saved = torch.load(path / _teacher_file(owner), map_location=engine.device, weights_only=True)
-            teacher.load_state_dict(saved)
+            teacher.publish()
         betas.load_state_dict(state["betas"])
         return state["step"]
 
@@ -114,29 +123,128 @@ class Checkpoints:
         for unfinished in self.folder.glob(".unfinished_*"):
             shutil.rmtree(unfinished)
 
+    def _complete(self, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+        """Write the manifest, give the folder its name, point `latest` at it, and remove what is not kept."""
+        manifest = {"step": step, "ranks": world_size(), "files": files}
+        (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(path / MANIFEST, path)
+        name = f"step_{step:08d}"
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        os.rename(path, self.folder / name)
+        pointer = self.folder / "latest.part"
+        pointer.write_text(name)
+        _flush(pointer)
+        os.replace(pointer, self.folder / "latest")
+        _flush(self.folder)
+        for old in self._names()[: -self.keep]:
+            if not self.keep_every or int(old.removeprefix("step_")) % self.keep_every:
+                shutil.rmtree(self.folder / old)
+
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step_*"))
 
 
-def _teacher_file(of_rank: int) -> str:
-    return f"teacher_rank_{of_rank:05d}.pt"
+class _Slices:
+    """What all ranks saved of each parameter; opened for as long as `with` lasts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: list[Any] = []
+        self.places: dict[str, list[tuple[int, int, Any]]] = {}  # key -> start, end and file of each slice
+
+    def __enter__(self) -> "_Slices":
+        for each in sorted(self.path.glob("rank_*.safetensors")):
+            file = safe_open(each, "pt")
+            self.files.append(file.__enter__())
+            for key, start in json.loads(file.metadata()["starts"]).items():
+                end = start + file.get_slice(key).get_shape()[0]
+                self.places.setdefault(key, []).append((start, end, file))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self.files:
+            file.__exit__(*error)
+
+    def fill(self, of: str, fragment: Fragment) -> None:
+        """Copy into a fragment's values what was saved of them, from whichever ranks had it."""
+        key, start, end = f"{of}/{fragment.name}", fragment.start, fragment.start + fragment.values.numel()
+        filled = 0
+        for first, last, file in self.places.get(key, []):
+            low, high = max(start, first), min(end, last)
+            if low < high:
+                saved = file.get_slice(key)[low - first : high - first]
+                fragment.values[low - start : high - start].copy_(saved)
+                filled += high - low
+        if filled != end - start:
+            raise UserError(f"{self.path} holds {filled} of {end - start} numbers of {key}: it is of another model")
 
 
-def _damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be used; None where all files of its manifest are there, in full length."""
+def _state(engine: Engine, teacher: Teacher | None) -> dict[str, list[Fragment]]:
+    return engine.state() | ({} if teacher is None else teacher.state())
+
+
+def _write_slices(file: Path, engine: Engine, teacher: Teacher | None) -> dict[str, dict[str, Any]]:
+    """Write this rank's slices; the file's entry in the manifest."""
+    tensors, starts = {}, {}
+    for of, fragments in _state(engine, teacher).items():
+        for fragment in fragments:
+            tensors[f"{of}/{fragment.name}"] = fragment.values.detach().to("cpu", copy=True)
+            starts[f"{of}/{fragment.name}"] = fragment.start
+    save_file(tensors, file, {"starts": json.dumps(starts)})
+    return _seal(file)
+
+
+def _seal(file: Path) -> dict[str, dict[str, Any]]:
+    """Bring a file to the disk; its entry in the manifest."""
+    _flush(file)
+    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
+
+
+def _slices_file(of_rank: int) -> str:
+    return f"rank_{of_rank:05d}.safetensors"
+
+
+def _make_empty(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+
+
+def _attempt(work: Any) -> str | None:
+    """Do it; why that failed, where the disk is to blame."""
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its manifest cannot be read ({error})"
-    for name, size in files.items():
-        if not (path / name).exists():
-            return f"{name} is missing"
-        if (path / name).stat().st_size != size:
-            return f"{name} has {(path / name).stat().st_size} bytes of {size}"
+        work()
+    except OSError as error:
+        return error.strerror or str(error)
+    except Exception as error:  # safetensors and torch wrap the disk's errors in their own
+        if "No space left" in str(error) or "os error" in str(error).lower() or "write" in str(error):
+            return " ".join(str(error).split())[:200]
+        raise
     return None
 
 
-def _flush(paths: list[Path]) -> None:
+def _damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be used, as far as this rank looks: all sizes, and the hashes of its share of files."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for number, (name, entry) in enumerate(files.items()):
+            if not (path / name).exists():
+                return f"{name} is missing"
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} bytes of {entry['bytes']}"
+            if number % world_size() == rank() and _sha256(path / name) != entry["sha256"]:
+                return f"{name} has changed since it was written (sha256)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return None
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _flush(*paths: Path) -> None:
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)

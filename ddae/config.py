@@ -105,7 +105,8 @@ class TrainConfig:
     seed: int = 0  # of everything random: weights, order, crops, masks
     log_every: int = 20  # steps between rows of metrics
     save_every: int = 1000  # steps between checkpoints
-    keep: int = 3  # checkpoints that are kept
+    keep: int = 3  # newest checkpoints that are kept
+    keep_every: int = 0  # checkpoints of every so many steps are kept for ever; 0: of none
     extend: bool = False  # allow a finished or started run to be given more steps
     report: bool = True  # draw the pictures and report.html at the end
 
@@ -177,6 +178,7 @@ FREE_ON_RESUME = {
         "train.log_every",
         "train.save_every",
         "train.keep",
+        "train.keep_every",
         "train.extend",
         "train.report",
         "tracker.kind",
@@ -232,7 +234,9 @@ RANGES = {  # field -> smallest and largest value; every number must also be fin
     "data.crop_scale": (TINY, 1),
     **dict.fromkeys(("data.batch_size", "train.log_every", "train.save_every", "train.keep", "train.steps"), (1, ANY)),
     "data.cache_gib": (TINY, ANY),
-    **dict.fromkeys(("data.workers", "train.seed", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)),
+    **dict.fromkeys(
+        ("data.workers", "train.seed", "train.keep_every", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)
+    ),
     **dict.fromkeys(("optim.lr", "optim.base_lr", "optim.min_lr", "optim.clip_grad"), (0, ANY)),
     "optim.adam_betas": (0, 1 - TINY),
     "train.epochs": (TINY, ANY),

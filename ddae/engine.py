@@ -6,12 +6,11 @@ import glob
 import logging
 import os
 import socket
-from typing import cast
+from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_local_fp32_param
 from torch import Tensor
 
 from ddae.config import OptimConfig
@@ -87,11 +86,17 @@ class Engine:
         self.stage = self.deepspeed.zero_optimization_stage()
         if self.stage == 0:
             optimizer.state.clear()  # in bf16 DeepSpeed has stepped on zero gradients, which Adam would count
+        self.adam = optimizer
         self.device = device()
 
     @property
     def method(self) -> Method:
         return cast(Method, self.deepspeed.module)
+
+    @property
+    def _zero(self) -> Any:
+        """DeepSpeed's optimizer, which differs from stage to stage."""
+        return self.deepspeed.optimizer
 
     @property
     def dtype(self) -> torch.dtype:
@@ -124,23 +129,76 @@ class Engine:
 
     def encoder_fragments(self) -> list[Fragment]:
         """This rank's slices of the encoder's fp32 masters, at any ZeRO stage and precision: views, not copies."""
+        return self._fragments(self.method.encoder, "weight")
+
+    def state(self) -> dict[str, list[Fragment]]:
+        """This rank's slices of all that an update changes: weights and Adam's two averages, fp32 views."""
+        return {of: self._fragments(self.method, of) for of in ("weight", "exp_avg", "exp_avg_sq")}
+
+    @property
+    def updates(self) -> int:
+        """How often the weights were updated, which Adam's corrections depend on."""
+        return int(next((state["step"] for state in self.adam.state.values()), 0))
+
+    def prepare(self, updates: int) -> None:
+        """Have Adam's averages, to be filled through state(); then comes publish()."""
+        for master in self._masters():
+            averages = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[master] = {"step": torch.tensor(float(updates)), **averages}
+
+    def publish(self) -> None:
+        """Bring the masters into the weights that run forward; all ranks call it."""
+        optimizer = self._zero
+        if self.stage == 3:
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if kept := optimizer.persistent_parameters:  # small ones, which every rank has whole
+                kept[0].partition(kept)
+                kept[0].all_gather(kept)
+        elif self.stage > 0:
+            optimizer.update_lp_params()
+        else:
+            with torch.no_grad():
+                for parameter, master in self._masters_by_parameter().items():
+                    parameter.copy_(master)
+
+    def _fragments(self, module: torch.nn.Module, of: str) -> list[Fragment]:
+        """This rank's slices of the masters of a module ("weight"), or of an average that Adam keeps of them."""
+        if of != "weight" and not self.adam.state:
+            self.prepare(0)
+
+        def pick(master: Tensor) -> Tensor:
+            return master if of == "weight" else self.adam.state[master][of]
+
         fragments = []
-        unfused = self._masters_by_parameter() if self.stage == 0 else {}
-        for name, parameter in self.method.encoder.named_parameters():
+        whole = self._masters_by_parameter() if self.stage == 0 else {}
+        for name, parameter in module.named_parameters():
             if self.stage == 3:
-                values = safe_get_local_fp32_param(parameter)
+                key = None if of == "weight" else of
+                values, _ = self._zero._get_fp32_opt_state_partition(parameter, True, key)
                 start = rank() * values.numel()
-                values = values[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]  # the last is padded
+                values = values.detach()[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]  # the last is padded
             elif self.stage > 0:
                 mapping = parameter._hp_mapping  # type: ignore[attr-defined]
                 if mapping is None:
                     continue
-                start, values = mapping.lp_fragment_address.start, mapping.hp_fragment
+                flat = pick(self._zero.single_partition_of_fp32_groups[mapping.param_group_index])
+                place = mapping.get_hp_fragment_address()
+                start, values = mapping.lp_fragment_address.start, flat.detach().narrow(0, place.start, place.numel)
             else:
-                start, values = 0, unfused.get(parameter, parameter).detach().flatten()
+                start, values = 0, pick(whole.get(parameter, parameter)).detach().flatten()
             if values.numel():
                 fragments.append(Fragment(name, start, values))
         return fragments
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 tensors that Adam updates."""
+        if self.stage == 3:
+            return self._zero.fp32_partitioned_groups_flat
+        if self.stage > 0:
+            return self._zero.single_partition_of_fp32_groups
+        whole = self._masters_by_parameter()
+        return [whole.get(parameter, parameter) for parameter in self.method.parameters()]
 
     def _masters_by_parameter(self) -> dict[torch.nn.Parameter, Tensor]:
         """Stage 0 in bf16: DeepSpeed's optimizer keeps one fp32 tensor a parameter."""

@@ -1,5 +1,6 @@
 """A run's folder: what it was started with, and whether it may be gone on with."""
 
+import fcntl
 import json
 import os
 import platform
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 
 from ddae.config import FREE_ON_RESUME, Config, flatten
-from ddae.distributed import world_size
+from ddae.distributed import from_main, world_size
 from ddae.errors import UserError
 
 LENGTH = {"train.steps", "train.epochs"}
-FINISHED = "finished.json"
+FINISHED, LOCK = "finished.json", ".lock"
 PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "mlflow", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
@@ -41,6 +42,30 @@ def check(config: Config) -> None:
             else f"choose another --run_dir, or --{key} as before"
         )
         raise UserError(f"{config.folder} was started with {key} = {before.get(key)}, not {now.get(key)}: {mend}")
+
+
+def lock(config: Config) -> None:
+    """Hold the folder against other runs for as long as this process lives; all ranks call it."""
+    folder = Path(config.folder)
+
+    def attempt() -> bool:
+        if folder.absolute() in _held:
+            return True
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, no data worker inherits
+        except OSError:
+            os.close(file)
+            return False
+        _held[folder.absolute()] = file
+        return True
+
+    if not from_main(attempt):
+        raise UserError(f"another process trains in {folder}: wait for it, or choose another --run_dir")
+
+
+_held: dict[Path, int] = {}  # descriptors of the locks of this process
 
 
 def write(config: Config, ds_json: dict[str, Any], backend: str) -> None:

@@ -36,16 +36,17 @@ def pretrain(config: Config) -> None:
     folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)
     run_folder.check(config)
     preview = preview_images(config.data, config.model.image_size, NUM_IMAGES)
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep)
-    newest = checkpoints.newest(config.allow_scratch)
-    if newest is not None and newest.step >= steps and run_folder.finished(config) >= steps:
-        say(f"{folder} is complete: {newest.step} of {steps} steps\n{summary(config)}")
+    if run_folder.finished(config) >= steps:
+        say(f"{folder} is complete: {steps} of {steps} steps\n{summary(config)}")
         return
 
     kernels = loss_kernels(config)
     start_process_group()
     loader.settle(run_folder.backend_before(config))
-    agree(backend=loader.backend, newest=newest and newest.step, samples=loader.num_samples)
+    agree(backend=loader.backend, samples=loader.num_samples)
+    run_folder.lock(config)
+    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, config.train.keep_every)
+    newest = checkpoints.newest(config.allow_scratch)
     engine = Engine(build_method(config), config.optim, resolved)
     teacher = build_teacher(config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)

@@ -51,7 +51,7 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
     return ranks
 
 
-def run_all(count: int, runs: list[list[str]], timeout: int = 300) -> str:
+def run_all(count: int, runs: list[list[str]], timeout: int = 900) -> str:
     """Pretrain with each of the word lists on `count` ranks, in one set of processes; what rank 0 said."""
     ranks = start(count, [__file__])
     try:

@@ -1,5 +1,6 @@
 """Which checkpoint a run resumes from, and the tracker's rows beside it."""
 
+import hashlib
 import json
 
 import pytest
@@ -10,12 +11,13 @@ from ddae.errors import UserError
 from ddae.tracker import Tracker, read_metrics, start_tracker
 
 
-def make(folder, step, files=("state.pt", "teacher_rank_00000.pt")):
+def make(folder, step, files=("state.pt", "rank_00000.safetensors")):
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
     for name in files:
         (path / name).write_bytes(bytes(100))
-    (path / MANIFEST).write_text(json.dumps({"step": step, "ranks": 1, "files": dict.fromkeys(files, 100)}))
+    entry = {"bytes": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps({"step": step, "ranks": 1, "files": dict.fromkeys(files, entry)}))
     return path
 
 
@@ -36,6 +38,7 @@ def test_the_newest_is_taken(tmp_path):
     [
         (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
         (lambda path: (path / "state.pt").write_bytes(bytes(40)), "state.pt has 40 bytes of 100"),
+        (lambda path: (path / "state.pt").write_bytes(bytes(99) + b"\1"), "state.pt has changed"),
         (lambda path: (path / MANIFEST).unlink(), "manifest cannot be read"),
         (lambda path: (path / MANIFEST).write_text('{"step": 1'), "manifest cannot be read"),
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest cannot be read"),

@@ -49,7 +49,7 @@ HEAVY = {  # package -> the files that may import it
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
     "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
-    "safetensors": {"ddae.weights"},
+    "safetensors": {"ddae.weights", "ddae.checkpoint"},
     "triton": {"ddae_kernels.triton_impl"},
 }
 

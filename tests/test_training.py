@@ -1,5 +1,6 @@
 """Whole runs: ZeRO stages and rank counts agree, resumed runs are the unbroken ones, the betas are Adam's."""
 
+import fcntl
 import json
 import re
 import shutil
@@ -57,9 +58,17 @@ def runs(shards, tmp_path_factory):
     for name in (f"{precision}_{stage}" for precision in ("two", "two_bf16") for stage in STAGES):
         shutil.copytree(folder / name, folder / f"resumed_{name}")  # as it was after step 12
         shutil.rmtree(folder / f"resumed_{name}" / "checkpoints" / "step_00000020")
+        (folder / f"resumed_{name}" / "finished.json").unlink()
         command = two[len(resumed)]
         resumed.append([f"{folder}/resumed_{name}" if word == f"{folder / name}" else word for word in command])
     ranks.run_all(2, resumed)
+    fewer = []
+    for stage in STAGES:  # by one rank at the next stage, what two began at this one
+        shutil.copytree(folder / f"two_{stage}", folder / f"fewer_{stage}")
+        shutil.rmtree(folder / f"fewer_{stage}" / "checkpoints" / "step_00000020")
+        (folder / f"fewer_{stage}" / "finished.json").unlink()
+        fewer.append(ranks.words(shards, folder / f"fewer_{stage}", (stage + 1) % 4, *FP32, *twenty))
+    ranks.run_all(1, fewer)
     return folder
 
 
@@ -137,6 +146,50 @@ def test_a_resumed_run_is_the_unbroken_one(runs, name):
     for a, b in zip(whole, resumed, strict=True):
         same = [key for key in a if not key.startswith(("time/", "rate/"))]
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
+
+
+def test_a_folder_that_another_process_trains_in_is_refused(shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    with open(tmp_path / "run" / ".lock", "w") as held:
+        fcntl.lockf(held, fcntl.LOCK_EX)
+        command = ranks.words(shards, tmp_path / "run", 0, *FP32, "--train.steps", "2")
+        (refused,) = ranks.start(1, ["launch/pretrain.py", *command])
+        said, _ = refused.communicate(timeout=120)
+        ranks.clean([refused])
+    assert refused.returncode == 2
+    assert "another process trains in" in said
+    assert "Traceback" not in said
+
+
+def test_a_disk_that_is_full_once_does_not_end_the_run(shards, tmp_path):
+    """A limit on the size of files stands in for the disk."""
+    options = (*FP32, "--train.steps", "3", "--train.save_every", "1")
+    program = (
+        "import resource, sys; from ddae.checkpoint import Checkpoints; from ddae.cli import parse\n"
+        "from ddae.engine import stop_process_group; from ddae.train import pretrain\n"
+        "save, whole = Checkpoints.save, resource.RLIM_INFINITY\n"
+        "def limited(self, step, *more):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096 if step == 1 else whole, whole))\n"
+        "    save(self, step, *more)\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (whole, whole))\n"
+        "Checkpoints.save = limited\n"
+        "pretrain(parse(sys.argv[1:])); stop_process_group()"
+    )
+    (run,) = ranks.start(1, ["-c", program, *ranks.words(shards, tmp_path / "run", 2, *options)])
+    said, _ = run.communicate(timeout=120)
+    ranks.clean([run])
+    assert run.returncode == 0, said[-2000:]
+    assert re.search("no checkpoint of step 1: .*File too large.*; the run goes on", said)
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000002", "step_00000003"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_goes_on_with_other_ranks_at_another_stage(runs, stage):
+    assert (
+        ranks.metrics(runs / f"fewer_{stage}")[12]["time/step"] != ranks.metrics(runs / f"two_{stage}")[12]["time/step"]
+    )
+    agree(runs, f"fewer_{stage}", f"two_{stage}", 1e-6)
 
 
 def test_a_run_extended_and_killed_before_its_end_is_not_complete(runs, shards, tmp_path):

@@ -6,7 +6,7 @@ patches, K taps, D width.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Teacher:
 
     def __init__(self, encoder: Encoder, fragments: list[Fragment], sharded: bool):
         self.encoder = encoder.eval().requires_grad_(False)
+        self._places = [(fragment.name, fragment.start) for fragment in fragments]
         self.masters = [fragment.values.detach().clone() for fragment in fragments]
         self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
         self.sharded = sharded
@@ -76,12 +77,10 @@ class Teacher:
         tokens = self.encoder.features(images, taps)
         return torch.stack([gather_tokens(tokens_of_tap[:, 1:], masked) for tokens_of_tap in tokens])
 
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's slices."""
-        return {"masters": self.masters, "rounding": self.rounding}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for mine, saved in ((self.masters, state["masters"]), (self.rounding, state["rounding"])):
-            for place, values in zip(mine, saved, strict=True):
-                place.copy_(values)
-        self.publish()
+    def state(self) -> dict[str, list[Fragment]]:
+        """This rank's slices of the masters and of what fp32 lost: views; who fills them calls publish()."""
+        both = {"teacher": self.masters, "teacher_rounding": self.rounding}
+        return {
+            of: [Fragment(*place, values) for place, values in zip(self._places, tensors, strict=True)]
+            for of, tensors in both.items()
+        }

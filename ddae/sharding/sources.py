@@ -26,7 +26,8 @@ from ddae.sharding.archives import members, read_at
 from ddae.sharding.devkit import Devkit
 from ddae.sharding.keys import unique_keys
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+JPEG_ENDINGS = (".jpg", ".jpeg")
+IMAGE_ENDINGS = (*JPEG_ENDINGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABEL_ENDINGS = (".cls", ".json")
 UNLABELLED = -1
 SPLIT_WORD = re.compile(r"(?<![A-Za-z])(train|val|test)")
@@ -175,9 +176,7 @@ class _Found:
             limit = len(known) or 1 << 31
             if min(numbered) < 0 or max(numbered) >= limit:
                 wrong = min(numbered) if min(numbered) < 0 else max(numbered)
-                raise UserError(
-                    f"--{split} {where} has label {wrong}, outside the {limit} classes known: mend its .cls"
-                )
+                raise UserError(f"--{split} {where} has label {wrong}, outside its {limit} classes: mend its .cls")
             return np.array(numbered, np.int32), known
         if classes == []:
             raise UserError(f"--{split} {where} names its classes, training only numbers them: shard each by itself")
@@ -245,18 +244,13 @@ def _shards(tars: list[Path], classes: list[str] | None) -> _Found:
                     labels.setdefault(sample, label)
             elif _is_image(member.name, found.passed_over):
                 places.append((member, sample))
-        photos = {sample for member, sample in places if _is_jpeg(member.name)}
+        photos = {sample for member, sample in places if member.name.lower().endswith(JPEG_ENDINGS)}
         for member, sample in places:
-            if sample in photos and not _is_jpeg(member.name):
+            if sample in photos and not member.name.lower().endswith(JPEG_ENDINGS):
                 found.passed_over.append(member.name)  # a photograph's mask
-            else:
-                key = sample.rpartition("/")[2]
-                found.add(number, member.name, member.offset, member.length, key, labels.get(sample))
+                continue
+            found.add(number, member.name, member.offset, member.length, sample.rpartition("/")[2], labels.get(sample))
     return found
-
-
-def _is_jpeg(name: str) -> bool:
-    return name.lower().endswith((".jpg", ".jpeg"))
 
 
 def _label(content: bytes) -> int | None:
