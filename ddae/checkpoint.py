@@ -44,8 +44,8 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._failed = False  # whether the last save did
 
-    def save(self, step: int, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str) -> None:
-        """Save the state after `step` steps; all ranks call it.
+    def save(self, step: int, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str) -> bool:
+        """Save the state after `step` steps; whether that worked. All ranks call it.
 
         A save that fails is told and its remains removed; UserError for the second in a row.
         """
@@ -75,6 +75,7 @@ class Checkpoints:
             if is_main():
                 print(f"no checkpoint of step {step}: {problem}; the run goes on and tries again", flush=True)
         self._failed = problem is not None
+        return not self._failed
 
     def newest(self, allow_scratch: bool) -> Found | None:
         """The newest complete checkpoint, None for a run that has none yet; all ranks call it and see the same.

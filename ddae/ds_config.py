@@ -4,6 +4,7 @@ The JSON says what may only change speed or memory: ZeRO stage, buckets, overlap
 owns what changes the loss curve; those keys are written here, and a JSON that says otherwise is refused.
 """
 
+import base64
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,11 +31,11 @@ class Resolved(NamedTuple):
 
 
 def load(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON; UserError where it is missing or not an object."""
+    """Read a DeepSpeed JSON, a file or, as DeepSpeed's autotuner writes it, base64; UserError where it is none."""
     if not path:
         raise UserError("no DeepSpeed JSON is named: add --ds_config ds_configs/zero2.json")
     try:
-        settings = json.loads(Path(path).read_text())
+        settings = json.loads(_from_base64(path) or Path(path).read_text())
     except OSError as error:
         raise UserError(f"--ds_config {path} cannot be read ({error.strerror}): name one of ds_configs/") from None
     except json.JSONDecodeError as error:
@@ -42,6 +43,14 @@ def load(path: str) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"--ds_config {path} holds a {type(settings).__name__}: expected a JSON object")
     return settings
+
+
+def _from_base64(word: str) -> str | None:
+    try:
+        text = base64.urlsafe_b64decode(word).decode()
+    except ValueError:  # of base64, or of text
+        return None
+    return text if text.startswith("{") else None
 
 
 def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:

@@ -87,6 +87,7 @@ class Engine:
         if self.stage == 0:
             optimizer.state.clear()  # in bf16 DeepSpeed has stepped on zero gradients, which Adam would count
         self.adam = optimizer
+        self._unchecked = self.stage == 0 and not self.deepspeed.bfloat16_enabled()  # where DeepSpeed does not look
         self.device = device()
 
     @property
@@ -121,11 +122,23 @@ class Engine:
         self.deepspeed.backward(loss, scale_wrt_gas=False)
 
     def update(self, lr: float) -> bool:
-        """End a micro-batch; after a step's last one update the weights. Whether they were updated."""
+        """End a micro-batch; after a step's last one update the weights. Whether they were updated.
+
+        A step with a gradient that is no number, on whichever rank, updates nothing on any.
+        """
         for group in cast(torch.optim.Optimizer, self.deepspeed.optimizer).param_groups:
             group["lr"] = lr
+        lost = self._unchecked and self.deepspeed.is_gradient_accumulation_boundary() and not self._finite()
+        if lost:
+            for parameter in self.method.parameters():
+                parameter.grad = None  # which Adam passes over
         self.deepspeed.step()
-        return self.deepspeed.was_step_applied()
+        return self.deepspeed.was_step_applied() and not lost
+
+    def _finite(self) -> bool:
+        """Whether all gradients, the mean over the ranks by now, are numbers."""
+        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
     def encoder_fragments(self) -> list[Fragment]:
         """This rank's slices of the encoder's fp32 masters, at any ZeRO stage and precision: views, not copies."""

@@ -16,7 +16,7 @@ from ddae.distributed import from_main, world_size
 from ddae.errors import UserError
 
 LENGTH = {"train.steps", "train.epochs"}
-FINISHED, LOCK = "finished.json", ".lock"
+FINISHED, STOPPED, LOCK = "finished.json", "stopped.json", ".lock"
 PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "mlflow", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
@@ -73,11 +73,10 @@ def write(config: Config, ds_json: dict[str, Any], backend: str) -> None:
     chosen."""
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / STOPPED).unlink(missing_ok=True)
     documents = {"config": config.to_dict(), "ds_config": ds_json, "environment": environment() | {"backend": backend}}
     for name, content in documents.items():
-        unfinished = folder / f"{name}.json.part"
-        unfinished.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(unfinished, folder / f"{name}.json")
+        _replace(folder / f"{name}.json", content)
 
 
 def backend_before(config: Config) -> str | None:
@@ -94,9 +93,19 @@ def finished(config: Config) -> int:
 
 def set_finished(config: Config, steps: int) -> None:
     """Say that nothing is left to do after this many steps."""
-    path = Path(config.folder) / FINISHED
-    path.with_suffix(".part").write_text(json.dumps({"steps": steps}))
-    os.replace(path.with_suffix(".part"), path)
+    _replace(Path(config.folder) / FINISHED, {"steps": steps})
+
+
+def set_stopped(config: Config, reason: str, step: int) -> None:
+    """Say that the run was told to stop after this many steps, and waits to be gone on with."""
+    _replace(Path(config.folder) / STOPPED, {"reason": reason, "step": step})
+
+
+def _replace(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    unfinished = path.with_suffix(".json.part")
+    unfinished.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(unfinished, path)
 
 
 def environment() -> dict[str, Any]:

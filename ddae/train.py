@@ -2,6 +2,7 @@
 
 import gc
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from ddae_kernels.implementation import choose
@@ -15,7 +16,7 @@ from ddae.data.loader import Batch, Loader
 from ddae.data.preview import Preview, preview_images
 from ddae.data.reader import Part
 from ddae.distributed import agree, barrier, device, is_main, rank, world_size
-from ddae.engine import Engine, start_process_group
+from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.errors import UserError
 from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Clock, Meter, print_progress
@@ -24,12 +25,19 @@ from ddae.model.teacher import Teacher
 from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
+from ddae.stopping import EXIT_CODE, Stop
 from ddae.tracker import Tracker, start_tracker
 from ddae.weights import export_encoder
 
+MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
+
 
 def pretrain(config: Config) -> None:
-    """Train to the end, or from the newest checkpoint on; then export the encoder and draw the report."""
+    """Train to the end, or from the newest checkpoint on; then export the encoder and draw the report.
+
+    SystemExit with code 75 where the run is told to stop before: the same command goes on.
+    """
+    stop = Stop()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
@@ -65,8 +73,15 @@ def pretrain(config: Config) -> None:
 
     batches, meter, clock = loader.batches(start), Meter(engine.method), Clock()
     warmup_steps = config.optim.warmup_epochs * loader.epoch_samples / config.data.batch_size
+    lost = 0  # steps in a row whose gradients were no numbers
+    saved = start if newest is not None else None
     gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
     for step in range(start, steps):
+        if reason := stop.agreed(step):
+            if saved != step:
+                checkpoints.save(step, engine, teacher, betas, loader.fingerprint)
+            loader.close()
+            leave(config, reason, step, tracker)
         epoch = step * config.data.batch_size / loader.epoch_samples
         lr = warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
         momentum = momentum_at(config, epoch)
@@ -81,6 +96,9 @@ def pretrain(config: Config) -> None:
             applied = engine.update(lr)
             meter.add(losses)
         betas.step(lr, applied)
+        lost = 0 if applied else lost + 1
+        if lost:
+            stop_if_lost(lost, step, batch, loader)
         if teacher is not None and applied:
             teacher.follow(engine.encoder_fragments(), momentum)
         clock.count_step()
@@ -92,12 +110,11 @@ def pretrain(config: Config) -> None:
                 row |= {"teacher/momentum": momentum, "teacher/ramp": feature_weight}
             row |= clock.read(config.data.batch_size) | loader.read_stats()
             betas.warn_if_held()
-            stop_if_lost(row)
             print_progress(row, steps)
             if tracker is not None:
                 tracker.log(row)
         if done % config.train.save_every == 0 or done == steps:
-            checkpoints.save(done, engine, teacher, betas, loader.fingerprint)
+            saved = done if checkpoints.save(done, engine, teacher, betas, loader.fingerprint) else saved
 
     loader.close()
     finish(config, engine, betas, preview, tracker)
@@ -137,6 +154,17 @@ def forward(
     return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels))
 
 
+def leave(config: Config, reason: str, step: int, tracker: Tracker | None) -> NoReturn:
+    """End all ranks after `step` steps, with their checkpoint written."""
+    if tracker is not None:
+        tracker.finish([])
+    if is_main():
+        run_folder.set_stopped(config, reason, step)
+    say(f"{config.folder}: stopped after {step} steps ({reason}); the same command goes on")
+    stop_process_group()
+    raise SystemExit(EXIT_CODE)
+
+
 def finish(config: Config, engine: Engine, betas: Betas, preview: Preview, tracker: Tracker | None) -> None:
     """Export the encoder and draw the report; all ranks call it, for the weights may be spread over them."""
     weights = engine.encoder_weights()
@@ -161,12 +189,14 @@ def momentum_at(config: Config, epoch: float) -> float:
     return teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum
 
 
-def stop_if_lost(row: dict[str, float]) -> None:
-    """RuntimeError where the loss is no longer a number: the checkpoints that follow would be worthless."""
-    if row["loss/total"] != row["loss/total"]:
+def stop_if_lost(lost: int, step: int, batch: Batch, loader: Loader) -> None:
+    """Say that a step was left out; RuntimeError on all ranks for the third in a row, with its samples."""
+    say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
+    if lost == MOST_LOST:
+        names = [loader.name_of(sample) for sample in batch.samples.tolist()]
         raise RuntimeError(
-            f"the loss is not a number at step {row['step']}: begin another --run_dir with a lower --optim.lr, "
-            "or remove the checkpoints since it went wrong and run again"
+            f"the gradients of {lost} steps in a row were no numbers, up to step {step + 1}: go on with a lower "
+            f"--optim.lr in another --run_dir, or look at the samples of rank {rank()}: {', '.join(names)}"
         )
 
 

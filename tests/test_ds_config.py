@@ -1,3 +1,4 @@
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -75,6 +76,11 @@ def test_the_users_settings_are_kept_and_not_written_to():
     before = json.dumps(settings)
     assert resolve(settings, CONFIG, 1).json["bf16"] == {"check_grad_overflow": False, "enabled": True}
     assert json.dumps(settings) == before
+
+
+def test_the_autotuners_base64_is_read():
+    settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2}
+    assert load(base64.urlsafe_b64encode(json.dumps(settings).encode()).decode()) == settings
 
 
 @pytest.mark.parametrize(

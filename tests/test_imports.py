@@ -32,7 +32,7 @@ ORDER = [
     *("ddae.sharding.workers", "ddae.sharding.target", "ddae.sharding.report", "ddae.sharding.sharder"),
     *("ddae.sharding.verification", "ddae.sharding.ade20k", "ddae.benchmark"),
     *("ddae.model.vit", "ddae.model.decoder", "ddae.model.teacher"),
-    *("ddae.branches", "ddae.method", "ddae.optim", "ddae.engine", "ddae.checkpoint", "ddae.weights"),
+    *("ddae.branches", "ddae.method", "ddae.optim", "ddae.engine", "ddae.stopping", "ddae.checkpoint", "ddae.weights"),
     *("ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report", "ddae.train", "ddae.cli"),
     "ddae",
 ]

@@ -15,7 +15,7 @@ README = (ranks.ROOT / "README.md").read_text()
 
 def test_its_commands_parse():
     text = README.replace("\\\n", " ")
-    commands = re.findall(r"launch/pretrain\.py ([^`\n']*)", text)
+    commands = re.findall(r"launch/(?:pretrain\.py|slurm_pretrain\.sh) ([^`\n']*)", text)
     assert len(commands) >= 4
     for command in commands:
         words = [word for word in shlex.split(command, comments=True) if word not in ("--show", "--help")]

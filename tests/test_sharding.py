@@ -263,6 +263,7 @@ class Run:
         os.dup2(file, 1)
         os.dup2(file, 2)
         sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
         before()
         code = 70
         try:

@@ -138,6 +138,7 @@ def test_a_missing_shard_is_named(shards, tmp_path):
 
 
 def test_threads_leave_no_file_open(shards, tmp_path):
+    gc.collect()
     opened, before = open_shards(str(shards), CACHE), len(os.listdir("/proc/self/fd"))
     for _ in range(3):
         with ThreadPoolExecutor(2) as threads:

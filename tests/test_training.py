@@ -148,6 +148,72 @@ def test_a_resumed_run_is_the_unbroken_one(runs, name):
         assert {key: a[key] for key in same} == {key: b[key] for key in same}
 
 
+@pytest.mark.parametrize("number, told", [(signal.SIGTERM, "one"), (signal.SIGUSR1, "all")])
+def test_told_to_stop_all_ranks_leave_and_the_run_goes_on(number, told, shards, tmp_path):
+    options = (*FP32, "--train.steps", "400", "--train.save_every", "400", "--data.workers", "1")
+    command = ranks.words(shards, tmp_path / "run", 2, *options)
+    stopped = ranks.start(2, ["launch/pretrain.py", *command])
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "run" / "metrics.jsonl")) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for rank in stopped if told == "all" else stopped[1:]:
+        rank.send_signal(number)
+    said = [rank.communicate(timeout=60)[0] for rank in stopped]
+    ranks.clean(stopped)
+    assert [rank.returncode for rank in stopped] == [75, 75], said
+    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert note["reason"] == number.name
+    assert f"stopped after {note['step']} steps ({number.name})" in said[0]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == [f"step_{note['step']:08d}"]
+    assert 5 <= note["step"] == len(ranks.column(tmp_path / "run")) < 400
+
+
+POISON = """
+import json, sys
+from ddae import train
+from ddae.cli import parse
+from ddae.distributed import rank
+forward = train.forward
+def poisoned(config, *more):
+    losses = forward(config, *more)
+    calls[0] += 1
+    lost = calls[0] in bad and rank() == 1
+    return losses._replace(total=losses.total * float("nan")) if lost else losses
+train.forward = poisoned
+for line in json.loads(sys.argv[1]):
+    calls, bad = [0], {6} if "once" in " ".join(line) else {6, 7, 8}
+    try:
+        train.pretrain(parse(line))
+    except RuntimeError as error:
+        print(error)
+train.stop_process_group()
+"""
+
+
+def test_a_gradient_that_is_no_number_updates_nothing(shards, tmp_path):
+    """On one of two ranks: the step is left out on both, at every stage; the third in a row ends the run."""
+    cases = [("once", stage, precision) for stage in STAGES for precision in ("fp32", "bf16")]
+    options = ("--train.steps", "10")
+    runs = [
+        ranks.words(shards, tmp_path / f"{name}_{stage}_{precision}", stage, "--engine.precision", precision, *options)
+        for name, stage, precision in [*cases, ("thrice", 0, "fp32")]
+    ]
+    both = ranks.start(2, ["-c", POISON, json.dumps(runs)])
+    said = [rank.communicate(timeout=600)[0] for rank in both]
+    ranks.clean(both)
+    assert [rank.returncode for rank in both] == [0, 0], said
+    for name, stage, precision in cases:
+        rows = ranks.metrics(tmp_path / f"{name}_{stage}_{precision}")
+        assert len(rows) == 10
+        losses = [row["loss/total"] for row in rows]
+        assert np.isnan(losses[5])
+        assert np.isfinite(losses[:5] + losses[6:]).all()
+        assert rows[5]["beta/tap_01"] == rows[6]["beta/tap_01"] != rows[7]["beta/tap_01"]
+    assert said[0].count("a gradient is no number, nothing is updated (1 in a row)") == len(cases) + 1
+    assert re.search(r"3 steps in a row were no numbers, up to step 8: .*train-\d+.tar:s\d+", said[0])
+
+
 def test_a_folder_that_another_process_trains_in_is_refused(shards, tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as held:

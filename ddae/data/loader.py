@@ -114,6 +114,10 @@ class Loader:
             self._stream.close()
             self._stream = None
 
+    def name_of(self, sample: int) -> str:
+        """A sample as a person may look it up."""
+        return str(sample) if self.shards is None else self.shards.name_of(sample)
+
     def read_stats(self) -> dict[str, float]:
         """Bad samples so far over all ranks, and images/s that this rank's decoders manage (0: none since the last
         call). All ranks call it; UserError on all where too many samples are bad."""

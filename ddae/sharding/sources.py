@@ -9,6 +9,7 @@ Classes are numbered in the order of their names, which for ImageNet is the usua
 """
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -215,16 +216,15 @@ def _archives(tars: list[Path], classes: list[str] | None) -> _Found:
 
 
 def _holds_shards(tar: Path) -> bool:
-    """Whether images have their labels beside them; seen in the first few files."""
-    images, labels = set(), set()
-    for count, member in enumerate(members(tar)):
+    """Whether images have labels or masks beside them, under the same name; seen in the first few files."""
+    found: dict[str, set[str]] = {}
+    for member in itertools.islice(members(tar), 22):
         folder, _, base = member.name.rpartition("/")
-        sample = (folder, base.partition(".")[0])
-        (labels if base.endswith(LABEL_ENDINGS) else images).add(sample)
-        if images & labels:
+        endings = found.setdefault(f"{folder}/{base.partition('.')[0]}", set())
+        endings.add("." + base.partition(".")[2].lower())
+        labels = {ending for ending in endings if ending.endswith(LABEL_ENDINGS)}
+        if (labels and labels != endings) or (endings & {*JPEG_ENDINGS} and endings & {*IMAGE_ENDINGS[2:]}):
             return True
-        if count > 20:
-            break
     return False
 
 
