@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -210,14 +211,14 @@ def _make_empty(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _attempt(work: Any) -> str | None:
+def _attempt(work: Callable[[], object]) -> str | None:
     """Do it; why that failed, where the disk is to blame."""
     try:
         work()
     except OSError as error:
         return error.strerror or str(error)
     except Exception as error:  # safetensors and torch wrap the disk's errors in their own
-        if "No space left" in str(error) or "os error" in str(error).lower() or "write" in str(error):
+        if "(os error " in str(error) or "failed writing" in str(error):
             return " ".join(str(error).split())[:200]
         raise
     return None
