@@ -1,12 +1,13 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, whole or not there at all.
 
     checkpoints/step_00000100/   rank_00000.safetensors, ...: fp32 slices of weights, Adam's averages and the teacher,
-                                 by parameter; state.pt: step, betas, data set;
+                                 by parameter; state.pt: step, updates, betas, data set, MLflow's run;
                                  manifest.json: size and sha256 of every file, written last
     checkpoints/latest           the newest, by name
 
 A checkpoint is written into a folder of another name, flushed to disk, and renamed when it is complete. Slices say
-which part of which parameter they are, so that any number of ranks at any ZeRO stage goes on from them.
+which part of which parameter they are, so that any number of ranks at any ZeRO stage goes on from them. Nothing random
+is saved: order, crops and masks are functions of the seed and the step (counter.py), and so are all schedules.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from ddae.betas import Betas
 from ddae.distributed import from_main, gather, is_main, rank, world_size
@@ -45,20 +47,19 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._failed = False  # whether the last save did
 
-    def save(self, step: int, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str) -> bool:
-        """Save the state after `step` steps; whether that worked. All ranks call it.
+    def save(self, step: int, engine: Engine, teacher: Teacher | None, betas: Betas, **facts: Any) -> bool:
+        """Save the state after `step` steps, and more facts; whether that worked. All ranks call it.
 
         A save that fails is told and its remains removed; UserError for the second in a row.
         """
         path = self.folder / f".unfinished_{step:08d}"
-        facts = {"step": step, "updates": engine.updates, "fingerprint": fingerprint}
+        facts |= {"step": step, "updates": engine.updates}
         problem = from_main(lambda: _attempt(lambda: _make_empty(path)))
         if problem is None:
             written: dict[str, dict[str, Any]] = {}
 
             def write() -> None:
-                if engine.sharded or is_main():
-                    written.update(_write_slices(path / _slices_file(rank()), engine, teacher))
+                written.update(_write_slices(path / _slices_file(rank()), engine, teacher))
                 if is_main():
                     torch.save(facts | {"betas": betas.state_dict()}, path / STATE)
                     written.update(_seal(path / STATE))
@@ -97,8 +98,10 @@ class Checkpoints:
             )
         return None
 
-    def load(self, path: Path, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str) -> int:
-        """Restore the state, whatever ranks and ZeRO stage it was saved by; the number of steps done.
+    def load(
+        self, path: Path, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str
+    ) -> dict[str, Any]:
+        """Restore the state, whatever ranks and ZeRO stage it was saved by; the facts saved with it, "step" among them.
 
         UserError where it is of other data or another model.
         """
@@ -114,7 +117,7 @@ class Checkpoints:
         if teacher is not None:
             teacher.publish()
         betas.load_state_dict(state["betas"])
-        return state["step"]
+        return state
 
     def set_aside_beyond(self, step: int) -> None:
         """Rename what lies beyond the step that a run goes on from, so that it is neither resumed nor counted."""
@@ -185,11 +188,20 @@ def _state(engine: Engine, teacher: Teacher | None) -> dict[str, list[Fragment]]
     return engine.state() | ({} if teacher is None else teacher.state())
 
 
+def load_weights(path: Path, of: str, module: nn.Module) -> None:
+    """Fill a module with what a checkpoint holds of it, whole: "weight" for the method, "teacher" for its encoder."""
+    with _Slices(path) as slices, torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.empty(parameter.numel())
+            slices.fill(of, Fragment(name, 0, values))
+            parameter.copy_(values.view_as(parameter))
+
+
 def _write_slices(file: Path, engine: Engine, teacher: Teacher | None) -> dict[str, dict[str, Any]]:
-    """Write this rank's slices; the file's entry in the manifest."""
+    """Write this rank's slices; the file's entry in the manifest. What every rank has whole they share out."""
     tensors, starts = {}, {}
     for of, fragments in _state(engine, teacher).items():
-        for fragment in fragments:
+        for fragment in fragments if engine.sharded else fragments[rank() :: world_size()]:
             tensors[f"{of}/{fragment.name}"] = fragment.values.detach().to("cpu", copy=True)
             starts[f"{of}/{fragment.name}"] = fragment.start
     save_file(tensors, file, {"starts": json.dumps(starts)})

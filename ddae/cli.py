@@ -17,7 +17,7 @@ from collections.abc import Callable
 import tyro
 
 from ddae.config import Config, check
-from ddae.distributed import is_main
+from ddae.distributed import is_main, take_slurm_ranks
 from ddae.errors import UserError
 from ddae.presets import preset
 
@@ -28,6 +28,7 @@ LAUNCHER = ("--local_rank",)  # the launcher's own word, which is not ours to re
 def run(main: Callable[[Config], None]) -> None:
     """Parse this process's words, run `main`, and turn a user's mistake into a sentence."""
     try:
+        take_slurm_ranks()
         words = normalise(sys.argv[1:])
         show = "--show" in words
         if {"--help", "-h"} & set(words):

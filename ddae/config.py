@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ddae.errors import UserError
+from ddae.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,14 @@ class TrainConfig:
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # newest checkpoints that are kept
     keep_every: int = 0  # checkpoints of every so many steps are kept for ever; 0: of none
+    hang_after: float = 600.0  # seconds without a step after which the run ends, and every rank leaves its stacks
     extend: bool = False  # allow a finished or started run to be given more steps
     report: bool = True  # draw the pictures and report.html at the end
 
 
 @dataclass(frozen=True)
 class EngineConfig:
+    recompute: bool = False  # activations of blocks again in the backward pass: a quarter more work, far less memory
     precision: Literal["bf16", "autocast", "fp32"] = "bf16"  # bf16 weights, fp32 masters; bf16 products
     kernels: Literal["auto", "reference", "triton"] = "auto"  # of the loss; auto: Triton on a GPU, else plain torch
 
@@ -165,7 +167,21 @@ class Config:
         return self.train.steps or max(1, round(self.train.epochs * epoch_samples / self.data.batch_size))
 
     def to_dict(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))  # tuples become lists, as in the file
+        """As the files have it: tuples are lists, and URLs have lost what may be secret in them."""
+        tree = json.loads(json.dumps(dataclasses.asdict(self)))
+        if "://" in self.data.train:
+            tree["data"]["train"] = shown(self.data.train)
+        return tree
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> "Config":
+        """What to_dict() gave."""
+        sections = {each.name: each.type for each in dataclasses.fields(cls) if dataclasses.is_dataclass(each.type)}
+        built: dict[str, Any] = dict(tree)
+        for name, section in sections.items():
+            values = {key: tuple(value) if isinstance(value, list) else value for key, value in tree[name].items()}
+            built[name] = section(**values)  # type: ignore[operator]
+        return cls(**built)
 
 
 # Fields that a resumed run may change: they move neither the curve nor what is compared (train.steps and train.epochs
@@ -173,17 +189,9 @@ class Config:
 FREE_ON_RESUME = {
     *("preset", "run_dir", "ds_config", "allow_scratch", "data.train", "data.backend", "data.workers"),
     *("data.hw_decoder_load", "data.cache", "data.cache_gib"),
-    "engine.kernels",
-    *(
-        "train.log_every",
-        "train.save_every",
-        "train.keep",
-        "train.keep_every",
-        "train.extend",
-        "train.report",
-        "tracker.kind",
-        "tracker.experiment",
-    ),
+    *("engine.kernels", "engine.recompute", "tracker.kind", "tracker.experiment"),
+    *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.hang_after", "train.extend"),
+    "train.report",
 }
 
 
@@ -233,7 +241,7 @@ RANGES = {  # field -> smallest and largest value; every number must also be fin
     "teacher.momentum": (0, 1 - TINY),
     "data.crop_scale": (TINY, 1),
     **dict.fromkeys(("data.batch_size", "train.log_every", "train.save_every", "train.keep", "train.steps"), (1, ANY)),
-    "data.cache_gib": (TINY, ANY),
+    **dict.fromkeys(("data.cache_gib", "train.hang_after"), (TINY, ANY)),
     **dict.fromkeys(
         ("data.workers", "train.seed", "train.keep_every", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)
     ),

@@ -13,6 +13,21 @@ from ddae.errors import UserError
 T = TypeVar("T")
 
 
+def take_slurm_ranks() -> None:
+    """Where srun itself starts the ranks, say so in the launchers' words: a task is a rank."""
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in os.environ or tasks == 1:
+        return
+    number, local = os.environ["SLURM_PROCID"], int(os.environ["SLURM_LOCALID"])
+    os.environ |= {"RANK": number, "WORLD_SIZE": str(tasks)}
+    os.environ["LOCAL_RANK"] = str(local % max(1, torch.cuda.device_count()))  # a task may see its own GPU alone
+    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            f"srun started {tasks} ranks, but {' and '.join(sorted(missing))} do not say where they meet: export them "
+            "as launch/srun_pretrain.sh does"
+        )
+
+
 def rank() -> int:
     """This process's rank; before the process group exists, what the launcher says."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))

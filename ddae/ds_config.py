@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ddae.config import Config, flatten
 from ddae.errors import UserError
 
-FOREIGN = {  # keys of the JSON that would change the curve -> the flag that says the same, if there is one
+FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the same, if there is one
+    "activation_checkpointing": "--engine.recompute",
     "optimizer": "--optim.*",
     "scheduler": "--optim.*",
     **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),
@@ -61,7 +62,7 @@ def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
     said = flatten(settings)
     for key, flag in FOREIGN.items():
         if key in settings or key in said:
-            raise UserError(f"the DeepSpeed JSON names {key!r}, which would change the loss curve: use {flag} instead")
+            raise UserError(f"the DeepSpeed JSON names {key!r}, which is the config's to say: use {flag} instead")
     batch = config.data.batch_size
     micro = settings.get("train_micro_batch_size_per_gpu", batch // ranks)
     if not isinstance(micro, int) or micro < 1 or batch % (micro * ranks):

@@ -6,6 +6,7 @@ import glob
 import logging
 import os
 import socket
+from datetime import timedelta
 from typing import Any, cast
 
 import deepspeed
@@ -21,11 +22,14 @@ from ddae.method import Losses, Method
 from ddae.model.teacher import Fragment
 from ddae.optim import build_optimizer
 
-OTHER_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # that do not say which rank is whose
+OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # whose words are not read
 
 
-def start_process_group() -> None:
-    """Join the ranks that the launcher started; a process without a launcher is the only rank."""
+def start_process_group(patience: float = 600.0) -> None:
+    """Join the ranks that the launcher started; a process without a launcher is the only rank.
+
+    A rank that has waited `patience` seconds for another gives up.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ:
@@ -33,7 +37,7 @@ def start_process_group() -> None:
         if others:
             raise UserError(
                 f"{others[0]} says that there are several processes, but RANK is not set: start them with deepspeed "
-                "or torchrun, inside srun if need be (README has the lines)"
+                "torchrun or srun (docs/cluster.md has the lines)"
             )
         os.environ |= alone | {"MASTER_PORT": str(_free_port())}
     if torch.cuda.is_available():
@@ -41,7 +45,7 @@ def start_process_group() -> None:
     if not dist.is_initialized():
         atexit.register(_remove_buffers)
         try:
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience))
         except dist.DistNetworkError as error:
             port = os.environ.get("MASTER_PORT")
             raise UserError(

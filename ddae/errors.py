@@ -1,5 +1,6 @@
-"""The one exception that stands for a user's mistake, and what commands make of it."""
+"""The one exception that stands for a user's mistake, what commands make of it, and what is not to be told."""
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -22,3 +23,8 @@ def command(name: str, main: Callable[[], int | None]) -> None:
         print(f"{name}: stopped; the same command goes on", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def shown(url: str) -> str:
+    """The URL as it may be printed: without user, password and query, which may be secret."""
+    return re.sub(r"://[^/]*@", "://", url).partition("?")[0]

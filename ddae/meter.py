@@ -1,6 +1,10 @@
 """What a run says of itself while it trains: means over the global batch, rates, the progress line."""
 
+import math
+import statistics
 import time
+from collections import deque
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +14,9 @@ from ddae.betas import Betas
 from ddae.config import tap_name
 from ddae.distributed import is_main, mean_over_ranks
 from ddae.method import Losses, Method
+
+SPIKE = 8.0  # median absolute deviations above the median
+FEWEST = 20  # losses before anything stands out
 
 
 class Meter:
@@ -48,31 +55,54 @@ class Meter:
         return dict(zip(names, values, strict=True))
 
 
+class Spikes:
+    """Tells a loss that stands out from those of the last logged steps."""
+
+    def __init__(self, losses: Iterable[float]):
+        self._before = deque((loss for loss in losses if math.isfinite(loss)), maxlen=200)
+
+    def is_one(self, loss: float) -> bool:
+        """Whether the loss is no number or lies above the median by SPIKE times what the middle half spreads; then it
+        is counted among the losses to come."""
+        spike = not math.isfinite(loss)
+        if len(self._before) >= FEWEST and not spike:
+            middle = statistics.median(self._before)
+            spread = statistics.median(abs(each - middle) for each in self._before)
+            spike = loss > middle + SPIKE * max(spread, 1e-3 * abs(middle))
+        if math.isfinite(loss):
+            self._before.append(loss)
+        return spike
+
+
 class Clock:
-    """Wall-clock time of the steps since the last reading, and how much of it was spent waiting for data."""
+    """Wall-clock time of the steps since the last reading, and how much of it went into waiting for data and saving."""
 
     def __init__(self) -> None:
         self._begin()
 
     def _begin(self) -> None:
-        self._start, self._waited, self._steps = time.perf_counter(), 0.0, 0
+        self._start, self._steps = time.perf_counter(), 0
+        self._spent = {"data_wait": 0.0, "save": 0.0}
 
     @contextmanager
-    def waiting(self):
+    def spending(self, on: str):
+        """Time within counts as `on`: data_wait or save."""
         start = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - start
+        self._spent[on] += time.perf_counter() - start
 
     def count_step(self) -> None:
         self._steps += 1
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Seconds a step, seconds of it spent waiting for data, images/s over all ranks; then begin anew."""
-        seconds, steps = time.perf_counter() - self._start, max(1, self._steps)
+        """Seconds a step without those spent on checkpoints, seconds of it spent waiting for data, images/s over all
+        ranks, and seconds that checkpoints took in all; then begin anew."""
+        seconds, steps = time.perf_counter() - self._start - self._spent["save"], max(1, self._steps)
         row = {
             "rate/images_per_s": batch_size * self._steps / seconds,
             "time/step": seconds / steps,
-            "time/data_wait": self._waited / steps,
+            "time/data_wait": self._spent["data_wait"] / steps,
+            "time/save": self._spent["save"],
         }
         self._begin()
         return row

@@ -61,6 +61,13 @@ def build_encoder(config: Config) -> Encoder:
 
 def build_method(config: Config) -> Method:
     """The whole method of this experiment, initialised from train.seed."""
+    method = assemble(config)
+    initialise(method, torch.Generator().manual_seed(config.train.seed))
+    return method
+
+
+def assemble(config: Config) -> Method:
+    """The method with its parameters not yet set."""
     model = config.model
 
     def decoder(branch, out_width: int) -> Decoder:
@@ -88,5 +95,6 @@ def build_method(config: Config) -> Method:
             prefix = "" if config.dynamic.shared else f"{name}/"
             branch.beta_places = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
     method = Method(build_encoder(config), branches, config.data.normalisation)
-    initialise(method, torch.Generator().manual_seed(config.train.seed))
+    for module in (method.encoder, *(branch.decoder for branch in branches.values())):
+        module.recompute = config.engine.recompute
     return method

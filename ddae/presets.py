@@ -1,4 +1,4 @@
-"""Named experiments. A name is METHOD_vit_SIZE16_EPOCHSe, or demo, and may end in a reading of the betas' gradient.
+"""Named experiments. A name is METHOD_vit_SIZE_EPOCHSe, or demo, and may end in a reading of the betas' gradient.
 
 ddae_vit_b16_100e            the paper's main model and this project's default
 dds_mae_vit_s16_100e         deep dynamic supervision on MAE, the paper's ablations
@@ -24,7 +24,12 @@ from ddae.config import (
 )
 from ddae.errors import UserError
 
-SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}  # width, depth, heads
+SIZES = {  # width, depth, heads, pixels a side of a patch
+    "s16": (384, 12, 6, 16),
+    "b16": (768, 12, 12, 16),
+    "l16": (1024, 24, 16, 16),
+    "h14": (1280, 32, 16, 14),
+}
 EPOCHS = (100, 300, 800)
 READINGS = {  # of Eq. 2's gradient and Eq. 6's norm, where the paper's words allow several (METHOD.md)
     "anchored": {},
@@ -36,10 +41,10 @@ READINGS = {  # of Eq. 2's gradient and Eq. 6's norm, where the paper's words al
 
 def ddae(size: str, epochs: int) -> Config:
     """Both branches at four taps, dynamic; block masks. Paper Table 1: ViT-B 83.5 (100 epochs), 84.3 (800)."""
-    width, depth, heads = SIZES[size]
+    width, depth, heads, patch = SIZES[size]
     taps = (depth // 4, depth // 2, depth * 3 // 4, depth)
     return Config(
-        model=ModelConfig(width=width, depth=depth, heads=heads),
+        model=ModelConfig(width=width, depth=depth, heads=heads, patch_size=patch),
         pixel=PixelConfig(taps=taps),
         feature=FeatureConfig(taps=taps, decoder_width=width, decoder_heads=heads),
         optim=OptimConfig(warmup_epochs=warmup_epochs(epochs)),
@@ -49,9 +54,9 @@ def ddae(size: str, epochs: int) -> Config:
 
 def mae(size: str, epochs: int) -> Config:
     """MAE: pixels from the last block, an 8-block decoder, random masks. Paper Table 2: ViT-B 82.9 (300 epochs)."""
-    width, depth, heads = SIZES[size]
+    width, depth, heads, patch = SIZES[size]
     return Config(
-        model=ModelConfig(width=width, depth=depth, heads=heads, positions="colfirst"),
+        model=ModelConfig(width=width, depth=depth, heads=heads, patch_size=patch, positions="colfirst"),
         mask=MaskConfig(kind="random"),
         pixel=PixelConfig(taps=(depth,), tap_weights=(1.0,), dynamic=False, decoder_depth=8, norm="joint"),
         feature=FeatureConfig(enabled=False),
@@ -106,7 +111,7 @@ def warmup_epochs(epochs: int) -> float:
 
 def names() -> list[str]:
     """All presets, those without a suffix first."""
-    plain = ["demo", *(f"{m}_vit_{s}16_{e}e" for m in METHODS for s in SIZES for e in EPOCHS)]
+    plain = ["demo", *(f"{m}_vit_{s}_{e}e" for m in METHODS for s in SIZES for e in EPOCHS)]
     return plain + [f"{name}_{reading}" for name in plain for reading in READINGS]
 
 
@@ -122,7 +127,8 @@ def preset(name: str) -> Config:
         config = demo()
     else:
         method, _, scale = base.partition("_vit_")
-        config = METHODS[method](scale[0], int(scale.split("_")[1][:-1]))
+        size, epochs = scale.split("_")
+        config = METHODS[method](size, int(epochs.removesuffix("e")))
     return replace(config, preset=name, dynamic=replace(config.dynamic, **READINGS[reading]))
 
 

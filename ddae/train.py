@@ -1,6 +1,7 @@
 """Pretraining, from a config to a finished run folder: build, resume, loop, show."""
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,28 +17,32 @@ from ddae.data.loader import Batch, Loader
 from ddae.data.preview import Preview, preview_images
 from ddae.data.reader import Part
 from ddae.distributed import agree, barrier, device, is_main, rank, world_size
+from ddae.dump import add_batches
 from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.errors import UserError
 from ddae.masks import masked_distance, sample_mask
-from ddae.meter import Clock, Meter, print_progress
+from ddae.meter import Clock, Meter, Spikes, print_progress
 from ddae.method import Losses, build_encoder, build_method
 from ddae.model.teacher import Teacher
 from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.stopping import EXIT_CODE, Stop
-from ddae.tracker import Tracker, start_tracker
+from ddae.system import system_metrics
+from ddae.tracker import Tracker, read_metrics, start_tracker
+from ddae.watchdog import Watchdog
 from ddae.weights import export_encoder
 
 MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
+LISTED = 20  # samples that an error names
 
 
-def pretrain(config: Config) -> None:
+def pretrain(config: Config, stop: Stop | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then export the encoder and draw the report.
 
-    SystemExit with code 75 where the run is told to stop before: the same command goes on.
+    SystemExit with code 75 where the run is told to stop before, through `stop`: the same command goes on.
     """
-    stop = Stop()
+    stop = stop or Stop()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
@@ -49,37 +54,45 @@ def pretrain(config: Config) -> None:
         return
 
     kernels = loss_kernels(config)
-    start_process_group()
+    start_process_group(config.train.hang_after + 60)  # the watchdog, which leaves stacks, comes first
     loader.settle(run_folder.backend_before(config))
     agree(backend=loader.backend, samples=loader.num_samples)
     run_folder.lock(config)
+    watchdog = Watchdog(folder, config.train.hang_after)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, config.train.keep_every)
     newest = checkpoints.newest(config.allow_scratch)
     engine = Engine(build_method(config), config.optim, resolved)
     teacher = build_teacher(config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    start = 0 if newest is None else checkpoints.load(newest.path, engine, teacher, betas, loader.fingerprint)
+    saved = {} if newest is None else checkpoints.load(newest.path, engine, teacher, betas, loader.fingerprint)
+    start = saved.get("step", 0)
     barrier()
     if is_main():
         run_folder.write(config, resolved.json, loader.backend)
         checkpoints.set_aside_beyond(start)
     params = config.to_dict() | {"loss_kernels": kernels}
-    tracker = start_tracker(config.tracker, folder, start, params) if is_main() else None
+    tracker = start_tracker(config.tracker, folder, start, params, saved.get("run_id", "")) if is_main() else None
     say(
         f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
         f"({part.accumulation} x {part.micro_batch} each), {loader.describe()}, "
         f"{config.engine.precision}, ZeRO {engine.stage}, loss kernels: {kernels}"
     )
 
-    batches, meter, clock = loader.batches(start), Meter(engine.method), Clock()
+    def save(step: int) -> bool:
+        run_id = "" if tracker is None else tracker.run_id
+        with clock.spending("save"):
+            return checkpoints.save(step, engine, teacher, betas, fingerprint=loader.fingerprint, run_id=run_id)
+
+    batches, meter, clock, spikes = loader.batches(start), Meter(engine.method), Clock(), Spikes(losses_before(folder))
     warmup_steps = config.optim.warmup_epochs * loader.epoch_samples / config.data.batch_size
     lost = 0  # steps in a row whose gradients were no numbers
-    saved = start if newest is not None else None
+    saved_step = start if newest is not None else None
     gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
     for step in range(start, steps):
+        watchdog.beat(step)
         if reason := stop.agreed(step):
-            if saved != step:
-                checkpoints.save(step, engine, teacher, betas, loader.fingerprint)
+            if saved_step != step:
+                save(step)
             loader.close()
             leave(config, reason, step, tracker)
         epoch = step * config.data.batch_size / loader.epoch_samples
@@ -87,18 +100,27 @@ def pretrain(config: Config) -> None:
         momentum = momentum_at(config, epoch)
         feature_weight = ramp(step, config.feature.ramp * steps)
         meter.clear()
-        applied = False
+        applied, kept = False, []
+        forward_one = partial(forward, config, engine, teacher, betas, feature_weight, 1 / part.accumulation, kernels)
         for _ in range(part.accumulation):
-            with clock.waiting():
+            with clock.spending("data_wait"):
                 batch = next(batches)
-            losses = forward(config, engine, teacher, betas, batch, feature_weight, 1 / part.accumulation, kernels)
+            losses = forward_one(batch)
             engine.backward(losses.total)
             applied = engine.update(lr)
             meter.add(losses)
+            if lost:
+                kept.append(batch)
         betas.step(lr, applied)
         lost = 0 if applied else lost + 1
         if lost:
-            stop_if_lost(lost, step, batch, loader)
+            say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
+        if lost == MOST_LOST:
+            dumps = Checkpoints(folder / "dumps", 2)
+            dumps.save(step, engine, teacher, betas, feature_weight=feature_weight, share=1 / part.accumulation)
+            dump = dumps.folder / f"step_{step:08d}"
+            add_batches(dump, config, engine.method, kept, loader.name_of, forward_one)
+            end_lost(dump, lost, step, kept, loader, tracker)
         if teacher is not None and applied:
             teacher.follow(engine.encoder_fragments(), momentum)
         clock.count_step()
@@ -106,18 +128,21 @@ def pretrain(config: Config) -> None:
         done = step + 1
         if done % config.train.log_every == 0 or done in (1, steps):
             row = {"step": done, "epoch": epoch, **meter.read(betas), "lr": lr}
+            row["loss/spike"] = float(spikes.is_one(row["loss/total"]))
             if teacher is not None:
                 row |= {"teacher/momentum": momentum, "teacher/ramp": feature_weight}
-            row |= clock.read(config.data.batch_size) | loader.read_stats()
+            row |= clock.read(config.data.batch_size) | loader.read_stats() | system_metrics()
             betas.warn_if_held()
             print_progress(row, steps)
             if tracker is not None:
                 tracker.log(row)
-        if done % config.train.save_every == 0 or done == steps:
-            saved = done if checkpoints.save(done, engine, teacher, betas, loader.fingerprint) else saved
+        if (done % config.train.save_every == 0 or done == steps) and save(done):
+            saved_step = done
 
+    watchdog.beat(steps)
     loader.close()
     finish(config, engine, betas, preview, tracker)
+    watchdog.stop()
     if is_main():
         run_folder.set_finished(config, steps)
     say(f"{folder}: {steps} steps done\n{summary(config)}")
@@ -136,10 +161,10 @@ def forward(
     engine: Engine,
     teacher: Teacher | None,
     betas: Betas,
-    batch: Batch,
     feature_weight: float,
     share: float,
     kernels: str,
+    batch: Batch,
 ) -> Losses:
     """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
     mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
@@ -156,10 +181,10 @@ def forward(
 
 def leave(config: Config, reason: str, step: int, tracker: Tracker | None) -> NoReturn:
     """End all ranks after `step` steps, with their checkpoint written."""
-    if tracker is not None:
-        tracker.finish([])
     if is_main():
         run_folder.set_stopped(config, reason, step)
+    if tracker is not None:
+        tracker.finish([], "KILLED", patience=3)
     say(f"{config.folder}: stopped after {step} steps ({reason}); the same command goes on")
     stop_process_group()
     raise SystemExit(EXIT_CODE)
@@ -189,15 +214,24 @@ def momentum_at(config: Config, epoch: float) -> float:
     return teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum
 
 
-def stop_if_lost(lost: int, step: int, batch: Batch, loader: Loader) -> None:
-    """Say that a step was left out; RuntimeError on all ranks for the third in a row, with its samples."""
-    say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
-    if lost == MOST_LOST:
-        names = [loader.name_of(sample) for sample in batch.samples.tolist()]
-        raise RuntimeError(
-            f"the gradients of {lost} steps in a row were no numbers, up to step {step + 1}: go on with a lower "
-            f"--optim.lr in another --run_dir, or look at the samples of rank {rank()}: {', '.join(names)}"
-        )
+def end_lost(
+    dump: Path, lost: int, step: int, batches: list[Batch], loader: Loader, tracker: Tracker | None
+) -> NoReturn:
+    """End all ranks after so many steps in a row without numbers, of which a dump is left: RuntimeError."""
+    if tracker is not None:
+        tracker.finish([], "FAILED", patience=3)
+    names = [loader.name_of(sample) for batch in batches for sample in batch.samples.tolist()]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    raise RuntimeError(
+        f"the gradients of {lost} steps in a row were no numbers, up to step {step + 1}: python launch/replay.py "
+        f"{dump} shows where they come from; then go on with a lower --optim.lr in another --run_dir, or without the "
+        f"sample that is to blame. Samples of rank {rank()}: {', '.join(names[:LISTED])}{more}"
+    )
+
+
+def losses_before(folder: Path) -> list[float]:
+    """Total losses of the rows that a resumed run has logged."""
+    return [row["loss/total"] for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def say(text: str) -> None:

@@ -6,14 +6,17 @@ deepspeed --hostfile hosts launch/pretrain.py --ds_config ds_configs/zero2.json 
 
 from ddae.cli import run
 from ddae.config import Config
+from ddae.stopping import Stop
 
 
 def main(config: Config) -> None:
+    stop = Stop()  # listens from here on
+
     # DeepSpeed takes seconds to import; mistakes in the flags are told before.
     from ddae.engine import stop_process_group
     from ddae.train import pretrain
 
-    pretrain(config)
+    pretrain(config, stop)
     stop_process_group()
 
 

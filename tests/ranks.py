@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -53,13 +54,19 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
 
 def run_all(count: int, runs: list[list[str]], timeout: int = 900) -> str:
     """Pretrain with each of the word lists on `count` ranks, in one set of processes; what rank 0 said."""
-    ranks = start(count, [__file__])
+    return run_program(count, [__file__], runs, timeout)
+
+
+def run_program(count: int, command: list[str], runs: list[list[str]], timeout: int = 900) -> str:
+    """Run a program that reads lists of words from its standard input on `count` ranks; what rank 0 said."""
+    ranks = start(count, command)
     try:
         for rank in ranks:
             rank.stdin.write("\n".join(json.dumps(run) for run in runs))
             rank.stdin.close()
             rank.stdin = None  # communicate() would close it again
-        said = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+        with ThreadPoolExecutor(count) as threads:  # all are listened to at once: a full pipe stops its rank
+            said = list(threads.map(lambda rank: rank.communicate(timeout=timeout)[0], ranks))
     finally:
         for rank in ranks:
             rank.kill()

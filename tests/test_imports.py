@@ -10,7 +10,16 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     *("ddae_kernels.reference", "ddae_kernels.implementation", "ddae_kernels.triton_impl", "ddae_kernels.operators"),
     *("ddae_kernels.distance", "ddae_kernels.dynamic", "ddae_kernels"),
-    *("ddae.errors", "ddae.counter", "ddae.distributed", "ddae.schedules", "ddae.patches", "ddae.masks"),
+    *(
+        "ddae.errors",
+        "ddae.counter",
+        "ddae.distributed",
+        "ddae.system",
+        "ddae.watchdog",
+        "ddae.schedules",
+        "ddae.patches",
+        "ddae.masks",
+    ),
     *("ddae.config", "ddae.presets", "ddae.ds_config", "ddae.betas"),
     *("ddae.data.remote", "ddae.data.shards", "ddae.data.shard_writer", "ddae.data.sampling"),
     *(
@@ -32,8 +41,18 @@ ORDER = [
     *("ddae.sharding.workers", "ddae.sharding.target", "ddae.sharding.report", "ddae.sharding.sharder"),
     *("ddae.sharding.verification", "ddae.sharding.ade20k", "ddae.benchmark"),
     *("ddae.model.vit", "ddae.model.decoder", "ddae.model.teacher"),
-    *("ddae.branches", "ddae.method", "ddae.optim", "ddae.engine", "ddae.stopping", "ddae.checkpoint", "ddae.weights"),
-    *("ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report", "ddae.train", "ddae.cli"),
+    *(
+        "ddae.branches",
+        "ddae.method",
+        "ddae.optim",
+        "ddae.plan",
+        "ddae.engine",
+        "ddae.stopping",
+        "ddae.checkpoint",
+        "ddae.weights",
+    ),
+    *("ddae.dump", "ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report"),
+    *("ddae.train", "ddae.replay", "ddae.cli"),
     "ddae",
 ]
 HEAVY = {  # package -> the files that may import it
@@ -49,7 +68,7 @@ HEAVY = {  # package -> the files that may import it
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
     "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
-    "safetensors": {"ddae.weights", "ddae.checkpoint"},
+    "safetensors": {"ddae.weights", "ddae.checkpoint", "ddae.dump", "ddae.replay"},
     "triton": {"ddae_kernels.triton_impl"},
 }
 

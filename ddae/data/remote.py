@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from ddae.errors import UserError
+from ddae.errors import UserError, shown
 
 WAITS = (1.0, 5.0, 25.0)  # seconds before the second, third and fourth attempt
 TIMEOUT = 60.0  # seconds without a connection or a byte before an attempt over http(s) has failed
@@ -47,11 +47,6 @@ def parent(url: str) -> str:
 def name(url: str) -> str:
     """The last part of a file's URL, without a query."""
     return url.partition("?")[0].rpartition("/")[2]
-
-
-def shown(url: str) -> str:
-    """The URL as it may be printed: without user, password and query, which may be secret."""
-    return re.sub(r"://[^/]*@", "://", url).partition("?")[0]
 
 
 @dataclass(frozen=True)

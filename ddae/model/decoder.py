@@ -7,7 +7,7 @@ Shape letters: B images (K taps stacked on them), N patches, V visible, M masked
 import torch
 from torch import Tensor, nn
 
-from ddae.model.vit import LayerNorm, build_blocks
+from ddae.model.vit import LayerNorm, build_blocks, run_block
 from ddae.patches import gather_tokens, sincos_positions
 
 
@@ -22,6 +22,7 @@ class Decoder(nn.Module):
         self, in_width: int, width: int, depth: int, heads: int, out_width: int, grid: tuple[int, int], positions: str
     ):
         super().__init__()
+        self.recompute = False  # activations in the backward pass
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed: Tensor
@@ -42,5 +43,5 @@ class Decoder(nn.Module):
             1,
         )
         for block in self.blocks:
-            tokens = block(tokens)
+            tokens = run_block(block, tokens, self.recompute)
         return self.head(self.norm(tokens[:, shown.shape[1] :]))

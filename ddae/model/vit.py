@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddae.patches import gather_tokens, patchify, sincos_positions
 
@@ -25,6 +26,13 @@ class LayerNorm(nn.LayerNorm):
 def build_blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks with biases and an MLP of four times the width."""
     return nn.ModuleList([Block(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)])
+
+
+def run_block(block: nn.Module, tokens: Tensor, recompute: bool) -> Tensor:
+    """A block's output; with `recompute` only its input is kept, and the block runs again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, tokens, use_reentrant=False, preserve_rng_state=False)  # there is no dropout
+    return block(tokens)
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -68,6 +76,7 @@ class Encoder(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, image_size: int, patch_size: int, positions: str):
         super().__init__()
         self.patch_size = patch_size
+        self.recompute = False  # activations in the backward pass
         self.normalisation = "half"  # of the pixels it was trained on; a loaded encoder knows its own
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(patch_size, width)})
@@ -100,7 +109,7 @@ class Encoder(nn.Module):
         tokens = torch.cat([cls, tokens], 1)
         outputs = {}
         for number, block in enumerate(self.blocks[: max(layers, default=None)], 1):
-            outputs[number] = tokens = block(tokens)
+            outputs[number] = tokens = run_block(block, tokens, self.recompute)
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
 
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:

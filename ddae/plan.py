@@ -1,0 +1,278 @@
+"""What a run will cost before it runs: memory of a GPU by part, work of an image, traffic of a step, days.
+
+The memory is what DeepSpeed and autograd are seen to keep (tests/test_plan.py sums the storages of live tensors, and of
+saved ones by saved_tensors_hooks): weights and gradients in the precision of the engine, fp32 masters and Adam's two
+averages, the teacher's fp32 master with its rounding and its copy in the engine's precision, and of every block
+
+    16 D numbers a token    inputs of two norms (2D) and of four matrices (7D), q, k and v (3D), GELU's input (4D)
+
+Shape letters: B images of a micro-batch, N patches, V visible, M masked, K taps, D width; n parameters, W GPUs.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from ddae.config import Config, FeatureConfig, PixelConfig
+from ddae.errors import UserError
+from ddae.method import assemble
+from ddae.optim import build_optimizer
+
+GIB = 2**30
+IMAGENET = 1_281_167  # images
+BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: numbers in a bucket, in parameters gathered at once
+
+
+class Gpu(NamedTuple):
+    memory: float  # GiB that a process can have
+    teraflops: float  # dense bf16, the vendor's figure
+
+
+GPUS = {
+    "a100-40g": Gpu(39.4, 312),
+    "a100-80g": Gpu(79.2, 312),
+    "h100-80g": Gpu(79.1, 989),
+    "h200": Gpu(139.8, 989),
+    "l40s": Gpu(44.4, 362),
+    "a10g": Gpu(22.1, 125),
+}
+
+
+class Memory(NamedTuple):
+    """Bytes on one GPU, the one that has most."""
+
+    weights: float  # that run forward; under ZeRO-3 this GPU's part
+    gradients: float  # after the backward pass
+    optimizer: float  # fp32 masters and Adam's averages
+    teacher: float  # fp32 masters with their rounding, and the copy that runs forward
+    activations: float  # that the forward pass keeps for the backward pass
+    buffers: float  # DeepSpeed's buckets, parameters gathered by ZeRO-3, a block that is recomputed
+    update: float  # what the optimizer's step needs for a moment, when the activations are gone
+
+    @property
+    def peak(self) -> float:
+        kept = self.weights + self.gradients + self.optimizer + self.teacher
+        return kept + max(self.activations + self.buffers, self.update)
+
+
+class Counts(NamedTuple):
+    """Parameters of the method and, of them, the encoder's, in each of the optimizer's two groups; their largest."""
+
+    groups: list[tuple[int, int]]
+    small: int  # numbers in parameters that ZeRO-3 leaves whole on every GPU
+
+    @property
+    def method(self) -> int:
+        return sum(whole for whole, _ in self.groups)
+
+    @property
+    def encoder(self) -> int:
+        return sum(of_encoder for _, of_encoder in self.groups)
+
+
+def count_parameters(config: Config, persistent: int = 100_000) -> Counts:
+    """Of the model that the config describes, which is not built for it; `persistent`: ZeRO-3's threshold."""
+    with torch.device("meta"):
+        method = assemble(config)
+    encoder = {id(parameter) for parameter in method.encoder.parameters()}
+    groups = [
+        (sum(p.numel() for p in params), sum(p.numel() for p in params if id(p) in encoder))
+        for params in (group["params"] for group in build_optimizer(method, config.optim).param_groups)
+    ]
+    small = sum(p.numel() for p in method.parameters() if p.numel() <= persistent)
+    return Counts(groups, small)
+
+
+def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micro_batch: int) -> Memory:
+    """On each of `gpus` GPUs at a ZeRO stage, with what a DeepSpeed JSON says of buckets and offload."""
+    zero = settings.get("zero_optimization", {})
+    counts = count_parameters(config, zero.get("stage3_param_persistence_threshold", 100_000))
+    n, low, mixed = counts.method, bytes_of_weights(config), config.engine.precision == "bf16"
+    shards = gpus if stage > 0 else 1
+    weights = low * n
+    if stage == 3:
+        weights = low * (n / gpus + (counts.small if gpus > 1 else 0))
+    masters = 4 * n / shards if mixed or stage > 0 else 0  # at stage 0 in fp32 the weights are their own
+    optimizer, update = masters + 8 * n / shards, (4 * n / shards if mixed else 0) + 8 * n / shards
+    of_encoder = counts.encoder if stage == 0 else sum(min(e, whole / shards) for whole, e in counts.groups)
+    if stage == 3:
+        of_encoder = counts.encoder / shards
+    follower = 8 * of_encoder
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        optimizer = follower = update = 0.0  # on the CPU
+    teacher = (follower + low * counts.encoder) if config.feature.enabled else 0.0
+    bucket = zero.get("reduce_bucket_size", BUCKET)
+    buffers = 0.0
+    if stage in (1, 2):
+        buffers += low * bucket * (2 if zero.get("overlap_comm", False) else 1)
+    if stage == 3:
+        buffers += low * (bucket + min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus))
+    if config.engine.recompute:
+        buffers += max(block_bytes(config, *shape) * rows for shape, _, rows in stacks(config, micro_batch))
+    return Memory(weights, low * n / shards, optimizer, teacher, activations(config, micro_batch), buffers, update)
+
+
+def bytes_of_weights(config: Config) -> int:
+    return 2 if config.engine.precision == "bf16" else 4
+
+
+def bytes_of_products(config: Config) -> int:
+    """Of what matrices read and give; norms and the residual stream have the weights' precision."""
+    return 4 if config.engine.precision == "fp32" else 2
+
+
+def stacks(config: Config, images: int) -> list[tuple[tuple[int, int], int, int]]:
+    """Of encoder and decoders: (width, heads), blocks, and rows of tokens of so many images."""
+    patches = config.grid[0] * config.grid[1]
+    visible = patches - config.num_masked
+    model = config.model
+    found = [((model.width, model.heads), model.depth, images * (1 + visible))]
+    for branch in branches(config):
+        shape = (branch.decoder_width, branch.decoder_heads)
+        found.append((shape, branch.decoder_depth, len(branch.taps) * images * (1 + patches)))
+    return found
+
+
+def branches(config: Config) -> list[PixelConfig | FeatureConfig]:
+    return [branch for branch in (config.pixel, config.feature) if branch.enabled]
+
+
+def block_bytes(config: Config, width: int, heads: int) -> float:
+    """What one block keeps of one token for its backward pass."""
+    stream, product = bytes_of_weights(config), bytes_of_products(config)
+    statistics = 4 * heads + 4 * 4  # attention's logarithms of sums; means and deviations of two norms
+    return width * (2 * stream + 14 * product) + statistics
+
+
+def activations(config: Config, images: int) -> float:
+    """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
+    stream, product = bytes_of_weights(config), bytes_of_products(config)
+    total = 0.0
+    for (width, heads), depth, rows in stacks(config, images):
+        total += rows * depth * (width * stream if config.engine.recompute else block_bytes(config, width, heads))
+    width, patch_numbers = config.model.width, config.model.patch_size**2 * 3
+    visible = config.grid[0] * config.grid[1] - config.num_masked
+    total += images * visible * patch_numbers * product  # what the projection reads
+    all_taps = {tap for branch in branches(config) for tap in branch.taps}
+    total += len(all_taps) * images * (1 + visible) * width * stream  # what the norm of the taps reads
+    for branch, (_, _, rows) in zip(branches(config), stacks(config, images)[1:], strict=True):
+        masked = len(branch.taps) * images * config.num_masked
+        out = patch_numbers if isinstance(branch, PixelConfig) else width
+        total += len(branch.taps) * images * (1 + visible) * width * product  # what the decoder reads
+        total += (rows * stream + masked * product) * branch.decoder_width  # what its last norm and its head read
+        copies = 1 if isinstance(branch, PixelConfig) else 2
+        total += masked * out * (copies * 4 if config.engine.kernels == "reference" else product)  # the loss
+    if config.engine.precision == "autocast":
+        total += 2 * sum(whole for whole, _ in count_parameters(config).groups[:1])  # matrices, rounded once a step
+    return total
+
+
+class Work(NamedTuple):
+    """Floating-point operations of one image, forward and backward (twice the forward's; the teacher has none)."""
+
+    encoder: float
+    teacher: float
+    pixel: float
+    feature: float
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def work(config: Config) -> Work:
+    """A product of numbers and its addition are two; a block has 24 D^2 + 4 T D a token, T tokens in all."""
+    patches = config.grid[0] * config.grid[1]
+    visible, width = patches - config.num_masked, config.model.width
+    patch_numbers = config.model.patch_size**2 * 3
+
+    def blocks(depth: int, tokens: int, width: int) -> float:
+        return depth * tokens * (24 * width**2 + 4 * tokens * width)
+
+    def decoder(branch: PixelConfig | FeatureConfig, out: int) -> float:
+        if not branch.enabled:
+            return 0.0
+        inner = branch.decoder_width
+        ends = 2 * inner * ((1 + visible) * width + config.num_masked * out)
+        return 3 * len(branch.taps) * (blocks(branch.decoder_depth, 1 + patches, inner) + ends)
+
+    again = 1 if config.engine.recompute else 0  # the blocks' forward pass
+    encoder = blocks(config.model.depth, 1 + visible, width)
+    of_teacher = 0.0
+    if config.feature.enabled:
+        of_teacher = blocks(max(config.feature.taps), 1 + patches, width) + 2 * patches * patch_numbers * width
+    extra = [
+        again * len(b.taps) * blocks(b.decoder_depth, 1 + patches, b.decoder_width) if b.enabled else 0.0
+        for b in (config.pixel, config.feature)
+    ]
+    return Work(
+        (3 + again) * encoder + 3 * 2 * visible * patch_numbers * width,
+        of_teacher,
+        decoder(config.pixel, patch_numbers) + extra[0],
+        decoder(config.feature, width) + extra[1],
+    )
+
+
+def traffic(config: Config, stage: int, gpus: int, accumulation: int) -> float:
+    """Bytes that a GPU sends in a step, by rings: gradients, weights, and under ZeRO the teacher's copy."""
+    counts, low = count_parameters(config), bytes_of_weights(config)
+    n, share = counts.method, (gpus - 1) / gpus
+    passes = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]  # over all numbers
+    teacher = 2 * counts.encoder if stage > 0 and config.feature.enabled else 0
+    return low * share * (passes * n + teacher)
+
+
+def largest_micro_batch(config: Config, settings: dict[str, Any], stage: int, gpus: int, gpu: Gpu) -> int:
+    """The largest micro-batch that fits and divides the global batch; 0 where none does."""
+    for micro in range(config.data.batch_size // gpus, 0, -1):
+        divides = config.data.batch_size % (micro * gpus) == 0
+        if divides and memory(config, settings, stage, gpus, micro).peak < ROOM * gpu.memory * GIB:
+            return micro
+    return 0
+
+
+ROOM = 0.92  # of a GPU's memory; the rest is CUDA's, NCCL's, and what falls between blocks of memory
+
+
+def show(
+    config: Config, settings: dict[str, Any], gpus: int, gpu_name: str, micro: int | None, images: int, mfu: float
+) -> str:
+    """The plan as text. UserError where the GPU is unknown or the batch cannot be divided."""
+    if gpu_name not in GPUS:
+        raise UserError(f"--gpu {gpu_name} is not known: choose one of {', '.join(GPUS)}")
+    for flag, value in {"gpus": gpus, "images": images, "mfu": mfu}.items():
+        if value <= 0:
+            raise UserError(f"--{flag} is {value}: give a number above 0")
+    gpu, batch = GPUS[gpu_name], config.data.batch_size
+    micro = micro or settings.get("train_micro_batch_size_per_gpu") or batch // gpus
+    if micro < 1 or batch % (micro * gpus):
+        raise UserError(f"data.batch_size {batch} is not divisible by {gpus} GPUs x micro-batch {micro}: change one")
+    counts, cost, accumulation = count_parameters(config), work(config), batch // (micro * gpus)
+    rate = gpus * gpu.teraflops * 1e12 / cost.total
+    days = config.train.epochs * images / (mfu * rate) / 86400
+    shares = ", ".join(f"{name} {value / cost.total:.0%}" for name, value in cost._asdict().items() if value)
+    peak = f"{gpu.teraflops:g} TFLOP/s"
+    lines = [
+        f"{config.preset} on {gpus} x {gpu_name}, {config.engine.precision}: {counts.method / 1e6:.1f} million "
+        f"parameters, {counts.encoder / 1e6:.1f} of the encoder",
+        f"batch      {batch} = {gpus} GPUs x {micro} images x {accumulation}",
+        f"work       {cost.total / 1e9:,.1f} GFLOP an image: {shares}",
+        f"bound      {rate:,.0f} images/s if every GPU did {peak}; {mfu * rate:,.0f} at {mfu:.0%} of that",
+        f"schedule   {config.train.epochs:g} epochs of {images:,} images at {mfu:.0%}: {days:.2f} days, "
+        f"{24 * days * gpus:,.0f} GPU hours",
+        "",
+        f"GiB on a GPU that has {gpu.memory:g}; most: the largest micro-batch that fits; sent: by a GPU in a step",
+        "ZeRO  weights  gradients  optimizer  teacher  activations  buffers     peak  fits   most    sent",
+    ]
+    for stage in range(4):
+        parts = memory(config, settings, stage, gpus, micro)
+        fits = "yes" if parts.peak < ROOM * gpu.memory * GIB else "no"
+        most = largest_micro_batch(config, settings, stage, gpus, gpu)
+        gib = [value / GIB for value in (*parts[:6], parts.peak)]
+        numbers = "  ".join(f"{v:{w}.2f}" for v, w in zip(gib, (7, 9, 9, 7, 11, 7, 7), strict=True))
+        sent = traffic(config, stage, gpus, accumulation) / GIB
+        lines.append(f"{stage:4}  {numbers}  {fits:>4}  {most:5}  {sent:6.2f}")
+    less = memory(replace(config, engine=replace(config.engine, recompute=True)), settings, 2, gpus, micro)
+    lines.append(f"with --engine.recompute the activations are {less.activations / GIB:.2f} GiB")
+    return "\n".join(lines)

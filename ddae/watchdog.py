@@ -1,0 +1,70 @@
+"""A run that hangs ends: each rank leaves a heartbeat and, when nothing has moved for too long, its stacks.
+
+    heartbeats/rank_00000.json    host, process, step and when it was reached, written every ten seconds or so
+    heartbeats/rank_00000.txt     stacks of all threads, where the rank was ended
+
+A rank that waits in vain for another cannot know which of them hangs: all of them end, and the stacks tell.
+"""
+
+import faulthandler
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from ddae.distributed import rank
+
+EXIT_CODE = 70  # EX_SOFTWARE
+EVERY = 10.0  # seconds between heartbeats
+
+
+class Watchdog:
+    """Watches from its creation to stop(); `beat` says that the run has moved."""
+
+    def __init__(self, folder: Path, limit: float):
+        self.limit = limit
+        self.stem = folder / "heartbeats" / f"rank_{rank():05d}"
+        self.stem.parent.mkdir(parents=True, exist_ok=True)
+        self.stem.with_suffix(".txt").unlink(missing_ok=True)
+        self._step, self._at = 0, time.monotonic()
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int) -> None:
+        """`step` steps are done."""
+        self._step, self._at = step, time.monotonic()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def _watch(self) -> None:
+        told = -1.0
+        while not self._over.wait(min(EVERY, self.limit / 4)):
+            if self._at != told:
+                told = self._at
+                with suppress(OSError):  # a disk that is full ends no run here
+                    self._write_heartbeat()
+            if time.monotonic() - self._at > self.limit:
+                self._end()
+
+    def _write_heartbeat(self) -> None:
+        beat = {"host": platform.node(), "pid": os.getpid(), "step": self._step, "time": time.time()}
+        unfinished = self.stem.with_suffix(".part")
+        unfinished.write_text(json.dumps(beat) + "\n")
+        unfinished.replace(self.stem.with_suffix(".json"))
+
+    def _end(self) -> None:
+        stacks = self.stem.with_suffix(".txt")
+        print(
+            f"ddae: rank {rank()} on {platform.node()} has not moved for {self.limit:g} s since step {self._step} "
+            f"and ends; {stacks} and its like say where each rank was. The same command goes on",
+            file=sys.stderr,
+            flush=True,
+        )
+        with suppress(OSError), open(stacks, "w") as file:
+            faulthandler.dump_traceback(file)
+        os._exit(EXIT_CODE)

@@ -1,0 +1,34 @@
+"""Say what a run will cost before anybody pays for it: memory by part at each ZeRO stage, work, traffic, days.
+
+python launch/plan.py --preset ddae_vit_l16_800e --gpus 64 --gpu a100-80g
+
+Any flag of launch/pretrain.py may follow: --data.batch_size 2048, --engine.recompute, --ds_config FILE.
+"""
+
+import argparse
+
+from ddae.cli import parse
+from ddae.ds_config import load
+from ddae.errors import command
+from ddae.plan import GPUS, IMAGENET, show
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all")
+    parser.add_argument("--gpu", default="a100-80g", help=f"kind of GPU: {', '.join(GPUS)}")
+    parser.add_argument(
+        "--micro_batch", type=int, help="images of a GPU at a time; left out: the JSON's, or batch / GPUs"
+    )
+    parser.add_argument("--images", type=int, default=IMAGENET, help="images of the data set")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the vendor's TFLOP/s that is reached")
+    words, flags = parser.parse_known_args()
+    config = parse(flags)
+    settings = load(config.ds_config or "ds_configs/zero2.json")
+    print(show(config, settings, words.gpus, words.gpu, words.micro_batch, words.images, words.mfu))
+
+
+if __name__ == "__main__":
+    command("plan", main)

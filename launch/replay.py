@@ -1,0 +1,22 @@
+"""Run a step again whose numbers went wrong, from the dump that the run left; on one process, with a GPU or without.
+
+python launch/replay.py runs/NAME/dumps/step_00000123
+"""
+
+import argparse
+from pathlib import Path
+
+from ddae.errors import command
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("dump", type=Path, help="folder that the run named when it ended")
+    words = parser.parse_args()
+    from ddae.replay import replay  # seconds to import
+
+    return replay(words.dump)
+
+
+if __name__ == "__main__":
+    command("replay", main)
