@@ -123,7 +123,8 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, whose loss is a share of the step's: an upstream gradient of exactly 1."""
-        self.deepspeed.backward(loss, scale_wrt_gas=False)
+        # A view: given the very tensor that it returned, DeepSpeed 0.19.8 divides by the accumulation at stage 0.
+        self.deepspeed.backward(loss.view_as(loss), scale_wrt_gas=False)
 
     def update(self, lr: float) -> bool:
         """End a micro-batch; after a step's last one update the weights. Whether they were updated.

@@ -45,3 +45,12 @@ def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
 def shards(tmp_path_factory):
     """A folder with 100 training images in three shards."""
     return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def tell(request, record_property):
+    """Says what happened, for the table of docs/reliability.md; what was tried is the first line of the docstring."""
+    lines = (request.function.__doc__ or "").strip().splitlines()
+    case = f" [{request.node.callspec.id}]" if hasattr(request.node, "callspec") else ""
+    record_property("tried", lines[0].rstrip(".") + case)
+    return lambda happened: record_property("happened", happened)

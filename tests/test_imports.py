@@ -52,7 +52,7 @@ ORDER = [
         "ddae.weights",
     ),
     *("ddae.dump", "ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report"),
-    *("ddae.train", "ddae.replay", "ddae.cli"),
+    *("ddae.train", "ddae.replay", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
 HEAVY = {  # package -> the files that may import it
@@ -63,7 +63,7 @@ HEAVY = {  # package -> the files that may import it
     "tyro": {"ddae.cli"},
     "webdataset": {"ddae.data.shard_writer"},
     "timm": {"ddae.model.vit"},
-    "PIL": {"ddae.data.pillow", "ddae.sharding.inspection", "ddae.sharding.ade20k", "ddae.benchmark"},
+    "PIL": {"ddae.doctor", "ddae.data.pillow", "ddae.sharding.inspection", "ddae.sharding.ade20k", "ddae.benchmark"},
     "fsspec": {"ddae.data.remote"},
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},

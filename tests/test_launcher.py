@@ -1,8 +1,11 @@
 """DeepSpeed's own launcher, as users call it."""
 
+import contextlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 import ranks
+
+from ddae.tracker import read_metrics
 
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
@@ -94,3 +99,64 @@ def test_slurm_queues_a_stopped_run_again(leaves, code, requeued, tmp_path):
     assert (
         (tmp_path / "ran").read_text().endswith(f"pretrain --preset demo --run_dir {tmp_path}/run --data.train a b\n")
     )
+
+
+def test_srun_alone_starts_ranks(shards, tmp_path):
+    """One task a rank, told by Slurm's words: a stub of srun starts two; told to stop, they are queued again."""
+    stubs = {
+        "srun": f"#!{sys.executable}\n"
+        "import os, subprocess, sys\n"
+        "words = [{'SLURM_PROCID': n, 'SLURM_LOCALID': n, 'SLURM_STEP_NUM_TASKS': '2'} for n in '01']\n"
+        "tasks = [subprocess.Popen(sys.argv[2:], env=os.environ | own) for own in words]\n"
+        "sys.exit(max(task.wait() for task in tasks))\n",
+        "scontrol": f'#!/bin/bash\necho "$@" >> {tmp_path}/scontrol\n[ "$1" = show ] && echo 127.0.0.1\nexit 0\n',
+        "python": f'#!/bin/bash\nexec {sys.executable} "$@"\n',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in stubs.items():
+        (tmp_path / "bin" / name).write_text(body)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = str(free_port_of_slurm())
+    slurm = {"SLURM_JOB_ID": job, "SLURM_JOB_NODELIST": "node1", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    words = ranks.words(shards, tmp_path / "run", 2, "--train.steps", "3000", "--train.save_every", "3000")
+    command = [ranks.ROOT / "launch" / "srun_pretrain.sh", *words]
+    with subprocess.Popen(command, env=os.environ | slurm, cwd=ranks.ROOT, stdout=subprocess.DEVNULL) as script:
+        wait_for_rows(tmp_path / "run", script)
+        for process in psutil.Process(script.pid).children(recursive=True):
+            if process.cmdline()[1:2] == ["launch/pretrain.py"]:
+                process.send_signal(signal.SIGUSR1)
+        script.wait(timeout=60)
+    assert (tmp_path / "scontrol").read_text().splitlines() == ["show hostnames node1", f"requeue {job}"]
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text())["reason"] == "SIGUSR1"
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["hardware"]["ranks"] == 2
+
+
+def test_srun_without_a_meeting_point_is_told():
+    slurm = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    command = [sys.executable, "launch/pretrain.py", "--preset", "demo"]
+    done = subprocess.run(command, env=os.environ | slurm, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "ddae: srun started 2 ranks, but MASTER_ADDR and MASTER_PORT do not say where they meet" in done.stderr
+
+
+def test_srun_script_wants_a_run_dir():
+    done = subprocess.run([ranks.ROOT / "launch" / "srun_pretrain.sh"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "srun_pretrain.sh: name the run's folder with --run_dir\n")
+
+
+def wait_for_rows(run_dir, process, rows=1, seconds=180):
+    """Until a run has logged so many rows."""
+    deadline = time.monotonic() + seconds
+    while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir / "metrics.jsonl")) < rows:
+        assert process.poll() is None, "it has ended"
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def free_port_of_slurm():
+    """A job's number whose port, 20000 + number % 10000, is free."""
+    while True:
+        number = random.randrange(10000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", 20000 + number))
+            return number

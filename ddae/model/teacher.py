@@ -53,13 +53,14 @@ class Teacher:
         A plain fp32 average at m = 0.99999 rounds a fifth of the way away; what an addition loses is kept and given
         to the next.
         """
-        change = torch._foreach_sub([fragment.values for fragment in fragments], self.masters)
-        torch._foreach_mul_(change, 1 - momentum)
-        torch._foreach_sub_(change, self.rounding)
-        moved = torch._foreach_add(self.masters, change)
-        self.rounding = list(torch._foreach_sub(moved, self.masters))
-        torch._foreach_sub_(self.rounding, change)
-        self.masters = list(moved)
+        if fragments:  # with many ranks some own none of the encoder
+            change = torch._foreach_sub([fragment.values for fragment in fragments], self.masters)
+            torch._foreach_mul_(change, 1 - momentum)
+            torch._foreach_sub_(change, self.rounding)
+            moved = torch._foreach_add(self.masters, change)
+            self.rounding = list(torch._foreach_sub(moved, self.masters))
+            torch._foreach_sub_(self.rounding, change)
+            self.masters = list(moved)
         self.publish()
 
     @torch.no_grad()

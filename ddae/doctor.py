@@ -1,0 +1,218 @@
+"""Whether this machine, or these ranks, can train: each thing that a run leans on is tried, and the answer told.
+
+As one process it looks at its machine; started as ranks, by whichever launcher, it also times what goes between them.
+"""
+
+import io
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from ddae_kernels.implementation import choose
+from PIL import Image, features
+
+from ddae import ds_config, run_folder
+from ddae.betas import Betas
+from ddae.checkpoint import Checkpoints
+from ddae.config import Config, beta_names
+from ddae.data.choice import dali_installed
+from ddae.data.pillow import decode
+from ddae.distributed import barrier, device, from_main, gather, is_main, world_size
+from ddae.engine import Engine, start_process_group
+from ddae.errors import UserError
+from ddae.method import build_method
+from ddae.presets import preset
+
+SIZES = (1, 16, 128)  # MB that go between the ranks
+ROUNDS = 5
+
+
+def examine(folder: Path, json_path: str) -> int:
+    """Print what was found; the number of things that do not work. All ranks call it.
+
+    folder: where runs are to be, tried for checkpoints; json_path: the DeepSpeed JSON to try them with.
+    """
+    start_process_group()
+    failed = 0
+    for name, look in {
+        "versions": versions,
+        "ranks": ranks_and_devices,
+        "deepspeed": deepspeed_report,
+        "loss": lambda: f"kernels: {choose('auto', device(), quiet=True)}",
+        "images": decoders,
+        "disk": lambda: disk(folder),
+        "checkpoint": lambda: checkpoint(folder, json_path),
+        "all-reduce": all_reduce,
+    }.items():
+        problem, said = "", ""
+        try:
+            said = look()
+        except Exception as error:  # whatever is broken here is what the user wants to know
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        problems = [each for each in gather(problem) if each]
+        failed += bool(problems)
+        if is_main():
+            lines = (
+                f"FAILS on {len(problems)} of {world_size()} ranks: {problems[0]}" if problems else said
+            ).splitlines()
+            print(f"{name:12}" + ("\n" + " " * 12).join(lines), flush=True)
+    if is_main():
+        print(f"\n{failed} of the above do not work" if failed else "\nall of it works", flush=True)
+    return failed
+
+
+def versions() -> str:
+    found = {name: version for name, version in run_folder.environment()["versions"].items() if version}
+    simd = " (pillow-simd)" if re.search(r"\.post\d", Image.__version__) else ""
+    turbo = "" if features.check("libjpeg_turbo") else ", without libjpeg-turbo"
+    return f"Python {platform.python_version()}, " + ", ".join(f"{k} {v}" for k, v in found.items()) + simd + turbo
+
+
+def ranks_and_devices() -> str:
+    """Nodes with their ranks and devices; RuntimeError where nodes have other versions."""
+    mine = device()
+    what = f"{os.cpu_count()} cores" if mine.type == "cpu" else torch.cuda.get_device_name(mine)
+    if mine.type == "cuda":
+        what += f", {torch.cuda.get_device_properties(mine).total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
+    seen = gather((platform.node(), what, run_folder.environment()["versions"]))
+    if len({str(each[2]) for each in seen}) > 1:
+        raise RuntimeError(
+            f"the ranks have other packages: {seen[0][2]} and {next(s[2] for s in seen if s[2] != seen[0][2])}"
+        )
+    lines = []
+    for node in dict.fromkeys(each[0] for each in seen):
+        of_node = [each[1] for each in seen if each[0] == node]
+        lines.append(f"{node}: {len(of_node)} x {of_node[0]}")
+    return "\n".join(lines)
+
+
+def deepspeed_report() -> str:
+    """What ds_report knows, in the lines that matter."""
+
+    def ask() -> str:
+        command = [sys.executable, "-m", "deepspeed.env_report"]
+        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=alone)
+        return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+
+    report = from_main(ask)
+    ops = re.findall(r"^(\w+) \.+ \S+ \.+ \[(\w+)\]", report, re.MULTILINE)
+    usable = [name for name, compatible in ops if compatible == "OKAY" and name != "deepspeed_not_implemented"]
+    wanted = (
+        r"^((?:nvcc version|deepspeed wheel compiled w\.|shared memory \(/dev/shm\) size|deepspeed info)) \.+ (.*)$"
+    )
+    facts = [f"{name}: {value.strip()}" for name, value in re.findall(wanted, report, re.MULTILINE)]
+    compilers = [f"{name} {'found' if shutil.which(name) else 'MISSING'}" for name in ("g++", "ninja")]
+    return "\n".join([", ".join(facts), f"ops it can build: {', '.join(usable)}; {', '.join(compilers)}"])
+
+
+def decoders() -> str:
+    """Each back end decodes the same small image."""
+    rows, columns = np.mgrid[0:96, 0:128]
+    picture, file = np.stack([rows * 2, columns, rows + columns], 2).astype(np.uint8), io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=95)
+    box = (8, 8, 72, 72)
+    crop = decode(file.getvalue(), box, False, 64)
+    said = f"Pillow decodes, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    if not dali_installed():
+        return said + "; DALI is not installed (pip install -e '.[cu13]')"
+    from ddae.data.dali import DaliDecoder
+
+    files = [np.frombuffer(file.getvalue(), np.uint8)]
+    other = DaliDecoder(64, 1, 1, device()).decode(files, torch.tensor([box]), torch.tensor([False]))
+    apart = float((other[0].cpu().float() - torch.as_tensor(np.asarray(crop)).float()).abs().mean())
+    if apart > 3:
+        raise RuntimeError(f"DALI's pixels are {apart:.1f} of 255 away from Pillow's")
+    return said + f"; DALI decodes on the {device().type}, {apart:.2f} of 255 apart"
+
+
+def disk(folder: Path) -> str:
+    """Every rank writes and flushes 64 MB at once; all must see the folder that rank 0 made."""
+
+    def make() -> str | None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".doctor").mkdir(exist_ok=True)
+        return None
+
+    from_main(make)
+    own = folder / ".doctor" / f"rank_{dist.get_rank():05d}"
+    lacking = [node for node, there in gather((platform.node(), own.parent.is_dir())) if not there]
+    if lacking:
+        raise RuntimeError(f"{folder} is another folder on {lacking[0]}: runs need one that all nodes share")
+    start = time.perf_counter()
+    with open(own, "wb") as file:
+        file.write(os.urandom(2**16) * 1000)
+        file.flush()
+        os.fsync(file.fileno())
+    seconds = max(gather(time.perf_counter() - start))
+    own.unlink()
+    barrier()
+    free = shutil.disk_usage(folder).free / 2**30
+    return f"{folder}: {world_size() * 65.536 / seconds:,.0f} MB/s over all ranks, flushed; {free:,.0f} GiB free"
+
+
+def checkpoint(folder: Path, json_path: str) -> str:
+    """A small model's state is saved, checked and read back by all ranks."""
+    config: Config = preset("demo")
+    config = Config.from_dict(config.to_dict() | {"data": config.to_dict()["data"] | {"batch_size": 8 * world_size()}})
+    resolved = ds_config.resolve(ds_config.load(json_path), config, world_size())
+    engine = Engine(build_method(config), config.optim, resolved)
+    betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+    checkpoints = Checkpoints(folder / ".doctor", 1)
+    try:
+        start = time.perf_counter()
+        if not checkpoints.save(1, engine, None, betas, fingerprint="doctor"):
+            raise RuntimeError("it cannot be written")
+        saved = time.perf_counter()
+        newest = checkpoints.newest(allow_scratch=False)
+        if newest is None:
+            raise RuntimeError("what was written is not found")
+        checkpoints.load(newest.path, engine, None, betas, "doctor")
+        loaded = time.perf_counter()
+    finally:
+        barrier()
+        if is_main():
+            shutil.rmtree(folder / ".doctor", ignore_errors=True)
+    return f"ZeRO {engine.stage}: written in {saved - start:.2f} s, checked and read in {loaded - saved:.2f} s"
+
+
+def all_reduce() -> str:
+    """Seconds of a sum over all ranks, and what each rank's link carries: 2 (W - 1) / W of the bytes."""
+    if world_size() == 1:
+        return "one rank has nobody to talk to: start this with deepspeed, torchrun or srun to time it"
+    lines = []
+    for size in SIZES:
+        values = torch.ones(size * 10**6 // 4, device=device())
+        seconds = min(_timed(lambda values=values: dist.all_reduce(values)) for _ in range(ROUNDS))
+        carried = 2 * (world_size() - 1) / world_size() * size / 1000 / seconds
+        lines.append(f"{size:4} MB in {seconds * 1000:8.2f} ms: {carried:6.2f} GB/s a rank")
+    return "\n".join(lines)
+
+
+def _timed(work: Callable[[], object]) -> float:
+    def wait() -> None:
+        if device().type == "cuda":
+            torch.cuda.synchronize()
+
+    barrier()
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return max(gather(time.perf_counter() - start))
+
+
+def check_folder(folder: Path) -> None:
+    """UserError where nothing can be tried there."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UserError(f"--folder {folder} cannot be made or written: name another")
