@@ -76,6 +76,50 @@ def run_program(count: int, command: list[str], runs: list[list[str]], timeout: 
     return said[0]
 
 
+class Forks:
+    """Ranks that start at once, forked from a process that has imported everything (forks.py)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        command = [sys.executable, str(ROOT / "tests" / "forks.py")]
+        self._server = subprocess.Popen(command, env=os.environ | paths, cwd=ROOT, text=True, **pipes)
+        assert any(line == "ready\n" for line in self._server.stdout)
+
+    def __enter__(self) -> "Forks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+    def start(self, words: list[str], count: int = 1, kill_at: int = 0) -> list[int]:
+        """Process ids of so many ranks of one run, rank 0's first; each writes into log(its id)."""
+        port = str(free_port())
+        started = []
+        for rank in range(count):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            log = self.folder / f"rank_{rank}.log"
+            task = {"words": words, "env": own, "kill_at": kill_at, "log": str(log)}
+            started.append(self._ask(task))
+        return started
+
+    def wait(self, process: int) -> int:
+        """Its exit code, when it has ended."""
+        return self._ask({"wait": process})
+
+    def log(self, rank: int = 0) -> str:
+        """What the rank that was started last has said so far."""
+        return (self.folder / f"rank_{rank}.log").read_text()
+
+    def _ask(self, task: dict) -> int:
+        self._server.stdin.write(json.dumps(task) + "\n")
+        self._server.stdin.flush()
+        return int(self._server.stdout.readline())
+
+
 def clean(ranks: list[subprocess.Popen]) -> None:
     """DeepSpeed's shared-memory buffers outlive their process; remove those of these ranks' port."""
     for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer*_{ranks[0].port}_*"):
