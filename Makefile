@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: venv demo test lint bench-kernels bench-loader gpu-check simd clean
+.PHONY: venv demo test test-faults lint bench-kernels bench-loader gpu-check simd clean
 
 venv: $(READY)
 
@@ -25,6 +25,11 @@ demo: $(READY) data/demo/manifest.json
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# The long tests: kills, damage, signals, many ranks, two hosts. docs/reliability.md is made of what they saw.
+test-faults: $(READY)
+	$(BIN)/python -m pytest -m 'faults or reliability' --junitxml .faults.xml; failed=$$?; \
+		$(BIN)/python tests/reliability.py .faults.xml docs/reliability.md; exit $$failed
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -56,4 +61,4 @@ simd: $(READY)
 	$(BIN)/python -c "import PIL; print('pillow-simd', PIL.__version__)"
 
 clean:
-	rm -rf runs data/demo .simd mlflow.db mlruns build *.egg-info .pytest_cache .ruff_cache
+	rm -rf runs data/demo .simd mlflow.db mlruns build .faults.xml *.egg-info .pytest_cache .ruff_cache

@@ -18,9 +18,11 @@ FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the 
     "scheduler": "--optim.*",
     **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),
     **dict.fromkeys(("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"), "--engine.precision"),
+    "bf16.check_grad_overflow": "nothing (it keeps gradients that are no numbers out of the weights)",
     **dict.fromkeys(("compression_training", "curriculum_learning", "data_efficiency"), "nothing"),
     **dict.fromkeys(("progressive_layer_drop", "gradient_predivide_factor", "prescale_gradients"), "nothing"),
 }
+AUTOTUNED = ("train_batch_size", "gradient_accumulation_steps")
 BLOCKS = ("zero_optimization", "bf16", "fp16", "torch_autocast")  # keys that hold a block
 
 
@@ -59,6 +61,9 @@ def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
     for block in BLOCKS:
         if not isinstance(settings.get(block, {}), dict):
             raise UserError(f"the DeepSpeed JSON has {block} = {settings[block]!r}: expected a block in braces")
+    if isinstance(settings.get("autotuning"), dict) and settings["autotuning"].get("enabled"):
+        # DeepSpeed's autotuner tries micro-batches with a global batch of its own, which is the config's to say
+        settings = {key: value for key, value in settings.items() if key not in AUTOTUNED}
     said = flatten(settings)
     for key, flag in FOREIGN.items():
         if key in settings or key in said:

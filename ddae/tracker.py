@@ -156,8 +156,8 @@ class MlflowTracker(Tracker):
             experiment = client.get_experiment_by_name(name)
             number = client.create_experiment(name) if experiment is None else experiment.experiment_id
             self._run_id = client.create_run(number, run_name=self._known.parent.name).info.run_id
-            self._known.write_text(self._run_id)
             self._fresh = True
+        self._known.write_text(self._run_id)
         if self._fresh:
             params = [Param(key, str(value)[:500]) for key, value in self._params.items()]
             for first in range(0, len(params), 100):  # as many as a call may hold

@@ -1,4 +1,4 @@
-"""Which checkpoint a run resumes from, and the tracker's rows beside it."""
+"""Which checkpoint a run resumes from."""
 
 import hashlib
 import json
@@ -6,9 +6,7 @@ import json
 import pytest
 
 from ddae.checkpoint import MANIFEST, Checkpoints
-from ddae.config import TrackerConfig
 from ddae.errors import UserError
-from ddae.tracker import Tracker, read_metrics, start_tracker
 
 
 def make(folder, step, files=("state.pt", "rank_00000.safetensors")):
@@ -59,48 +57,3 @@ def test_only_broken_ones_never_mean_a_silent_start(tmp_path):
     with pytest.raises(UserError, match="--allow_scratch"):
         checkpoints.newest(allow_scratch=False)
     assert checkpoints.newest(allow_scratch=True) is None
-
-
-def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
-    rows = "".join(json.dumps({"step": step, "loss/total": 0.5}) + "\n" for step in range(1, 8))
-    (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 8, "lo')
-    tracker = Tracker(tmp_path, 5)
-    tracker.log({"step": 6, "loss/total": 0.25})
-    tracker.finish([])
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss/total"] == 0.25
-
-
-def test_mlflow_has_one_run_however_often_it_is_resumed(tmp_path, monkeypatch):
-    import mlflow
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "figures").mkdir()
-    picture = tmp_path / "run" / "figures" / "losses.png"
-    picture.write_bytes(b"png")
-    params = {"data": {"batch_size": 32}, "preset": "demo"}
-    for start in (0, 2):
-        tracker = start_tracker(TrackerConfig(), tmp_path / "run", start, params)
-        for step in (start + 1, start + 2):
-            tracker.log({"step": step, "loss/total": 1 / step, "beta/tap_02": -0.5})
-        tracker.finish([picture])
-    client = mlflow.MlflowClient("sqlite:///mlflow.db")
-    (experiment,) = [e for e in client.search_experiments() if e.name == "ddae"]
-    (run,) = client.search_runs([experiment.experiment_id])
-    assert run.data.params == {"data.batch_size": "32", "preset": "demo"}
-    history = client.get_metric_history(run.info.run_id, "loss/total")
-    assert [(point.step, point.value) for point in history] == [(step, 1 / step) for step in (1, 2, 3, 4)]
-    assert [file.path for file in client.list_artifacts(run.info.run_id, "figures")] == ["figures/losses.png"]
-    assert run.info.status == "FINISHED"
-
-
-def test_a_failing_mlflow_is_told_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nosuch://server")
-    tracker = start_tracker(TrackerConfig(), tmp_path, 0, {})
-    tracker.log({"step": 1, "loss/total": 1.0})
-    tracker.log({"step": 2, "loss/total": 0.5})
-    tracker.finish([])
-    assert capsys.readouterr().out.count("MLflow is left out") == 1
-    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2

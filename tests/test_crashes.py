@@ -86,6 +86,7 @@ def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
     tell(f"20 of 20 went on without a hand, {inside} of them killed inside a save; every weight is the same")
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize("whom", ["kill", "stop"])
 def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     """One of two ranks is killed, or hangs (SIGSTOP), hang_after 8 s: the other ends by itself, and both go on."""

@@ -58,6 +58,8 @@ def test_precision(precision, blocks):
         ({"data_types": {"grad_accum_dtype": "fp16"}}, 1, "'data_types'"),
         ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, 1, "torch_autocast.dtype"),
         ({"bf16": True}, 1, "expected a block"),
+        ({"bf16": {"check_grad_overflow": False}}, 1, "check_grad_overflow"),
+        ({"activation_checkpointing": {"profile": True}}, 1, "--engine.recompute"),
         ({"bf16": {"bf16_optimizer_states": True}}, 1, "bf16_optimizer_states"),
     ],
 )
@@ -72,15 +74,24 @@ def test_offload_keeps_the_configs_optimizer():
 
 
 def test_the_users_settings_are_kept_and_not_written_to():
-    settings = {"bf16": {"check_grad_overflow": False}, "zero_optimization": {"stage": 1}}
+    settings = {"bf16": {"immediate_grad_update": False}, "zero_optimization": {"stage": 1}}
     before = json.dumps(settings)
-    assert resolve(settings, CONFIG, 1).json["bf16"] == {"check_grad_overflow": False, "enabled": True}
+    assert resolve(settings, CONFIG, 1).json["bf16"] == {"immediate_grad_update": False, "enabled": True}
     assert json.dumps(settings) == before
 
 
 def test_the_autotuners_base64_is_read():
     settings = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 2}
     assert load(base64.urlsafe_b64encode(json.dumps(settings).encode()).decode()) == settings
+
+
+def test_the_autotuners_batch_is_the_configs():
+    """It tries micro-batches and stages, each with a global batch that follows from them."""
+    settings = {"autotuning": {"enabled": True}, "zero_optimization": {"stage": 1}}
+    tried = settings | {"train_micro_batch_size_per_gpu": 4, "train_batch_size": 8, "gradient_accumulation_steps": 1}
+    joined, micro = resolve(tried, CONFIG, 2)
+    assert (micro, joined["train_batch_size"], joined["gradient_accumulation_steps"]) == (4, 32, 4)
+    assert joined["autotuning"] == {"enabled": True}
 
 
 @pytest.mark.parametrize(

@@ -48,29 +48,6 @@ def test_a_mistake_is_told_once_through_the_launcher(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_ranks_whose_launcher_is_gone_stop_by_themselves(shards, tmp_path):
-    """`deepspeed` dies of a signal and tells nobody."""
-    port = ranks.free_port()
-    words = ranks.words(shards, tmp_path / "run", 2, "--train.steps", "100000", "--train.save_every", "100000")
-    command = [DEEPSPEED, "--num_gpus", "2", "--master_port", str(port), "launch/pretrain.py", *words]
-    environment = os.environ | {"PATH": f"{DEEPSPEED.parent}:{os.environ['PATH']}"}
-    with subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=subprocess.DEVNULL) as launcher:
-        deadline = time.monotonic() + 180
-        while not (tmp_path / "run" / "metrics.jsonl").exists() or not ranks.metrics(tmp_path / "run"):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        processes = psutil.Process(launcher.pid).children(recursive=True)
-        launcher.send_signal(signal.SIGTERM)
-    _, alive = psutil.wait_procs(processes, timeout=60)
-    for process in alive:
-        process.kill()
-    assert alive == []
-    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
-    assert note["reason"] == "the launcher is gone"
-    assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
-    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-
-
 @pytest.mark.parametrize(
     "leaves, code, requeued", [("stopped.json", 0, True), ("finished.json", 0, False), ("nothing", 2, False)]
 )

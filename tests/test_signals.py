@@ -1,0 +1,144 @@
+"""SIGTERM and SIGUSR1, under every launcher and to every process of it: a checkpoint, stopped.json, exit code 75."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ranks
+
+from ddae.tracker import read_metrics
+
+BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "deepspeed": lambda port: ["deepspeed", "--num_gpus", "2", "--master_port", port],
+    "torchrun": lambda port: ["torchrun", "--nproc_per_node", "2", "--master_port", port],
+    "none": lambda port: [sys.executable],
+}
+
+
+class Job:
+    """A run under a launcher: the launcher's process, and its ranks'."""
+
+    def __init__(self, launcher: str, words: list[str], log: Path):
+        self.port = str(ranks.free_port())
+        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
+        environment |= {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        command = [*LAUNCHERS[launcher](self.port), "launch/pretrain.py", *words]
+        self.log = log
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=out, stderr=out)
+
+    def ranks(self) -> list[psutil.Process]:
+        """Rank 0 first; without their data workers, which have their words."""
+        root = psutil.Process(self.process.pid)
+        named = [each for each in (root, *root.children(recursive=True)) if self._is_rank(each)]
+        numbers = {each.pid for each in named}
+        tops = [each for each in named if each.ppid() not in numbers]
+        return sorted(tops, key=lambda each: int(each.environ().get("RANK", "0")))
+
+    def _is_rank(self, process: psutil.Process) -> bool:
+        words = process.cmdline()
+        launchers = {"deepspeed", "torchrun", "deepspeed.launcher.launch"}
+        return "launch/pretrain.py" in words and not launchers & {Path(word).name for word in words[:4]}
+
+    def node_launcher(self) -> psutil.Process:
+        """deepspeed's launch.py, between `deepspeed` and the ranks."""
+        return psutil.Process(self.ranks()[0].ppid())
+
+    def until(self, there, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not there():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 60) -> dict[int, int | None]:
+        """Exit codes of the ranks where the system still tells them, once all are gone."""
+        gone, alive = psutil.wait_procs(self._watched, timeout=seconds)
+        for process in alive:
+            process.kill()
+        assert alive == [], self.log.read_text()[-3000:]
+        self.process.wait(timeout=60)
+        assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"))
+        return {process.pid: process.returncode for process in gone}
+
+    def watch(self) -> None:
+        self._watched = self.ranks()
+
+
+CASES = [
+    ("deepspeed", signal.SIGTERM, "launcher"),
+    ("deepspeed", signal.SIGUSR1, "launcher"),
+    ("deepspeed", signal.SIGTERM, "launch.py"),
+    ("deepspeed", signal.SIGUSR1, "one"),
+    ("deepspeed", signal.SIGTERM, "all"),
+    ("torchrun", signal.SIGTERM, "launcher"),
+    ("torchrun", signal.SIGUSR1, "all"),
+    ("torchrun", signal.SIGTERM, "one"),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher, number, whom", CASES, ids=lambda value: getattr(value, "name", value))
+def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, tell):
+    """A signal under a launcher of two ranks with a data worker each."""
+    options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
+    words = ranks.words(shards, tmp_path / "run", 2, *options, "--data.workers", "1")
+    job = Job(launcher, words, tmp_path / "log")
+    job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 5)
+    job.watch()
+    told = {"launcher": [job.process], "launch.py": [job.node_launcher()], "one": job.ranks()[1:], "all": job.ranks()}
+    for process in told[whom]:
+        process.send_signal(number)
+    since = time.monotonic()
+    job.end()
+    seconds = time.monotonic() - since
+    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert note["reason"] in (number.name, "the launcher is gone")
+    assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == note["step"]
+    tell(f"checkpoint and stopped.json ({note['reason']}), all gone after {seconds:.1f} s")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["while it builds", "while it exports"])
+def test_a_signal_outside_the_loop(when, shards, tmp_path, tell):
+    """SIGTERM before the first step, or after the last."""
+    options = ("--engine.precision", "fp32", "--train.steps", "20", "--train.report", "--train.save_every", "100")
+    job = Job("none", ranks.words(shards, tmp_path / "run", 2, *options), tmp_path / "log")
+    late = when == "while it exports"
+    job.until((tmp_path / "run" / ("checkpoints/latest" if late else ".lock")).exists)
+    job.process.send_signal(signal.SIGTERM)
+    since = time.monotonic()
+    code = job.process.wait(timeout=60)
+    seconds = time.monotonic() - since
+    if late:
+        assert code == 0, job.log.read_text()[-3000:]
+        assert (tmp_path / "run" / "finished.json").exists()
+        tell(f"the export was finished and the run left with exit code 0 after {seconds:.1f} s")
+        return
+    assert code == 75, job.log.read_text()[-3000:]
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
+    assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()
+    tell(f"checkpoint of step 0, stopped.json, exit code 75 after {seconds:.1f} s")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, tell):
+    """kill -9 of one of two ranks under a launcher."""
+    options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "20")
+    job = Job(launcher, ranks.words(shards, tmp_path / "run", 2, *options), tmp_path / "log")
+    job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 30)
+    job.watch()
+    job.ranks()[1].kill()
+    since = time.monotonic()
+    job.end(seconds=90)
+    assert job.process.returncode != 0
+    tell(f"the job ended with exit code {job.process.returncode} after {time.monotonic() - since:.1f} s")
