@@ -21,7 +21,8 @@ from ddae.optim import build_optimizer
 
 GIB = 2**30
 IMAGENET = 1_281_167  # images
-BUCKET, LIVE = 500_000_000, 1_000_000_000  # DeepSpeed's defaults: numbers in a bucket, in parameters gathered at once
+# DeepSpeed's defaults: numbers in a bucket, in parameters gathered at once, in a parameter that is never cut
+BUCKET, LIVE, PERSISTENT = 500_000_000, 1_000_000_000, 100_000
 
 
 class Gpu(NamedTuple):
@@ -57,47 +58,63 @@ class Memory(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Parameters of the method and, of them, the encoder's, in each of the optimizer's two groups; their largest."""
+    """Parameters of the method in the optimizer's two groups, in order: numbers in each, and whether it is the
+    encoder's."""
 
-    groups: list[tuple[int, int]]
-    small: int  # numbers in parameters that ZeRO-3 leaves whole on every GPU
+    groups: list[list[tuple[int, bool]]]
 
     @property
     def method(self) -> int:
-        return sum(whole for whole, _ in self.groups)
+        return sum(self.of_groups())
 
     @property
     def encoder(self) -> int:
-        return sum(of_encoder for _, of_encoder in self.groups)
+        return sum(self.of_groups(encoder_alone=True))
+
+    def of_groups(self, encoder_alone: bool = False) -> list[int]:
+        return [sum(size for size, of_encoder in group if of_encoder or not encoder_alone) for group in self.groups]
+
+    def touched(self, shards: int) -> int:
+        """Numbers in the parameters that the largest share of a group has a part in, over all groups: gradients of
+        parameters that two GPUs share stay whole on both (ZeRO-1 and -2)."""
+        total = 0
+        for group in self.groups:
+            share, start, held = sum(size for size, _ in group) / shards, 0, [0] * shards
+            for size, _ in group:
+                for shard in range(int(start // share), min(shards - 1, int((start + size - 1) // share)) + 1):
+                    held[shard] += size
+                start += size
+            total += max(held)
+        return total
 
 
-def count_parameters(config: Config, persistent: int = 100_000) -> Counts:
-    """Of the model that the config describes, which is not built for it; `persistent`: ZeRO-3's threshold."""
+def count_parameters(config: Config) -> Counts:
+    """Of the model that the config describes, which is not built for it."""
     with torch.device("meta"):
         method = assemble(config)
     encoder = {id(parameter) for parameter in method.encoder.parameters()}
-    groups = [
-        (sum(p.numel() for p in params), sum(p.numel() for p in params if id(p) in encoder))
-        for params in (group["params"] for group in build_optimizer(method, config.optim).param_groups)
-    ]
-    small = sum(p.numel() for p in method.parameters() if p.numel() <= persistent)
-    return Counts(groups, small)
+    groups = build_optimizer(method, config.optim).param_groups
+    return Counts([[(p.numel(), id(p) in encoder) for p in group["params"]] for group in groups])
 
 
 def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micro_batch: int) -> Memory:
     """On each of `gpus` GPUs at a ZeRO stage, with what a DeepSpeed JSON says of buckets and offload."""
     zero = settings.get("zero_optimization", {})
-    counts = count_parameters(config, zero.get("stage3_param_persistence_threshold", 100_000))
+    counts = count_parameters(config)
     n, low, mixed = counts.method, bytes_of_weights(config), config.engine.precision == "bf16"
     shards = gpus if stage > 0 else 1
     weights = low * n
     if stage == 3:
-        weights = low * (n / gpus + (counts.small if gpus > 1 else 0))
+        threshold = zero.get("stage3_param_persistence_threshold", PERSISTENT)
+        whole = sum(size for group in counts.groups for size, _ in group if size <= threshold)
+        weights = low * (n / gpus + (whole if gpus > 1 else 0))
     masters = 4 * n / shards if mixed or stage > 0 else 0  # at stage 0 in fp32 the weights are their own
     optimizer, update = masters + 8 * n / shards, (4 * n / shards if mixed else 0) + 8 * n / shards
-    of_encoder = counts.encoder if stage == 0 else sum(min(e, whole / shards) for whole, e in counts.groups)
-    if stage == 3:
-        of_encoder = counts.encoder / shards
+    of_encoder = counts.encoder / shards  # spread evenly at stage 3; at 1 and 2 it comes first, on the first GPUs
+    if stage in (1, 2):
+        both = zip(counts.of_groups(), counts.of_groups(encoder_alone=True), strict=True)
+        of_encoder = sum(min(encoder, whole / shards) for whole, encoder in both)
+    gradients = low * (counts.touched(shards) if stage in (1, 2) else n / shards)
     follower = 8 * of_encoder
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         optimizer = follower = update = 0.0  # on the CPU
@@ -110,7 +127,7 @@ def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micr
         buffers += low * (bucket + min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus))
     if config.engine.recompute:
         buffers += max(block_bytes(config, *shape) * rows for shape, _, rows in stacks(config, micro_batch))
-    return Memory(weights, low * n / shards, optimizer, teacher, activations(config, micro_batch), buffers, update)
+    return Memory(weights, gradients, optimizer, teacher, activations(config, micro_batch), buffers, update)
 
 
 def bytes_of_weights(config: Config) -> int:
@@ -164,7 +181,7 @@ def activations(config: Config, images: int) -> float:
         copies = 1 if isinstance(branch, PixelConfig) else 2
         total += masked * out * (copies * 4 if config.engine.kernels == "reference" else product)  # the loss
     if config.engine.precision == "autocast":
-        total += 2 * sum(whole for whole, _ in count_parameters(config).groups[:1])  # matrices, rounded once a step
+        total += 2 * count_parameters(config).of_groups()[0]  # matrices, rounded once a step
     return total
 
 
@@ -245,7 +262,7 @@ def show(
         if value <= 0:
             raise UserError(f"--{flag} is {value}: give a number above 0")
     gpu, batch = GPUS[gpu_name], config.data.batch_size
-    micro = micro or settings.get("train_micro_batch_size_per_gpu") or batch // gpus
+    micro = int(micro or settings.get("train_micro_batch_size_per_gpu") or batch // gpus)
     if micro < 1 or batch % (micro * gpus):
         raise UserError(f"data.batch_size {batch} is not divisible by {gpus} GPUs x micro-batch {micro}: change one")
     counts, cost, accumulation = count_parameters(config), work(config), batch // (micro * gpus)

@@ -11,14 +11,15 @@ from ddae.cli import parse
 from ddae.presets import METHODS, names
 
 README = (ranks.ROOT / "README.md").read_text()
+CLUSTER = (ranks.ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_its_commands_parse():
-    text = README.replace("\\\n", " ")
-    commands = re.findall(r"launch/(?:pretrain\.py|slurm_pretrain\.sh) ([^`\n']*)", text)
-    assert len(commands) >= 4
+    text = (README + CLUSTER).replace("\\\n", " ")
+    commands = re.findall(r"launch/(?:pretrain\.py|slurm_pretrain\.sh|srun_pretrain\.sh) ([^`\n']*)", text)
+    assert len(commands) >= 6
     for command in commands:
-        words = [word for word in shlex.split(command, comments=True) if word not in ("--show", "--help")]
+        words = [word for word in shlex.split(command, comments=True) if word not in ("--show", "--help", "...")]
         assert parse(words).preset in names()
     (flags,) = re.findall(r"`(--pixel\.taps[^`]*)`", README)
     assert not parse(flags.split()).feature.enabled
