@@ -11,8 +11,10 @@ is saved: order, crops and masks are functions of the seed and the step (counter
 """
 
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -61,7 +63,9 @@ class Checkpoints:
             def write() -> None:
                 written.update(_write_slices(path / _slices_file(rank()), engine, teacher))
                 if is_main():
-                    torch.save(facts | {"betas": betas.state_dict()}, path / STATE)
+                    content = io.BytesIO()  # torch.save itself says a full disk in words of its own
+                    torch.save(facts | {"betas": betas.state_dict()}, content)
+                    (path / STATE).write_bytes(content.getvalue())
                     written.update(_seal(path / STATE))
 
             told = gather((_attempt(write), written))
@@ -143,10 +147,10 @@ class Checkpoints:
         _flush(self.folder)
         for old in self._names()[: -self.keep]:
             if not self.keep_every or int(old.removeprefix("step_")) % self.keep_every:
-                shutil.rmtree(self.folder / old)
+                shutil.rmtree(self.folder / old, ignore_errors=True)  # what somebody still reads goes next time
 
     def _names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.glob("step_*"))
+        return sorted(path.name for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
 class _Slices:

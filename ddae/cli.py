@@ -10,14 +10,16 @@ import difflib
 import io
 import json
 import os
+import platform
 import re
 import sys
+import time
 from collections.abc import Callable
 
 import tyro
 
 from ddae.config import Config, check
-from ddae.distributed import is_main, take_slurm_ranks
+from ddae.distributed import is_main, rank, take_slurm_ranks
 from ddae.errors import UserError
 from ddae.presets import preset
 
@@ -41,6 +43,10 @@ def run(main: Callable[[Config], None]) -> None:
     except UserError as error:
         if is_main():
             print(f"ddae: {error}", file=sys.stderr, flush=True)
+        elif os.environ.get("LOCAL_RANK") == "0":  # of another node, which may lack what the first one has
+            print(f"ddae: rank {rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # a launcher ends all ranks when the first has left: let the one that speaks speak
         # Past the interpreter's own shutdown, which would wait for other ranks; nothing is left open at this point.
         sys.stdout.flush()
         os._exit(2)

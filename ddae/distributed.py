@@ -24,7 +24,7 @@ def take_slurm_ranks() -> None:
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(
             f"srun started {tasks} ranks, but {' and '.join(sorted(missing))} do not say where they meet: export them "
-            "as launch/srun_pretrain.sh does"
+            "as launch/slurm_pretrain.sh does"
         )
 
 
@@ -74,12 +74,19 @@ def gather(value: T) -> list[T]:
 
 
 def from_main(decide: Callable[[], T]) -> T:
-    """What the main rank decides, on all of them."""
+    """What the main rank decides, on all of them; what it raises, too."""
     if world_size() == 1:
         return decide()
-    told = [decide() if is_main() else None]
+    told: list = [None, None]
+    if is_main():
+        try:
+            told[0] = decide()
+        except Exception as error:  # the others wait for a word
+            told[1] = error
     dist.broadcast_object_list(told)
-    return told[0]  # type: ignore[return-value]
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
 
 
 def agree(**facts: object) -> None:

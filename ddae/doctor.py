@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from PIL import Image, features
 from ddae import ds_config, run_folder
 from ddae.betas import Betas
 from ddae.checkpoint import Checkpoints
-from ddae.config import Config, beta_names
+from ddae.config import beta_names
 from ddae.data.choice import dali_installed
 from ddae.data.pillow import decode
 from ddae.distributed import barrier, device, from_main, gather, is_main, world_size
@@ -31,9 +33,11 @@ from ddae.engine import Engine, start_process_group
 from ddae.errors import UserError
 from ddae.method import build_method
 from ddae.presets import preset
+from ddae.watchdog import Watchdog
 
 SIZES = (1, 16, 128)  # MB that go between the ranks
 ROUNDS = 5
+PATIENCE = 240.0  # seconds for one of the tries, DeepSpeed's building of an op included
 
 
 def examine(folder: Path, json_path: str) -> int:
@@ -42,6 +46,8 @@ def examine(folder: Path, json_path: str) -> int:
     folder: where runs are to be, tried for checkpoints; json_path: the DeepSpeed JSON to try them with.
     """
     start_process_group()
+    from_main(lambda: (folder / ".doctor").mkdir(parents=True, exist_ok=True))
+    watchdog = Watchdog(folder / ".doctor", PATIENCE)  # a rank that fails alone leaves the others waiting
     failed = 0
     for name, look in {
         "versions": versions,
@@ -52,7 +58,9 @@ def examine(folder: Path, json_path: str) -> int:
         "disk": lambda: disk(folder),
         "checkpoint": lambda: checkpoint(folder, json_path),
         "all-reduce": all_reduce,
+        "gloo": gloo,
     }.items():
+        watchdog.beat(0)
         problem, said = "", ""
         try:
             said = look()
@@ -60,12 +68,16 @@ def examine(folder: Path, json_path: str) -> int:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         problems = [each for each in gather(problem) if each]
         failed += bool(problems)
+        watchdog.beat(0)
         if is_main():
             lines = (
                 f"FAILS on {len(problems)} of {world_size()} ranks: {problems[0]}" if problems else said
             ).splitlines()
             print(f"{name:12}" + ("\n" + " " * 12).join(lines), flush=True)
+    watchdog.stop()
+    barrier()
     if is_main():
+        shutil.rmtree(folder / ".doctor", ignore_errors=True)
         print(f"\n{failed} of the above do not work" if failed else "\nall of it works", flush=True)
     return failed
 
@@ -138,50 +150,49 @@ def decoders() -> str:
 def disk(folder: Path) -> str:
     """Every rank writes and flushes 64 MB at once; all must see the folder that rank 0 made."""
 
-    def make() -> str | None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".doctor").mkdir(exist_ok=True)
-        return None
-
-    from_main(make)
     own = folder / ".doctor" / f"rank_{dist.get_rank():05d}"
     lacking = [node for node, there in gather((platform.node(), own.parent.is_dir())) if not there]
     if lacking:
         raise RuntimeError(f"{folder} is another folder on {lacking[0]}: runs need one that all nodes share")
-    start = time.perf_counter()
-    with open(own, "wb") as file:
-        file.write(os.urandom(2**16) * 1000)
-        file.flush()
-        os.fsync(file.fileno())
-    seconds = max(gather(time.perf_counter() - start))
-    own.unlink()
-    barrier()
+    start, problem = time.perf_counter(), ""
+    try:
+        with open(own, "wb") as file:
+            file.write(os.urandom(2**16) * 1000)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        problem = f"{error.strerror} on {platform.node()}"
+    told = gather((time.perf_counter() - start, problem))
+    own.unlink(missing_ok=True)
+    if problems := [problem for _, problem in told if problem]:
+        raise RuntimeError(problems[0])
+    seconds = max(seconds for seconds, _ in told)
     free = shutil.disk_usage(folder).free / 2**30
     return f"{folder}: {world_size() * 65.536 / seconds:,.0f} MB/s over all ranks, flushed; {free:,.0f} GiB free"
 
 
 def checkpoint(folder: Path, json_path: str) -> str:
     """A small model's state is saved, checked and read back by all ranks."""
-    config: Config = preset("demo")
-    config = Config.from_dict(config.to_dict() | {"data": config.to_dict()["data"] | {"batch_size": 8 * world_size()}})
-    resolved = ds_config.resolve(ds_config.load(json_path), config, world_size())
+    settings, config = ds_config.load(json_path), preset("demo")
+    if settings.get("bf16", {}).get("enabled"):
+        config = replace(config, engine=replace(config.engine, precision="bf16"))
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        settings.pop(key, None)  # of the run's own batch
+    settings.pop("gradient_clipping", None)
+    config = replace(config, data=replace(config.data, batch_size=8 * world_size()))
+    resolved = ds_config.resolve(settings, config, world_size())
     engine = Engine(build_method(config), config.optim, resolved)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     checkpoints = Checkpoints(folder / ".doctor", 1)
-    try:
-        start = time.perf_counter()
-        if not checkpoints.save(1, engine, None, betas, fingerprint="doctor"):
-            raise RuntimeError("it cannot be written")
-        saved = time.perf_counter()
-        newest = checkpoints.newest(allow_scratch=False)
-        if newest is None:
-            raise RuntimeError("what was written is not found")
-        checkpoints.load(newest.path, engine, None, betas, "doctor")
-        loaded = time.perf_counter()
-    finally:
-        barrier()
-        if is_main():
-            shutil.rmtree(folder / ".doctor", ignore_errors=True)
+    start = time.perf_counter()
+    if not checkpoints.save(1, engine, None, betas, fingerprint="doctor"):
+        raise RuntimeError("it cannot be written")
+    saved = time.perf_counter()
+    newest = checkpoints.newest(allow_scratch=False)
+    if newest is None:
+        raise RuntimeError("what was written is not found")
+    checkpoints.load(newest.path, engine, None, betas, "doctor")
+    loaded = time.perf_counter()
     return f"ZeRO {engine.stage}: written in {saved - start:.2f} s, checked and read in {loaded - saved:.2f} s"
 
 
@@ -196,6 +207,20 @@ def all_reduce() -> str:
         carried = 2 * (world_size() - 1) / world_size() * size / 1000 / seconds
         lines.append(f"{size:4} MB in {seconds * 1000:8.2f} ms: {carried:6.2f} GB/s a rank")
     return "\n".join(lines)
+
+
+def gloo() -> str:
+    """The processors' own way to talk, by which ranks agree to stop."""
+    if world_size() == 1:
+        return "one rank has nobody to talk to"
+    try:
+        group: Any = dist.new_group(backend="gloo")
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{' '.join(str(error).split())[:150]}: let GLOO_SOCKET_IFNAME name the network device that joins the nodes"
+        ) from None
+    return "the ranks' processors meet"
 
 
 def _timed(work: Callable[[], object]) -> float:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 from ddae.config import Config, flatten
 from ddae.errors import UserError
 
+GUARD = "nothing: it keeps gradients that are no numbers out of the weights, and leave"
 FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the same, if there is one
     "activation_checkpointing": "--engine.recompute",
     "optimizer": "--optim.*",
     "scheduler": "--optim.*",
     **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),
     **dict.fromkeys(("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"), "--engine.precision"),
-    "bf16.check_grad_overflow": "nothing (it keeps gradients that are no numbers out of the weights)",
+    **dict.fromkeys(("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"), GUARD),
     **dict.fromkeys(("compression_training", "curriculum_learning", "data_efficiency"), "nothing"),
     **dict.fromkeys(("progressive_layer_drop", "gradient_predivide_factor", "prescale_gradients"), "nothing"),
 }
@@ -41,7 +42,7 @@ def load(path: str) -> dict[str, Any]:
         settings = json.loads(_from_base64(path) or Path(path).read_text())
     except OSError as error:
         raise UserError(f"--ds_config {path} cannot be read ({error.strerror}): name one of ds_configs/") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # of JSON, or of text
         raise UserError(f"--ds_config {path} is not JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UserError(f"--ds_config {path} holds a {type(settings).__name__}: expected a JSON object")
@@ -68,6 +69,8 @@ def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
     for key, flag in FOREIGN.items():
         if key in settings or key in said:
             raise UserError(f"the DeepSpeed JSON names {key!r}, which is the config's to say: use {flag} instead")
+    if said.get("zero_optimization.offload_optimizer.device") == "nvme":
+        raise UserError("the DeepSpeed JSON offloads the optimizer to nvme, where no teacher can follow: use cpu")
     batch = config.data.batch_size
     micro = settings.get("train_micro_batch_size_per_gpu", batch // ranks)
     if not isinstance(micro, int) or micro < 1 or batch % (micro * ranks):
@@ -96,6 +99,6 @@ def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
     for key, (value, _) in owned.items():
         block, _, name = key.rpartition(".")
         (joined.setdefault(block, {}) if block else joined)[name] = value
-    if "offload_optimizer" in settings.get("zero_optimization", {}):
+    if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
         joined.setdefault("zero_force_ds_cpu_optimizer", False)  # AdamW stays the config's, on whichever device
     return Resolved(joined, micro)

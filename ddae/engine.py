@@ -36,7 +36,7 @@ def start_process_group(patience: float = 600.0) -> None:
         others = [name for name in OTHER_LAUNCHERS if int(os.environ.get(name, "1")) > 1]
         if others:
             raise UserError(
-                f"{others[0]} says that there are several processes, but RANK is not set: start them with deepspeed "
+                f"{others[0]} says that there are several processes, but RANK is not set: start them with deepspeed, "
                 "torchrun or srun (docs/cluster.md has the lines)"
             )
         os.environ |= alone | {"MASTER_PORT": str(_free_port())}
@@ -46,7 +46,7 @@ def start_process_group(patience: float = 600.0) -> None:
         atexit.register(_remove_buffers)
         try:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience))
-        except dist.DistNetworkError as error:
+        except dist.DistError as error:
             port = os.environ.get("MASTER_PORT")
             raise UserError(
                 f"the ranks cannot meet on port {port} ({str(error).splitlines()[0]}): "
@@ -93,6 +93,10 @@ class Engine:
         self.adam = optimizer
         self._unchecked = self.stage == 0 and not self.deepspeed.bfloat16_enabled()  # where DeepSpeed does not look
         self.device = device()
+        if self._unchecked:  # a step that is left out has no gradients, which DeepSpeed's clipping does not expect
+            clip = self.deepspeed.clip_fp32_gradients
+            self.deepspeed.clip_fp32_gradients = lambda: None if self._left_out else clip()
+        self._left_out = False
 
     @property
     def method(self) -> Method:
@@ -129,16 +133,17 @@ class Engine:
     def update(self, lr: float) -> bool:
         """End a micro-batch; after a step's last one update the weights. Whether they were updated.
 
-        A step with a gradient that is no number, on whichever rank, updates nothing on any.
+        A step with a gradient that is no number, on whichever rank, updates nothing on any: DeepSpeed sees to it but at
+        stage 0 without bf16, where this does; both look at one flag of the device's.
         """
         for group in cast(torch.optim.Optimizer, self.deepspeed.optimizer).param_groups:
             group["lr"] = lr
-        lost = self._unchecked and self.deepspeed.is_gradient_accumulation_boundary() and not self._finite()
-        if lost:
+        self._left_out = self._unchecked and self.deepspeed.is_gradient_accumulation_boundary() and not self._finite()
+        if self._left_out:
             for parameter in self.method.parameters():
                 parameter.grad = None  # which Adam passes over
         self.deepspeed.step()
-        return self.deepspeed.was_step_applied() and not lost
+        return self.deepspeed.was_step_applied() and not self._left_out
 
     def _finite(self) -> bool:
         """Whether all gradients, the mean over the ranks by now, are numbers."""
@@ -173,6 +178,7 @@ class Engine:
             if kept := optimizer.persistent_parameters:  # small ones, which every rank has whole
                 kept[0].partition(kept)
                 kept[0].all_gather(kept)
+            optimizer.invalidate_secondary_tensor()  # of zero_hpz_partition_size: a copy within each node
         elif self.stage > 0:
             optimizer.update_lp_params()
         else:

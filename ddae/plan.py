@@ -28,15 +28,16 @@ BUCKET, LIVE, PERSISTENT = 500_000_000, 1_000_000_000, 100_000
 class Gpu(NamedTuple):
     memory: float  # GiB that a process can have
     teraflops: float  # dense bf16, the vendor's figure
+    in_fp32: float  # the same without bf16 (and without TF32)
 
 
 GPUS = {
-    "a100-40g": Gpu(39.4, 312),
-    "a100-80g": Gpu(79.2, 312),
-    "h100-80g": Gpu(79.1, 989),
-    "h200": Gpu(139.8, 989),
-    "l40s": Gpu(44.4, 362),
-    "a10g": Gpu(22.1, 125),
+    "a100-40g": Gpu(39.4, 312, 19.5),
+    "a100-80g": Gpu(79.2, 312, 19.5),
+    "h100-80g": Gpu(79.1, 989, 67),
+    "h200": Gpu(139.8, 989, 67),
+    "l40s": Gpu(44.4, 362, 91.6),
+    "a10g": Gpu(22.1, 70, 35),
 }
 
 
@@ -114,9 +115,10 @@ def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micr
     if stage in (1, 2):
         both = zip(counts.of_groups(), counts.of_groups(encoder_alone=True), strict=True)
         of_encoder = sum(min(encoder, whole / shards) for whole, encoder in both)
-    gradients = low * (counts.touched(shards) if stage in (1, 2) else n / shards)
+    whole = stage == 0 or (stage == 1 and micro_batch * gpus < config.data.batch_size)  # till the last micro-batch
+    gradients = low * (n if whole else counts.touched(shards) if stage < 3 else n / shards)
     follower = 8 * of_encoder
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         optimizer = follower = update = 0.0  # on the CPU
     teacher = (follower + low * counts.encoder) if config.feature.enabled else 0.0
     bucket = zero.get("reduce_bucket_size", BUCKET)
@@ -235,7 +237,8 @@ def traffic(config: Config, stage: int, gpus: int, accumulation: int) -> float:
     """Bytes that a GPU sends in a step, by rings: gradients, weights, and under ZeRO the teacher's copy."""
     counts, low = count_parameters(config), bytes_of_weights(config)
     n, share = counts.method, (gpus - 1) / gpus
-    passes = {0: 2, 1: 2, 2: 1 + accumulation, 3: 3 * accumulation}[stage]  # over all numbers
+    # Over all numbers. DeepSpeed sums gradients by all-reduce (2) at stages 1 and 2 as well, then gathers weights (1).
+    passes = {0: 2, 1: 2 + 1, 2: 2 * accumulation + 1, 3: 3 * accumulation}[stage]
     teacher = 2 * counts.encoder if stage > 0 and config.feature.enabled else 0
     return low * share * (passes * n + teacher)
 
@@ -266,17 +269,19 @@ def show(
     if micro < 1 or batch % (micro * gpus):
         raise UserError(f"data.batch_size {batch} is not divisible by {gpus} GPUs x micro-batch {micro}: change one")
     counts, cost, accumulation = count_parameters(config), work(config), batch // (micro * gpus)
-    rate = gpus * gpu.teraflops * 1e12 / cost.total
-    days = config.train.epochs * images / (mfu * rate) / 86400
+    teraflops = gpu.in_fp32 if config.engine.precision == "fp32" else gpu.teraflops
+    rate = gpus * teraflops * 1e12 / cost.total
+    seen = config.num_steps(images) * batch
+    days = seen / (mfu * rate) / 86400
     shares = ", ".join(f"{name} {value / cost.total:.0%}" for name, value in cost._asdict().items() if value)
-    peak = f"{gpu.teraflops:g} TFLOP/s"
+    peak = f"{teraflops:g} TFLOP/s"
     lines = [
         f"{config.preset} on {gpus} x {gpu_name}, {config.engine.precision}: {counts.method / 1e6:.1f} million "
         f"parameters, {counts.encoder / 1e6:.1f} of the encoder",
         f"batch      {batch} = {gpus} GPUs x {micro} images x {accumulation}",
         f"work       {cost.total / 1e9:,.1f} GFLOP an image: {shares}",
         f"bound      {rate:,.0f} images/s if every GPU did {peak}; {mfu * rate:,.0f} at {mfu:.0%} of that",
-        f"schedule   {config.train.epochs:g} epochs of {images:,} images at {mfu:.0%}: {days:.2f} days, "
+        f"schedule   {seen / images:,.4g} epochs of {images:,} images at {mfu:.0%}: {days:.2f} days, "
         f"{24 * days * gpus:,.0f} GPU hours",
         "",
         f"GiB on a GPU that has {gpu.memory:g}; most: the largest micro-batch that fits; sent: by a GPU in a step",

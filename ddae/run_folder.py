@@ -1,5 +1,6 @@
 """A run's folder: what it was started with, and whether it may be gone on with."""
 
+import errno
 import fcntl
 import json
 import os
@@ -48,24 +49,44 @@ def lock(config: Config) -> None:
     """Hold the folder against other runs for as long as this process lives; all ranks call it."""
     folder = Path(config.folder)
 
-    def attempt() -> bool:
+    def attempt() -> None:
         if folder.absolute() in _held:
-            return True
+            return
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which, unlike flock, no data worker inherits
-        except OSError:
-            os.close(file)
-            return False
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                who = os.read(file, 200).decode(errors="replace").strip() or "another process"
+                os.close(file)
+                raise UserError(f"{who} trains in {folder}: wait for it, or choose another --run_dir") from None
+            print(f"{folder} cannot be locked ({error.strerror}): see to it that nobody else trains there", flush=True)
+        else:
+            os.ftruncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
         _held[folder.absolute()] = file
-        return True
 
-    if not from_main(attempt):
-        raise UserError(f"another process trains in {folder}: wait for it, or choose another --run_dir")
+    from_main(attempt)
 
 
 _held: dict[Path, int] = {}  # descriptors of the locks of this process
+
+
+def check_history(config: Config) -> None:
+    """UserError where a run that has no checkpoint must have had one: its folder was moved, or is not mounted."""
+    folder = Path(config.folder)
+    try:
+        before = json.loads((folder / "config.json").read_text())["train"]["save_every"]
+        last = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()[-2:-1]]
+    except (OSError, ValueError, KeyError):
+        return
+    stopped = any((folder / name).exists() for name in (FINISHED, STOPPED))
+    if not config.allow_scratch and (stopped or max(last, default=0) > before):
+        raise UserError(
+            f"{folder} has been trained for {max(last, default=0)} steps and more, but holds no checkpoint: bring back "
+            "its checkpoints/, choose another --run_dir, or start anew with --allow_scratch"
+        )
 
 
 def write(config: Config, ds_json: dict[str, Any], backend: str) -> None:

@@ -7,6 +7,7 @@ of a signal without a word to its ranks. One rank that knows is enough.
 import signal
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import psutil
@@ -56,17 +57,19 @@ class Stop:
         self._reason = self._reason or reason
 
     def _watch(self, launchers: list[psutil.Process]) -> None:
-        while all(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in launchers):
-            time.sleep(1)
+        with suppress(psutil.Error):  # gone while it is looked at
+            while all(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in launchers):
+                time.sleep(1)
         self._tell(3)
 
 
 def _launchers() -> list[psutil.Process]:
     """The launchers above this process, from the one that started it upwards."""
     found = []
-    for process in psutil.Process().parents():
-        words = process.cmdline()
-        if not words or "python" not in words[0] or not any(name in " ".join(words) for name in LAUNCHERS):
-            break
-        found.append(process)
+    with suppress(psutil.Error):  # where a user may not see others' processes there is no launcher of his above them
+        for process in psutil.Process().parents():
+            words = process.cmdline()
+            if not words or "python" not in words[0] or not any(name in " ".join(words) for name in LAUNCHERS):
+                break
+            found.append(process)
     return found

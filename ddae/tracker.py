@@ -9,8 +9,10 @@ import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from ddae.config import TrackerConfig, flatten
 
 STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI says otherwise; `mlflow ui` finds it by itself
 RUN_ID = "mlflow_run_id"  # file in the run folder, by which a resumed run goes on in the same MLflow run
+MARK = "ddae.opened_by"
 WAITING = 5000  # rows that wait for a server that does not answer
 ROWS_A_CALL = 16  # that are sent together; a call holds 1000 numbers at most
 PAUSE = (1.0, 60.0)  # seconds between attempts: the first, and the longest
@@ -34,12 +37,18 @@ class Tracker:
         unfinished = self.path.with_suffix(".part")
         unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(unfinished, self.path)
-        self._file = open(self.path, "a")  # noqa: SIM115 - open as long as the run
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
+        self._unwritten = b""  # what a full disk has not taken yet
 
     def log(self, row: dict[str, float]) -> None:
-        """One row; it has a key `step`."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        """One row; it has a key `step`. A disk that is full ends no run: the row waits for the next."""
+        waited, self._unwritten = bool(self._unwritten), self._unwritten + json.dumps(row).encode() + b"\n"
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not waited:
+                print(f"{self.path} cannot be written ({error.strerror}): its rows wait", flush=True)
 
     @property
     def run_id(self) -> str:
@@ -59,7 +68,9 @@ class MlflowTracker(Tracker):
         super().__init__(folder, step)
         known = folder / RUN_ID
         self._known, self._experiment, self._params = known, experiment, params
-        self._run_id = run_id or (known.read_text().strip() if known.exists() else "")
+        of_folder = known.read_text().strip() if known.exists() else os.environ.get("MLFLOW_RUN_ID", "")
+        self._run_id = run_id or of_folder
+        self._mark = uuid.uuid4().hex  # of a run that this process opens, to know it by if the answer is lost
         self._client: Any = None
         self._fresh = False  # whether this process made the run, and its parameters are to be sent
         self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(WAITING)  # None: nothing comes after it
@@ -120,7 +131,7 @@ class MlflowTracker(Tracker):
                 call()
             except Exception as error:  # whatever a server, a client or a database may throw
                 if not self._failing:
-                    reason = " ".join(str(error).split())[:200]
+                    reason = re.sub(r"://[^/\s]*@", "://", " ".join(str(error).split()))[:200]
                     print(f"MLflow does not answer ({reason}): the run goes on, its rows wait", flush=True)
                 self._failing = True
                 if time.monotonic() + pause > self._leave_by:
@@ -155,8 +166,9 @@ class MlflowTracker(Tracker):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", self._experiment)
             experiment = client.get_experiment_by_name(name)
             number = client.create_experiment(name) if experiment is None else experiment.experiment_id
-            self._run_id = client.create_run(number, run_name=self._known.parent.name).info.run_id
-            self._fresh = True
+            opened = client.search_runs([number], f"tags.`{MARK}` = '{self._mark}'", max_results=1)
+            run = opened[0] if opened else client.create_run(number, None, {MARK: self._mark}, self._known.parent.name)
+            self._run_id, self._fresh = run.info.run_id, True
         self._known.write_text(self._run_id)
         if self._fresh:
             params = [Param(key, str(value)[:500]) for key, value in self._params.items()]
@@ -176,10 +188,10 @@ class MlflowTracker(Tracker):
 
     def _close(self) -> None:
         files, status = self._ending
-        for file in files:
+        self._client.set_terminated(self._run_id, status)
+        for file in sorted(files, key=lambda file: file.stat().st_size):  # the largest may take too long
             folder = None if file.parent.name not in ("figures", "encoder") else file.parent.name
             self._client.log_artifact(self._run_id, str(file), folder)
-        self._client.set_terminated(self._run_id, status)
 
 
 def _goes_on(client: Any, run_id: str) -> bool:

@@ -16,7 +16,7 @@ from ddae.config import Config, beta_names
 from ddae.data.loader import Batch, Loader
 from ddae.data.preview import Preview, preview_images
 from ddae.data.reader import Part
-from ddae.distributed import agree, barrier, device, is_main, rank, world_size
+from ddae.distributed import agree, barrier, device, from_main, is_main, rank, world_size
 from ddae.dump import add_batches
 from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.errors import UserError
@@ -61,6 +61,8 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     watchdog = Watchdog(folder, config.train.hang_after)
     checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, config.train.keep_every)
     newest = checkpoints.newest(config.allow_scratch)
+    if newest is None:
+        from_main(lambda: run_folder.check_history(config))
     engine = Engine(build_method(config), config.optim, resolved)
     teacher = build_teacher(config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
@@ -116,10 +118,9 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
         if lost:
             say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
         if lost == MOST_LOST:
-            dumps = Checkpoints(folder / "dumps", 2)
-            dumps.save(step, engine, teacher, betas, feature_weight=feature_weight, share=1 / part.accumulation)
-            dump = dumps.folder / f"step_{step:08d}"
-            add_batches(dump, config, engine.method, kept, loader.name_of, forward_one)
+            dump, facts = folder / "dumps" / f"step_{step:08d}", {"feature_weight": feature_weight}
+            if Checkpoints(dump.parent, 2).save(step, engine, teacher, betas, **facts, share=1 / part.accumulation):
+                add_batches(dump, config, engine.method, kept, loader.name_of, forward_one)
             end_lost(dump, lost, step, kept, loader, tracker)
         if teacher is not None and applied:
             teacher.follow(engine.encoder_fragments(), momentum)
@@ -182,7 +183,10 @@ def forward(
 def leave(config: Config, reason: str, step: int, tracker: Tracker | None) -> NoReturn:
     """End all ranks after `step` steps, with their checkpoint written."""
     if is_main():
-        run_folder.set_stopped(config, reason, step)
+        try:
+            run_folder.set_stopped(config, reason, step)
+        except OSError as error:
+            print(f"{run_folder.STOPPED} cannot be written ({error.strerror})", flush=True)
     if tracker is not None:
         tracker.finish([], "KILLED", patience=3)
     say(f"{config.folder}: stopped after {step} steps ({reason}); the same command goes on")

@@ -32,7 +32,8 @@ class Watchdog:
         self.stem.with_suffix(".txt").unlink(missing_ok=True)
         self._step, self._at = 0, time.monotonic()
         self._over = threading.Event()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        for task in (self._watch, self._write_heartbeats):  # apart: the disk may be what hangs
+            threading.Thread(target=task, daemon=True).start()
 
     def beat(self, step: int) -> None:
         """`step` steps are done."""
@@ -42,20 +43,19 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        told = -1.0
         while not self._over.wait(min(EVERY, self.limit / 4)):
-            if self._at != told:
-                told = self._at
-                with suppress(OSError):  # a disk that is full ends no run here
-                    self._write_heartbeat()
             if time.monotonic() - self._at > self.limit:
                 self._end()
 
-    def _write_heartbeat(self) -> None:
-        beat = {"host": platform.node(), "pid": os.getpid(), "step": self._step, "time": time.time()}
-        unfinished = self.stem.with_suffix(".part")
-        unfinished.write_text(json.dumps(beat) + "\n")
-        unfinished.replace(self.stem.with_suffix(".json"))
+    def _write_heartbeats(self) -> None:
+        told, unfinished = -1.0, self.stem.with_suffix(".part")
+        while not self._over.wait(min(EVERY, self.limit / 4)):
+            if self._at != told:
+                told = self._at
+                beat = {"host": platform.node(), "pid": os.getpid(), "step": self._step, "time": time.time()}
+                with suppress(OSError):  # a disk that is full ends no run here
+                    unfinished.write_text(json.dumps(beat) + "\n")
+                    unfinished.replace(self.stem.with_suffix(".json"))
 
     def _end(self) -> None:
         stacks = self.stem.with_suffix(".txt")
@@ -65,6 +65,13 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        with suppress(OSError), open(stacks, "w") as file:
-            faulthandler.dump_traceback(file)
+        faulthandler.dump_traceback(sys.stderr)
+
+        def write() -> None:
+            with suppress(OSError), open(stacks, "w") as file:
+                faulthandler.dump_traceback(file)
+
+        writer = threading.Thread(target=write, daemon=True)
+        writer.start()
+        writer.join(5)
         os._exit(EXIT_CODE)

@@ -1,8 +1,8 @@
 #!/bin/bash
-# One task a node, DeepSpeed's launcher inside each:
+# One task a GPU, started by srun itself: Slurm's signals reach every rank, and no launcher stands between.
 #   sbatch --nodes 8 launch/slurm_pretrain.sh --ds_config ds_configs/zero2.json --data.train /data/imagenet --run_dir runs/b
 # Slurm warns 300 s before the time is over; the run then writes a checkpoint and stopped.json, and is queued again.
-#SBATCH --ntasks-per-node=1 --gpus-per-node=8
+#SBATCH --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=8
 #SBATCH --signal=USR1@300 --requeue --open-mode=append
 
 run_dir=""
@@ -18,17 +18,11 @@ if [ -z "$run_dir" ]; then
     exit 2
 fi
 
-hosts="hosts_$SLURM_JOB_ID"
-scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=${SLURM_GPUS_ON_NODE:-8}/" > "$hosts"
-export MASTER_ADDR="$(head -n 1 "$hosts" | cut -d ' ' -f 1)" HOSTS="$hosts"
-srun bash -c 'exec deepspeed --hostfile "$HOSTS" --no_ssh --node_rank "$SLURM_NODEID" --master_addr "$MASTER_ADDR" \
-    launch/pretrain.py "$@"' pretrain "$@"
+export MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+rm -f "$run_dir/stopped.json" # of an earlier start: not to be queued again for ever where this one fails at once
+srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" python launch/pretrain.py "$@"
 code=$?
-rm -f "$hosts"
-for _ in $(seq 30); do # deepspeed may leave before its ranks have written
-    [ -e "$run_dir/stopped.json" ] || [ -e "$run_dir/finished.json" ] || [ $code -eq 2 ] && break
-    sleep 1
-done
 if [ -e "$run_dir/stopped.json" ]; then
     exec scontrol requeue "$SLURM_JOB_ID"
 fi

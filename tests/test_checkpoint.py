@@ -57,3 +57,15 @@ def test_only_broken_ones_never_mean_a_silent_start(tmp_path):
     with pytest.raises(UserError, match="--allow_scratch"):
         checkpoints.newest(allow_scratch=False)
     assert checkpoints.newest(allow_scratch=True) is None
+
+
+def test_what_people_put_beside_them_is_left_alone(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    for name in ("step_00000010_best", "step_x", "steps"):
+        (tmp_path / name).mkdir()
+    make(tmp_path, 10)
+    assert checkpoints.newest(False).step == 10
+    checkpoints.set_aside_beyond(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("broken_step_00000010", "step_00000010_best", "step_x", "steps")
+    ]

@@ -59,6 +59,8 @@ def test_precision(precision, blocks):
         ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, 1, "torch_autocast.dtype"),
         ({"bf16": True}, 1, "expected a block"),
         ({"bf16": {"check_grad_overflow": False}}, 1, "check_grad_overflow"),
+        ({"zero_optimization": {"compute_grad_norm": False}}, 1, "compute_grad_norm"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 1, "to nvme"),
         ({"activation_checkpointing": {"profile": True}}, 1, "--engine.recompute"),
         ({"bf16": {"bf16_optimizer_states": True}}, 1, "bf16_optimizer_states"),
     ],
@@ -95,12 +97,13 @@ def test_the_autotuners_batch_is_the_configs():
 
 
 @pytest.mark.parametrize(
-    "content, words", [(None, "cannot be read"), ("{", "is not JSON"), ("[]", "expected a JSON object")]
+    "content, words",
+    [(None, "cannot be read"), ("{", "is not JSON"), ("\xff\xfe", "is not JSON"), ("[]", "expected a JSON object")],
 )
 def test_bad_files(content, words, tmp_path):
     path = tmp_path / "ds.json"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=words):
         load(str(path))
     with pytest.raises(UserError, match="--ds_config"):

@@ -16,7 +16,7 @@ CLUSTER = (ranks.ROOT / "docs" / "cluster.md").read_text()
 
 def test_its_commands_parse():
     text = (README + CLUSTER).replace("\\\n", " ")
-    commands = re.findall(r"launch/(?:pretrain\.py|slurm_pretrain\.sh|srun_pretrain\.sh) ([^`\n']*)", text)
+    commands = re.findall(r"launch/(?:pretrain\.py|slurm_pretrain\.sh) ([^`\n']*)", text)
     assert len(commands) >= 6
     for command in commands:
         words = [word for word in shlex.split(command, comments=True) if word not in ("--show", "--help", "...")]

@@ -39,6 +39,18 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss/total"] == 0.25
 
 
+def test_a_full_disk_keeps_rows_waiting(tmp_path, capsys):
+    tracker = Tracker(tmp_path, 0)
+    tracker.log({"step": 1})
+    whole, tracker._file = tracker._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    for step in (2, 3):
+        tracker.log({"step": step})
+    assert capsys.readouterr().out.count("cannot be written (No space left on device): its rows wait") == 1
+    tracker._file = whole
+    tracker.log({"step": 4})
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
 def runs_of(client, experiment="ddae"):
     (found,) = [each for each in client.search_experiments() if each.name == experiment]
     return client.search_runs([found.experiment_id])
@@ -113,7 +125,7 @@ class Server:
 @pytest.mark.parametrize("kind", ["down", "failing", "slow"])
 def test_a_bad_server_stops_nothing(kind, tmp_path, monkeypatch, capsys, tell):
     """An MLflow server that is down, answers 500, or takes 2 s a request."""
-    address = "http://127.0.0.1:9"  # discard: nobody listens
+    address = "http://me:hunter2@127.0.0.1:9"  # discard: nobody listens
     if kind != "down":
         address = Server(500, 2.0 if kind == "slow" else 0.0).address
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -132,6 +144,7 @@ def test_a_bad_server_stops_nothing(kind, tmp_path, monkeypatch, capsys, tell):
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 100
     said = capsys.readouterr().out
     assert said.count("MLflow does not answer") <= 1
+    assert "hunter2" not in said
     assert "MLflow has not taken everything" in said
     tell(f"a row costs {sorted(times)[50] * 1e6:.0f} us, the end of the run {waited:.1f} s; metrics.jsonl is complete")
 

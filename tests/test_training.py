@@ -34,6 +34,7 @@ def runs(shards, tmp_path_factory):
     one[2][one[2].index("--ds_config") + 1] = str(small)
     halves = folder / "halves.json"
     halves.write_text('{"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 1}')
+    one += [ranks.words(shards, folder / "recompute", 0, *FP32, *twenty, "--engine.recompute")]
     one += [ranks.words(shards, folder / "bf16", 2, *twenty)]
     one += [ranks.words(shards, folder / "autocast", 2, "--engine.precision", "autocast", *twenty)]
     one += [ranks.words(shards, folder / "long", 2, "--train.steps", "200", "--optim.clip_grad", "0.01")]
@@ -49,6 +50,7 @@ def runs(shards, tmp_path_factory):
     offload.write_text(json.dumps({"zero_optimization": zero, "train_micro_batch_size_per_gpu": 4}))
     two = [ranks.words(shards, folder / f"two_{stage}", stage, *FP32, *twenty) for stage in STAGES]
     two += [ranks.words(shards, folder / f"two_bf16_{stage}", stage, *twenty) for stage in STAGES]
+    two += [ranks.words(shards, folder / "two_recompute", 3, *FP32, *twenty, "--engine.recompute")]
     two += [ranks.words(shards, folder / "offload_micro", 2, *FP32, *twenty)]
     two[-1][two[-1].index("--ds_config") + 1] = str(offload)
     two += [ranks.words(shards, folder / "dali", 3, *FP32, *twenty, "--train.report", "--data.backend", "dali")]
@@ -72,7 +74,9 @@ def agree(runs, name, other, tolerance):
         )
 
 
-@pytest.mark.parametrize("name", ["one_2", "micro_2", "offload_micro", "two_0", "two_1", "two_2", "two_3"])
+@pytest.mark.parametrize(
+    "name", ["one_2", "micro_2", "offload_micro", "two_0", "two_1", "two_2", "two_3", "recompute", "two_recompute"]
+)
 def test_stages_ranks_and_accumulation_agree_in_fp32(runs, name):
     assert len(ranks.column(runs / name)) == 20
     agree(runs, name, "one_0", 1e-6)
@@ -200,21 +204,22 @@ def test_a_gradient_that_is_no_number_updates_nothing(cases, shards, tmp_path, t
         ranks.words(shards, tmp_path / f"once_{stage}_{precision}", stage, "--engine.precision", precision, *options)
         for stage, precision in cases
     ]
+    runs += [ranks.words(shards, tmp_path / "once_clipped", 0, *FP32, *options, "--optim.clip_grad", "3")]
     runs += [ranks.words(shards, tmp_path / "thrice", 0, *FP32, *options)]
     runs += [ranks.words(shards, tmp_path / "wild", 3, *FP32, *options, "--optim.lr", "1e36", "--train.seed", "1")]
     both = ranks.start(2, ["-c", POISON, json.dumps(runs)])
     said = [rank.communicate(timeout=600)[0] for rank in both]
     ranks.clean(both)
     assert [rank.returncode for rank in both] == [0, 0], said
-    for stage, precision in cases:
-        rows = ranks.metrics(tmp_path / f"once_{stage}_{precision}")
+    for name in [*("{}_{}".format(*case) for case in cases), "clipped"]:
+        rows = ranks.metrics(tmp_path / f"once_{name}")
         assert len(rows) == 10
         losses = [row["loss/total"] for row in rows]
         assert np.isnan(losses[5])
         assert [row["loss/spike"] for row in rows] == [0.0] * 5 + [1.0] + [0.0] * 4
         assert np.isfinite(losses[:5] + losses[6:]).all()
         assert rows[5]["beta/tap_01"] == rows[6]["beta/tap_01"] != rows[7]["beta/tap_01"]
-    assert said[0].count("a gradient is no number, nothing is updated (1 in a row)") == len(cases) + 2
+    assert said[0].count("a gradient is no number, nothing is updated (1 in a row)") == len(cases) + 3
     assert re.search(r"3 steps in a row were no numbers, up to step 8: .*train-\d+.tar:s\d+", said[0])
     assert not list((tmp_path / "thrice" / "checkpoints").glob("*"))
     check_dumps(tmp_path, said[0])
@@ -257,12 +262,14 @@ def test_a_folder_that_another_process_trains_in_is_refused(shards, tmp_path):
     (tmp_path / "run").mkdir()
     with open(tmp_path / "run" / ".lock", "w") as held:
         fcntl.lockf(held, fcntl.LOCK_EX)
+        held.write("process 7 on node1\n")
+        held.flush()
         command = ranks.words(shards, tmp_path / "run", 0, *FP32, "--train.steps", "2")
         (refused,) = ranks.start(1, ["launch/pretrain.py", *command])
         said, _ = refused.communicate(timeout=120)
         ranks.clean([refused])
     assert refused.returncode == 2
-    assert "another process trains in" in said
+    assert "process 7 on node1 trains in" in said
     assert "Traceback" not in said
 
 

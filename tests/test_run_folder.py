@@ -1,0 +1,36 @@
+"""What a run folder knows of its own past."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ddae.config import Config, TrainConfig
+from ddae.errors import UserError
+from ddae.run_folder import check_history
+
+
+def folder_of(path, last, save_every=10, more=()):
+    config = Config(run_dir=str(path), train=TrainConfig(save_every=save_every))
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    (path / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, last + 2)))
+    for name in more:
+        (path / name).touch()
+    return config
+
+
+def test_a_new_run_may_begin(tmp_path):
+    check_history(Config(run_dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("last", [0, 3, 10])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(last, tmp_path):
+    check_history(folder_of(tmp_path, last))
+
+
+@pytest.mark.parametrize("last, more", [(11, ()), (500, ()), (3, ("stopped.json",)), (3, ("finished.json",))])
+def test_checkpoints_that_are_gone_are_missed(last, more, tmp_path):
+    config = folder_of(tmp_path, last, more=more)
+    with pytest.raises(UserError, match="holds no checkpoint: bring back its checkpoints/"):
+        check_history(config)
+    check_history(replace(config, allow_scratch=True))
