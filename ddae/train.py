@@ -3,7 +3,7 @@
 import gc
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from ddae_kernels.implementation import choose
@@ -86,7 +86,6 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
             return checkpoints.save(step, engine, teacher, betas, fingerprint=loader.fingerprint, run_id=run_id)
 
     batches, meter, clock, spikes = loader.batches(start), Meter(engine.method), Clock(), Spikes(losses_before(folder))
-    warmup_steps = config.optim.warmup_epochs * loader.epoch_samples / config.data.batch_size
     lost = 0  # steps in a row whose gradients were no numbers
     saved_step = start if newest is not None else None
     gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
@@ -97,41 +96,38 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
                 save(step)
             loader.close()
             leave(config, reason, step, tracker)
-        epoch = step * config.data.batch_size / loader.epoch_samples
-        lr = warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
-        momentum = momentum_at(config, epoch)
-        feature_weight = ramp(step, config.feature.ramp * steps)
-        meter.clear()
+        now = schedules(config, step, steps, loader.epoch_samples)
+        forward_one = partial(forward, config, engine, teacher, betas, now.ramp, 1 / part.accumulation, kernels)
         applied, kept = False, []
-        forward_one = partial(forward, config, engine, teacher, betas, feature_weight, 1 / part.accumulation, kernels)
+        meter.clear()
         for _ in range(part.accumulation):
             with clock.spending("data_wait"):
                 batch = next(batches)
             losses = forward_one(batch)
             engine.backward(losses.total)
-            applied = engine.update(lr)
+            applied = engine.update(now.lr)
             meter.add(losses)
             if lost:
                 kept.append(batch)
-        betas.step(lr, applied)
+        betas.step(now.lr, applied)
         lost = 0 if applied else lost + 1
         if lost:
             say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
         if lost == MOST_LOST:
-            dump, facts = folder / "dumps" / f"step_{step:08d}", {"feature_weight": feature_weight}
+            dump, facts = folder / "dumps" / f"step_{step:08d}", {"feature_weight": now.ramp}
             if Checkpoints(dump.parent, 2).save(step, engine, teacher, betas, **facts, share=1 / part.accumulation):
                 add_batches(dump, config, engine.method, kept, loader.name_of, forward_one)
             end_lost(dump, lost, step, kept, loader, tracker)
         if teacher is not None and applied:
-            teacher.follow(engine.encoder_fragments(), momentum)
+            teacher.follow(engine.encoder_fragments(), now.momentum)
         clock.count_step()
 
         done = step + 1
         if done % config.train.log_every == 0 or done in (1, steps):
-            row = {"step": done, "epoch": epoch, **meter.read(betas), "lr": lr}
+            row = {"step": done, "epoch": now.epoch, **meter.read(betas), "lr": now.lr}
             row["loss/spike"] = float(spikes.is_one(row["loss/total"]))
             if teacher is not None:
-                row |= {"teacher/momentum": momentum, "teacher/ramp": feature_weight}
+                row |= {"teacher/momentum": now.momentum, "teacher/ramp": now.ramp}
             row |= clock.read(config.data.batch_size) | loader.read_stats() | system_metrics()
             betas.warn_if_held()
             print_progress(row, steps)
@@ -212,10 +208,26 @@ def build_teacher(config: Config, engine: Engine) -> Teacher | None:
     return Teacher(encoder, engine.encoder_fragments(), engine.sharded)
 
 
-def momentum_at(config: Config, epoch: float) -> float:
-    """The teacher's momentum: a constant, or the paper's schedule."""
+class Schedules(NamedTuple):
+    """What the course of training sets for one step."""
+
+    epoch: float
+    lr: float
+    momentum: float  # the teacher's
+    ramp: float  # weight of the feature branch
+
+
+def schedules(config: Config, step: int, steps: int, epoch_samples: int) -> Schedules:
+    """The numbers of a step, counted from 0, of a run of so many; an epoch has so many samples."""
+    epoch = step * config.data.batch_size / epoch_samples
+    warmup_steps = config.optim.warmup_epochs * epoch_samples / config.data.batch_size
     momentum = config.teacher.momentum
-    return teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum
+    return Schedules(
+        epoch,
+        warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr),
+        teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum,
+        ramp(step, config.feature.ramp * steps),
+    )
 
 
 def end_lost(

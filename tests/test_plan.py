@@ -27,9 +27,10 @@ SIZES = {
     "--pixel.tap_weights 1 1 1 --feature.taps 2 5 7 --feature.tap_weights 1 1 1 --feature.decoder_width 320 "
     "--feature.decoder_heads 5 --pixel.decoder_depth 3".split(),  # a shape that no formula was made on
 }
+TINY = ["--preset", "demo", "--model.width", "192"]
 SMALL_IMAGES = ["--model.image_size", "32", "--data.batch_size", "4"]  # weights and what hangs on them do not mind
-LONG = [(size, count) for size in SIZES for count in (1, 2, 4) if (size, count) != ("s", 2)]  # B by 4 takes 14 GB
-STATES = [("s", 2), *(pytest.param(*case, marks=pytest.mark.faults) for case in LONG)]
+LONG = [(size, count) for size in SIZES for count in (1, 2, 4)]  # B by 4 takes 14 GB
+STATES = [("tiny", 2), *(pytest.param(*case, marks=pytest.mark.faults) for case in LONG)]
 
 
 @pytest.mark.parametrize("size, count", STATES)
@@ -41,7 +42,7 @@ def test_state_takes_what_the_plan_says(size, count, tell):
     runs = []
     for name, stage, precision in cases:
         json_file = str(ranks.ROOT / "ds_configs" / f"zero{stage}.json")
-        runs.append([*SIZES[name], *SMALL_IMAGES, "--engine.precision", precision, "--ds_config", json_file])
+        runs.append([*(SIZES | {"tiny": TINY})[name], *SMALL_IMAGES, "--engine.precision", precision, "--ds_config", json_file])
     said = ranks.run_program(count, ["tests/memory.py"], runs)
     measured = [json.loads(line.removeprefix("MEASURED ")) for line in said.splitlines() if line.startswith("MEASURED")]
     assert len(measured) == len(cases)
@@ -58,7 +59,7 @@ def test_state_takes_what_the_plan_says(size, count, tell):
     tell(f"{len(cases)} settings, the worst part is {worst:.1%} off")
 
 
-@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("triton", marks=pytest.mark.faults)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize(
     "size", ["s", pytest.param("b", marks=pytest.mark.faults), pytest.param("other", marks=pytest.mark.faults)]
