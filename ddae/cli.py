@@ -4,6 +4,7 @@
 user gets wrong is one sentence on one rank, and exit code 2.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import difflib
@@ -47,7 +48,8 @@ def run(main: Callable[[Config], None]) -> None:
             print(f"ddae: rank {rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # a launcher ends all ranks when the first has left: let the one that speaks speak
-        # Past the interpreter's own shutdown, which would wait for other ranks; nothing is left open at this point.
+        # Past the interpreter's own shutdown, which would wait for other ranks.
+        atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(2)
 

@@ -4,6 +4,7 @@ MLflow is somebody else's server: a thread of its own talks to it, from a queue 
 is slow, down or failing delays nothing; what it missed is sent when it answers again, as far as the queue reaches.
 """
 
+import atexit
 import contextlib
 import json
 import logging
@@ -79,6 +80,7 @@ class MlflowTracker(Tracker):
         self._left_out, self._failing = 0, False
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
+        atexit.register(self._fail)
 
     @property
     def run_id(self) -> str:
@@ -90,12 +92,17 @@ class MlflowTracker(Tracker):
 
     def finish(self, files: list[Path], status: str = "FINISHED", patience: float = 60.0) -> None:
         super().finish(files)
+        atexit.unregister(self._fail)
         self._ending, self._leave_by = (files, status), time.monotonic() + patience
         self._put(None)
         self._thread.join(patience + 1)
         left = self._left_out + sum(row is not None for row in list(self._queue.queue))
         if left or self._thread.is_alive():
             print(f"MLflow has not taken everything ({left} rows at least): metrics.jsonl has it all", flush=True)
+
+    def _fail(self) -> None:
+        """The process ends without finish()."""
+        self.finish([], "FAILED", patience=5)
 
     def _put(self, row: dict[str, float] | None) -> None:
         """Queue a row; where there is no room, in the place of the oldest."""

@@ -42,7 +42,9 @@ def test_state_takes_what_the_plan_says(size, count, tell):
     runs = []
     for name, stage, precision in cases:
         json_file = str(ranks.ROOT / "ds_configs" / f"zero{stage}.json")
-        runs.append([*(SIZES | {"tiny": TINY})[name], *SMALL_IMAGES, "--engine.precision", precision, "--ds_config", json_file])
+        runs.append(
+            [*(SIZES | {"tiny": TINY})[name], *SMALL_IMAGES, "--engine.precision", precision, "--ds_config", json_file]
+        )
     said = ranks.run_program(count, ["tests/memory.py"], runs)
     measured = [json.loads(line.removeprefix("MEASURED ")) for line in said.splitlines() if line.startswith("MEASURED")]
     assert len(measured) == len(cases)

@@ -2,10 +2,14 @@
 
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
+import ranks
 
 from ddae import tracker as tracking
 from ddae.cli import parse
@@ -95,6 +99,24 @@ def test_a_run_that_mlflow_lost_is_opened_anew(tmp_path, capsys):
     (run,) = runs_of(mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
     assert run.info.run_id == tracker.run_id != "0" * 32
     assert run.info.status == "KILLED"
+
+
+def test_a_run_that_breaks_off_has_failed(tmp_path):
+    import mlflow
+
+    program = (
+        "import time; from pathlib import Path; from ddae.config import TrackerConfig\n"
+        "from ddae.tracker import start_tracker\n"
+        "tracker = start_tracker(TrackerConfig(), Path('.'), 0, {})\n"
+        "while not tracker.run_id: time.sleep(0.1)\n"
+        "tracker.log({'step': 1, 'loss/total': 1.0}); raise RuntimeError('broken')"
+    )
+    paths = {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}"}
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | paths, capture_output=True, check=False)
+    assert done.returncode == 1
+    (run,) = runs_of(mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
+    assert run.info.status == "FAILED"
+    assert run.data.metrics == {"loss/total": 1.0}
 
 
 class Server:
