@@ -52,6 +52,7 @@ ORDER = [
         "ddae.weights",
     ),
     *("ddae.dump", "ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report"),
+    *("ddae.eval.examples", "ddae.eval.features", "ddae.eval.knn"),
     *("ddae.train", "ddae.replay", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
@@ -77,7 +78,7 @@ def sources():
     for base in (ROOT, ROOT / "kernels"):
         for path in sorted(base.glob("ddae*/**/*.py")):
             name = ".".join(path.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
-            if name not in ("ddae.data", "ddae.model", "ddae.sharding"):  # empty
+            if name not in ("ddae.data", "ddae.model", "ddae.sharding", "ddae.eval"):  # empty
                 yield name, path
 
 

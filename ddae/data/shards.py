@@ -75,6 +75,20 @@ class Shards:
         here = np.flatnonzero(index[:, 0] == self.offset[sample])
         return f"{self.places[shard]}:{keys[here[0]] if len(here) else sample}"
 
+    def labels(self) -> np.ndarray:
+        """The class of every sample: int64 [N]; UserError where the shards have none."""
+        found = []
+        for shard, place in enumerate(self.places):
+            path = local(place.removesuffix(".tar") + ".idx", self.cache)
+            where = dict(zip(read_index(path)[1][:, 0].tolist(), read_index(path, "cls")[1].tolist(), strict=True))
+            for sample in range(int(self.first[shard]), int(self.first[shard + 1])):
+                offset, length = where[int(self.offset[sample])]
+                word = os.pread(self._descriptor(shard), length, offset)
+                if not word.strip().isdigit():
+                    raise UserError(f"{self.name_of(sample)} has the class {word[:20]!r}: expected a number")
+                found.append(int(word))
+        return np.array(found, np.int64)
+
     def fetch(self, shard: int) -> None:
         """See to it that a remote shard is in the cache."""
         if is_url(self.places[shard]):
@@ -219,8 +233,9 @@ def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, A
     return manifest
 
 
-def read_index(path: Path) -> tuple[list[str], np.ndarray]:
-    """Keys of a shard's samples, and offset and length of their images int64 [N, 2], from DALI's index of it."""
+def read_index(path: Path, ending: str = "jpg") -> tuple[list[str], np.ndarray]:
+    """Keys of a shard's samples, and offset and length of their files of this ending int64 [N, 2], from DALI's index
+    of it."""
     if not path.exists():
         shard = path.with_suffix(".tar")
         raise UserError(f"{shard} has no index {path.name} beside it: run data_prep/ again, or DALI's wds2idx")
@@ -232,13 +247,14 @@ def read_index(path: Path) -> tuple[list[str], np.ndarray]:
         words = body.split()
         if not words:
             return [], np.zeros((0, 2), np.int64)
-        image = words.index("jpg", 0, width)
+        image = words.index(ending, 0, width)
         names = words[image + 3 :: width]
-        if len(names) * width != len(words) or words[image::width].count("jpg") != len(names):
+        if len(names) * width != len(words) or words[image::width].count(ending) != len(names):
             raise ValueError("lines differ")
         numbers = [np.array(words[image + column :: width], "S").astype(np.int64) for column in (1, 2)]
     except UserError:
         raise
     except ValueError:  # of words that are no numbers, or no text
-        raise UserError(f"{path} has a line without a jpg's offset and size: make it again") from None
-    return [name.removesuffix(".jpg") for name in names], np.stack(numbers, 1)
+        lack = "these shards have no classes, name some that have" if ending == "cls" else "make it again"
+        raise UserError(f"{path} has a line without a {ending}'s offset and size: {lack}") from None
+    return [name.removesuffix(f".{ending}") for name in names], np.stack(numbers, 1)

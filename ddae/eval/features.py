@@ -1,0 +1,62 @@
+"""Features of a frozen encoder, and what they say of themselves without any label.
+
+B images, N patches, D width.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddae.eval.examples import Examples
+from ddae.model.vit import Encoder
+from ddae.patches import normalise
+
+POOLS = ("cls", "mean")  # the cls token, or the mean of the patches
+
+
+class Features(NamedTuple):
+    """Of a whole split, on the CPU."""
+
+    by_name: dict[str, Tensor]  # "block 12 cls" -> float32 [B, D]
+    labels: Tensor  # int64 [B]
+
+
+@torch.inference_mode()
+def extract(encoder: Encoder, examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False) -> Features:
+    """Both poolings of the tokens after each block (counted from 1), in one pass over the images.
+
+    The last block's go through the encoder's final norm, as those that a downstream model would read; others are as
+    they are. autocast: products in bf16.
+    """
+    named: dict[str, list[Tensor]] = {f"block {layer} {pool}": [] for layer in layers for pool in POOLS}
+    labels = []
+    for batch in examples:
+        pixels = normalise(batch.images, encoder.normalisation, torch.float32)
+        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
+            outputs = encoder.features(pixels, layers)
+            outputs = [
+                encoder.norm(tokens) if layer == len(encoder.blocks) else tokens
+                for layer, tokens in zip(layers, outputs, strict=True)
+            ]
+        for layer, tokens in zip(layers, outputs, strict=True):
+            named[f"block {layer} cls"].append(tokens[:, 0].float().cpu())
+            named[f"block {layer} mean"].append(tokens[:, 1:].float().mean(1).cpu())
+        labels.append(batch.labels.cpu())
+    return Features({name: torch.cat(parts) for name, parts in named.items()}, torch.cat(labels))
+
+
+def effective_rank(features: Tensor) -> float:
+    """How many directions the features [B, D] use: the exponential of the entropy of their singular values' shares
+    (RankMe, Garrido et al. 2023). 1 where they have collapsed to one, at most min(B, D)."""
+    values = torch.linalg.svdvals(features.double())
+    shares = values / values.sum() + 1e-7
+    return float(torch.exp(-(shares * shares.log()).sum()))
+
+
+def spread(features: Tensor) -> float:
+    """Deviation of a feature over the images, after each image's features are scaled to length sqrt(D): 1 where
+    images differ in every direction alike, 0 where all images look the same."""
+    unit = torch.nn.functional.normalize(features, dim=1) * features.shape[1] ** 0.5
+    return float(unit.std(0).mean())

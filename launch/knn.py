@@ -1,0 +1,35 @@
+"""What an encoder has learnt, by its nearest neighbours: no training, seconds, and a look at its health without labels.
+
+python launch/knn.py --encoder runs/demo --data data/imagenet
+
+The training split is the bank and the validation split asks. Prints a table, and writes it to results.json beside the
+encoder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ddae.errors import command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", required=True, help="a run folder or an export folder")
+    parser.add_argument("--data", required=True, help="shards with classes: a folder with splits train and val")
+    parser.add_argument("--k", type=int, default=20, help="neighbours that vote")
+    parser.add_argument("--temperature", type=float, default=0.07, help="of their weights")
+    parser.add_argument("--batch", type=int, default=256, help="images at a time")
+    parser.add_argument("--workers", type=int, default=4, help="processes that decode")
+    parser.add_argument("--out", default="", help="file of the results; left out: knn.json in the encoder's folder")
+    words = parser.parse_args()
+    from ddae.eval.knn import evaluate, show  # seconds to import
+
+    results = evaluate(words.encoder, words.data, words.k, words.temperature, words.batch, words.workers)
+    print(show(results))
+    out = Path(words.out or Path(words.encoder) / "knn.json")
+    out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    command("knn", main)

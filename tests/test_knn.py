@@ -1,0 +1,152 @@
+"""k-NN and what features say of themselves; digits stand for a labelled data set."""
+
+import io
+import json
+import math
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from ddae.data.shard_writer import Sample, write_manifest, write_shard
+from ddae.eval.examples import ExampleReader, batches
+from ddae.eval.features import effective_rank, extract, spread
+from ddae.eval.knn import accuracy, vote
+from ddae.method import build_encoder
+from ddae.model.vit import initialise
+from ddae.presets import preset
+from ddae.weights import export_encoder
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """1,797 handwritten digits in shards: 1,400 to learn from, the others to ask with."""
+    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
+    entries = {}
+    for split, first, last in (("train", 0, 700), ("train", 700, 1400), ("val", 1400, 1797)):
+        samples = []
+        for number in range(first, last):
+            file, pixels = io.BytesIO(), (data.images[number] * 15.9).astype(np.uint8)
+            Image.fromarray(pixels).convert("RGB").resize((40, 40), 2).save(file, "JPEG", quality=95)
+            samples.append(Sample(f"{number:05d}", file.getvalue(), int(data.target[number]), 40, 40))
+        path = folder / f"{split}-{first // 700 if split == 'train' else 0:06d}.tar"
+        entries[path.name] = write_shard(path, samples)
+    write_manifest(folder, entries, classes=[str(n) for n in range(10)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(tmp_path_factory):
+    """An export of the demo's encoder before any training."""
+    config, folder = preset("demo"), tmp_path_factory.mktemp("encoder") / "encoder"
+    encoder = build_encoder(config)
+    initialise(encoder, torch.Generator().manual_seed(0))
+    export_encoder({name: values.detach() for name, values in encoder.named_parameters()}, config, folder)
+    return folder
+
+
+def test_votes_are_what_the_words_say():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50, 6, generator=generator), torch.randn(1100, 6, generator=generator)
+    labels = torch.randint(0, 4, (50,), generator=generator)
+    votes = vote(bank, labels, queries, k=7, temperature=0.1)
+    for row in (0, 17, 1023, 1024, 1099):
+        similar = [float(queries[row].double() @ b.double() / queries[row].norm() / b.norm()) for b in bank]
+        wanted = [0.0] * 4
+        for near in sorted(range(50), key=lambda n: -similar[n])[:7]:
+            wanted[int(labels[near])] += math.exp(similar[near] / 0.1)
+        assert votes[row].tolist() == pytest.approx(wanted, rel=1e-4)
+    with pytest.raises(ValueError, match="k is 51: the bank has 50 images"):
+        vote(bank, labels, queries, k=51)
+
+
+def test_accuracy():
+    votes = torch.tensor([[3.0, 1, 0], [0, 1, 2], [0, 2, 1]])
+    labels = torch.tensor([0, 1, 0])
+    assert accuracy(votes, labels) == pytest.approx(100 / 3)
+    assert accuracy(votes, labels, 2) == pytest.approx(200 / 3)
+    assert accuracy(votes, labels, 5) == 100
+
+
+def test_health():
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
+    assert effective_rank(whole) == pytest.approx(64, rel=1e-3)
+    assert effective_rank(torch.ones(64, 64)) == pytest.approx(1, abs=1e-3)
+    assert effective_rank(torch.randn(100, 8, generator=generator) @ torch.randn(8, 64, generator=generator)) < 8.01
+    assert spread(torch.ones(64, 64)) == 0
+    assert spread(torch.randn(2000, 64, generator=generator)) == pytest.approx(1, abs=0.02)
+
+
+def test_features_are_the_encoders(digits, encoder_folder):
+    from ddae import load_encoder
+
+    encoder = load_encoder(encoder_folder)
+    reader = ExampleReader(str(digits), "val", 64)
+    found = extract(encoder, batches(reader, 100, 0, torch.device("cpu")), [4, 8])
+    assert found.labels.tolist() == load_digits().target[1400:].tolist()
+    images = torch.stack([torch.from_numpy(reader[n][0]) for n in (0, 150, 396)])
+    pixels = (images / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        last, middle = encoder(pixels), encoder.features(pixels, [4])[0]
+    for name, wanted in {"block 8 cls": last[:, 0], "block 8 mean": last[:, 1:].mean(1)}.items():
+        torch.testing.assert_close(found.by_name[name][[0, 150, 396]], wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        found.by_name["block 4 mean"][[0, 150, 396]], middle[:, 1:].mean(1), rtol=1e-4, atol=1e-4
+    )
+
+
+def knn(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ranks.ROOT / "launch" / "knn.py"), run_name="__main__")
+    return ended.value.code
+
+
+def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
+    words = ["--encoder", encoder_folder, "--data", digits, "--workers", "0", "--out", tmp_path / "knn.json"]
+    assert knn(words, monkeypatch) == 0
+    results = json.loads((tmp_path / "knn.json").read_text())
+    said = capsys.readouterr().out
+    assert (results["bank"], results["queries"], results["width"], results["k"]) == (1400, 397, 96, 20)
+    assert list(results["features"]) == [f"block {layer} {pool}" for layer in (2, 4, 6, 8) for pool in ("cls", "mean")]
+    assert results["top1"] > 50  # even random features tell digits apart better than one in ten
+    assert results["features"][results["best"]]["top1"] == results["top1"]
+    assert f"{results['best']:18}" in said
+    assert said.count("<-- best") == 1
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"--encoder": "nowhere"}, "nowhere is not an export"),
+        ({"--data": "nowhere"}, "nowhere"),
+        ({"--k": 5000}, "--k is 5000: the bank of"),
+        ({"--k": 0}, "--k is 0: the bank of"),
+    ],
+)
+def test_mistakes_are_one_sentence(change, message, digits, encoder_folder, monkeypatch, capsys):
+    words = {"--encoder": encoder_folder, "--data": digits, "--workers": 0} | change
+    assert knn([word for pair in words.items() for word in pair], monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("knn: ")
+    assert message in said
+    assert said.count("\n") == 1
+
+
+def test_shards_without_classes_are_told(encoder_folder, tmp_path, monkeypatch, capsys):
+    entries = {}
+    for split in ("train", "val"):
+        file = io.BytesIO()
+        Image.new("RGB", (40, 40)).save(file, "JPEG")
+        entries[f"{split}-000000.tar"] = write_shard(
+            tmp_path / f"{split}-000000.tar", [Sample("a", file.getvalue(), None, 40, 40)]
+        )
+    write_manifest(tmp_path, entries, classes=[])
+    assert knn(["--encoder", encoder_folder, "--data", tmp_path, "--k", "1"], monkeypatch) == 2
+    assert "these shards have no classes" in capsys.readouterr().err
