@@ -1,6 +1,7 @@
 """What is done to a run from outside, and what becomes of it: kills at any instant, damage, a rank that dies or hangs,
 a link that is cut, a long life. Most are long: make test-faults."""
 
+import contextlib
 import json
 import os
 import random
@@ -302,6 +303,10 @@ def hosts():
         yield names
     finally:
         for name in names:
+            found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False)
+            for process in found.stdout.split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(process), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 

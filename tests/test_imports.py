@@ -49,6 +49,7 @@ ORDER = [
         "ddae.engine",
         "ddae.stopping",
         "ddae.checkpoint",
+        "ddae.foreign",
         "ddae.weights",
     ),
     *("ddae.dump", "ddae.run_folder", "ddae.meter", "ddae.tracker", "ddae.figures", "ddae.report"),
@@ -69,7 +70,7 @@ HEAVY = {  # package -> the files that may import it
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
     "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
-    "safetensors": {"ddae.weights", "ddae.checkpoint", "ddae.dump", "ddae.replay"},
+    "safetensors": {"ddae.weights", "ddae.foreign", "ddae.checkpoint", "ddae.dump", "ddae.replay"},
     "triton": {"ddae_kernels.triton_impl"},
 }
 

@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1, under every launcher and to every process of it: a checkpoint, stopped.json, exit code 75."""
 
+import contextlib
 import json
 import os
 import signal
@@ -54,8 +55,9 @@ class Job:
     def until(self, there, seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not there():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(self.log.read_text()[-3000:])
             time.sleep(0.05)
 
     def end(self, seconds: float = 60) -> dict[int, int | None]:
@@ -70,6 +72,13 @@ class Job:
 
     def watch(self) -> None:
         self._watched = self.ranks()
+
+    def kill(self) -> None:
+        """Whatever of it is left."""
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                process.kill()
+        self.process.kill()
 
 
 CASES = [

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -75,9 +76,10 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int, depth: int, heads: int, image_size: int, patch_size: int, positions: str):
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.heads = patch_size, heads
         self.recompute = False  # activations in the backward pass
         self.normalisation = "half"  # of the pixels it was trained on; a loaded encoder knows its own
+        self.report: dict[str, list[str]] = {}  # of the file it was loaded from
         self.grid = (image_size // patch_size, image_size // patch_size)
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(patch_size, width)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
@@ -111,6 +113,12 @@ class Encoder(nn.Module):
         for number, block in enumerate(self.blocks[: max(layers, default=None)], 1):
             outputs[number] = tokens = run_block(block, tokens, self.recompute)
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
+
+    def resize(self, image_size: int) -> None:
+        """Read images of another size from here on: the positions are resampled, bicubically."""
+        side = image_size // self.patch_size
+        self.pos_embed = resample_abs_pos_embed(self.pos_embed, [side, side], list(self.grid))
+        self.grid = (side, side)
 
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Tokens [B, 1 + N, D] after each of the blocks `layers` (counted from 1), before any norm."""
