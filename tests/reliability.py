@@ -1,6 +1,6 @@
 """docs/reliability.md from the results of make test-faults: what was tried, and what happened.
 
-python tests/reliability.py RESULTS.xml docs/reliability.md
+python tests/reliability.py RESULTS.xml [LATER.xml ...] docs/reliability.md     a test's latest result counts
 """
 
 import os
@@ -22,10 +22,14 @@ GROUPS = {
 }
 
 
-def table(results: Path) -> str:
+def table(results: list[Path]) -> str:
     """Markdown; a test that failed or was skipped says so in its row."""
     groups: dict[str, list[str]] = {}
-    for case in ElementTree.parse(results).getroot().iter("testcase"):
+    cases = {}
+    for file in results:
+        for case in ElementTree.parse(file).getroot().iter("testcase"):
+            cases[case.get("classname"), case.get("name")] = case
+    for case in cases.values():
         said = {each.get("name"): each.get("value") for each in case.iter("property")}
         happened = said.get("happened", "")
         for verdict in ("failure", "error", "skipped"):
@@ -48,4 +52,4 @@ def table(results: Path) -> str:
 
 
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(table(Path(sys.argv[1])))
+    Path(sys.argv[-1]).write_text(table([Path(word) for word in sys.argv[1:-1]]))
