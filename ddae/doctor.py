@@ -236,8 +236,10 @@ def _timed(work: Callable[[], object]) -> float:
     return max(gather(time.perf_counter() - start))
 
 
-def check_folder(folder: Path) -> None:
-    """UserError where nothing can be tried there."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError(f"--folder {folder} cannot be made or written: name another")
+def check(folder: Path, json_path: str) -> None:
+    """UserError where the folder cannot be made, or the JSON cannot be read."""
+    ds_config.load(json_path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--folder {folder} cannot be made or written ({error.strerror}): name another") from None

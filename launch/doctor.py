@@ -20,10 +20,10 @@ def main() -> int:
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON to try a checkpoint with")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's word
     words = parser.parse_args()
-    from ddae.doctor import check_folder, examine  # seconds to import
+    from ddae.doctor import check, examine  # seconds to import
     from ddae.engine import stop_process_group
 
-    check_folder(words.folder)
+    check(words.folder, words.ds_config)
     failed = examine(words.folder, words.ds_config)
     stop_process_group()
     return int(failed > 0)
