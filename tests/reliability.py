@@ -36,6 +36,8 @@ def table(results: list[Path]) -> str:
             if (found := case.find(verdict)) is not None:
                 happened = f"**{verdict}**: {(found.get('message') or '').splitlines()[0][:150]}"
         name = (case.get("classname") or "").rsplit(".", 1)[-1]
+        if not name:  # where the run was broken off
+            continue
         tried = said.get("tried") or (case.get("name") or "").removeprefix("test_").replace("_", " ")
         cells = [tried, happened or "as it should be", f"{float(case.get('time', 0)):.0f}"]
         groups.setdefault(name, []).append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
