@@ -32,6 +32,12 @@ def forks(tmp_path_factory):
         left.unlink()  # of ranks that were killed
 
 
+def runs_on(process, seconds=120, since=None):
+    """Whether a rank is still there; a failure where it has been waited for too long."""
+    assert since is None or time.monotonic() < since + seconds, "waited too long"
+    return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+
+
 def rows(run_dir, without=("time/", "rate/", "system/")):
     return [
         {key: value for key, value in row.items() if not key.startswith(without)}
@@ -68,7 +74,8 @@ def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
         kill_at = chance.randrange(1, 30) if kill % 2 else 0
         started = forks.start(words, count, kill_at)
         if not kill_at:
-            while len(rows(tmp_path / "killed")) <= before and psutil.pid_exists(started[0]):
+            since = time.monotonic()
+            while len(rows(tmp_path / "killed")) <= before and runs_on(started[0], since=since):
                 time.sleep(0.01)
             time.sleep(chance.random())
             for rank in started:
@@ -93,9 +100,9 @@ def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     """One of two ranks is killed, or hangs (SIGSTOP), hang_after 15 s: the other ends by itself, and both go on."""
     options = (*FP32, "--train.steps", "4000", "--train.save_every", "50", "--train.hang_after", "15")
     words = ranks.words(shards, tmp_path / "run", 1, *options)
-    started = forks.start(words, 2)
+    started, since = forks.start(words, 2), time.monotonic()
     while len(rows(tmp_path / "run")) < 60:
-        assert psutil.pid_exists(started[0]), forks.log()
+        assert runs_on(started[0], since=since), forks.log()
         time.sleep(0.05)
     os.kill(started[1], signal.SIGKILL if whom == "kill" else signal.SIGSTOP)
     since = time.monotonic()
@@ -113,9 +120,9 @@ def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     else:  # the kernel closes a dead rank's connections; where nobody tells, it is as with one that hangs
         assert (code == 1 and "by peer" in forks.log()) or code == 70, forks.log()
     forks.wait(started[1])
-    started = forks.start(words, 2)
+    started, since = forks.start(words, 2), time.monotonic()
     while "steps" not in forks.log():
-        assert psutil.pid_exists(started[0]), forks.log()
+        assert runs_on(started[0], since=since), forks.log()
         time.sleep(0.05)
     assert "steps 50 to 4000" in forks.log() or "steps 100 to 4000" in forks.log()
     for rank in started:
