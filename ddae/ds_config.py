@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from ddae.config import Config, flatten
 from ddae.errors import UserError
 
-GUARD = "nothing: it keeps gradients that are no numbers out of the weights, and leave"
+GUARD = "nothing (it keeps gradients that are no numbers out of the weights)"
 FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the same, if there is one
     "activation_checkpointing": "--engine.recompute",
     "optimizer": "--optim.*",
