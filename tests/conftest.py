@@ -2,6 +2,8 @@
 
 import io
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from ddae.data.shard_writer import Sample, write_manifest, write_shard
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run in Python then
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+# As in an activated environment: the `deepspeed` and `ninja` of this Python come first. Another ninja would build
+# DeepSpeed's shared-memory op anew, a minute each time the two take turns.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 torch.set_num_threads(2)
 
 

@@ -322,11 +322,9 @@ def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
     """Two hosts (network namespaces), deepspeed --hostfile --no_ssh on each: the link is cut, both end, both resume."""
     limit = 15
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    deepspeed = Path(sys.executable).with_name("deepspeed")
     options = (*FP32, "--train.steps", "3000", "--train.save_every", "20", "--train.hang_after", str(limit))
     words = ranks.words(shards, tmp_path / "run", 2, *options)
     environment = os.environ | {
-        "PATH": f"{deepspeed.parent}:{os.environ['PATH']}",
         "GLOO_SOCKET_IFNAME": "ddae0",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}",
@@ -337,7 +335,7 @@ def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
         for number, host in enumerate(hosts):
             where = ["--hostfile", tmp_path / "hosts", "--no_ssh", "--node_rank", str(number)]
             meet = ["--master_addr", "10.77.0.1", "--master_port", "29577"]
-            command = ["ip", "netns", "exec", host, deepspeed, *where, *meet, "launch/pretrain.py", *words]
+            command = ["ip", "netns", "exec", host, "deepspeed", *where, *meet, "launch/pretrain.py", *words]
             log = open(tmp_path / f"host_{number}.log", "w")  # noqa: SIM115 - its process holds it
             both.append(subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=log, stderr=log))
         return both

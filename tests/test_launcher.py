@@ -17,18 +17,12 @@ import ranks
 
 from ddae.tracker import read_metrics
 
-DEEPSPEED = Path(sys.executable).with_name("deepspeed")
-
 
 def launch(count, words):
     """`deepspeed --num_gpus count launch/pretrain.py words`, on a port of its own, from the project's folder."""
     port = ranks.free_port()
-    command = [DEEPSPEED, "--num_gpus", str(count), "--master_port", str(port), "launch/pretrain.py", *words]
-    path = f"{DEEPSPEED.parent}:{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path}
-    done = subprocess.run(
-        command, env=environment, cwd=ranks.ROOT, capture_output=True, text=True, timeout=200, check=False
-    )
+    command = ["deepspeed", "--num_gpus", str(count), "--master_port", str(port), "launch/pretrain.py", *words]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, timeout=200, check=False)
     assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
     return done
 

@@ -15,7 +15,6 @@ import ranks
 
 from ddae.tracker import read_metrics
 
-BIN = Path(sys.executable).parent
 LAUNCHERS = {
     "deepspeed": lambda port: ["deepspeed", "--num_gpus", "2", "--master_port", port],
     "torchrun": lambda port: ["torchrun", "--nproc_per_node", "2", "--master_port", port],
@@ -28,8 +27,7 @@ class Job:
 
     def __init__(self, launcher: str, words: list[str], log: Path):
         self.port = str(ranks.free_port())
-        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}"}
-        environment |= {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
         command = [*LAUNCHERS[launcher](self.port), "launch/pretrain.py", *words]
         self.log = log
         with open(log, "w") as out:

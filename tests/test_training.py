@@ -231,7 +231,6 @@ def check_dumps(folder, said):
     """The poisoned run's weights are sound, and so is its replay; the wild one's are not, and it shows where."""
     (sound,), (wild,) = ((folder / name / "dumps").glob("step_*") for name in ("thrice", "wild"))
     assert f"python launch/replay.py {sound}" in said
-    shutil.rmtree(folder / "thrice" / "checkpoints", ignore_errors=True)
     told = {}
     for dump, code in ((sound, 0), (wild, 1)):
         command = [sys.executable, "launch/replay.py", str(dump)]
