@@ -1,6 +1,5 @@
 """DeepSpeed: start, step, and the fp32 masters of the encoder. With checkpoint.py the only file that knows it."""
 
-import atexit
 import contextlib
 import glob
 import logging
@@ -43,7 +42,6 @@ def start_process_group(patience: float = 600.0) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if not dist.is_initialized():
-        atexit.register(_remove_buffers)
         try:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience))
         except dist.DistError as error:
@@ -52,6 +50,8 @@ def start_process_group(patience: float = 600.0) -> None:
                 f"the ranks cannot meet on port {port} ({str(error).splitlines()[0]}): "
                 "free it or choose another with deepspeed --master_port"
             ) from None
+        dist.barrier()
+        _remove_buffers()
 
 
 def stop_process_group() -> None:
@@ -62,7 +62,8 @@ def stop_process_group() -> None:
 
 
 def _remove_buffers() -> None:
-    """DeepSpeed's shared-memory buffers on the CPU (69 MB a rank) outlive their process: remove this rank's."""
+    """Take the names of DeepSpeed's shared-memory buffers on the CPU (69 MB a rank), which would outlive their process:
+    all ranks have them open by now, and they go with the last one, however that ends."""
     for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"):
         with contextlib.suppress(OSError):
             os.unlink(buffer)
