@@ -21,17 +21,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ddae.betas import Betas
 from ddae.distributed import from_main, gather, is_main, rank, world_size
 from ddae.engine import Engine
 from ddae.errors import UserError
 from ddae.model.teacher import Fragment, Teacher
+from ddae.slices import MANIFEST, Slices
 
-MANIFEST = "manifest.json"
 STATE = "state.pt"
 
 
@@ -113,7 +111,7 @@ class Checkpoints:
         if state["fingerprint"] != fingerprint:
             raise UserError(f"{path} was trained on other shards than data.train: name the same, or another --run_dir")
         engine.prepare(state["updates"])
-        with _Slices(path) as slices:
+        with Slices(path) as slices:
             for of, fragments in _state(engine, teacher).items():
                 for fragment in fragments:
                     slices.fill(of, fragment)
@@ -153,52 +151,8 @@ class Checkpoints:
         return sorted(path.name for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
-class _Slices:
-    """What all ranks saved of each parameter; opened for as long as `with` lasts."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.files: list[Any] = []
-        self.places: dict[str, list[tuple[int, int, Any]]] = {}  # key -> start, end and file of each slice
-
-    def __enter__(self) -> "_Slices":
-        for each in sorted(self.path.glob("rank_*.safetensors")):
-            file = safe_open(each, "pt")
-            self.files.append(file.__enter__())
-            for key, start in json.loads(file.metadata()["starts"]).items():
-                end = start + file.get_slice(key).get_shape()[0]
-                self.places.setdefault(key, []).append((start, end, file))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for file in self.files:
-            file.__exit__(*error)
-
-    def fill(self, of: str, fragment: Fragment) -> None:
-        """Copy into a fragment's values what was saved of them, from whichever ranks had it."""
-        key, start, end = f"{of}/{fragment.name}", fragment.start, fragment.start + fragment.values.numel()
-        filled = 0
-        for first, last, file in self.places.get(key, []):
-            low, high = max(start, first), min(end, last)
-            if low < high:
-                saved = file.get_slice(key)[low - first : high - first]
-                fragment.values[low - start : high - start].copy_(saved)
-                filled += high - low
-        if filled != end - start:
-            raise UserError(f"{self.path} holds {filled} of {end - start} numbers of {key}: it is of another model")
-
-
 def _state(engine: Engine, teacher: Teacher | None) -> dict[str, list[Fragment]]:
     return engine.state() | ({} if teacher is None else teacher.state())
-
-
-def load_weights(path: Path, of: str, module: nn.Module) -> None:
-    """Fill a module with what a checkpoint holds of it, whole: "weight" for the method, "teacher" for its encoder."""
-    with _Slices(path) as slices, torch.no_grad():
-        for name, parameter in module.named_parameters():
-            values = torch.empty(parameter.numel())
-            slices.fill(of, Fragment(name, 0, values))
-            parameter.copy_(values.view_as(parameter))
 
 
 def _write_slices(file: Path, engine: Engine, teacher: Teacher | None) -> dict[str, dict[str, Any]]:

@@ -20,7 +20,9 @@ class ModelConfig:
     heads: int = 12  # attention heads
     image_size: int = 224  # pixels a side of a training image
     patch_size: int = 16  # pixels a side of a patch
-    positions: Literal["rowfirst", "colfirst"] = "rowfirst"  # what fills the first half of a position
+    positions: Literal["rowfirst", "colfirst", "none"] = "rowfirst"  # what fills the first half of a position
+    relative_positions: Literal["none", "shared", "each"] = "none"  # of attention: one table for all blocks, or each's
+    layer_scale: float = 0.0  # where learnable factors of what a block adds begin; 0: there are none
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,11 @@ def check(config: Config) -> None:
         )
     if model.width % model.heads or model.width % 4:
         raise UserError(f"model.width {model.width} must be a multiple of 4 and of model.heads {model.heads}")
+    if model.positions == "none" or model.relative_positions != "none":
+        raise UserError(
+            f"model.positions {model.positions!r} with model.relative_positions {model.relative_positions!r} is an "
+            "encoder that sees all patches, and this method's sees the visible ones: keep sin-cos positions alone"
+        )
     if not 0 < config.num_masked < config.grid[0] * config.grid[1]:
         raise UserError(f"mask.ratio {config.mask.ratio} must leave at least one patch visible and one masked")
     if not (config.pixel.enabled or config.feature.enabled):
@@ -236,6 +243,7 @@ RANGES = {  # field -> smallest and largest value; every number must also be fin
     **dict.fromkeys(("pixel.tap_weights", "feature.tap_weights"), (0, ANY)),
     **dict.fromkeys(("feature.ramp", "mask.ratio", "data.hw_decoder_load"), (0, 1)),
     **dict.fromkeys(("dynamic.beta_init", "dynamic.clamp"), (-ANY, ANY)),
+    "model.layer_scale": (0, ANY),
     **dict.fromkeys(("dynamic.norm_weight", "dynamic.coupled_l2", "dynamic.lr_multiple"), (0, ANY)),
     "dynamic.norm_batch": (TINY, ANY),
     "teacher.momentum": (0, 1 - TINY),

@@ -1,11 +1,9 @@
-"""Other people's weights as ours, and ours as theirs: MAE, BootMAE and timm's ViT, by the names of their tensors.
+"""Other people's weights as ours, and ours as theirs: MAE, BEiT, BEiT-v2, BootMAE and timm's, by the names of tensors.
 
-    MAE, timm     blocks.I.attn.qkv.bias; MAE's files hold the decoder, too, timm's a head
-    BEiT's form   blocks.I.attn.q_bias and v_bias, no bias of the keys (softmax cancels it); gamma_1 and gamma_2, which
-                  scale what a block adds, and which timm calls ls1.gamma and ls2.gamma
-
-What scales a block's output is folded into its last matrices: the same function, up to rounding. Relative positions,
-which BEiT's own files have, are not read.
+MAE, timm's ViT   blocks.I.attn.qkv.bias; MAE's files hold the decoder, too, timm's a head
+BEiT's form       blocks.I.attn.q_bias and v_bias, no bias of the keys (softmax cancels it); gamma_1 and gamma_2,
+                  which scale what a block adds (ours and timm's ViT: ls1.gamma, ls2.gamma); tables of relative
+                  positions, one shared by all blocks or one each, and then often no pos_embed
 """
 
 import argparse
@@ -24,10 +22,20 @@ from ddae.errors import UserError
 
 CONTAINERS = ("model", "state_dict", "module", "teacher", "student")  # that files keep their tensors in
 PREFIXES = ("module.", "backbone.", "encoder.", "_orig_mod.")
-SCALES = {"gamma_1": "attn.proj", "ls1.gamma": "attn.proj", "gamma_2": "mlp.fc2", "ls2.gamma": "mlp.fc2"}
+SCALES = {
+    "ls1.gamma": "attn.proj",
+    "ls2.gamma": "mlp.fc2",
+}  # what scales whose output in a block
+TABLE = "relative_position_bias_table"
+SHARED = f"rel_pos_bias.{TABLE}"
+BEIT_NAMES = (  # BEiT's words and ours
+    (r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma"),
+    (rf"^(blocks\.\d+\.attn\.){TABLE}$", rf"\1rel_pos_bias.{TABLE}"),
+)
+PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 OURS = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)"
+    rf"|blocks\.\d+\.(({'|'.join(PARTS)})\.(weight|bias)|ls[12]\.gamma|attn\.{SHARED})|{SHARED}"
 )
 
 
@@ -36,7 +44,7 @@ class Read(NamedTuple):
 
     weights: dict[str, Tensor]
     model: ModelConfig
-    report: dict[str, list[str]]  # loaded, folded, left out: names in the file
+    report: dict[str, list[str]]  # loaded, left out: names in the file
 
 
 def read_file(path: Path) -> Read:
@@ -62,36 +70,39 @@ def read_file(path: Path) -> Read:
 
 def convert(state: dict[str, Tensor], path: Path | str) -> Read:
     """Tensors by somebody's names -> by ours."""
-    if any("relative_position" in name or name.startswith("rel_pos_bias") for name in state):
-        raise UserError(f"{path} has relative positions, as BEiT's files do, which this version does not read")
-    weights, report = dict(state), {"loaded": [], "folded": [], "left out": []}
-    for name in [name for name in state if name.endswith(".attn.q_bias")]:
+    weights, loaded = {}, []
+    for name, values in state.items():
+        ours = name
+        for theirs, words in BEIT_NAMES:
+            ours = re.sub(theirs, words, ours)
         start = name.removesuffix("q_bias")
-        query, value = weights.pop(name), weights.pop(f"{start}v_bias")
-        weights[f"{start}qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
-        report["loaded"] += [name, f"{start}v_bias"]
-    for name in list(state):
-        block, _, scale = name.partition(".")[2].partition(".")
-        if name.startswith("blocks.") and scale in SCALES:
-            factor = weights.pop(name)
-            for part in ("weight", "bias"):
-                target = f"blocks.{block}.{SCALES[scale]}.{part}"
-                weights[target] = weights[target] * (factor[:, None] if part == "weight" else factor)
-            report["folded"].append(name)
-    if "norm.weight" not in weights:  # trained for the mean of the patches, after which the norm came
-        for part in ("weight", "bias"):
-            if f"fc_norm.{part}" in weights:
-                weights[f"norm.{part}"] = weights.pop(f"fc_norm.{part}")
-                report["loaded"].append(f"fc_norm.{part}")
-    ours = {name: values.float() for name, values in weights.items() if OURS.fullmatch(name)}
-    report["loaded"] += [name for name in ours if name in state]
-    report["left out"] = sorted(set(state) - set(report["loaded"]) - set(report["folded"]))
-    return Read(ours, _shape(ours, path), report)
+        if name.endswith(".attn.q_bias") and f"{start}v_bias" in state:
+            ours, values = f"{start}qkv.bias", torch.cat([values, torch.zeros_like(values), state[f"{start}v_bias"]])
+            loaded.append(f"{start}v_bias")
+        elif name.startswith("fc_norm.") and "norm.weight" not in state:
+            ours = name.removeprefix("fc_")  # trained for the mean of the patches, after which the norm came
+        if OURS.fullmatch(ours):
+            weights[ours] = values.float()
+            loaded.append(name)
+    report = {"loaded": loaded, "left out": sorted(set(state) - set(loaded))}
+    return Read(weights, _shape(weights, path), report)
+
+
+def to_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors as MAE's files have them: what scales a block's output is folded into its last matrices, the same
+    function up to rounding. UserError where there are relative positions."""
+    if any(TABLE in name for name in state):
+        raise UserError("this encoder has relative positions, for which MAE's form has no place: export --form beit")
+    folded = {name: values.clone() for name, values in state.items() if not name.endswith("gamma")}
+    for name in state.keys() - folded.keys():
+        block, scale = re.findall(r"blocks\.(\d+)\.(.*)", name)[0]
+        folded[f"blocks.{block}.{SCALES[scale]}.weight"] *= state[name][:, None]
+        folded[f"blocks.{block}.{SCALES[scale]}.bias"] *= state[name]
+    return folded
 
 
 def to_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors by the names of BEiT's form, without relative positions; the keys' bias, which softmax cancels, is
-    left out."""
+    """Our tensors by the names of BEiT's form; the keys' bias, which softmax cancels, is left out."""
     renamed = {}
     for name, values in state.items():
         if name.endswith("attn.qkv.bias"):
@@ -99,7 +110,8 @@ def to_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
             query, _, value = values.chunk(3)
             renamed |= {f"{start}q_bias": query.clone(), f"{start}v_bias": value.clone()}
         else:
-            renamed[name] = values
+            name = re.sub(r"ls([12])\.gamma$", r"gamma_\1", name)
+            renamed[name.replace(f"attn.{SHARED}", f"attn.{TABLE}")] = values.clone()
     return renamed
 
 
@@ -118,19 +130,36 @@ def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _shape(weights: dict[str, Tensor], path: Path | str) -> ModelConfig:
-    """Width, depth and the rest as the tensors show them; heads of 64. UserError where something is missing."""
+    """Width, depth and the rest as the tensors show them; heads of 64 where none says how many there are. UserError
+    where something is missing."""
     depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
-    parts = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    whole = {f"blocks.{n}.{part}.{kind}" for n in range(depth) for part in parts for kind in ("weight", "bias")}
-    whole |= {
-        "cls_token",
-        "pos_embed",
-        *(f"{part}.{k}" for part in ("patch_embed.proj", "norm") for k in ("weight", "bias")),
-    }
+    tables = [name for name in weights if TABLE in name]
+    relative = "none" if not tables else "shared" if tables == [SHARED] else "each"
+    names = {f"blocks.{n}.{part}" for n in range(depth) for part in PARTS} | {"patch_embed.proj", "norm"}
+    whole = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")} | {"cls_token"}
+    whole |= {f"blocks.{n}.attn.{SHARED}" for n in range(depth)} if relative == "each" else set()
+    scaled = any(name.endswith("gamma") for name in weights)
+    whole |= {f"blocks.{n}.{scale}" for n in range(depth) for scale in SCALES} if scaled else set()
+    whole |= {"pos_embed"} if not tables else set()
     if missing := sorted(whole - weights.keys()):
         raise UserError(f"{path} holds no whole encoder: {missing[0]} is missing, and {len(missing) - 1} more")
     width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
-    side = math.isqrt(weights["pos_embed"].shape[1] - 1)
-    if side**2 != weights["pos_embed"].shape[1] - 1 or width % 64:
+    if "pos_embed" in weights:
+        places = weights["pos_embed"].shape[1] - 1
+        side = math.isqrt(places)
+    else:  # (2 side - 1)^2 offsets, and 3 of the cls token
+        side = (math.isqrt(len(weights[tables[0]]) - 3) + 1) // 2
+        places = side**2
+    heads = weights[tables[0]].shape[1] if tables else width // 64
+    if side**2 != places or width % heads or (not tables and width % 64):
         raise UserError(f"{path} is not read: {side}^2 positions and heads of 64 are expected, its width is {width}")
-    return ModelConfig(width=width, depth=depth, heads=width // 64, image_size=side * patch, patch_size=patch)
+    return ModelConfig(
+        width=width,
+        depth=depth,
+        heads=heads,
+        image_size=side * patch,
+        patch_size=patch,
+        positions="rowfirst" if "pos_embed" in weights else "none",
+        relative_positions=relative,
+        layer_scale=1.0 if scaled else 0.0,
+    )

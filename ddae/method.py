@@ -53,12 +53,6 @@ class Method(nn.Module):
         return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses)
 
 
-def build_encoder(config: Config) -> Encoder:
-    """The encoder of this experiment, its parameters not yet set."""
-    model = config.model
-    return Encoder(model.width, model.depth, model.heads, model.image_size, model.patch_size, model.positions)
-
-
 def build_method(config: Config) -> Method:
     """The whole method of this experiment, initialised from train.seed."""
     method = assemble(config)
@@ -94,7 +88,7 @@ def assemble(config: Config) -> Method:
         if getattr(config, name).dynamic:
             prefix = "" if config.dynamic.shared else f"{name}/"
             branch.beta_places = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
-    method = Method(build_encoder(config), branches, config.data.normalisation)
+    method = Method(Encoder(config.model), branches, config.data.normalisation)
     for module in (method.encoder, *(branch.decoder for branch in branches.values())):
         module.recompute = config.engine.recompute
     return method

@@ -10,14 +10,16 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ddae.betas import Betas
-from ddae.checkpoint import STATE, load_weights
+from ddae.checkpoint import STATE
 from ddae.config import Config, beta_names
 from ddae.data.loader import Batch
 from ddae.distributed import device
 from ddae.dump import Maxima
 from ddae.errors import UserError
-from ddae.method import Losses, Method, build_encoder, build_method
+from ddae.method import Losses, Method, build_method
 from ddae.model.teacher import Fragment, Teacher
+from ddae.model.vit import Encoder
+from ddae.slices import load_weights
 from ddae.train import forward, loss_kernels
 
 
@@ -74,7 +76,7 @@ def replay(dump: Path) -> int:
 def build_teacher(dump: Path, config: Config, engine: Bare) -> Teacher | None:
     if not config.feature.enabled:
         return None
-    encoder = build_encoder(config)
+    encoder = Encoder(config.model)
     load_weights(dump, "teacher", encoder)
     fragments = [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
     return Teacher(encoder.to(engine.device, engine.dtype), fragments, sharded=False)

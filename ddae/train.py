@@ -22,8 +22,9 @@ from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.errors import UserError
 from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Clock, Meter, Spikes, print_progress
-from ddae.method import Losses, build_encoder, build_method
+from ddae.method import Losses, build_method
 from ddae.model.teacher import Teacher
+from ddae.model.vit import Encoder
 from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
@@ -204,7 +205,7 @@ def build_teacher(config: Config, engine: Engine) -> Teacher | None:
     """The momentum encoder, equal to the student; None where no branch asks for it."""
     if not config.feature.enabled:
         return None
-    encoder = build_encoder(config).to(engine.device, engine.dtype)
+    encoder = Encoder(config.model).to(engine.device, engine.dtype)
     return Teacher(encoder, engine.encoder_fragments(), engine.sharded)
 
 

@@ -1,34 +1,46 @@
-"""Encoders in and out of files: our own exports, and what foreign.py reads and writes.
+"""Encoders in and out of files: our own exports and checkpoints, and what foreign.py reads and writes.
 
 An export is a folder with `encoder.safetensors` (fp32, timm's key names) and `config.json` (shape and normalisation).
 """
 
+import contextlib
+import io
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddae.config import Config, ModelConfig
 from ddae.errors import UserError
-from ddae.foreign import read_file, to_beit
-from ddae.method import build_encoder
+from ddae.foreign import read_file, to_beit, to_mae
 from ddae.model.vit import Encoder
 from ddae.patches import NORMALISATIONS
+from ddae.slices import MANIFEST, load_weights
 
 WEIGHTS, SETTINGS = "encoder.safetensors", "config.json"
+FORMAT = 1  # of an export
 
 
 def export_encoder(weights: dict[str, Tensor], config: Config, folder: Path) -> None:
     """Write the encoder's fp32 parameters with its position table and settings."""
-    encoder = build_encoder(config)  # its tables are fp32, whatever the precision of the run
+    encoder = Encoder(config.model)  # its tables are fp32, whatever the precision of the run
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
-    if unexpected or missing != ["pos_embed"]:
+    if unexpected or set(missing) - {"pos_embed"}:
         raise ValueError(f"these are not the encoder's weights: missing {missing}, unexpected {unexpected}")
-    settings = {"model": config.to_dict()["model"], "normalisation": config.data.normalisation, "preset": config.preset}
+    encoder.normalisation = config.data.normalisation
+    write_export(encoder, folder, config.preset)
+
+
+def write_export(encoder: Encoder, folder: Path, preset: str = "") -> None:
+    """Write an export, whole or not at all."""
+    shape = {name: getattr(encoder.shape, name) for name in ModelConfig.__dataclass_fields__}
+    settings = {"format": FORMAT, "model": shape, "normalisation": encoder.normalisation, "preset": preset}
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -39,28 +51,39 @@ def export_encoder(weights: dict[str, Tensor], config: Config, folder: Path) -> 
     unfinished.rename(folder)
 
 
-def load_encoder(path: str | Path, image_size: int | None = None, normalisation: str | None = None) -> Encoder:
-    """The encoder of a run folder, an export folder, or a published file of MAE, BootMAE or timm's ViT (.pth or
-    .safetensors), on the CPU, in fp32 and eval mode.
+def load_encoder(
+    path: str | Path,
+    image_size: int | None = None,
+    normalisation: str | None = None,
+    part: Literal["student", "teacher"] = "student",
+) -> Encoder:
+    """The encoder of a run folder, a checkpoint, an export folder, or a published file of MAE, BEiT, BEiT-v2, BootMAE
+    or timm (.pth or .safetensors), on the CPU, in fp32 and eval mode.
 
     encoder(images) takes [B, 3, H, W], normalised as `encoder.normalisation` names, and gives tokens [B, 1 + N, D]
     after the final norm, cls first; encoder.features(images, layers) those after the named blocks.
     image_size: positions are resampled to it. normalisation: "half" or "imagenet", for a file that does not say
-    (imagenet unless told). encoder.report says what became of each tensor of a file.
-    UserError where there is no complete encoder.
+    (imagenet unless told). part: the teacher is in checkpoints alone, the newest of a run folder's is taken.
+    encoder.report says what became of each tensor of a file. UserError where there is no complete encoder.
     """
-    if Path(path).is_file():
-        read = read_file(Path(path))
-        encoder = build_encoder(Config(model=read.model))
+    path = Path(path)
+    checkpoint = _checkpoint(path, part)
+    if checkpoint is not None:
+        encoder = _load_checkpoint(checkpoint, part)
+    elif part == "teacher":
+        raise UserError(f"{path} holds no teacher: name a run folder with checkpoints/, or a checkpoint")
+    elif path.is_file():
+        read = read_file(path)
+        encoder = Encoder(read.model)
         encoder.load_state_dict(read.weights)
-        encoder.normalisation, encoder.report = normalisation or "imagenet", read.report
+        encoder.normalisation, encoder.report = "imagenet", read.report
     else:
         encoder = _load_export(path)
-        encoder.normalisation = normalisation or encoder.normalisation
+    encoder.normalisation = normalisation or encoder.normalisation
     if image_size is not None:
-        if image_size < encoder.patch_size or image_size % encoder.patch_size:
+        if image_size < encoder.shape.patch_size or image_size % encoder.shape.patch_size:
             raise UserError(
-                f"image_size {image_size} is not divisible by {path}'s patches of {encoder.patch_size} pixels"
+                f"image_size {image_size} is not divisible by {path}'s patches of {encoder.shape.patch_size} pixels"
             )
         encoder.resize(image_size)
     return encoder.eval().requires_grad_(False)
@@ -68,14 +91,20 @@ def load_encoder(path: str | Path, image_size: int | None = None, normalisation:
 
 def write_timm(encoder: Encoder, folder: Path) -> None:
     """A folder that `timm.create_model("local-dir:FOLDER", num_classes=0)` loads: model.safetensors and config.json."""
-    grid, width = encoder.grid[0], encoder.cls_token.shape[-1]
+    shape, state = encoder.shape, encoder.state_dict()
+    size = shape.image_size
+    arguments = {"img_size": size, "patch_size": shape.patch_size, "embed_dim": shape.width, "depth": shape.depth}
+    arguments |= {"num_heads": shape.heads, "init_values": shape.layer_scale or None}
+    architecture = "vit_base_patch16_224"
+    if shape.relative_positions != "none":
+        architecture, state = "beit_base_patch16_224", to_beit(state)
+        arguments |= {"use_abs_pos_emb": shape.positions != "none", "global_pool": "token"}
+        arguments |= {f"use_{kind}rel_pos_bias": shape.relative_positions == each for kind, each in RELATIVE.items()}
     mean, std = NORMALISATIONS[encoder.normalisation]
-    size = grid * encoder.patch_size
-    shape = {"img_size": size, "patch_size": encoder.patch_size, "embed_dim": width, "depth": len(encoder.blocks)}
     settings = {
-        "architecture": "vit_base_patch16_224",
+        "architecture": architecture,
         "num_classes": 0,
-        "model_args": shape | {"num_heads": encoder.heads},
+        "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, size, size],
             "num_classes": 0,
@@ -88,28 +117,94 @@ def write_timm(encoder: Encoder, folder: Path) -> None:
         },
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(encoder.state_dict(), folder / "model.safetensors")
+    save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_foreign(encoder: Encoder, file: Path, form: str) -> None:
-    """A file in MAE's or in BEiT's form ("mae" or "beit"), as their own code reads: {"model": tensors}."""
-    state = {name: values.clone() for name, values in encoder.state_dict().items()}
-    torch.save({"model": to_beit(state) if form == "beit" else state}, file)
+RELATIVE = {"": "each", "shared_": "shared"}  # timm's words for whose the tables are, and ours
 
 
-def _load_export(path: str | Path) -> Encoder:
-    folder = Path(path)
-    folder = folder / "encoder" if (folder / "encoder").is_dir() else folder
+def write_mae(encoder: Encoder, file: Path) -> None:
+    """A file as MAE's own code reads it; UserError where its form has no place for what the encoder has."""
+    torch.save({"model": to_mae(encoder.state_dict())}, file)
+
+
+def write_beit(encoder: Encoder, file: Path) -> None:
+    """A file as BEiT's own code reads it."""
+    torch.save({"model": to_beit(encoder.state_dict())}, file)
+
+
+def write_onnx(encoder: Encoder, file: Path) -> None:
+    """images [B, 3, H, W] -> tokens [B, 1 + N, D] for ONNX runtimes, B free; UserError where onnx is not installed."""
+    example = torch.zeros(2, 3, encoder.shape.image_size, encoder.shape.image_size)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it counts its own steps aloud
+            program = torch.onnx.export(
+                encoder, (example,), dynamo=True, input_names=["images"], output_names=["tokens"], dynamic_shapes=FREE
+            )
+    except ImportError as error:
+        raise UserError(f"ONNX cannot be written ({error}): pip install -e '.[onnx]'") from None
+    assert program is not None
+    program.save(file)
+
+
+def write_program(encoder: Encoder, file: Path) -> None:
+    """images [B, 3, H, W] -> tokens [B, 1 + N, D] as a program that torch.export.load reads, B free."""
+    example = torch.zeros(2, 3, encoder.shape.image_size, encoder.shape.image_size)
+    torch.export.save(torch.export.export(encoder, (example,), dynamic_shapes=FREE), file)
+
+
+FREE = {"images": {0: torch.export.Dim("batch")}}  # sizes that are not fixed
+WRITERS: dict[str, Callable[[Encoder, Path], None]] = {
+    "ddae": write_export,
+    "timm": write_timm,
+    "mae": write_mae,
+    "beit": write_beit,
+    "onnx": write_onnx,
+    "torch": write_program,
+}
+
+
+def _checkpoint(path: Path, part: str) -> Path | None:
+    """The checkpoint that a path stands for: itself, or a run folder's newest, where no export serves."""
+    if (path / MANIFEST).exists() and list(path.glob("rank_*.safetensors")):
+        return path
+    complete = sorted(path.glob(f"checkpoints/step_*/{MANIFEST}"))
+    if complete and (part == "teacher" or not (path / "encoder").is_dir()):
+        return complete[-1].parent
+    return None
+
+
+def _load_checkpoint(path: Path, part: str) -> Encoder:
+    run = path.parent.parent / "config.json"
+    try:
+        config = Config.from_dict(json.loads(run.read_text()))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no checkpoint of a run: {run} cannot be read ({error})") from None
+    encoder = Encoder(config.model)
+    encoder.normalisation = config.data.normalisation
+    if part == "student":
+        load_weights(path, "weight", nn.ModuleDict({"encoder": encoder}))
+    elif config.feature.enabled:
+        load_weights(path, "teacher", encoder)
+    else:
+        raise UserError(f"{path} holds no teacher: its method has none")
+    return encoder
+
+
+def _load_export(path: Path) -> Encoder:
+    folder = path / "encoder" if (path / "encoder").is_dir() else path
     for name in (WEIGHTS, SETTINGS):
         if not (folder / name).exists():
             raise UserError(f"{path} is not an export: it has no {name}; name a finished run or its encoder/ folder")
     try:
         settings = json.loads((folder / SETTINGS).read_text())
-        encoder = build_encoder(Config(model=ModelConfig(**settings["model"])))
+        if settings.get("format") != FORMAT:
+            raise ValueError(f"its format is {settings.get('format')}, not {FORMAT}: export it again")
+        encoder = Encoder(ModelConfig(**settings["model"]))
         encoder.normalisation = settings["normalisation"]
         encoder.load_state_dict(load_file(folder / WEIGHTS))
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder} is not an export that this version reads: {reason}") from None
     return encoder

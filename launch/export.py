@@ -3,7 +3,8 @@
 python launch/export.py --encoder runs/demo --form timm --out exported
     timm.create_model("local-dir:exported", num_classes=0, pretrained=True)
 
---encoder may also be a published file of MAE, BootMAE or timm; what became of each of its tensors is printed.
+--encoder may also be a checkpoint (--part teacher for its momentum encoder) or a published file of MAE, BEiT, BEiT-v2,
+BootMAE or timm; what became of each of its tensors is printed.
 """
 
 import argparse
@@ -11,27 +12,25 @@ from pathlib import Path
 
 from ddae.errors import command
 
+FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", required=True, help="a run folder, an export folder, or a published file")
-    parser.add_argument("--form", choices=("timm", "mae", "beit"), default="timm", help="whose names and files")
-    parser.add_argument("--out", required=True, type=Path, help="folder for timm, file for mae and beit")
+    parser.add_argument("--encoder", required=True, help="a run folder, a checkpoint, an export, or a file")
+    parser.add_argument("--form", choices=FORMS, default="timm", help="whose names and files")
+    parser.add_argument("--out", required=True, type=Path, help="folder for ddae and timm, a file for the others")
+    parser.add_argument("--part", choices=("student", "teacher"), default="student", help="of a run's two encoders")
     parser.add_argument("--image_size", type=int, help="resample the positions to images of this size")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of a file that does not say its own")
     words = parser.parse_args()
-    from ddae.weights import load_encoder, write_foreign, write_timm  # seconds to import
+    from ddae.weights import WRITERS, load_encoder  # seconds to import
 
-    encoder = load_encoder(words.encoder, words.image_size, words.normalisation)
+    encoder = load_encoder(words.encoder, words.image_size, words.normalisation, words.part)
     for what, names in encoder.report.items():
         print(f"{what}: {len(names)} tensors{'' if what == 'loaded' or not names else ': ' + ', '.join(names)}")
-    if words.form == "timm":
-        write_timm(encoder, words.out)
-    else:
-        write_foreign(encoder, words.out, words.form)
-    print(
-        f"{words.out}: {words.form}, images of {encoder.grid[0] * encoder.patch_size} pixels, {encoder.normalisation}"
-    )
+    WRITERS[words.form](encoder, words.out)
+    print(f"{words.out}: {words.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
 
 
 if __name__ == "__main__":

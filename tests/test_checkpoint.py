@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from ddae.checkpoint import MANIFEST, Checkpoints
+from ddae.checkpoint import Checkpoints
 from ddae.errors import UserError
+from ddae.slices import MANIFEST
 
 
 def make(folder, step, files=("state.pt", "rank_00000.safetensors")):

@@ -15,10 +15,9 @@ from safetensors.torch import load_file, save_file
 import ddae
 from ddae.errors import UserError
 from ddae.foreign import convert, to_beit
-from ddae.method import build_encoder
-from ddae.model.vit import initialise
+from ddae.model.vit import Encoder, initialise
 from ddae.presets import preset
-from ddae.weights import export_encoder, write_foreign, write_timm
+from ddae.weights import export_encoder, write_beit, write_export, write_mae, write_onnx, write_program, write_timm
 
 SHAPE = {"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 3, "num_heads": 2, "num_classes": 0}
 
@@ -52,7 +51,7 @@ def test_maes_encoder_and_timms_file(container, prefix, images, tmp_path):
     same(encoder, model, images)
     assert encoder.normalisation == "imagenet"
     assert len(encoder.report["loaded"]) == len(state)
-    assert encoder.report["left out"] == encoder.report["folded"] == []
+    assert encoder.report["left out"] == []
 
 
 def test_maes_full_file_and_heads_are_left_out_by_name(images, tmp_path):
@@ -79,16 +78,108 @@ def test_a_norm_after_the_mean_is_the_encoders(images, tmp_path):
 
 
 @pytest.mark.parametrize("named", ["timm", "beit"])
-def test_layer_scale_is_folded(named, images):
+def test_layer_scale_is_kept_and_folded_for_mae(named, images, tmp_path):
     model = vit(init_values=0.1)
     state = model.state_dict()
     if named == "beit":
         state = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for name, v in state.items()}
     read = convert(state, "file")
-    encoder = build_encoder(preset("demo").__class__(model=read.model))
+    encoder = Encoder(read.model)
     encoder.load_state_dict(read.weights)
     same(encoder, model, images)
-    assert len(read.report["folded"]) == 6
+    assert torch.equal(encoder.blocks[1].ls1.gamma, model.blocks[1].ls1.gamma)
+    write_mae(encoder, tmp_path / "folded.pth")
+    folded = ddae.load_encoder(tmp_path / "folded.pth")
+    assert folded.shape.layer_scale == 0
+    same(folded, model, images)
+
+
+def beit(**options):
+    """timm's BEiT with random weights."""
+    torch.manual_seed(0)
+    model = timm.create_model("beit_base_patch16_224", **SHAPE | {"global_pool": "token"} | options)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+EACH = {"use_abs_pos_emb": False, "use_rel_pos_bias": True}
+SHARED = {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+
+
+@pytest.mark.parametrize("options", [EACH, SHARED, EACH | {"use_abs_pos_emb": True}, EACH | {"init_values": None}])
+def test_beits_own_files_and_back(options, images, tmp_path):
+    model = beit(**options)
+    torch.save({"model": model.state_dict()}, tmp_path / "beit.pth")
+    encoder = ddae.load_encoder(tmp_path / "beit.pth")
+    same(encoder, model, images)
+    assert all("index" in name for name in encoder.report["left out"])
+    write_beit(encoder, tmp_path / "again.pth")
+    again = torch.load(tmp_path / "again.pth")["model"]
+    for name, values in model.state_dict().items():
+        assert torch.equal(again[name], values) or "k_bias" in name or "index" in name, name
+    write_export(encoder, tmp_path / "export")
+    same(ddae.load_encoder(tmp_path / "export"), model, images)
+    write_timm(encoder, tmp_path / "timm")
+    back = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
+    same(encoder, back, images)
+    with pytest.raises(UserError, match="MAE's form has no place"):
+        write_mae(encoder, tmp_path / "mae.pth")
+
+
+def test_relative_positions_are_resampled_as_timm_does(tmp_path):
+    torch.save(beit(**EACH).state_dict(), tmp_path / "beit.pth")
+    encoder, larger = ddae.load_encoder(tmp_path / "beit.pth", image_size=96), beit(**EACH, img_size=96)
+    larger.load_state_dict(timm.models.beit.checkpoint_filter_fn(beit(**EACH).state_dict(), larger))
+    same(encoder, larger, torch.randn(1, 3, 96, 96))
+
+
+def layout(kind, width=768, depth=12, patch=16):
+    """Names and shapes of a published file (ViT-B at 224), as its authors' code writes it."""
+    block = {"norm1.weight": [width], "norm1.bias": [width], "norm2.weight": [width], "norm2.bias": [width]}
+    block |= {"attn.qkv.weight": [3 * width, width], "attn.proj.weight": [width, width], "attn.proj.bias": [width]}
+    block |= {"mlp.fc1.weight": [4 * width, width], "mlp.fc1.bias": [4 * width]}
+    block |= {"mlp.fc2.weight": [width, 4 * width], "mlp.fc2.bias": [width]}
+    names = {"cls_token": [1, 1, width], "patch_embed.proj.weight": [width, 3, patch, patch]}
+    names |= {"patch_embed.proj.bias": [width], "norm.weight": [width], "norm.bias": [width]}
+    if kind.startswith("mae"):
+        block |= {"attn.qkv.bias": [3 * width]}
+    else:
+        block |= {"attn.q_bias": [width], "attn.v_bias": [width]}
+    if kind == "beit":
+        names |= {"rel_pos_bias.relative_position_bias_table": [732, 12]}
+        names |= {"mask_token": [1, 1, width], "lm_head.weight": [8192, width], "lm_head.bias": [8192]}
+        block |= {"gamma_1": [width], "gamma_2": [width]}
+    elif kind == "beit_finetuned":
+        del names["norm.weight"], names["norm.bias"]
+        names |= {"fc_norm.weight": [width], "fc_norm.bias": [width], "head.weight": [10, width], "head.bias": [10]}
+        block |= {"gamma_1": [width], "gamma_2": [width], "attn.relative_position_bias_table": [732, 12]}
+        block |= {"attn.relative_position_index": [197, 197]}
+    else:
+        names |= {"pos_embed": [1, 197, width]}
+    if kind == "mae_full":
+        names |= {"mask_token": [1, 1, 512], "decoder_pos_embed": [1, 197, 512], "decoder_embed.weight": [512, width]}
+        names |= {"decoder_blocks.0.norm1.weight": [512], "decoder_norm.weight": [512], "decoder_pred.bias": [768]}
+    if kind == "bootmae":
+        names |= {"mask_token": [1, 1, 512], "de_pos_embed": [1, 197, 512], "down.weight": [512, width]}
+        names |= {
+            "decode_blocks.0.norm1.weight": [512],
+            "lm_head.weight": [512, 3, 16, 16],
+            "mask_token_1": [1, 1, 512],
+        }
+    names |= {f"blocks.{n}.{part}": size for n in range(depth) for part, size in block.items()}
+    return {name: torch.full(size, 0.01) for name, size in names.items()}
+
+
+@pytest.mark.parametrize("kind", ["mae", "mae_full", "beit", "beit_finetuned", "bootmae"])
+def test_each_published_layout_is_read(kind):
+    state = layout(kind)
+    read = convert(state, kind)
+    Encoder(read.model).load_state_dict(read.weights)  # none missing, none over
+    assert (read.model.width, read.model.depth, read.model.heads, read.model.image_size) == (768, 12, 12, 224)
+    assert set(read.report["loaded"]) | set(read.report["left out"]) == set(state)
+    words = ("mask_token", "lm_head", "head", "de", "down", "index")
+    assert all(any(word in name for word in words) for name in read.report["left out"])
 
 
 def test_beits_form_and_back(images, tmp_path):
@@ -101,7 +192,7 @@ def test_beits_form_and_back(images, tmp_path):
     torch.save({"module": state}, tmp_path / "beit.pth")
     encoder = ddae.load_encoder(tmp_path / "beit.pth")
     same(encoder, model, images)
-    write_foreign(encoder, tmp_path / "again.pth", "beit")
+    write_beit(encoder, tmp_path / "again.pth")
     again = ddae.load_encoder(tmp_path / "again.pth")
     for name, values in encoder.state_dict().items():
         assert torch.equal(values, again.state_dict()[name]), name
@@ -109,20 +200,20 @@ def test_beits_form_and_back(images, tmp_path):
 
 @pytest.mark.parametrize("form", ["mae", "timm"])
 def test_ours_there_and_back_bit_for_bit(form, images, tmp_path):
-    encoder = build_encoder(preset("demo").__class__(model=convert(vit().state_dict(), "file").model))
+    encoder = Encoder(convert(vit().state_dict(), "file").model)
     initialise(encoder, torch.Generator().manual_seed(0))
     if form == "timm":
         write_timm(encoder, tmp_path / "out")
         file = tmp_path / "out" / "model.safetensors"
     else:
-        write_foreign(encoder, file := tmp_path / "out.pth", "mae")
+        write_mae(encoder, file := tmp_path / "out.pth")
     back = ddae.load_encoder(file)
     for name, values in encoder.state_dict().items():
         assert torch.equal(values, back.state_dict()[name]), name
 
 
 def test_timm_loads_our_export_as_it_is(images, tmp_path):
-    encoder = build_encoder(preset("ddae_vit_s16_100e"))
+    encoder = Encoder(preset("ddae_vit_s16_100e").model)
     initialise(encoder, torch.Generator().manual_seed(0))
     write_timm(encoder.eval(), tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
@@ -133,6 +224,23 @@ def test_timm_loads_our_export_as_it_is(images, tmp_path):
         "vit_small_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "model.safetensors")
     )
     same(encoder, bare.eval(), large)
+
+
+@pytest.mark.parametrize("options", [{}, EACH | {"init_values": 0.1}])
+def test_programs_give_the_same_features(options, images, tmp_path):
+    import onnxruntime
+
+    torch.save((beit(**options) if options else vit()).state_dict(), tmp_path / "weights.pth")
+    encoder = ddae.load_encoder(tmp_path / "weights.pth")
+    five = torch.cat([images, images, images[:1]])
+    with torch.no_grad():
+        wanted = encoder(five)
+    write_program(encoder, tmp_path / "encoder.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "encoder.pt2").module()(five), wanted)
+    write_onnx(encoder, tmp_path / "encoder.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    (tokens,) = session.run(None, {"images": five.numpy()})
+    torch.testing.assert_close(torch.from_numpy(tokens), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_are_resampled(tmp_path):
@@ -163,12 +271,6 @@ class Evil:
         (lambda path: torch.save({"cls_token": torch.ones(1, 1, 64)}, path), "no whole encoder: norm.bias is missing"),
         (lambda path: torch.save({"model": Evil()}, path), "holds more than tensors"),
         (
-            lambda path: torch.save(
-                vit().state_dict() | {"rel_pos_bias.relative_position_bias_table": torch.ones(1)}, path
-            ),
-            "relative positions",
-        ),
-        (
             lambda path: torch.save({n: v for n, v in vit().state_dict().items() if n != "blocks.1.norm2.bias"}, path),
             "blocks.1.norm2.bias is missing, and 0 more",
         ),
@@ -185,7 +287,7 @@ def test_what_is_no_encoder_is_told(content, message, tmp_path):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     config = preset("demo")
-    encoder = build_encoder(config)
+    encoder = Encoder(config.model)
     initialise(encoder, torch.Generator().manual_seed(0))
     export_encoder({name: v.detach() for name, v in encoder.named_parameters()}, config, tmp_path / "encoder")
 
@@ -204,3 +306,48 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     same(encoder, model, torch.randn(1, 3, 64, 64))
     assert export("--encoder", tmp_path / "nothing", "--out", tmp_path / "x") == 2
     assert capsys.readouterr().err.startswith("export: ")
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run with a checkpoint of two ranks, whose student is all 0.5 and whose teacher is all 0.25."""
+    config, folder = preset("demo"), tmp_path / "run"
+    checkpoint = folder / "checkpoints" / "step_00000008"
+    checkpoint.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    (checkpoint / "manifest.json").write_text("{}")
+    for rank in (0, 1):
+        slices, starts = {}, {}
+        for name, parameter in Encoder(config.model).named_parameters():
+            middle = parameter.numel() // 3
+            size = middle if rank == 0 else parameter.numel() - middle
+            for key, value in {f"weight/encoder.{name}": 0.5, f"teacher/{name}": 0.25}.items():
+                slices[key], starts[key] = torch.full((size,), value), rank * middle
+        save_file(slices, checkpoint / f"rank_{rank:05d}.safetensors", {"starts": json.dumps(starts)})
+    return folder
+
+
+def test_a_runs_student_and_teacher_from_its_ranks(run_folder):
+    for path in (run_folder, run_folder / "checkpoints" / "step_00000008"):
+        for part, value in {"student": 0.5, "teacher": 0.25}.items():
+            encoder = ddae.load_encoder(path, part=part)
+            assert all(bool((parameter == value).all()) for parameter in encoder.parameters())
+            assert encoder.normalisation == "half"
+    (run_folder / "checkpoints" / "step_00000008" / "rank_00001.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds \d+ of \d+ numbers of teacher/cls_token"):
+        ddae.load_encoder(run_folder, part="teacher")
+
+
+def test_a_teacher_that_is_not_there_is_told(run_folder, tmp_path):
+    write_export(ddae.load_encoder(run_folder), tmp_path / "export")
+    with pytest.raises(UserError, match="export holds no teacher: name a run folder"):
+        ddae.load_encoder(tmp_path / "export", part="teacher")
+    config = json.loads((run_folder / "config.json").read_text())
+    config["feature"]["enabled"] = False
+    (run_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds no teacher: its method has none"):
+        ddae.load_encoder(run_folder, part="teacher")
+    settings = json.loads((tmp_path / "export" / "config.json").read_text())
+    (tmp_path / "export" / "config.json").write_text(json.dumps(settings | {"format": 7}))
+    with pytest.raises(UserError, match="its format is 7, not 1: export it again"):
+        ddae.load_encoder(tmp_path / "export")

@@ -48,6 +48,7 @@ ORDER = [
         "ddae.plan",
         "ddae.engine",
         "ddae.stopping",
+        "ddae.slices",
         "ddae.checkpoint",
         "ddae.foreign",
         "ddae.weights",
@@ -70,7 +71,7 @@ HEAVY = {  # package -> the files that may import it
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
     "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
-    "safetensors": {"ddae.weights", "ddae.foreign", "ddae.checkpoint", "ddae.dump", "ddae.replay"},
+    "safetensors": {"ddae.weights", "ddae.foreign", "ddae.slices", "ddae.checkpoint", "ddae.dump", "ddae.replay"},
     "triton": {"ddae_kernels.triton_impl"},
 }
 

@@ -17,8 +17,7 @@ from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.eval.examples import ExampleReader, batches
 from ddae.eval.features import effective_rank, extract, spread
 from ddae.eval.knn import accuracy, vote
-from ddae.method import build_encoder
-from ddae.model.vit import initialise
+from ddae.model.vit import Encoder, initialise
 from ddae.presets import preset
 from ddae.weights import export_encoder
 
@@ -44,7 +43,7 @@ def digits(tmp_path_factory):
 def encoder_folder(tmp_path_factory):
     """An export of the demo's encoder before any training."""
     config, folder = preset("demo"), tmp_path_factory.mktemp("encoder") / "encoder"
-    encoder = build_encoder(config)
+    encoder = Encoder(config.model)
     initialise(encoder, torch.Generator().manual_seed(0))
     export_encoder({name: values.detach() for name, values in encoder.named_parameters()}, config, folder)
     return folder

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from ddae.config import ModelConfig
 from ddae.method import build_method
 from ddae.model.decoder import Decoder
 from ddae.model.teacher import Fragment, Teacher
@@ -15,7 +16,7 @@ from ddae.presets import preset
 
 def build(**changes):
     shape = {"width": 24, "depth": 3, "heads": 2, "image_size": 32, "patch_size": 8, "positions": "rowfirst"} | changes
-    encoder = Encoder(**shape)
+    encoder = Encoder(ModelConfig(**shape))
     initialise(encoder, torch.Generator().manual_seed(0))
     return encoder.eval()
 
@@ -146,7 +147,7 @@ def test_teacher_runs_its_masters_and_takes_no_gradient():
         halves += [Fragment(fragment.name, middle, fragment.values[middle:])]
     images, masked = torch.rand(2, 3, 32, 32), torch.tensor([[1, 5], [0, 15]])
     for pieces in (fragments, halves):
-        teacher = Teacher(Encoder(24, 3, 2, 32, 8, "rowfirst"), pieces, sharded=False)
+        teacher = Teacher(Encoder(encoder.shape), pieces, sharded=False)
         targets = teacher.targets(images, (1, 3), masked)
         assert not targets.requires_grad
         expected = torch.stack([gather_tokens(t[:, 1:], masked) for t in encoder.features(images, (1, 3))])

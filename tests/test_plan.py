@@ -13,8 +13,9 @@ from ddae.betas import Betas
 from ddae.cli import parse
 from ddae.config import beta_names
 from ddae.ds_config import load
-from ddae.method import build_encoder, build_method
+from ddae.method import build_method
 from ddae.model.teacher import Fragment, Teacher
+from ddae.model.vit import Encoder
 from ddae.plan import activations, memory, work
 from ddae.presets import preset
 from ddae.replay import Bare
@@ -72,7 +73,7 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
         pytest.skip("one case is enough for the interpreter, which takes its time")
     config = parse([*SIZES[size], "--engine.precision", precision, "--engine.kernels", kernels])
     engine = Bare(build_method(config), precision)
-    encoder = build_encoder(config)
+    encoder = Encoder(config.model)
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     fragments = [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]

@@ -46,7 +46,7 @@ def evaluate(encoder_folder: str, data: str, k: int, temperature: float, batch: 
     UserError where the encoder or the shards cannot be read, the shards have no classes, or k is more than they hold.
     """
     encoder = load_encoder(encoder_folder).to(device())
-    size, depth = encoder.grid[0] * encoder.patch_size, len(encoder.blocks)
+    size, depth = encoder.shape.image_size, encoder.shape.depth
     layers = sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
     splits: dict[str, Features] = {}
     for split in ("train", "val"):
@@ -66,7 +66,7 @@ def evaluate(encoder_folder: str, data: str, k: int, temperature: float, batch: 
         }
     best = max(rows, key=lambda name: rows[name]["top1"])
     about = {"encoder": encoder_folder, "data": data, "k": k, "temperature": temperature}
-    counts = {"bank": len(train.labels), "queries": len(val.labels), "width": encoder.cls_token.shape[-1]}
+    counts = {"bank": len(train.labels), "queries": len(val.labels), "width": encoder.shape.width}
     return about | counts | {"best": best, "top1": rows[best]["top1"], "features": rows}
 
 

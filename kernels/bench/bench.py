@@ -197,10 +197,11 @@ def step_share(preset: str, batch: int) -> str:
     from ddae import presets
     from ddae.branches import Inputs
     from ddae.masks import masked_distance, sample_mask
-    from ddae.method import build_encoder, build_method
+    from ddae.method import build_method
+    from ddae.model.vit import Encoder
 
     config = presets.preset(preset)
-    method, teacher = build_method(config).to(DEVICE, torch.bfloat16), build_encoder(config).to(DEVICE, torch.bfloat16)
+    method, teacher = build_method(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)
     optimizer = torch.optim.AdamW(method.parameters(), lr=0.0, fused=CUDA)
     images = torch.randint(0, 256, (batch, 3, *[config.model.image_size] * 2), dtype=torch.uint8, device=DEVICE)
     mask = sample_mask(config.mask.kind, torch.arange(batch), config.grid, config.num_masked).to(DEVICE)

@@ -1,0 +1,65 @@
+"""The slices of parameters that all ranks left in a checkpoint, and whole parameters from them.
+
+rank_00000.safetensors, ...   "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "teacher/NAME", ...: fp32, flat;
+                              where in the parameter each begins is the file's metadata
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from ddae.errors import UserError
+from ddae.model.teacher import Fragment
+
+MANIFEST = "manifest.json"  # of a complete checkpoint
+
+
+class Slices:
+    """What all ranks saved of each parameter; opened for as long as `with` lasts."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.files: list[Any] = []
+        self.places: dict[str, list[tuple[int, int, Any]]] = {}  # key -> start, end and file of each slice
+
+    def __enter__(self) -> "Slices":
+        for each in sorted(self.path.glob("rank_*.safetensors")):
+            file = safe_open(each, "pt")
+            self.files.append(file.__enter__())
+            for key, start in json.loads(file.metadata()["starts"]).items():
+                end = start + file.get_slice(key).get_shape()[0]
+                self.places.setdefault(key, []).append((start, end, file))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for file in self.files:
+            file.__exit__(*error)
+
+    def fill(self, of: str, fragment: Fragment) -> None:
+        """Copy into a fragment's values what was saved of them, from whichever ranks had it."""
+        key, start, end = f"{of}/{fragment.name}", fragment.start, fragment.start + fragment.values.numel()
+        filled = 0
+        for first, last, file in self.places.get(key, []):
+            low, high = max(start, first), min(end, last)
+            if low < high:
+                saved = file.get_slice(key)[low - first : high - first]
+                fragment.values[low - start : high - start].copy_(saved)
+                filled += high - low
+        if filled != end - start:
+            raise UserError(f"{self.path} holds {filled} of {end - start} numbers of {key}: it is of another model")
+
+
+def load_weights(path: Path, of: str, module: nn.Module) -> None:
+    """Fill a module with what a checkpoint holds of it, whole: "weight" for the method, "teacher" for its encoder.
+
+    UserError where it does not hold all of it.
+    """
+    with Slices(path) as slices, torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = torch.empty(parameter.numel())
+            slices.fill(of, Fragment(name, 0, values))
+            parameter.copy_(values.view_as(parameter))
