@@ -28,13 +28,13 @@ import PIL
 import torch
 from PIL import Image
 
-from ddae.config import DataConfig
 from ddae.data.choice import first_files
 from ddae.data.loader import Loader, cache_of
 from ddae.data.reader import Part, Reader
-from ddae.data.sampling import Order
+from ddae.data.sampling import Order, cut
 from ddae.data.shards import open_shards
 from ddae.distributed import device
+from ddae.experiment import ShardsConfig
 from ddae.sharding.inspection import inspect
 from ddae.sharding.sharder import Settings, shard
 from ddae.sharding.sources import Index, index
@@ -77,7 +77,7 @@ def loader_rates(data: str, workers: int, rounds: int, seconds: float, simd: str
 
 def unpack(data: str, folder: Path) -> None:
     """The images of shards as files in class folders, as ImageFolder reads them."""
-    shards = open_shards(data, cache_of(DataConfig()))
+    shards = open_shards(data, cache_of(ShardsConfig()))
     for sample in range(len(shards)):
         path = folder / f"class_{sample % 10}" / f"{sample:06d}.jpg"
         path.parent.mkdir(exist_ok=True)
@@ -105,7 +105,7 @@ def measure(way: str, where: str, workers: int, seconds: float) -> float:
 
 def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tensor, None, None]:
     """This project's loader."""
-    config = DataConfig(train=where, batch_size=BATCH, workers=workers, backend=backend)  # type: ignore[arg-type]
+    config = ShardsConfig(train=where, batch_size=BATCH, workers=workers, backend=backend)  # type: ignore[arg-type]
     loader = Loader(config, SIZE, 0, Part(BATCH, BATCH, 0, 1), device())
     loader.settle()
     try:
@@ -119,7 +119,7 @@ def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tenso
 
 def read_batches(where: str, workers: int) -> Generator[torch.Tensor, None, None]:
     """Reader threads alone: files and crops, nothing decoded."""
-    config = DataConfig(train=where, batch_size=4 * BATCH, workers=workers, backend="dali")
+    config = ShardsConfig(train=where, batch_size=4 * BATCH, workers=workers, backend="dali")
     loader = Loader(config, SIZE, 0, Part(4 * BATCH, 4 * BATCH, 0, 1), torch.device("cpu"))
     for micro in loader.read_files(0):
         yield micro.lengths
@@ -146,9 +146,9 @@ def pixel_differences(data: str) -> tuple[float, float]:
     graph, of 255."""
     from ddae.data.dali import DaliDecoder
 
-    config = DataConfig()
+    config = ShardsConfig()
     shards = open_shards(data, cache_of(config))
-    reader = Reader(shards, Order(shards.first, 0), Part(1, 1, 0, 1), SIZE, config.crop_scale)
+    reader = Reader(shards, Order(shards.first, 0), Part(1, 1, 0, 1), SIZE, cut(config.crop, config.crop_scale))
     files, drawn = first_files(reader, 512)
     decoder = DaliDecoder(SIZE, len(files), 2, torch.device("cpu"), resizes=True)
     theirs = decoder.decode(files, drawn.crops.boxes, drawn.crops.flips)

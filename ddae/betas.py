@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ddae.config import DynamicConfig
 from ddae.distributed import is_main, mean_over_ranks
+from ddae.slices import Fragment
 
 
 class Betas:
@@ -80,11 +81,21 @@ class Betas:
             print(f"beta of {', '.join(held)} has reached dynamic.clamp {self.config.clamp}", flush=True)
             self._warned = True
 
-    def state_dict(self) -> dict[str, Any]:
+    sharded = False  # every rank has all of them
+
+    def note(self) -> dict[str, Any]:
         """A copy of the values and of AdamW's averages."""
         return copy.deepcopy({"values": self.values.detach().cpu(), "optimizer": self.optimizer.state_dict()})
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def prepare(self, note: dict[str, Any]) -> None:
+        """Take what note() gave."""
         with torch.no_grad():
-            self.values.copy_(state["values"])
-        self.optimizer.load_state_dict(state["optimizer"])
+            self.values.copy_(note["values"])
+        self.optimizer.load_state_dict(note["optimizer"])
+
+    def state(self) -> dict[str, list[Fragment]]:
+        """Too small for slices."""
+        return {}
+
+    def publish(self) -> None:
+        """They are used as they are."""

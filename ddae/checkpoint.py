@@ -1,7 +1,8 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, whole or not there at all.
 
     checkpoints/step_00000100/   rank_00000.safetensors, ...: fp32 slices of weights, Adam's averages and the teacher,
-                                 by parameter; state.pt: step, updates, betas, data set, MLflow's run;
+                                 by parameter; state.pt: step, the parts' notes, data set, MLflow's
+                                 run;
                                  manifest.json: size and sha256 of every file, written last
     checkpoints/latest           the newest, by name
 
@@ -23,12 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ddae.betas import Betas
 from ddae.distributed import from_main, gather, is_main, rank, world_size
-from ddae.engine import Engine
 from ddae.errors import UserError
-from ddae.model.teacher import Fragment, Teacher
-from ddae.slices import MANIFEST, Slices
+from ddae.slices import MANIFEST, Saved, Slices
 
 STATE = "state.pt"
 
@@ -47,22 +45,22 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._failed = False  # whether the last save did
 
-    def save(self, step: int, engine: Engine, teacher: Teacher | None, betas: Betas, **facts: Any) -> bool:
+    def save(self, step: int, parts: dict[str, Saved], **facts: Any) -> bool:
         """Save the state after `step` steps, and more facts; whether that worked. All ranks call it.
 
         A save that fails is told and its remains removed; UserError for the second in a row.
         """
         path = self.folder / f".unfinished_{step:08d}"
-        facts |= {"step": step, "updates": engine.updates}
+        facts |= {"step": step, "notes": {name: part.note() for name, part in parts.items()}}
         problem = from_main(lambda: _attempt(lambda: _make_empty(path)))
         if problem is None:
             written: dict[str, dict[str, Any]] = {}
 
             def write() -> None:
-                written.update(_write_slices(path / _slices_file(rank()), engine, teacher))
+                written.update(_write_slices(path / _slices_file(rank()), parts))
                 if is_main():
                     content = io.BytesIO()  # torch.save itself says a full disk in words of its own
-                    torch.save(facts | {"betas": betas.state_dict()}, content)
+                    torch.save(facts, content)
                     (path / STATE).write_bytes(content.getvalue())
                     written.update(_seal(path / STATE))
 
@@ -100,9 +98,7 @@ class Checkpoints:
             )
         return None
 
-    def load(
-        self, path: Path, engine: Engine, teacher: Teacher | None, betas: Betas, fingerprint: str
-    ) -> dict[str, Any]:
+    def load(self, path: Path, parts: dict[str, Saved], fingerprint: str) -> dict[str, Any]:
         """Restore the state, whatever ranks and ZeRO stage it was saved by; the facts saved with it, "step" among them.
 
         UserError where it is of other data or another model.
@@ -110,15 +106,13 @@ class Checkpoints:
         state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
         if state["fingerprint"] != fingerprint:
             raise UserError(f"{path} was trained on other shards than data.train: name the same, or another --run_dir")
-        engine.prepare(state["updates"])
         with Slices(path) as slices:
-            for of, fragments in _state(engine, teacher).items():
-                for fragment in fragments:
-                    slices.fill(of, fragment)
-        engine.publish()
-        if teacher is not None:
-            teacher.publish()
-        betas.load_state_dict(state["betas"])
+            for name, part in parts.items():
+                part.prepare(state["notes"][name])
+                for of, fragments in part.state().items():
+                    for fragment in fragments:
+                        slices.fill(of, fragment)
+                part.publish()
         return state
 
     def set_aside_beyond(self, step: int) -> None:
@@ -151,17 +145,14 @@ class Checkpoints:
         return sorted(path.name for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
-def _state(engine: Engine, teacher: Teacher | None) -> dict[str, list[Fragment]]:
-    return engine.state() | ({} if teacher is None else teacher.state())
-
-
-def _write_slices(file: Path, engine: Engine, teacher: Teacher | None) -> dict[str, dict[str, Any]]:
+def _write_slices(file: Path, parts: dict[str, Saved]) -> dict[str, dict[str, Any]]:
     """Write this rank's slices; the file's entry in the manifest. What every rank has whole they share out."""
     tensors, starts = {}, {}
-    for of, fragments in _state(engine, teacher).items():
-        for fragment in fragments if engine.sharded else fragments[rank() :: world_size()]:
-            tensors[f"{of}/{fragment.name}"] = fragment.values.detach().to("cpu", copy=True)
-            starts[f"{of}/{fragment.name}"] = fragment.start
+    for part in parts.values():
+        for of, fragments in part.state().items():
+            for fragment in fragments if part.sharded else fragments[rank() :: world_size()]:
+                tensors[f"{of}/{fragment.name}"] = fragment.values.detach().to("cpu", copy=True)
+                starts[f"{of}/{fragment.name}"] = fragment.start
     save_file(tensors, file, {"starts": json.dumps(starts)})
     return _seal(file)
 

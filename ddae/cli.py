@@ -16,27 +16,40 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tyro
 
 from ddae.config import Config, check
 from ddae.distributed import is_main, rank, take_slurm_ranks
 from ddae.errors import UserError
+from ddae.experiment import Experiment
 from ddae.presets import preset
 
 ALIASES = {"--deepspeed_config": "--ds_config"}
 LAUNCHER = ("--local_rank",)  # the launcher's own word, which is not ours to read
 
 
-def run(main: Callable[[Config], None]) -> None:
+class Kind(NamedTuple):
+    """What a command trains: its config, where that may start from, and what does not fit together."""
+
+    config: type[Experiment]
+    preset: Callable[[str], Any]
+    check: Callable[[Any], None]
+
+
+PRETRAINING = Kind(Config, preset, check)
+
+
+def run(main: Callable[[Any], None], kind: Kind = PRETRAINING) -> None:
     """Parse this process's words, run `main`, and turn a user's mistake into a sentence."""
     try:
         take_slurm_ranks()
         words = normalise(sys.argv[1:])
         show = "--show" in words
         if {"--help", "-h"} & set(words):
-            print_help()
-        config = parse([word for word in words if word != "--show"])
+            print_help(kind)
+        config = parse([word for word in words if word != "--show"], kind)
         if not show:
             main(config)
         elif is_main():
@@ -54,18 +67,19 @@ def run(main: Callable[[Config], None]) -> None:
         os._exit(2)
 
 
-def print_help() -> None:
+def print_help(kind: Kind) -> None:
     """All flags with their help and defaults, on one rank."""
     with contextlib.redirect_stdout(sys.stdout if is_main() else io.StringIO()):
-        tyro.cli(Config, default=preset("ddae_vit_b16_100e"), args=["--help"], use_underscores=True)
+        start = kind.preset(kind.config.preset)
+        tyro.cli(kind.config, default=start, args=["--help"], use_underscores=True)
 
 
-def parse(words: list[str]) -> Config:
-    """Words without --show -> a Config that fits together; UserError for anything else."""
+def parse(words: list[str], kind: Kind = PRETRAINING) -> Any:
+    """Words without --show -> a config that fits together; UserError for anything else."""
     words = normalise(words)
-    name, words = take_preset(words)
-    start = preset(name)
-    known = flags(Config)
+    name, words = take_preset(words, kind.config.preset)
+    start = kind.preset(name)
+    known = flags(kind.config)
     for word in words:
         flag = word.split("=")[0]
         if flag.startswith("--") and flag not in known:
@@ -74,10 +88,10 @@ def parse(words: list[str]) -> Config:
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-            config = tyro.cli(Config, default=start, args=words, use_underscores=True)
+            config = tyro.cli(kind.config, default=start, args=words, use_underscores=True)
     except SystemExit:
         raise UserError(_sentence(told.getvalue())) from None
-    check(config)
+    kind.check(config)
     return config
 
 
@@ -95,7 +109,7 @@ def normalise(words: list[str]) -> list[str]:
     return kept
 
 
-def take_preset(words: list[str]) -> tuple[str, list[str]]:
+def take_preset(words: list[str], default: str) -> tuple[str, list[str]]:
     """The preset's name, and the words without it."""
     if sum(word == "--preset" or word.startswith("--preset=") for word in words) > 1:
         raise UserError("--preset is given more than once: name one starting point")
@@ -105,8 +119,8 @@ def take_preset(words: list[str]) -> tuple[str, list[str]]:
         if word.startswith("--preset="):
             return word.split("=", 1)[1], words[:i] + words[i + 1 :]
         if word == "--preset":
-            raise UserError("--preset wants a name: demo or ddae_vit_b16_100e, README lists them all")
-    return Config.preset, words
+            raise UserError(f"--preset wants a name: demo or {default}, README lists them all")
+    return default, words
 
 
 def flags(config: type, prefix: str = "--") -> list[str]:

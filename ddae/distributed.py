@@ -42,6 +42,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Print on one rank."""
+    if is_main():
+        print(text, flush=True)
+
+
 def device() -> torch.device:
     """The device of this process: its own GPU, or the CPU."""
     if torch.cuda.is_available():

@@ -32,6 +32,7 @@ from ddae.distributed import barrier, device, from_main, gather, is_main, world_
 from ddae.engine import Engine, start_process_group
 from ddae.errors import UserError
 from ddae.method import build_method
+from ddae.optim import build_optimizer
 from ddae.presets import preset
 from ddae.watchdog import Watchdog
 
@@ -181,17 +182,18 @@ def checkpoint(folder: Path, json_path: str) -> str:
     settings.pop("gradient_clipping", None)
     config = replace(config, data=replace(config.data, batch_size=8 * world_size()))
     resolved = ds_config.resolve(settings, config, world_size())
-    engine = Engine(build_method(config), config.optim, resolved)
+    method = build_method(config)
+    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    checkpoints = Checkpoints(folder / ".doctor", 1)
+    checkpoints, parts = Checkpoints(folder / ".doctor", 1), {"engine": engine, "betas": betas}
     start = time.perf_counter()
-    if not checkpoints.save(1, engine, None, betas, fingerprint="doctor"):
+    if not checkpoints.save(1, parts, fingerprint="doctor"):
         raise RuntimeError("it cannot be written")
     saved = time.perf_counter()
     newest = checkpoints.newest(allow_scratch=False)
     if newest is None:
         raise RuntimeError("what was written is not found")
-    checkpoints.load(newest.path, engine, None, betas, "doctor")
+    checkpoints.load(newest.path, parts, "doctor")
     loaded = time.perf_counter()
     return f"ZeRO {engine.stage}: written in {saved - start:.2f} s, checked and read in {loaded - saved:.2f} s"
 

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddae.config import Config, flatten
 from ddae.errors import UserError
+from ddae.experiment import Experiment, flatten
 
 GUARD = "nothing (it keeps gradients that are no numbers out of the weights)"
 FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the same, if there is one
@@ -57,7 +57,7 @@ def _from_base64(word: str) -> str | None:
     return text if text.startswith("{") else None
 
 
-def resolve(settings: dict[str, Any], config: Config, ranks: int) -> Resolved:
+def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> Resolved:
     """The settings with the keys that the config owns; UserError where the two contradict each other."""
     for block in BLOCKS:
         if not isinstance(settings.get(block, {}), dict):

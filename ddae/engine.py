@@ -11,15 +11,11 @@ from typing import Any, cast
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from ddae.config import OptimConfig
 from ddae.distributed import device, rank, sum_over_ranks, world_size
-from ddae.ds_config import Resolved
 from ddae.errors import UserError
-from ddae.method import Losses, Method
-from ddae.model.teacher import Fragment
-from ddae.optim import build_optimizer
+from ddae.slices import Fragment
 
 OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # whose words are not read
 
@@ -44,12 +40,15 @@ def start_process_group(patience: float = 600.0) -> None:
     if not dist.is_initialized():
         try:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=patience))
-        except dist.DistError as error:
-            port = os.environ.get("MASTER_PORT")
-            raise UserError(
-                f"the ranks cannot meet on port {port} ({str(error).splitlines()[0]}): "
-                "free it or choose another with deepspeed --master_port"
-            ) from None
+        except RuntimeError as error:  # of the store that they meet at, or of gloo, which then connects them in pairs
+            reason, port = str(error).splitlines()[0], os.environ.get("MASTER_PORT")
+            if isinstance(error, dist.DistError):
+                mend = "free it or choose another with deepspeed --master_port"
+                raise UserError(f"the ranks cannot meet on port {port} ({reason}): {mend}") from None
+            if "connect" in reason:
+                mend = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (docs/cluster.md says where)"
+                raise UserError(f"the ranks do not reach each other ({reason}): {mend}") from None
+            raise
         dist.barrier()
         _remove_buffers()
 
@@ -76,17 +75,19 @@ def _free_port() -> int:
 
 
 class Engine:
-    """The method under DeepSpeed: forward and backward of micro-batches, then one update a step."""
+    """A module under DeepSpeed: forward and backward of micro-batches, then one update a step.
 
-    def __init__(self, method: Method, optim: OptimConfig, resolved: Resolved):
+    A parameter group of the optimizer may have an `lr_scale`, its learning rate over the step's.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, ds_json: dict[str, Any]):
         try:
-            deepspeed.DeepSpeedConfig(resolved.json)
+            deepspeed.DeepSpeedConfig(ds_json)
         except Exception as error:  # pydantic's, DeepSpeed's own and assertions: whatever it has against the JSON
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"DeepSpeed refuses the JSON: {reason}") from None
-        optimizer = build_optimizer(method, optim)
         self.deepspeed, *_ = deepspeed.initialize(
-            model=method, optimizer=optimizer, config=resolved.json, dist_init_required=False
+            model=module, optimizer=optimizer, config=ds_json, dist_init_required=False
         )
         self.stage = self.deepspeed.zero_optimization_stage()
         if self.stage == 0:
@@ -100,8 +101,8 @@ class Engine:
         self._left_out = False
 
     @property
-    def method(self) -> Method:
-        return cast(Method, self.deepspeed.module)
+    def module(self) -> Any:
+        return self.deepspeed.module
 
     @property
     def _zero(self) -> Any:
@@ -111,7 +112,7 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """Precision of the weights that run forward."""
-        return next(self.method.parameters()).dtype
+        return next(self.module.parameters()).dtype
 
     @property
     def sharded(self) -> bool:
@@ -123,7 +124,7 @@ class Engine:
         enabled = self.deepspeed.torch_autocast_enabled()
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
-    def __call__(self, *inputs: object) -> Losses:
+    def __call__(self, *inputs: object) -> Any:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
@@ -138,37 +139,37 @@ class Engine:
         stage 0 without bf16, where this does; both look at one flag of the device's.
         """
         for group in cast(torch.optim.Optimizer, self.deepspeed.optimizer).param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._left_out = self._unchecked and self.deepspeed.is_gradient_accumulation_boundary() and not self._finite()
         if self._left_out:
-            for parameter in self.method.parameters():
+            for parameter in self.module.parameters():
                 parameter.grad = None  # which Adam passes over
         self.deepspeed.step()
         return self.deepspeed.was_step_applied() and not self._left_out
 
     def _finite(self) -> bool:
         """Whether all gradients, the mean over the ranks by now, are numbers."""
-        gradients = [parameter.grad for parameter in self.method.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
-    def encoder_fragments(self) -> list[Fragment]:
-        """This rank's slices of the encoder's fp32 masters, at any ZeRO stage and precision: views, not copies."""
-        return self._fragments(self.method.encoder, "weight")
+    def masters(self, module: nn.Module) -> list[Fragment]:
+        """This rank's slices of the fp32 masters of the module or a part of it, at any ZeRO stage and precision: views,
+        not copies."""
+        return self._fragments(module, "weight")
 
     def state(self) -> dict[str, list[Fragment]]:
         """This rank's slices of all that an update changes: weights and Adam's two averages, fp32 views."""
-        return {of: self._fragments(self.method, of) for of in ("weight", "exp_avg", "exp_avg_sq")}
+        return {of: self._fragments(self.module, of) for of in ("weight", "exp_avg", "exp_avg_sq")}
 
-    @property
-    def updates(self) -> int:
+    def note(self) -> int:
         """How often the weights were updated, which Adam's corrections depend on."""
         return int(next((state["step"] for state in self.adam.state.values()), 0))
 
-    def prepare(self, updates: int) -> None:
+    def prepare(self, note: int) -> None:
         """Have Adam's averages, to be filled through state(); then comes publish()."""
         for master in self._masters():
             averages = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[master] = {"step": torch.tensor(float(updates)), **averages}
+            self.adam.state[master] = {"step": torch.tensor(float(note)), **averages}
 
     def publish(self) -> None:
         """Bring the masters into the weights that run forward; all ranks call it."""
@@ -187,7 +188,7 @@ class Engine:
                 for parameter, master in self._masters_by_parameter().items():
                     parameter.copy_(master)
 
-    def _fragments(self, module: torch.nn.Module, of: str) -> list[Fragment]:
+    def _fragments(self, module: nn.Module, of: str) -> list[Fragment]:
         """This rank's slices of the masters of a module ("weight"), or of an average that Adam keeps of them."""
         if of != "weight" and not self.adam.state:
             self.prepare(0)
@@ -223,7 +224,8 @@ class Engine:
         if self.stage > 0:
             return self._zero.single_partition_of_fp32_groups
         whole = self._masters_by_parameter()
-        return [whole.get(parameter, parameter) for parameter in self.method.parameters()]
+        parameters: list[nn.Parameter] = list(self.module.parameters())
+        return [whole.get(parameter, parameter) for parameter in parameters]
 
     def _masters_by_parameter(self) -> dict[torch.nn.Parameter, Tensor]:
         """Stage 0 in bf16: DeepSpeed's optimizer keeps one fp32 tensor a parameter."""
@@ -233,13 +235,13 @@ class Engine:
         )
         return {p: m for low, high in zip(*groups, strict=True) for p, m in zip(low, high, strict=True)}
 
-    def encoder_weights(self) -> dict[str, Tensor]:
-        """The encoder's fp32 masters, whole, on the CPU of every rank."""
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The fp32 masters of the module or a part of it, whole, on the CPU of every rank."""
         fragments: dict[str, list[Fragment]] = {}
-        for fragment in self.encoder_fragments():
+        for fragment in self.masters(module):
             fragments.setdefault(fragment.name, []).append(fragment)
         weights = {}
-        for name, parameter in self.method.encoder.named_parameters():
+        for name, parameter in module.named_parameters():
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty placeholder
             whole = torch.zeros(shape.numel(), device=self.device)
             for fragment in fragments.get(name, []):

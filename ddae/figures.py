@@ -105,7 +105,8 @@ def curves(rows: list[dict[str, float]], groups: dict[str, list[str]], title: st
     for axis, (heading, names) in zip(axes[0], groups.items(), strict=True):
         for name, colour in zip(names, COLOURS * 3, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.4, label=name.split("/", 1)[-1])
+            style = {"color": colour, "linewidth": 1.4, "marker": "o" if len(points) < 3 else None}
+            axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)

@@ -82,11 +82,11 @@ class Clock:
 
     def _begin(self) -> None:
         self._start, self._steps = time.perf_counter(), 0
-        self._spent = {"data_wait": 0.0, "save": 0.0}
+        self._spent = {"data_wait": 0.0, "save": 0.0, "evaluate": 0.0}
 
     @contextmanager
     def spending(self, on: str):
-        """Time within counts as `on`: data_wait or save."""
+        """Time within counts as `on`: data_wait, save or evaluate."""
         start = time.perf_counter()
         yield
         self._spent[on] += time.perf_counter() - start
@@ -95,9 +95,10 @@ class Clock:
         self._steps += 1
 
     def read(self, batch_size: int) -> dict[str, float]:
-        """Seconds a step without those spent on checkpoints, seconds of it spent waiting for data, images/s over all
-        ranks, and seconds that checkpoints took in all; then begin anew."""
-        seconds, steps = time.perf_counter() - self._start - self._spent["save"], max(1, self._steps)
+        """Seconds a step without those spent on checkpoints and evaluations, seconds of it spent waiting for data,
+        images/s over all ranks, and seconds that checkpoints took in all; then begin anew."""
+        apart = self._spent["save"] + self._spent["evaluate"]
+        seconds, steps = time.perf_counter() - self._start - apart, max(1, self._steps)
         row = {
             "rate/images_per_s": batch_size * self._steps / seconds,
             "time/step": seconds / steps,

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ddae.config import OptimConfig
+from ddae.experiment import OptimConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -13,16 +13,14 @@ from ddae.config import (
     Config,
     DataConfig,
     DynamicConfig,
-    EngineConfig,
     FeatureConfig,
     MaskConfig,
     ModelConfig,
-    OptimConfig,
     PixelConfig,
     TeacherConfig,
-    TrainConfig,
 )
 from ddae.errors import UserError
+from ddae.experiment import EngineConfig, OptimConfig, TrainConfig
 
 SIZES = {  # width, depth, heads, pixels a side of a patch
     "s16": (384, 12, 6, 16),

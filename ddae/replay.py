@@ -17,9 +17,9 @@ from ddae.distributed import device
 from ddae.dump import Maxima
 from ddae.errors import UserError
 from ddae.method import Losses, Method, build_method
-from ddae.model.teacher import Fragment, Teacher
+from ddae.model.teacher import Teacher
 from ddae.model.vit import Encoder
-from ddae.slices import load_weights
+from ddae.slices import Fragment, load_weights
 from ddae.train import forward, loss_kernels
 
 
@@ -28,7 +28,7 @@ class Bare:
 
     def __init__(self, method: Method, precision: str):
         self.device, self.dtype = device(), torch.bfloat16 if precision == "bf16" else torch.float32
-        self.method = method.to(self.device, self.dtype)
+        self.module = method.to(self.device, self.dtype)
         self._autocast = precision == "autocast"
 
     def autocast(self) -> torch.autocast:
@@ -36,7 +36,7 @@ class Bare:
 
     def __call__(self, inputs: Any) -> Losses:
         with self.autocast():
-            return self.method(inputs)
+            return self.module(inputs)
 
 
 def replay(dump: Path) -> int:
@@ -52,15 +52,15 @@ def replay(dump: Path) -> int:
     engine, kernels, bad = Bare(method, config.engine.precision), loss_kernels(config), 0
     teacher = build_teacher(dump, config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    betas.load_state_dict(state["betas"])
+    betas.prepare(state["notes"]["betas"])
     print(f"{config.preset}, step {state['step'] + 1}, {config.engine.precision}, loss kernels: {kernels}")
     for file in sorted(dump.glob("batch_*.safetensors")):
         noted = json.loads((dump / f"layers_{file.stem.removeprefix('batch_')}.json").read_text())
         names = iter(noted["samples"])
-        with Maxima(engine.method) as maxima:
+        with Maxima(engine.module) as maxima:
             blamed = []
             for batch in _batches(file, engine.device):
-                engine.method.zero_grad()
+                engine.module.zero_grad()
                 losses = forward(
                     *(config, engine, teacher, betas),  # type: ignore[arg-type]  # all it asks of an engine is there
                     *(state["feature_weight"], state["share"], kernels, batch),
@@ -69,7 +69,7 @@ def replay(dump: Path) -> int:
                 finite = [each.token_error.isfinite().all(2).all(0) for each in losses.branches.values()]
                 whole = torch.stack(finite).all(0).tolist()
                 blamed += [name for name, good in zip(names, whole, strict=False) if not good]
-        bad += _show(file.stem.replace("batch_", "rank "), maxima.by_layer(), noted["layers"], engine.method, blamed)
+        bad += _show(file.stem.replace("batch_", "rank "), maxima.by_layer(), noted["layers"], engine.module, blamed)
     return int(bad > 0)
 
 

@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 
 from ddae import figures
 from ddae.betas import Betas
-from ddae.config import Config, flatten, tap_name
+from ddae.config import Config, tap_name
 from ddae.data.preview import Preview
 from ddae.distributed import device, is_main
+from ddae.experiment import flatten
 from ddae.masks import Mask, sample_mask
 from ddae.method import Method
 from ddae.tracker import read_metrics
@@ -28,6 +29,14 @@ CAPTIONS = {
     "losses": "Mean squared error of masked patches by tapped block: plain means, not weighted by distance.",
     "betas": "The learnable exponents: below 0 a block works on patches near visible ones, above 0 on far ones.",
     "weights": "How much a masked patch counts at each distance, with the betas at the end.",
+    "probes": "What the encoder knew in the course of training: nearest neighbours on the split val, and "
+    "two numbers that need no label.",
+    "curves": "Loss and learning rate by step, and what was measured in between.",
+    "blocks": "What a linear head makes of each block's features.",
+    "confusion": "Where the classes of the validation images went.",
+    "examples": "Validation images with the predicted class and its probability; red where it is wrong.",
+    "neighbours": "Validation images (left) and the training images whose features are nearest; red where the class "
+    "is another.",
     "rates": "Learning rate, images per second, and seconds of a step spent waiting for data.",
 }
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
@@ -59,7 +68,8 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
             )
     if not is_main():
         return []
-    rows = read_metrics(folder / "metrics.jsonl")
+    everything = read_metrics(folder / "metrics.jsonl")
+    rows = [row for row in everything if "loss/total" in row]
     groups = {"loss": ["loss/total"]}
     for branch in method.branches:
         groups[f"{branch} error"] = figures.metric_names(rows, f"error/{branch}/")
@@ -68,9 +78,13 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
         drawn["betas"] = figures.curves(rows, {"betas": figures.metric_names(rows, "beta/")}, "")
         farthest = float(max(config.grid) - 1) / 2
         drawn["weights"] = figures.weight_by_distance(by_name, farthest)
+    if probed := figures.metric_names([row for row in everything if any(n.startswith("health/") for n in row)], ""):
+        groups = {f"{of}": [n for n in probed if n.startswith(of)] for of in ("knn/", "health/rank/", "health/spread/")}
+        words = {"knn/": "k-NN accuracy in %", "health/rank/": "effective rank", "health/spread/": "spread"}
+        drawn["probes"] = figures.curves(everything, {words[of]: names for of, names in groups.items() if names}, "")
     groups = {name: [name] for name in ("lr", "rate/images_per_s", "time/data_wait")}
     drawn["rates"] = figures.curves(rows, groups, "")
-    files = [_save(figure, folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
+    files = [save(figure, folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
     page = folder / "report.html"
     unfinished = page.with_suffix(".part")
     unfinished.write_text(_page(config, rows, files, preview.held_out))
@@ -89,7 +103,8 @@ def summary(config: Config) -> str:
     return "\n".join([*lines, f"encoder:              {Path(config.folder) / 'encoder'}"])
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a picture, and forget the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -98,12 +113,6 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def _page(config: Config, rows: list[dict[str, float]], files: list[Path], held_out: bool) -> str:
     first, last = rows[0], rows[-1]
-    figures_html = ""
-    for file in files:
-        picture = base64.b64encode(file.read_bytes()).decode()
-        caption = html.escape(CAPTIONS[file.stem].format(images="Held-out" if held_out else "Training"))
-        figures_html += f'<figure><img alt="{file.stem}" src="data:image/png;base64,{picture}">'
-        figures_html += f"<figcaption>{caption}</figcaption></figure>\n"
     compared = [n for n in last if n.startswith(("loss/", "error/", "beta/"))]
     numbers = [(n, f"{first[n]:.4f}", f"{last[n]:.4f}") for n in compared]
     settings = [(key, json.dumps(value)) for key, value in flatten(config.to_dict()).items()]
@@ -111,11 +120,66 @@ def _page(config: Config, rows: list[dict[str, float]], files: list[Path], held_
 <style>{STYLE}</style></head><body>
 <h1>{html.escape(config.preset)}</h1>
 <p class="sub">{int(last["step"])} steps of {config.data.batch_size} images, {last["epoch"]:.1f} epochs</p>
-{figures_html}
+{_pictures(files, "Held-out" if held_out else "Training")}
 <h2>From the first step to the last</h2>{_table(("metric", "first", "last"), numbers)}
 <details><summary>All settings</summary>{_table(("field", "value"), settings)}</details>
+{_evaluations(Path(config.folder))}
 </body></html>
 """
+
+
+def page_of(evaluation: Path) -> Path:
+    """Where an evaluation is shown: on the page of the run whose folder it lies in, or on one of its own."""
+    of_run = evaluation.parent / "report.html"
+    return of_run if of_run.exists() else evaluation / "report.html"
+
+
+def add_evaluation(folder: Path) -> list[Path]:
+    """Show what an evaluation left: results.json and figures/. The page."""
+    page = page_of(folder)
+    if page.parent == folder:
+        title = html.escape(str(folder))
+        head = f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        text = f"{head}<style>{STYLE}</style></head><body><h1>{title}</h1>{_evaluation(folder)}</body></html>\n"
+    else:
+        text = page.read_text()
+        start, end = text.index(EVALUATIONS[0]), text.index(EVALUATIONS[1]) + len(EVALUATIONS[1])
+        text = text[:start] + _evaluations(folder.parent) + text[end:]
+    unfinished = page.with_suffix(".part")
+    unfinished.write_text(text)
+    unfinished.replace(page)
+    return [page]
+
+
+EVALUATIONS = ("<!-- evaluations -->", "<!-- end of evaluations -->")
+
+
+def _evaluations(run: Path) -> str:
+    """All evaluations that lie in a run's folder."""
+    found = sorted(file.parent for file in run.glob("*/results.json"))
+    return (
+        EVALUATIONS[0]
+        + "".join(f"<h2>{html.escape(each.name)}</h2>{_evaluation(each)}" for each in found)
+        + EVALUATIONS[1]
+    )
+
+
+def _evaluation(folder: Path) -> str:
+    results = flatten(json.loads((folder / "results.json").read_text()))
+    rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in results.items()]
+    pictures = sorted((folder / "figures").glob("*.png"), key=lambda file: list(CAPTIONS).index(file.stem))
+    return _pictures(pictures, "") + _table(("result", "value"), rows)
+
+
+def _pictures(files: list[Path], images: str) -> str:
+    """The pictures with their captions; images: what kind of images they show."""
+    shown = ""
+    for file in files:
+        picture = base64.b64encode(file.read_bytes()).decode()
+        caption = html.escape(CAPTIONS[file.stem].format(images=images))
+        shown += f'<figure><img alt="{file.stem}" src="data:image/png;base64,{picture}">'
+        shown += f"<figcaption>{caption}</figcaption></figure>\n"
+    return shown
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

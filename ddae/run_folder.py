@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from ddae.config import FREE_ON_RESUME, Config, flatten
 from ddae.distributed import from_main, world_size
 from ddae.errors import UserError
+from ddae.experiment import Experiment, flatten
 
 LENGTH = {"train.steps", "train.epochs"}
 FINISHED, STOPPED, LOCK = "finished.json", "stopped.json", ".lock"
 PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "mlflow", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
 
 
-def check(config: Config) -> None:
+def check(config: Experiment) -> None:
     """UserError where the folder cannot be written, or was started with another value of a field that changes the
     curve."""
     folder = Path(config.folder)
@@ -33,7 +33,7 @@ def check(config: Config) -> None:
         return
     before, now = flatten(json.loads(path.read_text())), flatten(config.to_dict())
     for key in sorted(before.keys() | now.keys()):
-        if key in FREE_ON_RESUME or before.get(key) == now.get(key):
+        if key in config.FREE_ON_RESUME or before.get(key) == now.get(key):
             continue
         if key in LENGTH and config.train.extend and (now[key] or 0) >= (before[key] or 0):
             continue
@@ -45,7 +45,7 @@ def check(config: Config) -> None:
         raise UserError(f"{config.folder} was started with {key} = {before.get(key)}, not {now.get(key)}: {mend}")
 
 
-def lock(config: Config) -> None:
+def lock(config: Experiment) -> None:
     """Hold the folder against other runs for as long as this process lives; all ranks call it."""
     folder = Path(config.folder)
 
@@ -73,7 +73,7 @@ def lock(config: Config) -> None:
 _held: dict[Path, int] = {}  # descriptors of the locks of this process
 
 
-def check_history(config: Config) -> None:
+def check_history(config: Experiment) -> None:
     """UserError where a run that has no checkpoint must have had one: its folder was moved, or is not mounted."""
     folder = Path(config.folder)
     try:
@@ -89,7 +89,7 @@ def check_history(config: Config) -> None:
         )
 
 
-def write(config: Config, ds_json: dict[str, Any], backend: str) -> None:
+def write(config: Experiment, ds_json: dict[str, Any], backend: str) -> None:
     """Write config.json, ds_config.json and environment.json; backend: the one that decodes, which "auto" may have
     chosen."""
     folder = Path(config.folder)
@@ -100,24 +100,24 @@ def write(config: Config, ds_json: dict[str, Any], backend: str) -> None:
         _replace(folder / f"{name}.json", content)
 
 
-def backend_before(config: Config) -> str | None:
+def backend_before(config: Experiment) -> str | None:
     """The back end that an earlier start of the run decoded with: another would give other pixels."""
     path = Path(config.folder) / "environment.json"
     return json.loads(path.read_text()).get("backend") if path.exists() else None
 
 
-def finished(config: Config) -> int:
+def finished(config: Experiment) -> int:
     """After how many steps the run was last exported and shown; 0 if never."""
     path = Path(config.folder) / FINISHED
     return json.loads(path.read_text())["steps"] if path.exists() else 0
 
 
-def set_finished(config: Config, steps: int) -> None:
+def set_finished(config: Experiment, steps: int) -> None:
     """Say that nothing is left to do after this many steps."""
     _replace(Path(config.folder) / FINISHED, {"steps": steps})
 
 
-def set_stopped(config: Config, reason: str, step: int) -> None:
+def set_stopped(config: Experiment, reason: str, step: int) -> None:
     """Say that the run was told to stop after this many steps, and waits to be gone on with."""
     _replace(Path(config.folder) / STOPPED, {"reason": reason, "step": step})
 

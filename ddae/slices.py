@@ -6,16 +6,45 @@ rank_00000.safetensors, ...   "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", 
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from ddae.errors import UserError
-from ddae.model.teacher import Fragment
 
 MANIFEST = "manifest.json"  # of a complete checkpoint
+
+
+class Fragment(NamedTuple):
+    """The slice of one parameter, or of what goes with it, that this rank owns."""
+
+    name: str
+    start: int  # within the flattened parameter
+    values: Tensor  # float32, flat
+
+
+class Saved(Protocol):
+    """What a run consists of, as a checkpoint sees it."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank owns a part of it; otherwise every rank has it all."""
+        ...
+
+    def note(self) -> Any:
+        """What is saved besides slices: small, of plain types and tensors."""
+
+    def prepare(self, note: Any) -> None:
+        """Take what note() gave, and be ready for state() to be filled."""
+
+    def state(self) -> dict[str, list[Fragment]]:
+        """This rank's slices, by what they are of: views."""
+        ...
+
+    def publish(self) -> None:
+        """Work with what the slices were filled with."""
 
 
 class Slices:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddae.config import TrackerConfig, flatten
+from ddae.experiment import TrackerConfig, flatten
 
 STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI says otherwise; `mlflow ui` finds it by itself
 RUN_ID = "mlflow_run_id"  # file in the run folder, by which a resumed run goes on in the same MLflow run
@@ -65,10 +65,10 @@ class Tracker:
 class MlflowTracker(Tracker):
     """The same, and into one MLflow run: parameters, metrics, files; `run_id` names the one to go on with."""
 
-    def __init__(self, folder: Path, step: int, experiment: str, params: dict[str, Any], run_id: str):
+    def __init__(self, folder: Path, step: int, experiment: str, params: dict[str, Any], run_id: str, parent: str):
         super().__init__(folder, step)
         known = folder / RUN_ID
-        self._known, self._experiment, self._params = known, experiment, params
+        self._known, self._experiment, self._params, self._parent = known, experiment, params, parent
         of_folder = known.read_text().strip() if known.exists() else os.environ.get("MLFLOW_RUN_ID", "")
         self._run_id = run_id or of_folder
         self._mark = uuid.uuid4().hex  # of a run that this process opens, to know it by if the answer is lost
@@ -174,7 +174,8 @@ class MlflowTracker(Tracker):
             experiment = client.get_experiment_by_name(name)
             number = client.create_experiment(name) if experiment is None else experiment.experiment_id
             opened = client.search_runs([number], f"tags.`{MARK}` = '{self._mark}'", max_results=1)
-            run = opened[0] if opened else client.create_run(number, None, {MARK: self._mark}, self._known.parent.name)
+            tags = {MARK: self._mark} | ({"mlflow.parentRunId": self._parent} if self._parent else {})
+            run = opened[0] if opened else client.create_run(number, None, tags, self._known.parent.name)
             self._run_id, self._fresh = run.info.run_id, True
         self._known.write_text(self._run_id)
         if self._fresh:
@@ -197,7 +198,7 @@ class MlflowTracker(Tracker):
         files, status = self._ending
         self._client.set_terminated(self._run_id, status)
         for file in sorted(files, key=lambda file: file.stat().st_size):  # the largest may take too long
-            folder = None if file.parent.name not in ("figures", "encoder") else file.parent.name
+            folder = None if file.parent.name not in ("figures", "encoder", "classifier") else file.parent.name
             self._client.log_artifact(self._run_id, str(file), folder)
 
 
@@ -216,12 +217,22 @@ def _goes_on(client: Any, run_id: str) -> bool:
     return True
 
 
-def start_tracker(config: TrackerConfig, folder: Path, step: int, params: dict[str, Any], run_id: str = "") -> Tracker:
+def start_tracker(
+    config: TrackerConfig, folder: Path, step: int, params: dict[str, Any], run_id: str = "", parent: str = ""
+) -> Tracker:
     """The tracker of rank 0, which continues a run at `step`; params is the nested config, run_id what the checkpoint
-    knows of MLflow's run."""
+    knows of MLflow's run, parent the one that it is shown under."""
     if config.kind == "mlflow":
-        return MlflowTracker(folder, step, config.experiment, flatten(params), run_id)
+        return MlflowTracker(folder, step, config.experiment, flatten(params), run_id, parent)
     return Tracker(folder, step)
+
+
+def run_id_of(folder: Path) -> str:
+    """MLflow's run of the run folder that this path is or lies in; empty where there is none."""
+    for each in (folder, *list(folder.parents)[:2]):
+        if (each / RUN_ID).is_file():
+            return (each / RUN_ID).read_text().strip()
+    return ""
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -16,22 +16,24 @@ from ddae.config import Config, beta_names
 from ddae.data.loader import Batch, Loader
 from ddae.data.preview import Preview, preview_images
 from ddae.data.reader import Part
-from ddae.distributed import agree, barrier, device, from_main, is_main, rank, world_size
+from ddae.distributed import device, is_main, rank, say, world_size
 from ddae.dump import add_batches
-from ddae.engine import Engine, start_process_group, stop_process_group
+from ddae.engine import Engine, start_process_group
 from ddae.errors import UserError
+from ddae.eval.online import OnlineProbe
 from ddae.masks import masked_distance, sample_mask
-from ddae.meter import Clock, Meter, Spikes, print_progress
+from ddae.meter import Meter, Spikes, print_progress
 from ddae.method import Losses, build_method
 from ddae.model.teacher import Teacher
 from ddae.model.vit import Encoder
+from ddae.optim import build_optimizer
 from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
-from ddae.stopping import EXIT_CODE, Stop
+from ddae.session import Session
+from ddae.slices import Saved
+from ddae.stopping import Stop
 from ddae.system import system_metrics
-from ddae.tracker import Tracker, read_metrics, start_tracker
-from ddae.watchdog import Watchdog
 from ddae.weights import export_encoder
 
 MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
@@ -50,6 +52,8 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)
     run_folder.check(config)
     preview = preview_images(config.data, config.model.image_size, NUM_IMAGES)
+    probe = OnlineProbe(config.data, config.model.image_size) if config.probe_every else None
+    probe_steps = max(1, round(config.probe_every * loader.epoch_samples / config.data.batch_size))
     if run_folder.finished(config) >= steps:
         say(f"{folder} is complete: {steps} of {steps} steps\n{summary(config)}")
         return
@@ -57,46 +61,29 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     kernels = loss_kernels(config)
     start_process_group(config.train.hang_after + 60)  # the watchdog, which leaves stacks, comes first
     loader.settle(run_folder.backend_before(config))
-    agree(backend=loader.backend, samples=loader.num_samples)
-    run_folder.lock(config)
-    watchdog = Watchdog(folder, config.train.hang_after)
-    checkpoints = Checkpoints(folder / "checkpoints", config.train.keep, config.train.keep_every)
-    newest = checkpoints.newest(config.allow_scratch)
-    if newest is None:
-        from_main(lambda: run_folder.check_history(config))
-    engine = Engine(build_method(config), config.optim, resolved)
+    session = Session(config, loader, stop)
+    method = build_method(config)
+    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     teacher = build_teacher(config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    saved = {} if newest is None else checkpoints.load(newest.path, engine, teacher, betas, loader.fingerprint)
-    start = saved.get("step", 0)
-    barrier()
-    if is_main():
-        run_folder.write(config, resolved.json, loader.backend)
-        checkpoints.set_aside_beyond(start)
-    params = config.to_dict() | {"loss_kernels": kernels}
-    tracker = start_tracker(config.tracker, folder, start, params, saved.get("run_id", "")) if is_main() else None
+    parts: dict[str, Saved] = {"engine": engine, "betas": betas}
+    if teacher is not None:
+        parts["teacher"] = teacher
+    start = session.restore(parts, resolved.json, loss_kernels=kernels)
     say(
         f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
         f"({part.accumulation} x {part.micro_batch} each), {loader.describe()}, "
         f"{config.engine.precision}, ZeRO {engine.stage}, loss kernels: {kernels}"
     )
 
-    def save(step: int) -> bool:
-        run_id = "" if tracker is None else tracker.run_id
-        with clock.spending("save"):
-            return checkpoints.save(step, engine, teacher, betas, fingerprint=loader.fingerprint, run_id=run_id)
-
-    batches, meter, clock, spikes = loader.batches(start), Meter(engine.method), Clock(), Spikes(losses_before(folder))
+    batches, meter, clock = loader.batches(start), Meter(engine.module), session.clock
+    spikes = Spikes(row["loss/total"] for row in session.rows() if "loss/total" in row)
     lost = 0  # steps in a row whose gradients were no numbers
-    saved_step = start if newest is not None else None
     gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
     for step in range(start, steps):
-        watchdog.beat(step)
-        if reason := stop.agreed(step):
-            if saved_step != step:
-                save(step)
-            loader.close()
-            leave(config, reason, step, tracker)
+        session.look_around(step)
+        if probe is not None and step and step % probe_steps == 0:
+            measure(probe, engine, session, step)
         now = schedules(config, step, steps, loader.epoch_samples)
         forward_one = partial(forward, config, engine, teacher, betas, now.ramp, 1 / part.accumulation, kernels)
         applied, kept = False, []
@@ -116,11 +103,12 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
             say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
         if lost == MOST_LOST:
             dump, facts = folder / "dumps" / f"step_{step:08d}", {"feature_weight": now.ramp}
-            if Checkpoints(dump.parent, 2).save(step, engine, teacher, betas, **facts, share=1 / part.accumulation):
-                add_batches(dump, config, engine.method, kept, loader.name_of, forward_one)
-            end_lost(dump, lost, step, kept, loader, tracker)
+            if Checkpoints(dump.parent, 2).save(step, parts, **facts, share=1 / part.accumulation):
+                add_batches(dump, config, engine.module, kept, loader.name_of, forward_one)
+            session.fail()
+            end_lost(dump, lost, step, kept, loader)
         if teacher is not None and applied:
-            teacher.follow(engine.encoder_fragments(), now.momentum)
+            teacher.follow(engine.masters(engine.module.encoder), now.momentum)
         clock.count_step()
 
         done = step + 1
@@ -132,17 +120,15 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
             row |= clock.read(config.data.batch_size) | loader.read_stats() | system_metrics()
             betas.warn_if_held()
             print_progress(row, steps)
-            if tracker is not None:
-                tracker.log(row)
-        if (done % config.train.save_every == 0 or done == steps) and save(done):
-            saved_step = done
+            session.log(row)
+        if done % config.train.save_every == 0 or done == steps:
+            session.save(done)
 
-    watchdog.beat(steps)
+    if probe is not None:
+        measure(probe, engine, session, steps)
     loader.close()
-    finish(config, engine, betas, preview, tracker)
-    watchdog.stop()
-    if is_main():
-        run_folder.set_finished(config, steps)
+    session.look_alive(steps)
+    session.finish(steps, finish(config, engine, betas, preview))
     say(f"{folder}: {steps} steps done\n{summary(config)}")
 
 
@@ -177,28 +163,23 @@ def forward(
     return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels))
 
 
-def leave(config: Config, reason: str, step: int, tracker: Tracker | None) -> NoReturn:
-    """End all ranks after `step` steps, with their checkpoint written."""
-    if is_main():
-        try:
-            run_folder.set_stopped(config, reason, step)
-        except OSError as error:
-            print(f"{run_folder.STOPPED} cannot be written ({error.strerror})", flush=True)
-    if tracker is not None:
-        tracker.finish([], "KILLED", patience=3)
-    say(f"{config.folder}: stopped after {step} steps ({reason}); the same command goes on")
-    stop_process_group()
-    raise SystemExit(EXIT_CODE)
+def measure(probe: OnlineProbe, engine: Engine, session: Session, step: int) -> None:
+    """Log what the encoder knows after `step` steps, unless an earlier start of the run has."""
+    if step in session.measured:
+        return
+    with session.clock.spending("evaluate"):
+        row = probe.measure(engine, partial(session.look_around, step))
+    say("  ".join([f"step {step}", *(f"{name} {value:.3g}" for name, value in row.items())]))
+    session.log({"step": step, **row})
 
 
-def finish(config: Config, engine: Engine, betas: Betas, preview: Preview, tracker: Tracker | None) -> None:
-    """Export the encoder and draw the report; all ranks call it, for the weights may be spread over them."""
-    weights = engine.encoder_weights()
+def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> list[Path]:
+    """Export the encoder and draw the report; all ranks call it, for the weights may be spread over them. The files
+    that people may want to look at."""
+    weights = engine.weights(engine.module.encoder)
     if is_main():
         export_encoder(weights, config, Path(config.folder) / "encoder")
-    files = show_run(config, engine.method, betas, preview) if config.train.report else []
-    if tracker is not None:
-        tracker.finish(files)
+    return show_run(config, engine.module, betas, preview) if config.train.report else []
 
 
 def build_teacher(config: Config, engine: Engine) -> Teacher | None:
@@ -206,7 +187,7 @@ def build_teacher(config: Config, engine: Engine) -> Teacher | None:
     if not config.feature.enabled:
         return None
     encoder = Encoder(config.model).to(engine.device, engine.dtype)
-    return Teacher(encoder, engine.encoder_fragments(), engine.sharded)
+    return Teacher(encoder, engine.masters(engine.module.encoder), engine.sharded)
 
 
 class Schedules(NamedTuple):
@@ -231,12 +212,8 @@ def schedules(config: Config, step: int, steps: int, epoch_samples: int) -> Sche
     )
 
 
-def end_lost(
-    dump: Path, lost: int, step: int, batches: list[Batch], loader: Loader, tracker: Tracker | None
-) -> NoReturn:
+def end_lost(dump: Path, lost: int, step: int, batches: list[Batch], loader: Loader) -> NoReturn:
     """End all ranks after so many steps in a row without numbers, of which a dump is left: RuntimeError."""
-    if tracker is not None:
-        tracker.finish([], "FAILED", patience=3)
     names = [loader.name_of(sample) for batch in batches for sample in batch.samples.tolist()]
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     raise RuntimeError(
@@ -244,14 +221,3 @@ def end_lost(
         f"{dump} shows where they come from; then go on with a lower --optim.lr in another --run_dir, or without the "
         f"sample that is to blame. Samples of rank {rank()}: {', '.join(names[:LISTED])}{more}"
     )
-
-
-def losses_before(folder: Path) -> list[float]:
-    """Total losses of the rows that a resumed run has logged."""
-    return [row["loss/total"] for row in read_metrics(folder / "metrics.jsonl")]
-
-
-def say(text: str) -> None:
-    """Print on one rank."""
-    if is_main():
-        print(text, flush=True)

@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -89,25 +89,36 @@ def load_encoder(
     return encoder.eval().requires_grad_(False)
 
 
-def write_timm(encoder: Encoder, folder: Path) -> None:
-    """A folder that `timm.create_model("local-dir:FOLDER", num_classes=0)` loads: model.safetensors and config.json."""
-    shape, state = encoder.shape, encoder.state_dict()
+def write_timm(
+    encoder: Encoder,
+    folder: Path,
+    head: dict[str, Tensor] | None = None,
+    pool: str = "token",
+    classes: Sequence[str] = (),
+) -> None:
+    """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads: model.safetensors and config.json.
+
+    head: the tensors of a classifier beside the encoder's, by timm's names; pool: what it classifies, by timm's word;
+    classes: their names. Without them num_classes=0 gives the features.
+    """
+    shape, state = encoder.shape, encoder.state_dict() | (head or {})
     size = shape.image_size
     arguments = {"img_size": size, "patch_size": shape.patch_size, "embed_dim": shape.width, "depth": shape.depth}
-    arguments |= {"num_heads": shape.heads, "init_values": shape.layer_scale or None}
+    arguments |= {"num_heads": shape.heads, "init_values": shape.layer_scale or None, "global_pool": pool}
     architecture = "vit_base_patch16_224"
     if shape.relative_positions != "none":
         architecture, state = "beit_base_patch16_224", to_beit(state)
-        arguments |= {"use_abs_pos_emb": shape.positions != "none", "global_pool": "token"}
+        arguments |= {"use_abs_pos_emb": shape.positions != "none"}
         arguments |= {f"use_{kind}rel_pos_bias": shape.relative_positions == each for kind, each in RELATIVE.items()}
     mean, std = NORMALISATIONS[encoder.normalisation]
     settings = {
         "architecture": architecture,
-        "num_classes": 0,
+        "num_classes": len(classes),
+        "label_names": list(classes),
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, size, size],
-            "num_classes": 0,
+            "num_classes": len(classes),
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "mean": list(mean),

@@ -2,12 +2,11 @@
 
 python launch/knn.py --encoder runs/demo --data data/imagenet
 
-The training split is the bank and the validation split asks. Prints a table, and writes it to results.json beside the
-encoder.
+The training split is the bank and the validation split asks. Prints a table, and leaves results.json and pictures in
+the run's folder knn/, and in its report.html.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from ddae.errors import command
@@ -21,14 +20,15 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.07, help="of their weights")
     parser.add_argument("--batch", type=int, default=256, help="images at a time")
     parser.add_argument("--workers", type=int, default=4, help="processes that decode")
-    parser.add_argument("--out", default="", help="file of the results; left out: knn.json in the encoder's folder")
+    parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where the numbers go, too")
+    parser.add_argument("--out", type=Path, help="folder of the results; left out: knn in the encoder's run")
     words = parser.parse_args()
     from ddae.eval.knn import evaluate, show  # seconds to import
+    from ddae.eval.recipes import task_folder
 
-    results = evaluate(words.encoder, words.data, words.k, words.temperature, words.batch, words.workers)
-    print(show(results))
-    out = Path(words.out or Path(words.encoder) / "knn.json")
-    out.write_text(json.dumps(results, indent=2) + "\n")
+    out = words.out or Path(task_folder(words.encoder, "knn"))
+    amounts = words.k, words.temperature, words.batch, words.workers
+    print(show(evaluate(words.encoder, words.data, out, *amounts, words.tracker)))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() e
 # As in an activated environment: the `deepspeed` and `ninja` of this Python come first. Another ninja would build
 # DeepSpeed's shared-memory op anew, a minute each time the two take turns.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # nor another environment
 torch.set_num_threads(2)
 
 
@@ -50,6 +51,38 @@ def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
 def shards(tmp_path_factory):
     """A folder with 100 training images in three shards."""
     return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """1,797 handwritten digits in shards: 1,400 to learn from, the others to ask with."""
+    from sklearn.datasets import load_digits
+
+    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
+    entries = {}
+    for split, first, last in (("train", 0, 700), ("train", 700, 1400), ("val", 1400, 1797)):
+        samples = []
+        for number in range(first, last):
+            file, pixels = io.BytesIO(), (data.images[number] * 15.9).astype(np.uint8)
+            Image.fromarray(pixels).convert("RGB").resize((40, 40), 2).save(file, "JPEG", quality=95)
+            samples.append(Sample(f"{number:05d}", file.getvalue(), int(data.target[number]), 40, 40))
+        path = folder / f"{split}-{first // 700 if split == 'train' else 0:06d}.tar"
+        entries[path.name] = write_shard(path, samples)
+    write_manifest(folder, entries, classes=[str(n) for n in range(10)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory):
+    """An export of a tiny encoder before any training."""
+    from ddae.config import ModelConfig
+    from ddae.model.vit import Encoder, initialise
+    from ddae.weights import write_export
+
+    encoder = Encoder(ModelConfig(width=64, depth=4, heads=2, image_size=32, patch_size=8))
+    initialise(encoder, torch.Generator().manual_seed(0))
+    write_export(encoder, folder := tmp_path_factory.mktemp("encoder") / "encoder")
+    return folder
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from ddae.data.loader import Batch
 from ddae.distributed import gather, is_main, world_size
 from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.method import build_method
+from ddae.optim import build_optimizer
 from ddae.train import build_teacher, forward
 
 
@@ -40,7 +41,8 @@ def measure(words: list[str]) -> dict[str, int]:
     config = parse(words)
     before = storages()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    engine = Engine(build_method(config), config.optim, resolved)
+    method = build_method(config)
+    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     teacher = build_teacher(config, engine)
     assert teacher is not None
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
@@ -50,10 +52,10 @@ def measure(words: list[str]) -> dict[str, int]:
         del losses
         if step == 0:
             engine.update(1e-4)
-            teacher.follow(engine.encoder_fragments(), 0.99)
+            teacher.follow(engine.masters(engine.module.encoder), 0.99)
     gc.collect()
     left = {address: size for address, size in storages().items() if address not in before}
-    parameters = list(engine.method.parameters())
+    parameters = list(engine.module.parameters())
     zero = engine._zero
     if engine.stage == 3:
         gradients = [zero.grad_partitions_flat_buffer]

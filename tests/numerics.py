@@ -21,6 +21,7 @@ from ddae.distributed import gather, is_main, rank, world_size
 from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.masks import masked_distance, sample_mask
 from ddae.method import build_method
+from ddae.optim import build_optimizer
 from ddae.replay import Bare
 from ddae.train import build_teacher, forward
 
@@ -29,7 +30,8 @@ def compare(words: list[str]) -> dict[str, float]:
     config = parse(words)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     accumulation = config.data.batch_size // (resolved.micro_batch * world_size())
-    engine = Engine(build_method(config), config.optim, resolved)
+    method = build_method(config)
+    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     teacher = build_teacher(config, engine)
     assert teacher is not None
     new_betas = lambda: Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)  # noqa: E731
@@ -59,7 +61,7 @@ def compare(words: list[str]) -> dict[str, float]:
         if batch is not batches[-1]:
             engine.update(0.0)
     layers: dict[str, list[tuple[float, float]]] = {}
-    for name, parameter in engine.method.named_parameters():
+    for name, parameter in engine.module.named_parameters():
         given = safe_get_full_grad(parameter)
         apart = float((given.view_as(wanted[name]) - wanted[name]).abs().max())
         layers.setdefault(name.rsplit(".", 2)[0], []).append((apart, float(wanted[name].abs().max())))
@@ -82,13 +84,13 @@ def compare(words: list[str]) -> dict[str, float]:
 def follow(engine: Engine, teacher) -> float:
     """1,000 steps at m = 0.99999 towards weights 1 % away: the error against float64 over the distance travelled."""
     steps, momentum = 1000, 0.99999
-    fragments = engine.encoder_fragments()
+    fragments = engine.masters(engine.module.encoder)
     starts = [master.double() for master in teacher.masters]
     goals = [(master * 1.01).float() for master in teacher.masters]
     for fragment, goal in zip(fragments, goals, strict=True):
         fragment.values.copy_(goal)
     for _ in range(steps):
-        teacher.follow(engine.encoder_fragments(), momentum)
+        teacher.follow(engine.masters(engine.module.encoder), momentum)
     error = travelled = 0.0
     for start, goal, master in zip(starts, goals, teacher.masters, strict=True):
         exact = goal.double() + (start - goal.double()) * momentum**steps

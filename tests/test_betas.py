@@ -76,7 +76,7 @@ def test_state_goes_round():
     for step in range(3):
         one.add_norm(distances(step, 4))
         one.step(0.1, applied=True)
-    other.load_state_dict(one.state_dict())
+    other.prepare(one.note())
     for betas in (one, other):
         betas.add_norm(distances(9, 4))
         betas.step(0.1, applied=True)

@@ -12,8 +12,9 @@ import torch
 from ddae_kernels import implementation
 
 from ddae.cli import parse
-from ddae.config import Config, flatten
+from ddae.config import Config
 from ddae.errors import UserError
+from ddae.experiment import flatten
 from ddae.train import loss_kernels
 
 
@@ -94,7 +95,12 @@ def test_every_field_is_read_by_code():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
                 read.add((owner, node.attr))
-    known_as = {"": {"config", "self"}, "pixel": {"pixel", "branch"}, "feature": {"feature", "branch"}}
+    known_as = {
+        "": {"config", "self"},
+        "pixel": {"pixel", "branch"},
+        "feature": {"feature", "branch"},
+        "model": {"model", "shape"},
+    }
     for name in flatten(Config().to_dict()):
         section, _, field = name.rpartition(".")
         owners = known_as.get(section, {section, "config"})

@@ -4,9 +4,9 @@ import io
 import json
 import math
 import runpy
+import subprocess
 import sys
 
-import numpy as np
 import pytest
 import ranks
 import torch
@@ -17,49 +17,20 @@ from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.eval.examples import ExampleReader, batches
 from ddae.eval.features import effective_rank, extract, spread
 from ddae.eval.knn import accuracy, vote
-from ddae.model.vit import Encoder, initialise
-from ddae.presets import preset
-from ddae.weights import export_encoder
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    """1,797 handwritten digits in shards: 1,400 to learn from, the others to ask with."""
-    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
-    entries = {}
-    for split, first, last in (("train", 0, 700), ("train", 700, 1400), ("val", 1400, 1797)):
-        samples = []
-        for number in range(first, last):
-            file, pixels = io.BytesIO(), (data.images[number] * 15.9).astype(np.uint8)
-            Image.fromarray(pixels).convert("RGB").resize((40, 40), 2).save(file, "JPEG", quality=95)
-            samples.append(Sample(f"{number:05d}", file.getvalue(), int(data.target[number]), 40, 40))
-        path = folder / f"{split}-{first // 700 if split == 'train' else 0:06d}.tar"
-        entries[path.name] = write_shard(path, samples)
-    write_manifest(folder, entries, classes=[str(n) for n in range(10)])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """An export of the demo's encoder before any training."""
-    config, folder = preset("demo"), tmp_path_factory.mktemp("encoder") / "encoder"
-    encoder = Encoder(config.model)
-    initialise(encoder, torch.Generator().manual_seed(0))
-    export_encoder({name: values.detach() for name, values in encoder.named_parameters()}, config, folder)
-    return folder
 
 
 def test_votes_are_what_the_words_say():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(50, 6, generator=generator), torch.randn(1100, 6, generator=generator)
     labels = torch.randint(0, 4, (50,), generator=generator)
-    votes = vote(bank, labels, queries, k=7, temperature=0.1)
+    votes, nearest = vote(bank, labels, queries, k=7, temperature=0.1)
     for row in (0, 17, 1023, 1024, 1099):
         similar = [float(queries[row].double() @ b.double() / queries[row].norm() / b.norm()) for b in bank]
         wanted = [0.0] * 4
         for near in sorted(range(50), key=lambda n: -similar[n])[:7]:
             wanted[int(labels[near])] += math.exp(similar[near] / 0.1)
         assert votes[row].tolist() == pytest.approx(wanted, rel=1e-4)
+        assert nearest[row].tolist() == sorted(range(50), key=lambda n: -similar[n])[:7]
     with pytest.raises(ValueError, match="k is 51: the bank has 50 images"):
         vote(bank, labels, queries, k=51)
 
@@ -86,17 +57,17 @@ def test_features_are_the_encoders(digits, encoder_folder):
     from ddae import load_encoder
 
     encoder = load_encoder(encoder_folder)
-    reader = ExampleReader(str(digits), "val", 64)
-    found = extract(encoder, batches(reader, 100, 0, torch.device("cpu")), [4, 8])
+    reader = ExampleReader(str(digits), "val", 32)
+    found = extract(encoder, batches(reader, 100, 0, torch.device("cpu")), [2, 4])
     assert found.labels.tolist() == load_digits().target[1400:].tolist()
     images = torch.stack([torch.from_numpy(reader[n][0]) for n in (0, 150, 396)])
     pixels = (images / 255 - 0.5) / 0.5
     with torch.no_grad():
-        last, middle = encoder(pixels), encoder.features(pixels, [4])[0]
-    for name, wanted in {"block 8 cls": last[:, 0], "block 8 mean": last[:, 1:].mean(1)}.items():
+        last, middle = encoder(pixels), encoder.features(pixels, [2])[0]
+    for name, wanted in {"block 4 cls": last[:, 0], "block 4 mean": last[:, 1:].mean(1)}.items():
         torch.testing.assert_close(found.by_name[name][[0, 150, 396]], wanted, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        found.by_name["block 4 mean"][[0, 150, 396]], middle[:, 1:].mean(1), rtol=1e-4, atol=1e-4
+        found.by_name["block 2 mean"][[0, 150, 396]], middle[:, 1:].mean(1), rtol=1e-4, atol=1e-4
     )
 
 
@@ -108,16 +79,21 @@ def knn(words, monkeypatch):
 
 
 def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
-    words = ["--encoder", encoder_folder, "--data", digits, "--workers", "0", "--out", tmp_path / "knn.json"]
+    words = ["--encoder", encoder_folder, "--data", digits, "--workers", "0", "--out", tmp_path, "--tracker", "jsonl"]
     assert knn(words, monkeypatch) == 0
-    results = json.loads((tmp_path / "knn.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())
     said = capsys.readouterr().out
-    assert (results["bank"], results["queries"], results["width"], results["k"]) == (1400, 397, 96, 20)
-    assert list(results["features"]) == [f"block {layer} {pool}" for layer in (2, 4, 6, 8) for pool in ("cls", "mean")]
+    assert (results["bank"], results["queries"], results["width"], results["k"]) == (1400, 397, 64, 20)
+    assert list(results["features"]) == [f"block {layer} {pool}" for layer in (1, 2, 3, 4) for pool in ("cls", "mean")]
     assert results["top1"] > 50  # even random features tell digits apart better than one in ten
     assert results["features"][results["best"]]["top1"] == results["top1"]
     assert f"{results['best']:18}" in said
     assert said.count("<-- best") == 1
+    page = (tmp_path / "report.html").read_text()
+    for name in ("blocks", "neighbours", "confusion"):
+        assert f'<img alt="{name}"' in page
+    (row,) = ranks.metrics(tmp_path)
+    assert row["top1/block_4_cls"] == results["features"]["block 4 cls"]["top1"]
 
 
 @pytest.mark.parametrize(
@@ -149,3 +125,41 @@ def test_shards_without_classes_are_told(encoder_folder, tmp_path, monkeypatch, 
     write_manifest(tmp_path, entries, classes=[])
     assert knn(["--encoder", encoder_folder, "--data", tmp_path, "--k", "1"], monkeypatch) == 2
     assert "these shards have no classes" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def probed(digits, tmp_path_factory):
+    """A pretraining that is probed while it goes on, by one rank and by two."""
+    folder = tmp_path_factory.mktemp("probed")
+    more = ("--train.steps", "30", "--probe_every", "0.1", "--engine.precision", "fp32", "--train.report")
+    for count in (1, 2):
+        ranks.run_all(count, [ranks.words(digits, folder / str(count), 1, *more)])
+    return folder
+
+
+def test_a_run_is_probed(probed):
+    rows = [row for row in ranks.metrics(probed / "1") if "health/rank/tap_02" in row]
+    assert [row["step"] for row in rows] == [9, 18, 27, 30]
+    for row in rows:
+        assert set(row) == {"step"} | {f"{of}/tap_0{n}" for of in ("health/rank", "health/spread") for n in (1, 2)} | {
+            f"knn/tap_0{n}/{pool}" for n in (1, 2) for pool in ("cls", "mean")
+        }
+        assert row["knn/tap_02/mean"] > 30
+        assert 1 <= row["health/rank/tap_02"] <= 32
+    assert '<img alt="probes"' in (probed / "1" / "report.html").read_text()
+
+
+def test_ranks_probe_together(probed):
+    one, two = ([row for row in ranks.metrics(probed / n) if "health/rank/tap_02" in row] for n in ("1", "2"))
+    for mine, theirs in zip(one, two, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=0.3)  # an image of 397 may change its mind
+
+
+def test_shards_without_a_held_out_split_are_told(shards, tmp_path):
+    words = ranks.words(shards, tmp_path, 1, "--probe_every", "1")
+    done = subprocess.run(
+        [sys.executable, "launch/pretrain.py", *words], cwd=ranks.ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "--probe_every wants a split to hold out" in done.stderr
+    assert not list(tmp_path.iterdir())

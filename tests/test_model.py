@@ -8,10 +8,11 @@ import torch
 from ddae.config import ModelConfig
 from ddae.method import build_method
 from ddae.model.decoder import Decoder
-from ddae.model.teacher import Fragment, Teacher
+from ddae.model.teacher import Teacher
 from ddae.model.vit import Encoder, initialise
 from ddae.patches import gather_tokens, patchify, sincos_positions, unpatchify
 from ddae.presets import preset
+from ddae.slices import Fragment
 
 
 def build(**changes):
@@ -152,7 +153,7 @@ def test_teacher_runs_its_masters_and_takes_no_gradient():
         assert not targets.requires_grad
         expected = torch.stack([gather_tokens(t[:, 1:], masked) for t in encoder.features(images, (1, 3))])
         torch.testing.assert_close(targets, expected)
-        before = [p.clone() for p in teacher.encoder.parameters()]
+        before = [p.clone() for p in teacher.module.parameters()]
         teacher.follow([f._replace(values=f.values + 1) for f in pieces], 0.5)
-        for parameter, old in zip(teacher.encoder.parameters(), before, strict=True):
+        for parameter, old in zip(teacher.module.parameters(), before, strict=True):
             torch.testing.assert_close(parameter, old + 0.5)

@@ -79,7 +79,7 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
     fragments = [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
     teacher = Teacher(encoder.to(engine.dtype), fragments, sharded=False)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.method.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
     saved, alive = {}, []
 
     def note(tensor):

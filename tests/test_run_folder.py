@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from ddae.config import Config, TrainConfig
+from ddae.config import Config
 from ddae.errors import UserError
+from ddae.experiment import TrainConfig
 from ddae.run_folder import check_history
 
 

@@ -13,7 +13,8 @@ import ranks
 
 from ddae import tracker as tracking
 from ddae.cli import parse
-from ddae.config import Config, TrackerConfig
+from ddae.config import Config
+from ddae.experiment import TrackerConfig
 from ddae.tracker import Tracker, read_metrics, start_tracker
 
 

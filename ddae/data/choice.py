@@ -7,10 +7,10 @@ import time
 import numpy as np
 import torch
 
-from ddae.config import DataConfig
 from ddae.data import pillow
 from ddae.data.reader import Drawn, Reader
 from ddae.errors import UserError
+from ddae.experiment import ShardsConfig
 
 MEASURED = 64  # images by which the faster back end is told
 PROBED = 8  # images by which a GPU's decoder is tried
@@ -27,7 +27,7 @@ def check_installed(backend: str) -> str:
     return backend
 
 
-def choose(reader: Reader, config: DataConfig, device: torch.device, known: str | None) -> tuple[str, str]:
+def choose(reader: Reader, config: ShardsConfig, device: torch.device, known: str | None) -> tuple[str, str]:
     """What "auto" stands for, and why, in words: the back end `known` from an earlier start of the run, which gave its
     pixels, else the faster one."""
     if known == "pillow" or (known == "dali" and dali_installed()):
@@ -38,7 +38,7 @@ def choose(reader: Reader, config: DataConfig, device: torch.device, known: str 
     return max(rates, key=lambda name: rates[name]), ", ".join(f"{n} {rate:.0f}/s" for n, rate in rates.items())
 
 
-def measure(reader: Reader, config: DataConfig, device: torch.device) -> dict[str, float]:
+def measure(reader: Reader, config: ShardsConfig, device: torch.device) -> dict[str, float]:
     """Images/s of each back end, decoded by `workers` processes or threads on the cores that this process may use."""
     from ddae.data.dali import DaliDecoder
 
@@ -57,7 +57,7 @@ def measure(reader: Reader, config: DataConfig, device: torch.device) -> dict[st
     return {name: len(files) / min(times) for name, times in seconds.items()}
 
 
-def can_decode_regions(reader: Reader, config: DataConfig, device: torch.device) -> bool:
+def can_decode_regions(reader: Reader, config: ShardsConfig, device: torch.device) -> bool:
     """Whether DALI may decode boxes alone on this device; says so where it may not."""
     if device.type != "cuda":
         return True

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddae.config import DataConfig
 from ddae.data.choice import can_decode_regions, check_installed, choose
-from ddae.data.reader import Micro, Part, Reader, SyntheticReader
+from ddae.data.reader import Augment, Micro, Part, Reader, SyntheticReader
 from ddae.data.remote import Cache, is_url
 from ddae.data.rescue import RescuingDecoder
-from ddae.data.sampling import Order
+from ddae.data.sampling import Order, cut
 from ddae.data.shards import Shards, open_shards
 from ddae.distributed import from_main, gather, is_main, rank
 from ddae.errors import UserError
+from ddae.experiment import ShardsConfig
 
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
@@ -51,9 +51,19 @@ class Batch(NamedTuple):
 class Loader:
     """The data set of a run and its stream of micro-batches."""
 
-    def __init__(self, config: DataConfig, size: int, seed: int, part: Part, device: torch.device):
-        self.config, self.part, self.device, self.size = config, part, device, size
-        self.backend = check_installed(config.backend)  # "auto" until settle() has chosen
+    def __init__(
+        self,
+        config: ShardsConfig,
+        size: int,
+        seed: int,
+        part: Part,
+        device: torch.device,
+        augment: Augment | None = None,
+    ):
+        """augment: what becomes of each image after its crop, which Pillow's reader processes see to alone."""
+        self.config, self.part, self.device, self.size, self.augment = config, part, device, size, augment
+        backend = "pillow" if augment is not None and config.backend == "auto" else config.backend
+        self.backend = check_installed(backend)  # "auto" until settle() has chosen
         self.shards: Shards | None = None
         whole_batches = part.batch_size if config.remainder == "drop" else 1
         if self.backend == "synthetic":
@@ -163,7 +173,8 @@ class Loader:
         if self.shards is None:
             return SyntheticReader(self.order, self.part, self.size)
         decodes = self.backend == "pillow"
-        return Reader(self.shards, self.order, self.part, self.size, self.config.crop_scale, decodes)
+        crop = cut(self.config.crop, self.config.crop_scale)
+        return Reader(self.shards, self.order, self.part, self.size, crop, decodes, self.augment)
 
     def read_files(self, first: int) -> Generator[Micro, None, None]:
         """Micro-batches from this number on, read by threads and not decoded."""
@@ -175,15 +186,21 @@ class Loader:
     def _processes(self, first: int) -> Generator[Micro, None, None]:
         """Micro-batches from this number on, read and decoded by processes."""
         workers = 0 if self.shards is None else self.config.workers
-        yield from DataLoader(
+        loader = DataLoader(
             self._reader(),
             batch_size=None,
             sampler=itertools.count(first),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=deaf,
         )
+        stream = iter(loader)
+        try:
+            yield from stream
+        finally:
+            if workers:  # an error's traceback may keep the stream, whose end would end them: exit would wait for ever
+                stream._shutdown_workers()  # type: ignore[attr-defined]
 
     def _note(self, micro: Micro) -> None:
         """Name bad samples that are new; count what was decoded."""
@@ -237,12 +254,13 @@ def in_order(tasks: Iterator[Callable[[], T]], num_threads: int, ahead: int) -> 
             threads.shutdown(cancel_futures=True)
 
 
-def cache_of(config: DataConfig) -> Cache:
+def cache_of(config: ShardsConfig) -> Cache:
     """Where shards from URLs are kept."""
     return Cache(Path(config.cache), int(config.cache_gib * 2**30))
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def deaf(worker: int) -> None:
+    """Begin a reader process: signals are its parent's to hear."""
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddae.config import DataConfig
 from ddae.data import pillow
 from ddae.data.loader import cache_of
 from ddae.data.reader import IN_A_ROW
 from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
+from ddae.experiment import ShardsConfig
 
 
 class Preview(NamedTuple):
@@ -22,7 +22,7 @@ class Preview(NamedTuple):
     held_out: bool  # from validation shards
 
 
-def preview_images(config: DataConfig, size: int, count: int) -> Preview:
+def preview_images(config: ShardsConfig, size: int, count: int) -> Preview:
     """Images spread evenly over the validation shards beside the training ones; over those if there are none.
 
     The synthetic back end has no images, and gives zero of them.

@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 
 from ddae.data import pillow
 from ddae.data.jpeg import is_cut
-from ddae.data.sampling import Crops, Order, random_crops
+from ddae.data.sampling import Crops, Cut, Order
 from ddae.data.shards import Shards
 from ddae.errors import UserError
 
 T = TypeVar("T")
+Augment = Callable[[np.ndarray, int], np.ndarray]  # uint8 [3, S, S] and the sample's seed -> uint8 [3, S, S]
 IN_A_ROW = 100  # samples that may be bad one after another before the data set is taken to be broken
 
 
@@ -67,10 +68,17 @@ class Reader(Dataset):
     """Micro-batch by number."""
 
     def __init__(
-        self, shards: Shards, order: Order, part: Part, size: int, crop_scale: tuple[float, float], decodes: bool = True
+        self,
+        shards: Shards,
+        order: Order,
+        part: Part,
+        size: int,
+        cut: Cut,
+        decodes: bool = True,
+        augment: Augment | None = None,
     ):
         self.shards, self.order, self.part = shards, order, part
-        self.size, self.crop_scale, self.decodes = size, crop_scale, decodes
+        self.size, self.cut, self.decodes, self.augment = size, cut, decodes, augment
         self.width, self.height = torch.as_tensor(shards.width), torch.as_tensor(shards.height)
 
     def __getitem__(self, number: int) -> Micro:
@@ -79,6 +87,8 @@ class Reader(Dataset):
         try:
             if self.decodes:
                 images, drawn, bad = self.fill(drawn, self.decode)
+                if self.augment is not None:
+                    images = [self.augment(*each) for each in zip(images, drawn.seeds.tolist(), strict=True)]
                 data, lengths = torch.from_numpy(np.stack(images)), torch.zeros(len(images), dtype=torch.int64)
             else:
                 data, lengths, drawn, bad = self.read_all(drawn)
@@ -111,7 +121,7 @@ class Reader(Dataset):
     def draw(self, epochs: Tensor, samples: Tensor) -> Drawn:
         """Seeds and crops of these samples in these epochs."""
         seeds = self.order.seeds(epochs, samples)
-        crops = random_crops(seeds, self.width[samples], self.height[samples], self.crop_scale)
+        crops = self.cut(seeds, self.width[samples], self.height[samples])
         return Drawn(epochs, samples, seeds, crops)
 
     def fill(

@@ -5,7 +5,8 @@ N samples, each once (what is left of its last batch goes to the next epoch), or
 No rank or worker has a say in it. B positions at a time.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from ddae.counter import fold, permutation, uniform
 WINDOW = 16  # shards that are shuffled together: reads stay within this many files
 ATTEMPTS = 10  # random crops tried before a central one is taken
 ASPECT = (3 / 4, 4 / 3)  # of a crop's width to its height
+CENTRE = 0.875  # of the shorter side
 CROP_STREAM, FLIP_STREAM = 1000, 1001  # of the sample's counter; masks use those below 1000
 
 
@@ -91,6 +93,34 @@ def random_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[floa
     boxes = torch.stack([left, top, wide, tall], -1).gather(1, chosen[..., None].expand(-1, -1, 4))[:, 0]
     boxes = torch.where(fits.any(1, keepdim=True), boxes, _central(width, height))
     return Crops(boxes, uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
+
+
+def clamped_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
+    """Boxes of random area and aspect, drawn once and clamped to the image (MAE, for linear probes), and fair flips."""
+    draws = uniform(seeds, 4, CROP_STREAM)
+    area = (width * height) * (scale[0] + (scale[1] - scale[0]) * draws[:, 0])
+    low, high = np.log(ASPECT)
+    aspect = (low + (high - low) * draws[:, 1]).exp()
+    wide = torch.minimum((area * aspect).sqrt().round().long().clamp(min=1), width)
+    tall = torch.minimum((area / aspect).sqrt().round().long().clamp(min=1), height)
+    left, top = (draws[:, 2] * (width - wide + 1)).long(), (draws[:, 3] * (height - tall + 1)).long()
+    return Crops(torch.stack([left, top, wide, tall], -1), uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
+
+
+def central_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
+    """The middle square, 7/8 of the shorter side (what 224 is of 256), never flipped: as evaluations see images."""
+    side = (CENTRE * torch.minimum(width, height)).round().long().clamp(min=1)
+    boxes = torch.stack([(width - side) // 2, (height - side) // 2, side, side], -1)
+    return Crops(boxes, torch.zeros_like(side, dtype=torch.bool))
+
+
+Cut = Callable[[Tensor, Tensor, Tensor], Crops]  # seeds, widths and heights, int64 [B]
+CUTS = {"random": random_crops, "once": clamped_crops, "centre": central_crops}
+
+
+def cut(kind: str, scale: tuple[float, float]) -> Cut:
+    """Crops of a kind that config knows by name."""
+    return partial(CUTS[kind], scale=scale)
 
 
 def _central(width: Tensor, height: Tensor) -> Tensor:

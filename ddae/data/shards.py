@@ -48,6 +48,7 @@ class Shards:
     height: np.ndarray  # int64 [N]: pixels
     fingerprint: str  # of the shards' hashes: two data sets with the same images in the same order share it
     num_bad: int  # samples that the manifest lists as bad, which are not among the N
+    classes: tuple[str, ...]  # their names by number; empty where the manifest has none
     _open: threading.local = field(default_factory=threading.local, compare=False, repr=False)  # files of this thread
 
     def __len__(self) -> int:
@@ -75,13 +76,14 @@ class Shards:
         here = np.flatnonzero(index[:, 0] == self.offset[sample])
         return f"{self.places[shard]}:{keys[here[0]] if len(here) else sample}"
 
-    def labels(self) -> np.ndarray:
-        """The class of every sample: int64 [N]; UserError where the shards have none."""
-        found = []
+    def labels(self, samples: np.ndarray | None = None) -> np.ndarray:
+        """The class of every sample, or of these (int64, ascending): int64 [N]; UserError where they have none."""
+        found, wanted = [], np.arange(len(self)) if samples is None else samples
         for shard, place in enumerate(self.places):
+            here = wanted[np.searchsorted(wanted, self.first[shard]) : np.searchsorted(wanted, self.first[shard + 1])]
             path = local(place.removesuffix(".tar") + ".idx", self.cache)
             where = dict(zip(read_index(path)[1][:, 0].tolist(), read_index(path, "cls")[1].tolist(), strict=True))
-            for sample in range(int(self.first[shard]), int(self.first[shard + 1])):
+            for sample in here.tolist():
                 offset, length = where[int(self.offset[sample])]
                 word = os.pread(self._descriptor(shard), length, offset)
                 if not word.strip().isdigit():
@@ -199,6 +201,7 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
         height=table[:, 3].copy(),
         fingerprint=hashlib.sha256("".join(known).encode()).hexdigest(),
         num_bad=num_bad,
+        classes=tuple(next(iter(manifests.values())).get("classes") or ()),
     )
 
 

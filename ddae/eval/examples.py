@@ -3,7 +3,7 @@
 S pixels a side, B images of a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddae.config import DataConfig
 from ddae.data import pillow
-from ddae.data.loader import cache_of
+from ddae.data.loader import Loader, cache_of, deaf
+from ddae.data.sampling import central_crops
 from ddae.data.shards import open_shards
+from ddae.distributed import rank, world_size
 from ddae.errors import UserError
-
-CROP = 0.875  # of the shorter side: what a crop of 224 is of 256
+from ddae.experiment import ShardsConfig
 
 
 class Examples(NamedTuple):
@@ -28,30 +28,92 @@ class Examples(NamedTuple):
 
 
 class ExampleReader(Dataset):
-    """The samples of a split, each with its class. UserError where the shards have no classes."""
+    """The samples of a split, each with its class.
 
-    def __init__(self, where: str, split: str, size: int, crop: float = CROP):
-        self.shards = open_shards(where, cache_of(DataConfig()), split)
-        self.labels = torch.from_numpy(self.shards.labels())
-        self.size, self.crop = size, crop
+    most: so many of them, evenly over the split; all where it is 0. UserError where the shards have no classes, unless
+    they need not be labelled: `labels` is empty then, and every class is 0.
+    """
+
+    def __init__(self, where: str, split: str, size: int, labelled: bool = True, most: int = 0):
+        self.shards, self.size = open_shards(where, cache_of(ShardsConfig()), split), size
+        count = min(most or len(self.shards), len(self.shards))
+        self.samples = torch.arange(count) * len(self.shards) // count
+        self.labels = torch.empty(0, dtype=torch.int64)
+        try:
+            self.labels = torch.from_numpy(self.shards.labels(self.samples.numpy()))
+        except UserError:
+            if labelled:
+                raise
+        sides = torch.from_numpy(self.shards.width), torch.from_numpy(self.shards.height)
+        self.boxes = central_crops(torch.zeros(0), *sides, (1.0, 1.0)).boxes
 
     def __len__(self) -> int:
-        return len(self.shards)
+        return len(self.samples)
 
-    def __getitem__(self, sample: int) -> tuple[np.ndarray, int]:
-        width, height = int(self.shards.width[sample]), int(self.shards.height[sample])
-        side = max(1, round(self.crop * min(width, height)))
-        box = ((width - side) // 2, (height - side) // 2, side, side)
+    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
+        sample = int(self.samples[number])
         try:
-            image = pillow.decode(self.shards.read(sample), box, False, self.size)
+            image = pillow.decode(self.shards.read(sample), tuple(self.boxes[sample].tolist()), False, self.size)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.shards.name_of(sample)} cannot be decoded ({error}): mark it bad") from None
-        return image, int(self.labels[sample])
+        return image, int(self.labels[number]) if len(self.labels) else 0
+
+
+def held_out(train: str, val: str = "") -> str:
+    """Where validation images are: `val`, or the folder of the training shards; UserError where neither says it."""
+    if not val and train.endswith(".tar"):
+        raise UserError(
+            f"data.train {train!r} names its shards one by one: name a folder, or those to validate on with --val"
+        )
+    return val or train
+
+
+class Labels(NamedTuple):
+    """The classes of a training split."""
+
+    numbers: Tensor  # int64 [N], of every sample
+    names: list[str]  # as many as there are classes
+
+    @property
+    def count(self) -> int:
+        return len(self.names)
+
+
+def labels_of(loader: Loader, val: ExampleReader) -> Labels:
+    """The classes of the loader's samples; UserError where it has none, or `val` has classes beyond them."""
+    where = loader.config.train
+    if loader.shards is None:
+        raise UserError(f"data.backend {loader.config.backend} makes images without classes: name shards that have")
+    numbers, names = torch.from_numpy(loader.shards.labels()), [str(name) for name in loader.shards.classes]
+    names += [str(number) for number in range(len(names), int(numbers.max()) + 1)]
+    if int(val.labels.max()) >= len(names):
+        raise UserError(
+            f"the validation images have class {int(val.labels.max())}, and {where} has {len(names)} classes to train "
+            "on: shard both splits with the same classes"
+        )
+    return Labels(numbers, names)
 
 
 def batches(reader: ExampleReader, batch: int, workers: int, device: torch.device) -> Iterator[Examples]:
     """All samples in order, the last batch shorter."""
-    loader = DataLoader(reader, batch, num_workers=workers, pin_memory=device.type == "cuda", collate_fn=_collate)
+    yield from _load(reader, range(len(reader)), batch, workers, device)
+
+
+def batches_of_rank(reader: ExampleReader, batch: int, workers: int, device: torch.device) -> Iterator[Examples]:
+    """This rank's share, as many batches on each: where samples run out, the first ones with the label -1."""
+    share = range(rank(), len(reader) + -len(reader) % world_size(), world_size())
+    for number, examples in enumerate(_load(reader, [n % len(reader) for n in share], batch, workers, device)):
+        over = torch.tensor(share[number * batch : (number + 1) * batch], device=device) >= len(reader)
+        yield Examples(examples.images, examples.labels.masked_fill(over, -1))
+
+
+def _load(
+    reader: ExampleReader, samples: Sequence[int], batch: int, workers: int, device: torch.device
+) -> Iterator[Examples]:
+    pinned = device.type == "cuda"
+    loader = DataLoader(
+        reader, batch, sampler=samples, num_workers=workers, pin_memory=pinned, collate_fn=_collate, worker_init_fn=deaf
+    )
     for images, labels in loader:
         yield Examples(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 

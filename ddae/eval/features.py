@@ -3,6 +3,7 @@
 B images, N patches, D width.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,6 @@ from ddae.eval.examples import Examples
 from ddae.model.vit import Encoder
 from ddae.patches import normalise
 
-POOLS = ("cls", "mean")  # the cls token, or the mean of the patches
-
 
 class Features(NamedTuple):
     """Of a whole split, on the CPU."""
@@ -23,26 +22,36 @@ class Features(NamedTuple):
     labels: Tensor  # int64 [B]
 
 
-@torch.inference_mode()
-def extract(encoder: Encoder, examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False) -> Features:
-    """Both poolings of the tokens after each block (counted from 1), in one pass over the images.
+def quarters(depth: int) -> list[int]:
+    """The last block of each quarter, counted from 1."""
+    return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
+
+
+def pooled(encoder: Encoder, pixels: Tensor, layers: Sequence[int]) -> dict[str, Tensor]:
+    """[B, 3, S, S] -> {"block 12 cls": [B, D], ...}: both poolings of the tokens after each block (counted from 1).
 
     The last block's go through the encoder's final norm, as those that a downstream model would read; others are as
-    they are. autocast: products in bf16.
+    they are.
     """
-    named: dict[str, list[Tensor]] = {f"block {layer} {pool}": [] for layer in layers for pool in POOLS}
+    found = {}
+    for layer, tokens in zip(layers, encoder.features(pixels, layers), strict=True):
+        tokens = encoder.norm(tokens) if layer == encoder.shape.depth else tokens
+        found |= {f"block {layer} cls": tokens[:, 0], f"block {layer} mean": tokens[:, 1:].mean(1)}
+    return found
+
+
+@torch.inference_mode()
+def extract(encoder: Encoder, examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False) -> Features:
+    """Both poolings of the tokens after each block (counted from 1), in one pass over the images. autocast: products in
+    bf16."""
+    named: dict[str, list[Tensor]] = defaultdict(list)
     labels = []
     for batch in examples:
         pixels = normalise(batch.images, encoder.normalisation, torch.float32)
         with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
-            outputs = encoder.features(pixels, layers)
-            outputs = [
-                encoder.norm(tokens) if layer == len(encoder.blocks) else tokens
-                for layer, tokens in zip(layers, outputs, strict=True)
-            ]
-        for layer, tokens in zip(layers, outputs, strict=True):
-            named[f"block {layer} cls"].append(tokens[:, 0].float().cpu())
-            named[f"block {layer} mean"].append(tokens[:, 1:].float().mean(1).cpu())
+            found = pooled(encoder, pixels, layers)
+        for name, values in found.items():
+            named[name].append(values.float().cpu())
         labels.append(batch.labels.cpu())
     return Features({name: torch.cat(parts) for name, parts in named.items()}, torch.cat(labels))
 

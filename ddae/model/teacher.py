@@ -6,38 +6,33 @@ patches, K taps, D width.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddae.distributed import sum_over_ranks
 from ddae.model.vit import Encoder
 from ddae.patches import gather_tokens
+from ddae.slices import Fragment
 
 
-class Fragment(NamedTuple):
-    """The slice of one encoder parameter's fp32 master that this rank owns."""
+class MovingAverage:
+    """A module that follows another slowly, over fragments; `sharded` says that each element belongs to one rank alone.
 
-    name: str
-    start: int  # within the flattened parameter
-    values: Tensor  # float32, flat
+    The module given becomes the average that runs forward.
+    """
 
-
-class Teacher:
-    """Momentum encoder over fragments; `sharded` says that each element belongs to one rank alone."""
-
-    def __init__(self, encoder: Encoder, fragments: list[Fragment], sharded: bool):
-        self.encoder = encoder.eval().requires_grad_(False)
+    def __init__(self, module: nn.Module, fragments: list[Fragment], sharded: bool):
+        self.module = module.eval().requires_grad_(False)
         self._places = [(fragment.name, fragment.start) for fragment in fragments]
         self.masters = [fragment.values.detach().clone() for fragment in fragments]
         self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
         self.sharded = sharded
-        parameters = dict(encoder.named_parameters())
+        parameters = dict(module.named_parameters())
         first = next(iter(parameters.values()))
         self._flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=first.dtype, device=first.device)
         offsets, used = {}, 0
-        for name, parameter in parameters.items():  # the encoder's weights become views of one flat tensor
+        for name, parameter in parameters.items():  # the module's weights become views of one flat tensor
             offsets[name] = used
             parameter.data = self._flat[used : used + parameter.numel()].view_as(parameter)
             used += parameter.numel()
@@ -65,18 +60,18 @@ class Teacher:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Bring the masters into the encoder that runs forward."""
+        """Bring the masters into the module that runs forward."""
         self._flat.zero_()
         for place, master in zip(self._slices, self.masters, strict=True):
             place.copy_(master)
         if self.sharded:
             sum_over_ranks(self._flat)  # each element is one rank's and zero elsewhere: the sum is exact
 
-    @torch.no_grad()
-    def targets(self, images: Tensor, taps: Sequence[int], masked: Tensor) -> Tensor:
-        """Tokens of the masked patches after each tap, before any norm: [B, 3, H, W], int64 [B, M] -> [K, B, M, D]."""
-        tokens = self.encoder.features(images, taps)
-        return torch.stack([gather_tokens(tokens_of_tap[:, 1:], masked) for tokens_of_tap in tokens])
+    def note(self) -> None:
+        """Nothing but slices is saved."""
+
+    def prepare(self, note: None) -> None:
+        """state() can be filled at any time."""
 
     def state(self) -> dict[str, list[Fragment]]:
         """This rank's slices of the masters and of what fp32 lost: views; who fills them calls publish()."""
@@ -85,3 +80,15 @@ class Teacher:
             of: [Fragment(*place, values) for place, values in zip(self._places, tensors, strict=True)]
             for of, tensors in both.items()
         }
+
+
+class Teacher(MovingAverage):
+    """Momentum encoder."""
+
+    module: Encoder
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, taps: Sequence[int], masked: Tensor) -> Tensor:
+        """Tokens of the masked patches after each tap, before any norm: [B, 3, H, W], int64 [B, M] -> [K, B, M, D]."""
+        tokens = self.module.features(images, taps)
+        return torch.stack([gather_tokens(tokens_of_tap[:, 1:], masked) for tokens_of_tap in tokens])

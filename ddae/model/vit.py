@@ -146,7 +146,8 @@ class Encoder(nn.Module):
         shared = self.rel_pos_bias.get_bias() if self.shape.relative_positions == "shared" else None
         outputs, chance = {}, self.training and self.drop_path > 0
         for number, block in enumerate(self.blocks[: max(layers, default=None)], 1):
-            bias = block.attn.rel_pos_bias.get_bias() if self.shape.relative_positions == "each" else shared
+            each = self.shape.relative_positions == "each"
+            bias = block.attn.rel_pos_bias.get_bias() if each else shared  # type: ignore[union-attr]
             outputs[number] = tokens = run_block(block, tokens, self.recompute, bias, chance)
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
 

@@ -1,0 +1,221 @@
+"""Fine-tuning of a whole encoder on labelled images (docs/evaluation.md; paper, appendix "Fine-tuning").
+
+B images, C classes.
+"""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ddae import ds_config, report, run_folder
+from ddae.data.loader import Batch, Loader
+from ddae.data.reader import Part
+from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
+from ddae.engine import Engine
+from ddae.errors import UserError
+from ddae.eval.augment import Mixer, Policy
+from ddae.eval.classifier import Classifier, build_optimizer
+from ddae.eval.examples import ExampleReader, batches_of_rank, held_out, labels_of
+from ddae.eval.fit import conclude, fit
+from ddae.eval.pictures import confusion_matrix, predictions
+from ddae.eval.recipes import FinetuneConfig
+from ddae.figures import curves
+from ddae.model.teacher import MovingAverage
+from ddae.model.vit import Encoder
+from ddae.patches import normalise
+from ddae.session import Session
+from ddae.slices import Saved
+from ddae.stopping import Stop
+from ddae.tracker import run_id_of
+from ddae.weights import load_encoder, write_timm
+
+SHOWN = 18  # images with their predictions
+
+
+def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
+    """Train to the end, or from the newest checkpoint on; then write results, pictures and the classifier.
+
+    SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
+    read, shards have no classes, or those of the two splits do not fit.
+    """
+    stop = stop or Stop()
+    encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
+    config = config.settled(encoder.shape.width)
+    run_folder.check(config)
+    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
+    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    size, normalisation = encoder.shape.image_size, encoder.normalisation
+    policy = Policy(config.augment.policy, size, normalisation) if config.augment.policy else None
+    loader = Loader(config.data, size, config.train.seed, part, device(), policy)
+    task = Finetune(config, loader, ExampleReader(held_out(config.data.train, config.val), "val", size))
+    if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
+        raise UserError(f"a micro-batch of {resolved.micro_batch} cannot be mixed in pairs: choose an even one")
+    steps = config.num_steps(loader.epoch_samples)
+    if run_folder.finished(config) >= steps:
+        conclude(task, config, steps)
+        return
+    encoder.drop_paths(config.tune.drop_path)
+    encoder.learn_positions()
+    encoder.recompute = config.engine.recompute
+    generator = torch.Generator().manual_seed(config.train.seed)
+    task.module = Classifier(encoder, task.labels.count, config.tune.pool, config.tune.head_std, generator)
+    task.module.train().requires_grad_(True)
+    fit(task, config, loader, stop, resolved.json, part)
+
+
+class Finetune:
+    """What fit() trains and measures."""
+
+    engine: Engine
+    learner: Engine
+    about: str
+    module: Classifier
+
+    def __init__(self, config: FinetuneConfig, loader: Loader, val: ExampleReader):
+        self.config, self.val = config, val
+        self.evaluate_every = config.tune.evaluate_every
+        self.labels = labels_of(loader, val)
+        self.folder = Path(config.folder)
+        self.parent = run_id_of(Path(config.encoder))
+        self.average: MovingAverage | None = None
+        self._mixer = Mixer(config.augment, self.labels.count, device())
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # images, labels and logits of the last evaluation
+        self._confusion = torch.zeros(self.labels.count, self.labels.count)
+
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+        copy = deepcopy(self.module) if self.config.tune.ema else None
+        self.engine = Engine(self.module, build_optimizer(self.module, self.config), ds_json)
+        self.learner, self.about = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
+        parts: dict[str, Saved] = {"engine": self.engine}
+        if copy is not None:
+            masters = self.engine.masters(self.engine.module)
+            copy = copy.to(self.engine.device, self.engine.dtype)
+            parts["average"] = self.average = MovingAverage(copy, masters, self.engine.sharded)
+        return parts
+
+    def loss(self, batch: Batch, seed: int) -> Tensor:
+        """Cross-entropy with the soft targets of mixed, erased images."""
+        normalisation = self.engine.module.encoder.normalisation
+        pixels = normalise(batch.images, normalisation, torch.float32)
+        pixels, targets = self._mixer(pixels, self.labels.numbers[batch.samples.cpu()].to(pixels.device), seed)
+        return self.engine(pixels.to(self.engine.dtype), targets)
+
+    def updated(self) -> None:
+        if self.average is not None:
+            self.average.follow(self.engine.masters(self.engine.module), self.config.tune.ema)
+
+    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+        """Top-1 and top-5 in per cent and the cross-entropy, of the weights and of their average, if there is one."""
+        modules = {"": self.engine.module} | ({"ema_": self.average.module} if self.average is not None else {})
+        sums = {name: torch.zeros(4, device=self.engine.device) for name in modules}  # images, right, near, loss
+        confusion = torch.zeros_like(self._confusion, device=self.engine.device)
+        self.engine.module.eval()
+        micro = self.config.data.batch_size // world_size()
+        self._seen = None
+        with torch.no_grad():
+            for examples in batches_of_rank(self.val, min(micro, 128), self.config.data.workers, self.engine.device):
+                look_around()
+                pixels = normalise(examples.images, self.engine.module.encoder.normalisation, self.engine.dtype)
+                counted = examples.labels >= 0
+                for name, module in modules.items():
+                    with self.engine.autocast():
+                        logits = module(pixels).float()
+                    sums[name] += scores(logits[counted], examples.labels[counted])
+                    if name == "":
+                        pairs = examples.labels[counted] * self.labels.count + logits[counted].argmax(1)
+                        confusion += pairs.bincount(minlength=self.labels.count**2).view_as(confusion)
+                        if self._seen is None:
+                            shown = examples.images, examples.labels, logits
+                            self._seen = tuple(each[counted].cpu() for each in shown)  # type: ignore[assignment]
+        self.engine.module.train()
+        self._confusion = sum_over_ranks(confusion).cpu()
+        row = {}
+        for name, values in sums.items():
+            count, right, near, loss = sum_over_ranks(values).tolist()
+            row |= {f"val/{name}top1": 100 * right / count, f"val/{name}top5": 100 * near / count}
+            row[f"val/{name}loss"] = loss / count
+        return row
+
+    def finish(self, session: Session) -> list[Path]:
+        weights = self.engine.weights(self.engine.module)
+        if self._seen is None:  # evaluated by an earlier start
+            self.evaluate(lambda: None)
+        if not is_main():
+            return []
+        assert self._seen is not None
+        rows = session.rows()
+        results = self._results(rows)
+        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        self._export({name: values.contiguous() for name, values in weights.items()})
+        tops = [name for name in rows[-1] if name.endswith("top1")]
+        images, labels, logits = self._seen
+        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SHOWN]
+        drawn = {
+            "curves": curves(rows, {"loss": ["loss/total"], "validation top-1 in %": tops, "lr": ["lr"]}, ""),
+            "confusion": confusion_matrix(self._confusion, self.labels.names),
+            "examples": predictions(images[some], labels[some], logits[some], self.labels.names),
+        }
+        files = [report.save(figure, self.folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
+        return [*files, *report.add_evaluation(self.folder)]
+
+    def summary(self) -> str:
+        """The results in words, and where to look."""
+        results = json.loads((self.folder / "results.json").read_text())
+        last, best = results["last"], results["best"]
+        lines = [
+            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % at best (epoch {best['epoch']})"
+        ]
+        if "ema_top1" in last:
+            lines.append(f"averaged weights: {last['ema_top1']:.2f} %, {best['ema_top1']:.2f} % at best")
+        page = report.page_of(self.folder)
+        return "\n".join(
+            [*lines, f"pictures and curves:  {page}", f"classifier:           {self.folder / 'classifier'}"]
+        )
+
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        """The classifier as timm loads it."""
+        shape, normalisation = self.module.encoder.shape, self.module.encoder.normalisation
+        encoder = Encoder(shape)
+        encoder.normalisation = normalisation
+        ours = {
+            name.removeprefix("encoder."): values for name, values in weights.items() if name.startswith("encoder.")
+        }
+        encoder.load_state_dict(ours, strict=False)
+        head = {name: values for name, values in weights.items() if not name.startswith("encoder.")}
+        if self.config.tune.pool == "mean":
+            encoder.norm = nn.Identity()  # type: ignore[assignment]
+        pool = {"mean": "avg", "cls": "token"}[self.config.tune.pool]
+        write_timm(encoder, self.folder / "classifier", head, pool, self.labels.names)
+
+    def _results(self, rows: list[dict[str, float]]) -> dict[str, Any]:
+        """Of the last evaluation, and the best of every number."""
+        measured = [row for row in rows if "val/top1" in row]
+        epoch = self.config.data.batch_size / len(self.labels.numbers)
+        last = {name.removeprefix("val/"): value for name, value in measured[-1].items() if name.startswith("val/")}
+        finest = max(measured, key=lambda row: row["val/top1"])
+        best = {name: max(row[f"val/{name}"] for row in measured) for name in last if "top" in name}
+        return {
+            "task": "finetune",
+            "encoder": self.config.encoder,
+            "recipe": self.config.preset,
+            "data": self.config.to_dict()["data"]["train"],
+            "classes": self.labels.count,
+            "images": {"train": len(self.labels.numbers), "val": len(self.val)},
+            "last": last | {"epoch": round(measured[-1]["step"] * epoch, 2)},
+            "best": best | {"epoch": round(finest["step"] * epoch, 2)},
+        }
+
+
+def scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, C], int64 [B] -> float32 [4]: images, those whose class is the likeliest, or among the five likeliest, and
+    the sum of their cross-entropies."""
+    near = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    counts = [torch.tensor(float(len(labels)), device=logits.device), near[:, 0].sum(), near.sum(), loss]
+    return torch.stack([each.float() for each in counts])

@@ -1,0 +1,105 @@
+"""Pictures of what an encoder has learnt. Each function draws one and returns it as a matplotlib figure."""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ddae.eval.examples import ExampleReader
+from ddae.figures import COLOURS
+
+MOST = 30  # classes that a confusion matrix shows
+RIGHT, WRONG = COLOURS[0], COLOURS[1]
+
+
+def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
+    """int64 [C, C], true classes in rows -> shares of each row. Of many classes, those that are mistaken most."""
+    shares = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
+    chosen = torch.arange(len(counts))
+    if len(counts) > MOST:
+        chosen = (1 - shares.diagonal()).topk(MOST).indices.sort().values
+    shown = shares[chosen][:, chosen]
+    side = 2.4 + 0.26 * len(chosen)
+    figure, axis = plt.subplots(figsize=(side + 0.8, side))
+    picture = axis.imshow(shown, cmap="Blues", vmin=0, vmax=1)
+    words = [_name(names, number) for number in chosen.tolist()]
+    axis.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(words)), words, fontsize=7)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    if len(chosen) <= 15:
+        for row in range(len(chosen)):
+            for column in range(len(chosen)):
+                share = float(shown[row, column])
+                if share >= 0.005:
+                    colour = "white" if share > 0.5 else "#333"
+                    axis.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    if len(counts) > MOST:
+        axis.set_title(f"the {MOST} of {len(counts)} classes that are mistaken most", fontsize=9)
+    figure.colorbar(picture, ax=axis, shrink=0.7, label="share of a true class")
+    figure.tight_layout()
+    return figure
+
+
+def predictions(images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[str]) -> Figure:
+    """uint8 [B, 3, H, W], int64 [B], [B, C] -> pictures with the predicted class and its probability, and the true
+    class where that is another."""
+    columns = min(6, len(images))
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.15 * rows), squeeze=False)
+    probabilities, best = logits.float().softmax(1).max(1)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image, label, guess, sure in zip(axes.flat, images, labels, best, probabilities, strict=False):
+        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
+        right, true, said = bool(label == guess), _name(names, int(label)), _name(names, int(guess))
+        words = f"{said}, {float(sure):.0%}" + ("" if right else f"\nnot {true}")
+        axis.set_title(words, fontsize=7, color=RIGHT if right else WRONG)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def _name(names: Sequence[str], number: int) -> str:
+    return _short(names[number]) if number < len(names) else str(number)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def by_block(values: dict[str, float], what: str) -> Figure:
+    """{"block 12 cls": 60.3, ...} -> one line a pooling over the blocks."""
+    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    poolings = list(dict.fromkeys(name.split()[2] for name in values))
+    for pooling, colour in zip(poolings, COLOURS, strict=False):
+        points = [(int(name.split()[1]), value) for name, value in values.items() if name.endswith(pooling)]
+        label = "cls token" if pooling == "cls" else "mean of patches"
+        axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=1.4, label=label)
+    axis.set_xticks(sorted({int(name.split()[1]) for name in values}))
+    axis.set_xlabel("block")
+    axis.set_ylabel(what)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def neighbours(
+    rows: Sequence[tuple[int, Sequence[int]]], queries: ExampleReader, bank: ExampleReader, names: Sequence[str]
+) -> Figure:
+    """Each row: a query and the images of the bank that are nearest to it, by their numbers."""
+    columns = 1 + len(rows[0][1])
+    figure, axes = plt.subplots(len(rows), columns, figsize=(1.35 * columns, 1.6 * len(rows)), squeeze=False)
+    for axis_row, (query, near) in zip(axes, rows, strict=True):
+        image, label = queries[query]
+        shown = [(image, label), *(bank[number] for number in near)]
+        for axis, (picture, number) in zip(axis_row, shown, strict=True):
+            axis.set_axis_off()
+            axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
+            axis.set_title(_name(names, number), fontsize=7, color=RIGHT if number == label else WRONG)
+        axis_row[0].set_title(_name(names, label), fontsize=7, color="black", fontweight="bold")
+    figure.tight_layout(pad=0.4)
+    return figure
