@@ -1,9 +1,12 @@
 """Stopping when told to: all ranks agree on a step, so that one checkpoint holds it, and leave with exit code 75.
 
 SIGTERM and SIGUSR1 (Slurm's warning) tell a rank; so does the end of the launcher that started it, as `deepspeed` dies
-of a signal without a word to its ranks. One rank that knows is enough.
+of a signal without a word to its ranks. Of a launcher on another machine a rank sees no more than that nobody reads its
+output any longer. One rank that knows is enough.
 """
 
+import os
+import select
 import signal
 import threading
 import time
@@ -32,6 +35,7 @@ class Stop:
             signal.signal(number, lambda *_, reason=reason: self._tell(reason))
         if launchers := _launchers():
             threading.Thread(target=self._watch, args=(launchers,), daemon=True).start()
+        threading.Thread(target=self._watch_output, daemon=True).start()
 
     def agreed(self, step: int) -> str:
         """Why all ranks stop before this step; empty where they go on. All ranks call it before each step.
@@ -61,6 +65,19 @@ class Stop:
             while all(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in launchers):
                 time.sleep(1)
         self._tell(3)
+
+    def _watch_output(self) -> None:
+        ends = select.poll()
+        for end in (1, 2):
+            ends.register(end, 0)  # errors alone
+        while gone := ends.poll():
+            for end, event in gone:
+                ends.unregister(end)
+                if event & (select.POLLERR | select.POLLHUP):
+                    nowhere = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(nowhere, end)  # or the next line printed would end this rank
+                    os.close(nowhere)
+                    self._tell(3)
 
 
 def _launchers() -> list[psutil.Process]:

@@ -149,3 +149,20 @@ def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, tell):
     job.end(seconds=90)
     assert job.process.returncode != 0
     tell(f"the job ended with exit code {job.process.returncode} after {time.monotonic() - since:.1f} s")
+
+
+@pytest.mark.faults
+def test_output_that_nobody_reads_any_longer_stops_the_run(shards, tmp_path, tell):
+    """The reader of a rank's output is gone, as over ssh when `deepspeed --hostfile` is killed."""
+    options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
+    (rank,) = ranks.start(1, ["launch/pretrain.py", *ranks.words(shards, tmp_path / "run", 2, *options)])
+    for line in rank.stdout:
+        if "step 6/" in line:
+            break
+    rank.stdout.close()
+    since = time.monotonic()
+    assert rank.wait(timeout=60) == 75
+    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert note["reason"] == "the launcher is gone"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
+    tell(f"checkpoint and stopped.json, exit code 75 after {time.monotonic() - since:.1f} s")
