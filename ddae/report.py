@@ -19,6 +19,7 @@ from ddae.distributed import device, is_main
 from ddae.experiment import flatten
 from ddae.masks import Mask, sample_mask
 from ddae.method import Method
+from ddae.model_card import write_card
 from ddae.tracker import read_metrics
 
 NUM_IMAGES = 8
@@ -89,7 +90,7 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
     unfinished = page.with_suffix(".part")
     unfinished.write_text(_page(config, rows, files, preview.held_out))
     unfinished.replace(page)
-    encoder = [folder / "encoder" / name for name in ("encoder.safetensors", "config.json")]
+    encoder = [folder / "encoder" / name for name in ("encoder.safetensors", "config.json", "README.md")]
     return [*files, *encoder, page]
 
 
@@ -148,7 +149,15 @@ def add_evaluation(folder: Path) -> list[Path]:
     unfinished = page.with_suffix(".part")
     unfinished.write_text(text)
     unfinished.replace(page)
+    update_card(folder.parent)
     return [page]
+
+
+def update_card(run: Path) -> None:
+    """Bring the README.md of a run's export up to date."""
+    if (run / "encoder" / "config.json").exists():
+        settings = json.loads((run / "encoder" / "config.json").read_text())
+        write_card(run / "encoder", "ddae", settings["model"], settings["normalisation"], run)
 
 
 EVALUATIONS = ("<!-- evaluations -->", "<!-- end of evaluations -->")

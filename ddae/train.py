@@ -28,7 +28,7 @@ from ddae.model.teacher import Teacher
 from ddae.model.vit import Encoder
 from ddae.optim import build_optimizer
 from ddae.patches import normalise
-from ddae.report import NUM_IMAGES, show_run, summary
+from ddae.report import NUM_IMAGES, show_run, summary, update_card
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.session import Session
 from ddae.slices import Saved
@@ -179,6 +179,7 @@ def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> li
     weights = engine.weights(engine.module.encoder)
     if is_main():
         export_encoder(weights, config, Path(config.folder) / "encoder")
+        update_card(Path(config.folder))
     return show_run(config, engine.module, betas, preview) if config.train.report else []
 
 

@@ -8,6 +8,7 @@ BootMAE or timm; what became of each of its tensors is printed.
 """
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from ddae.errors import command
@@ -24,12 +25,15 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, help="resample the positions to images of this size")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of a file that does not say its own")
     words = parser.parse_args()
-    from ddae.weights import WRITERS, load_encoder  # seconds to import
+    from ddae.model_card import write_card  # seconds to import
+    from ddae.weights import WRITERS, load_encoder
 
     encoder = load_encoder(words.encoder, words.image_size, words.normalisation, words.part)
     for what, names in encoder.report.items():
         print(f"{what}: {len(names)} tensors{'' if what == 'loaded' or not names else ': ' + ', '.join(names)}")
     WRITERS[words.form](encoder, words.out)
+    if words.out.is_dir():
+        write_card(words.out, words.form, asdict(encoder.shape), encoder.normalisation, Path(words.encoder))
     print(f"{words.out}: {words.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
 
 

@@ -1,10 +1,17 @@
 """As a program it is one rank that evaluates encoders: it reads lists of words from its standard input, one a line, the
-first of them the command's name."""
+first of them the command's name.
+
+    ["finetune", "--encoder", ...]   and linear_probe: the command; a mistake is told and the next line read
+    ["forget", RUN, COPY, STEP]      copy a finished run as if it had been killed before its checkpoint of this step
+"""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 from ddae.cli import Kind, parse
+from ddae.distributed import barrier, is_main
 from ddae.engine import stop_process_group
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
@@ -16,9 +23,21 @@ COMMANDS = {
     "linear_probe": (linear_probe, Kind(ProbeConfig, probe_recipe, check_probe)),
 }
 
+
+def forget(run: str, copy: str, step: str) -> None:
+    if is_main():
+        shutil.copytree(run, copy)
+        shutil.rmtree(Path(copy) / "checkpoints" / f"step_{int(step):08d}")
+        (Path(copy) / "finished.json").unlink()
+    barrier()
+
+
 if __name__ == "__main__":
     for line in sys.stdin:
         name, *words = json.loads(line)
+        if name == "forget":
+            forget(*words)
+            continue
         run, kind = COMMANDS[name]
         try:
             run(parse(words, kind))

@@ -12,6 +12,8 @@ import signal
 import sys
 import traceback
 
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - of the engine's start: torch's compiler, seconds
+
 import ddae.replay  # noqa: F401 - all that a rank imports, and more
 from ddae import checkpoint, train
 from ddae.cli import parse

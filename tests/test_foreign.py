@@ -351,3 +351,27 @@ def test_a_teacher_that_is_not_there_is_told(run_folder, tmp_path):
     (tmp_path / "export" / "config.json").write_text(json.dumps(settings | {"format": 7}))
     with pytest.raises(UserError, match="its format is 7, not 1: export it again"):
         ddae.load_encoder(tmp_path / "export")
+
+
+def test_a_card_goes_with_an_export(run_folder, tmp_path, monkeypatch):
+    write_export(ddae.load_encoder(run_folder), run_folder / "encoder")
+    (run_folder / "metrics.jsonl").write_text('{"step": 8, "epoch": 1.5}\n{"step": 8, "val/top1": 3}\n')
+    (run_folder / "environment.json").write_text('{"commit": "abc", "dirty": true, "versions": {"torch": "2.14"}}')
+    (run_folder / "knn").mkdir()
+    results = {"task": "knn", "best": "block 8 cls", "top1": 71.5}
+    (run_folder / "knn" / "results.json").write_text(json.dumps(results))
+    words = ["export.py", "--encoder", str(run_folder), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ranks.ROOT / "launch" / "export.py"), run_name="__main__")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for words in (
+        "8 blocks of width 96, 3 heads",
+        "half: mean (0.5, 0.5, 0.5)",
+        "demo: pixel and feature branch, bootmae_block masks of 75%",
+        "8 steps of 32 images, 1.5 epochs",
+        "commit abc, with changes",
+        "| knn | block 8 cls, top-1 | 71.50 % |",
+        'timm.create_model("local-dir:out"',
+    ):
+        assert words in card

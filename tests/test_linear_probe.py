@@ -1,7 +1,6 @@
 """Linear probes: LARS and the heads against transcriptions, and the whole of it on digits."""
 
 import json
-import shutil
 
 import pytest
 import ranks
@@ -129,12 +128,9 @@ def runs(digits, encoder_folder, tmp_path_factory):
         words(digits, encoder_folder, folder / "none", "--probe.layers", "2", "9"),
         words(digits, encoder_folder, folder / "none", "--probe.micro_batch", "30"),
     ]
+    resumed = folder / "resumed"
+    made += [["forget", str(folder / "cached"), str(resumed), "420"], words(digits, encoder_folder, resumed, *long)]
     said = ranks.run_program(1, [PROGRAM], made)
-    shutil.copytree(folder / "cached", folder / "resumed")
-    shutil.rmtree(folder / "resumed" / "checkpoints" / "step_00000420")
-    (folder / "resumed" / "finished.json").unlink()
-    resumed = words(digits, encoder_folder, folder / "resumed", *long)
-    ranks.run_program(1, [PROGRAM], [resumed])
     two = words(digits, encoder_folder, folder / "two", *short, "--probe.micro_batch", "50")
     ranks.run_program(2, [PROGRAM], [two])
     return folder, said
