@@ -49,7 +49,7 @@ def compare(words: list[str]) -> dict[str, float]:
             *(config, plain, teacher, plain_betas, 0.5, 1 / accumulation, "reference", batch)  # type: ignore[arg-type]
         ).total.backward()
     wanted = {}
-    for name, parameter in plain.method.named_parameters():
+    for name, parameter in plain.module.named_parameters():
         gradient = parameter.grad.clone()
         dist.all_reduce(gradient)
         wanted[name] = gradient / world_size()

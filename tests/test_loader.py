@@ -22,7 +22,7 @@ from ddae.data.preview import preview_images
 from ddae.data.reader import Part, Reader
 from ddae.data.remote import Cache
 from ddae.data.rescue import RescuingDecoder
-from ddae.data.sampling import Order
+from ddae.data.sampling import Order, cut
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import open_shards
 from ddae.errors import UserError
@@ -252,9 +252,8 @@ def test_a_device_without_memory_is_no_bad_image(shards):
         def decode(self, *_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    reader = Reader(
-        open_shards(str(shards), Cache(shards, 0)), Order(np.array([0, 100]), 0), Part(4, 4, 0, 1), 32, (1, 1), False
-    )
+    order, crop = Order(np.array([0, 100]), 0), cut("random", (1, 1))
+    reader = Reader(open_shards(str(shards), Cache(shards, 0)), order, Part(4, 4, 0, 1), 32, crop, decodes=False)
     with pytest.raises(torch.OutOfMemoryError):
         RescuingDecoder(reader, lambda batch: Full()).decode(reader[0])
 

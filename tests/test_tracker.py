@@ -106,7 +106,7 @@ def test_a_run_that_breaks_off_has_failed(tmp_path):
     import mlflow
 
     program = (
-        "import time; from pathlib import Path; from ddae.config import TrackerConfig\n"
+        "import time; from pathlib import Path; from ddae.experiment import TrackerConfig\n"
         "from ddae.tracker import start_tracker\n"
         "tracker = start_tracker(TrackerConfig(), Path('.'), 0, {})\n"
         "while not tracker.run_id: time.sleep(0.1)\n"

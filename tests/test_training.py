@@ -172,6 +172,7 @@ import json, sys
 from ddae import train
 from ddae.cli import parse
 from ddae.distributed import rank
+from ddae.engine import stop_process_group
 forward = train.forward
 def poisoned(config, *more):
     losses = forward(config, *more)
@@ -186,7 +187,7 @@ for line in json.loads(sys.argv[1]):
         train.pretrain(parse(line))
     except RuntimeError as error:
         print(error)
-train.stop_process_group()
+stop_process_group()
 """
 
 
