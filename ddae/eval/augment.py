@@ -30,10 +30,9 @@ class Policy:
         options = {"translate_const": int(size * SHIFT), "img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
         try:
             self._transform = rand_augment_transform(policy, options)
-        except (AssertionError, ValueError, KeyError, NotImplementedError, IndexError) as error:
-            raise UserError(
-                f"augment.policy {policy!r} is none of timm's ({error}): try rand-m9-mstd0.5-inc1"
-            ) from None
+        except (AssertionError, ValueError, KeyError) as error:
+            reason = f" ({error})" if str(error) else ""
+            raise UserError(f"augment.policy {policy!r} is none of timm's{reason}: try rand-m9-mstd0.5-inc1") from None
 
         for operation in self._transform.ops:
             if operation.name.startswith("Posterize"):
