@@ -43,8 +43,10 @@ class Watchdog:
         self._over.set()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(EVERY, self.limit / 4)):
-            if time.monotonic() - self._at > self.limit:
+        left = self.limit
+        while not self._over.wait(left):
+            left = self._at + self.limit - time.monotonic()
+            if left <= 0:
                 self._end()
 
     def _write_heartbeats(self) -> None:

@@ -12,6 +12,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 NANO = (  # a model that takes milliseconds a step
     "--preset demo --model.width 32 --model.depth 2 --model.heads 2 --model.image_size 32 --model.patch_size 8 "
@@ -118,6 +120,23 @@ class Forks:
         self._server.stdin.write(json.dumps(task) + "\n")
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
+
+
+def below(process: int) -> list[psutil.Process]:
+    """The ranks of a launcher, or the process itself; rank 0 first, without their data workers, which have their
+    words."""
+    launchers = {"deepspeed", "torchrun", "deepspeed.launcher.launch"}
+
+    def is_rank(words: list[str]) -> bool:
+        if words[:1] == ["ip"] or not launchers.isdisjoint(Path(word).name for word in words[:4]):
+            return False
+        return "launch/pretrain.py" in words
+
+    root = psutil.Process(process)
+    named = [each for each in (root, *root.children(recursive=True)) if is_rank(each.cmdline())]
+    numbers = {each.pid for each in named}
+    tops = [each for each in named if each.ppid() not in numbers]
+    return sorted(tops, key=lambda each: int(each.environ().get("RANK", "0")))
 
 
 def clean(ranks: list[subprocess.Popen]) -> None:

@@ -34,17 +34,7 @@ class Job:
             self.process = subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=out, stderr=out)
 
     def ranks(self) -> list[psutil.Process]:
-        """Rank 0 first; without their data workers, which have their words."""
-        root = psutil.Process(self.process.pid)
-        named = [each for each in (root, *root.children(recursive=True)) if self._is_rank(each)]
-        numbers = {each.pid for each in named}
-        tops = [each for each in named if each.ppid() not in numbers]
-        return sorted(tops, key=lambda each: int(each.environ().get("RANK", "0")))
-
-    def _is_rank(self, process: psutil.Process) -> bool:
-        words = process.cmdline()
-        launchers = {"deepspeed", "torchrun", "deepspeed.launcher.launch"}
-        return "launch/pretrain.py" in words and not launchers & {Path(word).name for word in words[:4]}
+        return ranks.below(self.process.pid)
 
     def node_launcher(self) -> psutil.Process:
         """deepspeed's launch.py, between `deepspeed` and the ranks."""
@@ -134,6 +124,45 @@ def test_a_signal_outside_the_loop(when, shards, tmp_path, tell):
     assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
     assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()
     tell(f"checkpoint of step 0, stopped.json, exit code 75 after {seconds:.1f} s")
+
+
+TOLD_WHILE_IT_PROBES = """
+import os, runpy, signal
+from ddae.eval import online
+
+whole = online.batches_of_rank
+
+def told(*words):
+    for number, batch in enumerate(whole(*words)):
+        if number == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+online.batches_of_rank = told
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
+@pytest.mark.faults
+def test_a_signal_during_an_evaluation(digits, tmp_path, tell):
+    """SIGTERM to one of two ranks while both probe the encoder between two steps; then the same command again."""
+    options = ("--engine.precision", "fp32", "--train.steps", "12", "--probe_every", "0.1")
+    words = ranks.words(digits, tmp_path / "run", 2, *options)
+    for command, code in ((["-c", TOLD_WHILE_IT_PROBES], 75), (["launch/pretrain.py"], 0)):
+        since = time.monotonic()
+        started = ranks.start(2, [*command, *words])
+        said = [rank.communicate(timeout=240)[0] for rank in started]
+        ranks.clean(started)
+        assert [rank.returncode for rank in started] == [code] * 2, "".join(said)
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        probed = [row["step"] for row in rows if "health/rank/tap_02" in row]
+        if code == 75:
+            assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 9}
+            assert (tmp_path / "run" / "checkpoints" / "step_00000009").is_dir()
+            assert probed == []
+            seconds = time.monotonic() - since
+    assert probed == [9, 12]
+    tell(f"checkpoint, stopped.json, exit code 75 ({seconds:.0f} s with the start); then the evaluation was done again")
 
 
 @pytest.mark.faults
