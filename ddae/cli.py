@@ -85,6 +85,8 @@ def parse(words: list[str], kind: Kind = PRETRAINING) -> Any:
         if flag.startswith("--") and flag not in known:
             nearest = difflib.get_close_matches(flag, known, 1, 0)[0]
             raise UserError(f"unknown flag {flag}: the nearest is {nearest}, --help lists them all")
+        if flag.removeprefix("--").replace(".no_", ".") in kind.config.UNUSED:
+            raise UserError(f"{flag} changes nothing here: leave it out")
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):

@@ -107,6 +107,8 @@ class Experiment:
         }
     )
 
+    UNUSED: ClassVar[frozenset[str]] = frozenset()  # fields that this kind of experiment has no use for
+
     @property
     def peak_lr(self) -> float:
         return self.optim.lr if self.optim.lr is not None else self.optim.base_lr * self.data.batch_size / 256

@@ -38,6 +38,8 @@ CAPTIONS = {
     "examples": "Validation images with the predicted class and its probability; red where it is wrong.",
     "neighbours": "Validation images (left) and the training images whose features are nearest; red where the class "
     "is another.",
+    "overlays": "Validation images, the class of every pixel, and the predicted one.",
+    "classes": "How well each class is found: pixels that are of it and predicted, over those that are either.",
     "rates": "Learning rate, images per second, and seconds of a step spent waiting for data.",
 }
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}

@@ -15,6 +15,13 @@ def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float, floor
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
 
 
+def warmup_linear(step: int, steps: int, warmup_steps: float, peak: float, floor: float) -> float:
+    """A straight line from `peak` to `floor`, reached one step after the last; over the first warmup_steps times a
+    factor that rises to 1 from a millionth (mmsegmentation's "poly" of power 1)."""
+    line = floor + (peak - floor) * (1 - step / steps)
+    return line * (1 - (1 - min(1.0, step / max(1.0, warmup_steps))) * (1 - 1e-6))
+
+
 def teacher_momentum(epoch: float, batch_size: int) -> float:
     """The paper's schedule, linear in m between its points, adapted to the batch: m ^ (batch / 4096).
 

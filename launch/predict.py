@@ -1,6 +1,7 @@
-"""What a fine-tuned classifier takes pictures for.
+"""What a fine-tuned classifier takes pictures for, or where a segmenter sees what.
 
 python launch/predict.py --classifier runs/demo/finetune photo.jpg
+python launch/predict.py --segmenter runs/demo/segment --out seen photo.jpg     # seen/photo.png
 """
 
 import argparse
@@ -11,13 +12,22 @@ from ddae.errors import command
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--classifier", required=True, type=Path, help="folder of a finished fine-tuning")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--classifier", type=Path, help="folder of a finished fine-tuning")
+    which.add_argument("--segmenter", type=Path, help="folder of a finished segmentation")
+    parser.add_argument("--out", type=Path, default=Path("seen"), help="folder for a segmenter's pictures")
     parser.add_argument("photos", nargs="+", type=Path, help="picture files")
     words = parser.parse_args()
-    from ddae.eval.predict import predict  # seconds to import
+    from ddae.eval.predict import predict, segment  # seconds to import
 
-    for photo, guesses in predict(words.classifier, words.photos).items():
-        print(f"{photo}: {', '.join(f'{guess.name} {guess.probability:.0%}' for guess in guesses)}")
+    if words.classifier:
+        found = predict(words.classifier, words.photos)
+    else:
+        found = segment(words.segmenter, words.photos, words.out)
+    for photo, guesses in found.items():
+        print(f"{photo}: {', '.join(f'{guess.name} {guess.share:.0%}' for guess in guesses)}")
+    if words.segmenter:
+        print(f"pictures: {words.out}")
 
 
 if __name__ == "__main__":

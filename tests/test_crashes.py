@@ -371,4 +371,4 @@ def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
     assert json.loads((tmp_path / "run" / "stopped.json").read_text())["step"] > done
     steps = [row["step"] for row in rows(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1))
-    tell(f"limit {limit} s: the ranks had ended {ended:.0f} s after the cut, the launchers {waited:.0f} s; both went on")
+    tell(f"limit {limit} s: ranks had ended {ended:.0f} s after the cut, launchers {waited:.0f} s; both went on")

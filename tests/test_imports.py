@@ -65,7 +65,8 @@ ORDER = [
     ),
     *("ddae.eval.examples", "ddae.eval.features", "ddae.eval.recipes", "ddae.eval.pictures", "ddae.eval.knn"),
     *("ddae.eval.online", "ddae.eval.augment", "ddae.eval.classifier", "ddae.eval.fit", "ddae.eval.finetune"),
-    *("ddae.eval.predict", "ddae.eval.heads", "ddae.eval.linear_probe"),
+    *("ddae.eval.heads", "ddae.eval.linear_probe", "ddae.eval.recipes_segment", "ddae.eval.scenes"),
+    *("ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
     *("ddae.train", "ddae.replay", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
@@ -79,7 +80,7 @@ HEAVY = {  # package -> the files that may import it
     "timm": {"ddae.model.vit", "ddae.eval.augment", "ddae.eval.heads", "ddae.eval.predict"},
     "PIL": {
         "ddae.doctor",
-        *("ddae.eval.augment", "ddae.eval.predict"),
+        *("ddae.eval.augment", "ddae.eval.predict", "ddae.eval.pictures", "ddae.eval.scenes"),
         "ddae.data.pillow",
         "ddae.sharding.inspection",
         "ddae.sharding.ade20k",
@@ -89,7 +90,16 @@ HEAVY = {  # package -> the files that may import it
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
     "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
-    "safetensors": {"ddae.weights", "ddae.foreign", "ddae.slices", "ddae.checkpoint", "ddae.dump", "ddae.replay"},
+    "segmentation_models_pytorch": {"ddae.eval.upernet"},
+    "safetensors": {
+        "ddae.eval.upernet",
+        "ddae.weights",
+        "ddae.foreign",
+        "ddae.slices",
+        "ddae.checkpoint",
+        "ddae.dump",
+        "ddae.replay",
+    },
     "triton": {"ddae_kernels.triton_impl"},
 }
 

@@ -51,6 +51,8 @@ class Batch(NamedTuple):
 class Loader:
     """The data set of a run and its stream of micro-batches."""
 
+    READER: type[Reader] = Reader
+
     def __init__(
         self,
         config: ShardsConfig,
@@ -174,7 +176,7 @@ class Loader:
             return SyntheticReader(self.order, self.part, self.size)
         decodes = self.backend == "pillow"
         crop = cut(self.config.crop, self.config.crop_scale)
-        return Reader(self.shards, self.order, self.part, self.size, crop, decodes, self.augment)
+        return self.READER(self.shards, self.order, self.part, self.size, crop, decodes, self.augment)
 
     def read_files(self, first: int) -> Generator[Micro, None, None]:
         """Micro-batches from this number on, read by threads and not decoded."""

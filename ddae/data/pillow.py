@@ -22,3 +22,9 @@ def decode(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int
         crop = image.crop((left, top, left + width, top + height))
     crop = crop if crop.mode == "RGB" else crop.convert("RGB")  # which would copy what is RGB already
     return resize(np.array(crop), flip, size)
+
+
+def whole(encoded: bytes) -> np.ndarray:
+    """An image file as it is stored: uint8 [3, H, W]. Raises what Pillow raises for a file that it cannot decode."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)

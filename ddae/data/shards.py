@@ -28,6 +28,7 @@ from ddae.errors import UserError
 FORMAT = "ddae-shards-1"
 MANIFEST = "manifest.json"
 INDEX_VERSION = "v1.2"
+LACKS = {"cls": "classes", "png": "masks"}  # what a sample may be without
 OPEN_FILES = 40  # that a thread keeps open: two windows of shards and some to spare
 
 
@@ -78,18 +79,29 @@ class Shards:
 
     def labels(self, samples: np.ndarray | None = None) -> np.ndarray:
         """The class of every sample, or of these (int64, ascending): int64 [N]; UserError where they have none."""
+        samples = np.arange(len(self)) if samples is None else samples
+        found = []
+        for sample, place in zip(samples.tolist(), self.others("cls", samples), strict=True):
+            word = self.read_other(sample, place)
+            if not word.strip().isdigit():
+                raise UserError(f"{self.name_of(sample)} has the class {word[:20]!r}: expected a number")
+            found.append(int(word))
+        return np.array(found, np.int64)
+
+    def others(self, ending: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Offset and length of the file with this ending beside the image of every sample, or of these (int64,
+        ascending): int64 [N, 2]; UserError where they have none."""
         found, wanted = [], np.arange(len(self)) if samples is None else samples
         for shard, place in enumerate(self.places):
             here = wanted[np.searchsorted(wanted, self.first[shard]) : np.searchsorted(wanted, self.first[shard + 1])]
             path = local(place.removesuffix(".tar") + ".idx", self.cache)
-            where = dict(zip(read_index(path)[1][:, 0].tolist(), read_index(path, "cls")[1].tolist(), strict=True))
-            for sample in here.tolist():
-                offset, length = where[int(self.offset[sample])]
-                word = os.pread(self._descriptor(shard), length, offset)
-                if not word.strip().isdigit():
-                    raise UserError(f"{self.name_of(sample)} has the class {word[:20]!r}: expected a number")
-                found.append(int(word))
-        return np.array(found, np.int64)
+            images, files = read_index(path)[1][:, 0], read_index(path, ending)[1]
+            found.append(files[np.searchsorted(images, self.offset[here])])
+        return np.concatenate(found)
+
+    def read_other(self, sample: int, place: np.ndarray) -> bytes:
+        """The file of a sample that lies there, which is a row of others()."""
+        return os.pread(self._descriptor(self.shard_of(sample)), int(place[1]), int(place[0]))
 
     def fetch(self, shard: int) -> None:
         """See to it that a remote shard is in the cache."""
@@ -258,6 +270,6 @@ def read_index(path: Path, ending: str = "jpg") -> tuple[list[str], np.ndarray]:
     except UserError:
         raise
     except ValueError:  # of words that are no numbers, or no text
-        lack = "these shards have no classes, name some that have" if ending == "cls" else "make it again"
+        lack = f"these shards have no {LACKS[ending]}, name some that have" if ending in LACKS else "make it again"
         raise UserError(f"{path} has a line without a {ending}'s offset and size: {lack}") from None
     return [name.removesuffix(f".{ending}") for name in names], np.stack(numbers, 1)

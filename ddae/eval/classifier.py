@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddae.eval.recipes import FinetuneConfig
+from ddae.experiment import OptimConfig
 from ddae.model.vit import Encoder, LayerNorm
 
 
@@ -57,9 +57,7 @@ def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay
     return [groups[key] for key in sorted(groups)]
 
 
-def build_optimizer(module: Classifier, config: FinetuneConfig) -> torch.optim.AdamW:
+def build_optimizer(module: nn.Module, depth: int, layer_decay: float, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate a layer."""
-    assert config.tune.layer_decay is not None
-    depth = module.encoder.shape.depth
-    groups = layer_groups(module, depth, config.tune.layer_decay, config.optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.optim.adam_betas)
+    groups = layer_groups(module, depth, layer_decay, optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.adam_betas)

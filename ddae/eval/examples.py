@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ddae.data import pillow
 from ddae.data.loader import Loader, cache_of, deaf
+from ddae.data.remote import Cache
 from ddae.data.sampling import central_crops
 from ddae.data.shards import open_shards
 from ddae.distributed import rank, world_size
@@ -34,8 +35,10 @@ class ExampleReader(Dataset):
     they need not be labelled: `labels` is empty then, and every class is 0.
     """
 
-    def __init__(self, where: str, split: str, size: int, labelled: bool = True, most: int = 0):
-        self.shards, self.size = open_shards(where, cache_of(ShardsConfig()), split), size
+    def __init__(
+        self, where: str, split: str, size: int, cache: Cache | None = None, labelled: bool = True, most: int = 0
+    ):
+        self.shards, self.size = open_shards(where, cache or cache_of(ShardsConfig()), split), size
         count = min(most or len(self.shards), len(self.shards))
         self.samples = torch.arange(count) * len(self.shards) // count
         self.labels = torch.empty(0, dtype=torch.int64)

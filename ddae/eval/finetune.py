@@ -14,21 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddae import ds_config, report, run_folder
-from ddae.data.loader import Batch, Loader
+from ddae.data.loader import Batch, Loader, cache_of
 from ddae.data.reader import Part
 from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
 from ddae.engine import Engine
 from ddae.errors import UserError
 from ddae.eval.augment import Mixer, Policy
 from ddae.eval.classifier import Classifier, build_optimizer
-from ddae.eval.examples import ExampleReader, batches_of_rank, held_out, labels_of
-from ddae.eval.fit import conclude, fit
+from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
+from ddae.eval.fit import fit
 from ddae.eval.pictures import confusion_matrix, predictions
 from ddae.eval.recipes import FinetuneConfig
 from ddae.figures import curves
 from ddae.model.teacher import MovingAverage
 from ddae.model.vit import Encoder
 from ddae.patches import normalise
+from ddae.schedules import warmup_cosine
 from ddae.session import Session
 from ddae.slices import Saved
 from ddae.stopping import Stop
@@ -53,34 +54,23 @@ def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     size, normalisation = encoder.shape.image_size, encoder.normalisation
     policy = Policy(config.augment.policy, size, normalisation) if config.augment.policy else None
     loader = Loader(config.data, size, config.train.seed, part, device(), policy)
-    task = Finetune(config, loader, ExampleReader(held_out(config.data.train, config.val), "val", size))
+    val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
     if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
         raise UserError(f"a micro-batch of {resolved.micro_batch} cannot be mixed in pairs: choose an even one")
-    steps = config.num_steps(loader.epoch_samples)
-    if run_folder.finished(config) >= steps:
-        conclude(task, config, steps)
-        return
-    encoder.drop_paths(config.tune.drop_path)
-    encoder.learn_positions()
-    encoder.recompute = config.engine.recompute
-    generator = torch.Generator().manual_seed(config.train.seed)
-    task.module = Classifier(encoder, task.labels.count, config.tune.pool, config.tune.head_std, generator)
-    task.module.train().requires_grad_(True)
-    fit(task, config, loader, stop, resolved.json, part)
+    fit(Finetune(config, encoder, labels_of(loader, val), val), config, loader, stop, resolved.json, part)
 
 
 class Finetune:
     """What fit() trains and measures."""
 
+    schedule = staticmethod(warmup_cosine)
     engine: Engine
     learner: Engine
     about: str
-    module: Classifier
 
-    def __init__(self, config: FinetuneConfig, loader: Loader, val: ExampleReader):
-        self.config, self.val = config, val
+    def __init__(self, config: FinetuneConfig, encoder: Encoder, labels: Labels, val: ExampleReader):
+        self.config, self.encoder, self.labels, self.val = config, encoder, labels, val
         self.evaluate_every = config.tune.evaluate_every
-        self.labels = labels_of(loader, val)
         self.folder = Path(config.folder)
         self.parent = run_id_of(Path(config.encoder))
         self.average: MovingAverage | None = None
@@ -89,8 +79,17 @@ class Finetune:
         self._confusion = torch.zeros(self.labels.count, self.labels.count)
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
-        copy = deepcopy(self.module) if self.config.tune.ema else None
-        self.engine = Engine(self.module, build_optimizer(self.module, self.config), ds_json)
+        tune, encoder = self.config.tune, self.encoder
+        encoder.drop_paths(tune.drop_path)
+        encoder.learn_positions()
+        encoder.recompute = self.config.engine.recompute
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        module = Classifier(encoder, self.labels.count, tune.pool, tune.head_std, generator)
+        module.train().requires_grad_(True)
+        copy = deepcopy(module) if tune.ema else None
+        assert tune.layer_decay is not None
+        optimizer = build_optimizer(module, encoder.shape.depth, tune.layer_decay, self.config.optim)
+        self.engine = Engine(module, optimizer, ds_json)
         self.learner, self.about = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
         parts: dict[str, Saved] = {"engine": self.engine}
         if copy is not None:
@@ -101,8 +100,7 @@ class Finetune:
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         """Cross-entropy with the soft targets of mixed, erased images."""
-        normalisation = self.engine.module.encoder.normalisation
-        pixels = normalise(batch.images, normalisation, torch.float32)
+        pixels = normalise(batch.images, self.encoder.normalisation, torch.float32)
         pixels, targets = self._mixer(pixels, self.labels.numbers[batch.samples.cpu()].to(pixels.device), seed)
         return self.engine(pixels.to(self.engine.dtype), targets)
 
@@ -121,7 +119,7 @@ class Finetune:
         with torch.no_grad():
             for examples in batches_of_rank(self.val, min(micro, 128), self.config.data.workers, self.engine.device):
                 look_around()
-                pixels = normalise(examples.images, self.engine.module.encoder.normalisation, self.engine.dtype)
+                pixels = normalise(examples.images, self.encoder.normalisation, self.engine.dtype)
                 counted = examples.labels >= 0
                 for name, module in modules.items():
                     with self.engine.autocast():
@@ -180,7 +178,7 @@ class Finetune:
 
     def _export(self, weights: dict[str, Tensor]) -> None:
         """The classifier as timm loads it."""
-        shape, normalisation = self.module.encoder.shape, self.module.encoder.normalisation
+        shape, normalisation = self.encoder.shape, self.encoder.normalisation
         encoder = Encoder(shape)
         encoder.normalisation = normalisation
         ours = {

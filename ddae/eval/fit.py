@@ -21,7 +21,6 @@ from ddae.engine import start_process_group
 from ddae.errors import UserError
 from ddae.experiment import Experiment
 from ddae.meter import Spikes, print_progress
-from ddae.schedules import warmup_cosine
 from ddae.session import Session
 from ddae.slices import Saved
 from ddae.stopping import Stop
@@ -50,6 +49,7 @@ class Task(Protocol):
     @property
     def learner(self) -> Learner: ...
 
+    schedule: Callable[[int, int, float, float, float], float]  # of schedules.py: how the learning rate changes
     about: str  # how it is trained, in words
     evaluate_every: float  # epochs
     parent: str  # MLflow's run of the pretraining; empty where there is none
@@ -79,11 +79,14 @@ class Task(Protocol):
 
 
 def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dict[str, Any], part: Part) -> None:
-    """Train to the end, or from the newest checkpoint on.
+    """Train to the end, or from the newest checkpoint on; a run that is complete is told as such.
 
     SystemExit with code 75 where the run is told to stop before, through `stop`: the same command goes on.
     """
     steps = config.num_steps(loader.epoch_samples)
+    if run_folder.finished(config) >= steps:
+        conclude(task, config, steps)
+        return
     start_process_group(config.train.hang_after + 60)
     loader.settle(run_folder.backend_before(config))
     session = Session(config, loader, stop)
@@ -114,7 +117,7 @@ def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dic
         session.look_around(step)
         if step and step % evaluate_steps == 0:
             evaluate(step)
-        lr = warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
+        lr = task.schedule(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr)
         total, applied = torch.zeros((), device=learner.device), False
         for micro in range(part.accumulation):
             with clock.spending("data_wait"):

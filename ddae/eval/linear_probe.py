@@ -15,19 +15,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddae import report, run_folder
-from ddae.data.loader import Batch, Loader
+from ddae.data.loader import Batch, Loader, cache_of
 from ddae.data.reader import Part
 from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
 from ddae.errors import UserError
 from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
 from ddae.eval.features import pooled
-from ddae.eval.fit import conclude, fit
+from ddae.eval.fit import fit
 from ddae.eval.heads import Heads, Trainer
 from ddae.eval.pictures import by_block, confusion_matrix
 from ddae.eval.recipes import ProbeConfig
 from ddae.figures import curves
 from ddae.model.vit import Encoder
 from ddae.patches import normalise
+from ddae.schedules import warmup_cosine
 from ddae.session import Session
 from ddae.slices import Saved
 from ddae.stopping import Stop
@@ -57,13 +58,9 @@ def linear_probe(config: ProbeConfig, stop: Stop | None = None) -> None:
     part, size = Part(batch, micro, rank(), world_size()), encoder.shape.image_size
     kind = Numbers if config.probe.cache else Loader
     loader = kind(config.data, size, config.train.seed, part, device())
-    val = ExampleReader(held_out(config.data.train, config.val), "val", size)
+    val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
     task = LinearProbe(config, encoder, labels_of(loader, val), val, part.accumulation)
-    steps = config.num_steps(loader.epoch_samples)
-    if run_folder.finished(config) < steps:
-        fit(task, config, loader, stop, {}, part)
-    else:
-        conclude(task, config, steps)
+    fit(task, config, loader, stop, {}, part)
 
 
 class Numbers(Loader):
@@ -81,6 +78,7 @@ class Numbers(Loader):
 class LinearProbe:
     """What fit() trains and measures."""
 
+    schedule = staticmethod(warmup_cosine)
     learner: Trainer
     about: str
 
@@ -189,7 +187,8 @@ class LinearProbe:
         if split not in self._tables:
             reader = self.val
             if split == "train":
-                reader = ExampleReader(self.config.data.train, "train", self.encoder.shape.image_size)
+                data, size = self.config.data, self.encoder.shape.image_size
+                reader = ExampleReader(data.train, "train", size, cache_of(data))
             table = torch.zeros(len(reader), len(self.names), self.encoder.shape.width, device=device())
             place = rank()
             for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ddae.config import DataConfig, tap_name
+from ddae.data.loader import cache_of
 from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
 from ddae.engine import Engine
 from ddae.errors import UserError
@@ -29,7 +30,8 @@ class OnlineProbe:
         """UserError where there is no split val."""
         try:
             where = held_out(config.train)
-            self.readers = {s: ExampleReader(where, s, image_size, labelled=False, most=MOST[s]) for s in MOST}
+            cache = cache_of(config)
+            self.readers = {s: ExampleReader(where, s, image_size, cache, labelled=False, most=MOST[s]) for s in MOST}
         except UserError as error:
             raise UserError(f"--probe_every wants a split to hold out: {error}") from None
         self._workers, self._normalisation = config.workers, config.normalisation

@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
 from torch import Tensor
 
 from ddae.eval.examples import ExampleReader
 from ddae.figures import COLOURS
 
+LISTED = 6  # classes that are named beside an image
 MOST = 30  # classes that a confusion matrix shows
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
 
@@ -102,4 +107,62 @@ def neighbours(
             axis.set_title(_name(names, number), fontsize=7, color=RIGHT if number == label else WRONG)
         axis_row[0].set_title(_name(names, label), fontsize=7, color="black", fontweight="bold")
     figure.tight_layout(pad=0.4)
+    return figure
+
+
+def palette(count: int) -> np.ndarray:
+    """Colours of classes, uint8 [count, 3]: neighbours differ in hue by the golden angle and in lightness by turns."""
+    hues = (np.arange(count) * 0.61803) % 1
+    values, strengths = np.tile([0.95, 0.6, 0.8], count)[:count], np.tile([0.75, 0.9, 0.45, 0.6], count)[:count]
+    return (255 * hsv_to_rgb(np.stack([hues, strengths, values], -1))).round().astype(np.uint8)
+
+
+def painted(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, strength: float = 0.65) -> np.ndarray:
+    """uint8 [H, W, 3] with each pixel's class in its colour over it; labels that are no class leave it grey."""
+    known = labels < len(colours)
+    over = np.where(known[..., None], colours[np.where(known, labels, 0)], 128)
+    return (image * (1 - strength) + over * strength).astype(np.uint8)
+
+
+def overlays(seen: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str]) -> Figure:
+    """Each row: an image uint8 [3, h, w], its classes int64 [H, W] and the predicted ones, with the colours of those
+    that there are most of."""
+    colours = palette(len(names))
+    figure, axes = plt.subplots(len(seen), 3, figsize=(8.4, 2.5 * len(seen)), squeeze=False)
+    for number, (axis_row, (image, labels, guesses)) in enumerate(zip(axes, seen, strict=True)):
+        size = labels.shape[1], labels.shape[0]
+        picture = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size))
+        shown = [picture, *(painted(picture, each.numpy(), colours) for each in (labels, guesses))]
+        for axis, each, title in zip(axis_row, shown, ("image", "true classes", "predicted classes"), strict=True):
+            axis.imshow(each, interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(title if number == 0 else "", fontsize=9)
+        there = torch.cat([labels[labels < len(names)], guesses.flatten()]).bincount(minlength=len(names))
+        most = there.topk(min(LISTED, len(names)))
+        patches = [
+            Patch(color=tuple(colours[label] / 255), label=_name(names, label))
+            for label, count in zip(most.indices.tolist(), most.values.tolist(), strict=True)
+            if count
+        ]
+        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axis_row[-1].legend(handles=patches, fontsize=7, frameon=False, **place)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def bars(values: dict[str, float], what: str) -> Figure:
+    """A bar for each name, the longest first; of many names the first and the last ones."""
+    ordered = sorted(values.items(), key=lambda pair: pair[1])
+    if len(ordered) > 2 * MOST:
+        ordered = ordered[:MOST] + ordered[-MOST:]
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.19 * len(ordered)))
+    axis.barh([_short(name) for name, _ in ordered], [value for _, value in ordered], color=COLOURS[0], height=0.7)
+    if len(ordered) < len(values):
+        axis.set_title(f"the {MOST} best and the {MOST} worst of {len(values)} classes", fontsize=9)
+    axis.set_xlabel(what)
+    axis.set_ylim(-0.6, len(ordered) - 0.4)
+    axis.tick_params(axis="y", labelsize=7)
+    axis.grid(alpha=0.25, axis="x")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
     return figure

@@ -1,23 +1,28 @@
-"""What a fine-tuned classifier takes somebody's pictures for."""
+"""What a fine-tuned classifier takes somebody's pictures for, and where a segmenter sees what."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 
 from ddae.errors import UserError
+from ddae.eval.pictures import painted, palette
+from ddae.eval.scenes import fitting, resized
+from ddae.eval.upernet import classify, load_segmenter
+from ddae.patches import normalise
 
 BEST = 5
 
 
 class Guess(NamedTuple):
-    """A class and its probability."""
+    """A class and its probability, or its share of a picture."""
 
     name: str
-    probability: float
+    share: float
 
 
 def predict(folder: Path, photos: list[Path]) -> dict[Path, list[Guess]]:
@@ -33,13 +38,47 @@ def predict(folder: Path, photos: list[Path]) -> dict[Path, list[Guess]]:
     transform: Any = create_transform(**resolve_model_data_config(model))
     guesses = {}
     for photo in photos:
-        try:
-            with Image.open(photo) as image:
-                pixels = transform(image.convert("RGB"))
-        except (OSError, UnidentifiedImageError) as error:
-            raise UserError(f"{photo} cannot be read as a picture ({error})") from None
+        pixels = transform(opened(photo))
         with torch.inference_mode():
-            probabilities, best = model(pixels[None]).softmax(1)[0].topk(min(BEST, len(names)))
-        both = zip(best.tolist(), probabilities.tolist(), strict=True)
-        guesses[photo] = [Guess(names[number], probability) for number, probability in both]
+            shares = model(pixels[None]).softmax(1)[0]
+        guesses[photo] = most(shares, names)
     return guesses
+
+
+def segment(folder: Path, photos: list[Path], out: Path) -> dict[Path, list[Guess]]:
+    """The classes that cover most of each photograph, by the segmenter of a segmentation's folder; a picture with the
+    classes' colours over it goes to `out`, under the photograph's name and .png.
+
+    UserError where there is no segmenter, a file is no picture, or two of them would be written to one place.
+    """
+    where = folder / "segmenter" if (folder / "segmenter").is_dir() else folder
+    segmenter, stride, names = load_segmenter(where)
+    if len({photo.stem for photo in photos}) < len(photos):
+        raise UserError(f"two of the pictures would both become one file of {out}: rename one, or name them apart")
+    colours, guesses = palette(len(names)), {}
+    for photo in photos:
+        image = np.asarray(opened(photo))
+        planes = resized(image.transpose(2, 0, 1), *fitting(image.shape[:2], segmenter.encoder.shape.image_size))
+        pixels = normalise(torch.from_numpy(planes), segmenter.encoder.normalisation, torch.float32)
+        labels = classify(segmenter, pixels, stride, image.shape[:2])
+        out.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(painted(image, labels.numpy(), colours)).save(out / f"{photo.stem}.png")
+        shares = labels.flatten().bincount(minlength=len(names)) / labels.numel()
+        guesses[photo] = [guess for guess in most(shares, names) if guess.share]
+    return guesses
+
+
+def opened(photo: Path) -> Image.Image:
+    """A picture in RGB, turned as its EXIF says; UserError where the file is none."""
+    try:
+        with Image.open(photo) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise UserError(f"{photo} cannot be read as a picture ({error})") from None
+
+
+def most(shares: torch.Tensor, names: list[str]) -> list[Guess]:
+    """The largest of float [C], by name."""
+    found = shares.topk(min(BEST, len(names)))
+    both = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return [Guess(names[number], share) for number, share in both]

@@ -6,7 +6,7 @@ Where each number comes from is in docs/evaluation.md. Batch sizes are global, l
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from ddae.errors import UserError
 from ddae.experiment import (
@@ -45,22 +45,33 @@ class TuneConfig:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(Experiment):
-    """A whole fine-tuning."""
+class Evaluation(Experiment):
+    """What every experiment with an encoder has."""
 
-    preset: str = "paper"  # recipe: paper, beit, beitv2, mae or demo
+    preset: str = "paper"  # recipe
     encoder: str = ""  # a run folder, an export, a checkpoint, or a published file
     normalisation: Literal["", "half", "imagenet"] = ""  # of pixels; empty: what the encoder was trained on
     image_size: int | None = None  # pixels a side; None: the encoder's
     val: str = ""  # shards to validate on; empty: the split val of the folder data.train
-    tune: TuneConfig = field(default_factory=TuneConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
 
+    TASK: ClassVar[str]  # the name of its folder
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "encoder"}  # what the encoder holds is in the checkpoint
 
     @property
     def folder(self) -> str:
-        return self.run_dir or task_folder(self.encoder, "finetune")
+        return self.run_dir or task_folder(self.encoder, self.TASK)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(Evaluation):
+    """A whole fine-tuning."""
+
+    preset: str = "paper"  # recipe: paper, beit, beitv2, mae or demo
+    tune: TuneConfig = field(default_factory=TuneConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+    TASK = "finetune"
+    UNUSED = frozenset({"engine.kernels"})
 
     def settled(self, width: int) -> "FinetuneConfig":
         """With what the paper says for an encoder of this width where nothing else is said."""
@@ -80,21 +91,16 @@ class HeadsConfig:
 
 
 @dataclass(frozen=True)
-class ProbeConfig(Experiment):
+class ProbeConfig(Evaluation):
     """A whole linear probe."""
 
     preset: str = "paper"  # recipe: paper or demo
-    encoder: str = ""  # a run folder, an export, a checkpoint, or a published file
-    normalisation: Literal["", "half", "imagenet"] = ""  # of pixels; empty: what the encoder was trained on
-    image_size: int | None = None  # pixels a side; None: the encoder's
-    val: str = ""  # shards to validate on; empty: the split val of the folder data.train
     probe: HeadsConfig = field(default_factory=HeadsConfig)
 
-    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "encoder"}
-
-    @property
-    def folder(self) -> str:
-        return self.run_dir or task_folder(self.encoder, "linear_probe")
+    TASK = "linear_probe"
+    UNUSED = frozenset(  # LARS on the heads alone, without DeepSpeed
+        {"ds_config", "engine.kernels", "engine.recompute", "optim.adam_betas", "optim.clip_grad"}
+    )
 
     def settled(self, depth: int) -> "ProbeConfig":
         """With the blocks of an encoder of this depth, where none are named; UserError where they are not its own."""
@@ -182,20 +188,21 @@ def probe_demo() -> ProbeConfig:
 
 
 PROBES = {"paper": probe_paper, "demo": probe_demo}
-R = TypeVar("R", bound=Experiment)
+R = TypeVar("R", bound=Evaluation)
 
 
 def recipe(name: str) -> FinetuneConfig:
     """The fine-tuning recipe of that name; UserError with the nearest name where there is none."""
-    return _named(name, RECIPES)
+    return named(name, RECIPES)
 
 
 def probe_recipe(name: str) -> ProbeConfig:
     """The linear probe of that name; UserError with the nearest name where there is none."""
-    return _named(name, PROBES)
+    return named(name, PROBES)
 
 
-def _named(name: str, recipes: dict[str, Callable[[], R]]) -> R:
+def named(name: str, recipes: dict[str, Callable[[], R]]) -> R:
+    """The recipe of that name; UserError with the nearest name where there is none."""
     if name not in recipes:
         nearest = difflib.get_close_matches(name, recipes, 1, 0)[0]
         raise UserError(f"unknown recipe {name!r}: the nearest is {nearest!r}, there are {', '.join(recipes)}")
@@ -220,14 +227,18 @@ PROBE_RANGES = {
     "probe.momentum": (0, 1 - 1e-12),
     "probe.evaluate_every": (1e-12, ANY),
 }
-NAMELESS = "no encoder is named: add --encoder runs/demo, or another run, export or file"
+
+
+def check_encoder(config: Evaluation) -> None:
+    """UserError where no encoder is named."""
+    if not config.encoder:
+        raise UserError("no encoder is named: add --encoder runs/demo, or another run, export or file")
 
 
 def check_probe(config: ProbeConfig) -> None:
     """UserError with the field, its value and the mend, where the fields contradict each other."""
     check_ranges(config, PROBE_RANGES)
-    if not config.encoder:
-        raise UserError(NAMELESS)
+    check_encoder(config)
     if config.probe.cache and config.data.crop != "centre":
         raise UserError(f"probe.cache keeps features of one crop, data.crop is {config.data.crop!r}: choose 'centre'")
 
@@ -235,8 +246,7 @@ def check_probe(config: ProbeConfig) -> None:
 def check_finetune(config: FinetuneConfig) -> None:
     """UserError with the field, its value and the mend, where the fields contradict each other."""
     check_ranges(config, FINETUNE_RANGES)
-    if not config.encoder:
-        raise UserError(NAMELESS)
+    check_encoder(config)
     if config.augment.policy and config.data.backend not in ("auto", "pillow"):
         raise UserError(
             f"data.backend {config.data.backend} has no RandAugment, which works on Pillow's images: choose "

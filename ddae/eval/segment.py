@@ -1,0 +1,272 @@
+"""Segmentation: a class a pixel, by UperNet on a fine-tuned encoder (docs/evaluation.md; paper, appendix "Semantic
+Segmentation").
+
+C classes, H x W pixels of an image.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ddae import ds_config, report, run_folder
+from ddae.data.loader import Batch, cache_of, deaf
+from ddae.data.reader import Part
+from ddae.distributed import device, is_main, mean_over_ranks, rank, sum_over_ranks, world_size
+from ddae.engine import Engine
+from ddae.errors import UserError
+from ddae.eval.augment import seed_all
+from ddae.eval.classifier import build_optimizer
+from ddae.eval.examples import held_out
+from ddae.eval.fit import fit
+from ddae.eval.pictures import bars, confusion_matrix, overlays
+from ddae.eval.recipes_segment import SegmentConfig
+from ddae.eval.scenes import IGNORED, Scene, SceneCrop, SceneLoader, SceneReader, check_labels, split_planes
+from ddae.eval.upernet import Segmenter, classify, prepared, write_segmenter
+from ddae.figures import curves
+from ddae.model.vit import Encoder
+from ddae.patches import normalise
+from ddae.schedules import warmup_linear
+from ddae.session import Session
+from ddae.slices import Fragment, Saved
+from ddae.stopping import Stop
+from ddae.tracker import run_id_of
+from ddae.weights import load_encoder
+
+SHOWN = 6  # images with their classes
+
+
+def segment(config: SegmentConfig, stop: Stop | None = None) -> None:
+    """Train to the end, or from the newest checkpoint on; then write results, pictures and the segmenter.
+
+    SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
+    read, shards have no masks, or those of the two splits do not fit.
+    """
+    stop = stop or Stop()
+    encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
+    config = config.settled(encoder.shape.width, encoder.shape.depth)
+    run_folder.check(config)
+    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
+    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    if resolved.micro_batch * (world_size() if device().type == "cuda" else 1) == 1:
+        raise UserError("a micro-batch of 1 image has no statistics for a batch norm: choose 2 or more")
+    size = encoder.shape.image_size
+    val = SceneReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
+    classes = class_names(val.shards.classes, config.seg.classes)
+    crop = SceneCrop(config.seg, size, encoder.normalisation, len(classes))
+    loader = SceneLoader(config.data, size, config.train.seed, part, device(), crop)
+    task = Segmentation(config, encoder, classes, loader, val)
+    fit(task, config, loader, stop, resolved.json, part)
+
+
+class Segmentation:
+    """What fit() trains and measures."""
+
+    schedule = staticmethod(warmup_linear)
+    engine: Engine
+    learner: Engine
+    about: str
+
+    def __init__(
+        self, config: SegmentConfig, encoder: Encoder, classes: list[str], loader: SceneLoader, val: SceneReader
+    ):
+        """UserError where the shards to train on have other classes than those to validate on."""
+        self.config, self.encoder, self.classes, self.val = config, encoder, classes, val
+        self.evaluate_every, self.parent = config.seg.evaluate_every, run_id_of(Path(config.encoder))
+        self.folder = Path(config.folder)
+        self.images = {"train": loader.num_samples, "val": len(val)}
+        train = () if loader.shards is None else loader.shards.classes
+        if train != val.shards.classes:
+            raise UserError(
+                f"the shards to train on name {len(train)} classes, those to validate on {len(val.shards.classes)} or "
+                "others: make both with the same data_prep/ command"
+            )
+        self._confusion: Tensor | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels and guesses of the last evaluation
+
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+        seg = self.config.seg
+        encoder = prepared(self.encoder, seg.relative_positions, seg.layer_scale)
+        encoder.drop_paths(seg.drop_path)
+        encoder.learn_positions()
+        encoder.recompute = self.config.engine.recompute
+        generator = torch.Generator().manual_seed(self.config.train.seed)
+        module: nn.Module = Segmenter(encoder, len(self.classes), seg, generator)
+        if device().type == "cuda" and world_size() > 1:
+            module = nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        module.train().requires_grad_(True)
+        optimizer = build_optimizer(module, encoder.shape.depth, seg.layer_decay, self.config.optim)
+        self.engine = Engine(module, optimizer, ds_json)
+        self.learner, self.about = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
+        return {"engine": self.engine, "statistics": Statistics(self.engine.module)}
+
+    def loss(self, batch: Batch, seed: int) -> Tensor:
+        seed_all(seed)  # of the paths and channels that are dropped
+        images, labels = split_planes(batch.images)
+        return self.engine(normalise(images, self.encoder.normalisation, self.engine.dtype), labels, IGNORED)
+
+    def updated(self) -> None:
+        """Nothing follows the weights."""
+
+    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+        """Mean intersection over union, mean accuracy of the classes and accuracy of the pixels, in per cent."""
+        Statistics(self.engine.module).agree()
+        confusion = torch.zeros([len(self.classes)] * 2, dtype=torch.int64, device=self.engine.device)
+        self.engine.module.eval()
+        self._seen = []
+        for scene, counted in self._of_val():
+            look_around()
+            check_labels(scene.labels.numpy(), len(self.classes))
+            guesses = self._guess(scene)
+            if counted:
+                confusion += confusion_of(scene.labels.to(guesses.device), guesses, len(self.classes))
+                if len(self._seen) < SHOWN:
+                    self._seen.append((scene.image, scene.labels, guesses.cpu()))
+        self.engine.module.train()
+        self._confusion = sum_over_ranks(confusion).cpu()
+        return {f"val/{name}": value for name, value in scores(self._confusion).items()}
+
+    def finish(self, session: Session) -> list[Path]:
+        weights = self.engine.weights(self.engine.module)
+        if self._confusion is None:  # evaluated by an earlier start
+            self.evaluate(lambda: None)
+        if not is_main():
+            return []
+        assert self._confusion is not None
+        rows = session.rows()
+        results = self._results(rows, self._confusion)
+        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        module = self.engine.module
+        kept = module.state_dict().keys()
+        buffers = {name: buffer.cpu() for name, buffer in module.named_buffers() if name in kept}
+        state = {name: values.contiguous() for name, values in (weights | buffers).items()}
+        write_segmenter(state, module.encoder, self.config.seg, self.classes, self.folder / "segmenter")
+        measures = ["val/miou", "val/class_accuracy", "val/pixel_accuracy"]
+        drawn = {
+            "curves": curves(rows, {"loss": ["loss/total"], "validation, in %": measures, "lr": ["lr"]}, ""),
+            "overlays": overlays(self._seen, self.classes),
+            "classes": bars(results["iou"], "intersection over union in %"),
+            "confusion": confusion_matrix(self._confusion, self.classes),
+        }
+        files = [report.save(figure, self.folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
+        return [*files, *report.add_evaluation(self.folder)]
+
+    def summary(self) -> str:
+        """The results in words, and where to look."""
+        results = json.loads((self.folder / "results.json").read_text())
+        last, best = results["last"], results["best"]
+        return "\n".join(
+            [
+                f"mIoU {last['miou']:.2f} % at the end, {best['miou']:.2f} % at best (step {best['step']}); "
+                f"{last['pixel_accuracy']:.2f} % of the pixels are right",
+                f"pictures and curves:  {report.page_of(self.folder)}",
+                f"segmenter:            {self.folder / 'segmenter'}",
+            ]
+        )
+
+    def _guess(self, scene: Scene) -> Tensor:
+        """The likeliest class of every pixel of the image as it is stored: int64 [H, W]."""
+        pixels = normalise(scene.image.to(self.engine.device), self.encoder.normalisation, self.engine.dtype)
+        with self.engine.autocast():
+            return classify(self.engine.module, pixels, self.config.seg.stride, tuple(scene.labels.shape))
+
+    def _of_val(self) -> Iterator[tuple[Scene, bool]]:
+        """This rank's share of the validation images, as many on each rank: where they run out, first ones that do not
+        count."""
+        share = range(rank(), len(self.val) + -len(self.val) % world_size(), world_size())
+        order = [number % len(self.val) for number in share]
+        loader = DataLoader(
+            self.val, batch_size=None, sampler=order, num_workers=self.config.data.workers, worker_init_fn=deaf
+        )
+        for number, scene in zip(share, loader, strict=True):
+            yield scene, number < len(self.val)
+
+    def _results(self, rows: list[dict[str, float]], confusion: Tensor) -> dict[str, Any]:
+        """Of the last evaluation, and the best of every number."""
+        measured = [row for row in rows if "val/miou" in row]
+        names = ("miou", "class_accuracy", "pixel_accuracy")
+        last = {name: measured[-1][f"val/{name}"] for name in names}
+        best = {name: max(row[f"val/{name}"] for row in measured) for name in names}
+        finest = max(measured, key=lambda row: row["val/miou"])
+        ious = 100 * intersection_over_union(confusion.double())
+        return {
+            "task": "segment",
+            "encoder": self.config.encoder,
+            "recipe": self.config.preset,
+            "data": self.config.to_dict()["data"]["train"],
+            "classes": len(self.classes),
+            "images": self.images,
+            "last": last | {"step": measured[-1]["step"]},
+            "best": best | {"step": finest["step"]},
+            "iou": {name: float(iou) for name, iou in zip(self.classes, ious, strict=True) if iou.isfinite()},
+        }
+
+
+class Statistics:
+    """What batch norms have seen, which a checkpoint holds beside the weights."""
+
+    sharded = False
+
+    def __init__(self, module: nn.Module):
+        self._buffers = {
+            name: buffer for name, buffer in module.named_buffers() if name.endswith(("running_mean", "running_var"))
+        }
+
+    def agree(self) -> None:
+        """The mean over the ranks, on all of them: on CPUs each has seen its own images alone."""
+        for buffer in self._buffers.values():
+            mean_over_ranks(buffer)
+
+    def note(self) -> dict[str, Tensor]:
+        return {name: buffer.cpu().clone() for name, buffer in self._buffers.items()}
+
+    def prepare(self, note: dict[str, Tensor]) -> None:
+        for name, values in note.items():
+            self._buffers[name].copy_(values)
+
+    def state(self) -> dict[str, list[Fragment]]:
+        return {}
+
+    def publish(self) -> None:
+        """They are what runs forward."""
+
+
+def class_names(named: Sequence[str], count: int) -> list[str]:
+    """The classes by number, each name once: those that the shards name, else `count` numbers; UserError where the two
+    contradict each other, or neither is there."""
+    if count and named and count != len(named):
+        raise UserError(f"seg.classes is {count}, and the shards name {len(named)} classes: leave it out")
+    if not named and not count:
+        raise UserError("the shards do not name their classes: say how many there are with --seg.classes 150")
+    twice = {name for name in named if named.count(name) > 1}
+    numbered = enumerate(named or [""] * count)
+    return [f"{name} {number}".strip() if not name or name in twice else name for number, name in numbered]
+
+
+def confusion_of(labels: Tensor, guesses: Tensor, num_classes: int) -> Tensor:
+    """int64 [H, W] each -> pixels by true and guessed class: int64 [C, C]."""
+    known = labels != IGNORED
+    pairs = labels[known] * num_classes + guesses[known]
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def intersection_over_union(confusion: Tensor) -> Tensor:
+    """float [C, C] -> [C]; NaN for a class that is neither there nor guessed."""
+    right = confusion.diagonal()
+    return right / (confusion.sum(0) + confusion.sum(1) - right)
+
+
+def scores(confusion: Tensor) -> dict[str, float]:
+    """In per cent: the mean intersection over union and the mean accuracy, of the classes that there are, and the share
+    of right pixels."""
+    confusion = confusion.double()
+    right = confusion.diagonal()
+    return {
+        "miou": 100 * float(intersection_over_union(confusion).nanmean()),
+        "class_accuracy": 100 * float((right / confusion.sum(1)).nanmean()),
+        "pixel_accuracy": 100 * float(right.sum() / confusion.sum()),
+    }

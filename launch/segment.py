@@ -1,0 +1,24 @@
+"""Fine-tune an encoder to tell every pixel's class, with UperNet, on shards with masks.
+
+deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/demo --preset demo --data.train data/scenes
+deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train data/ade20k
+"""
+
+from ddae.cli import Kind, run
+from ddae.eval.recipes_segment import SegmentConfig, check_segment, segment_recipe
+from ddae.stopping import Stop
+
+
+def main(config: SegmentConfig) -> None:
+    stop = Stop()  # listens from here on
+
+    # DeepSpeed takes seconds to import; mistakes in the flags are told before.
+    from ddae.engine import stop_process_group
+    from ddae.eval.segment import segment
+
+    segment(config, stop)
+    stop_process_group()
+
+
+if __name__ == "__main__":
+    run(main, Kind(SegmentConfig, segment_recipe, check_segment))
