@@ -137,8 +137,9 @@ def page_of(evaluation: Path) -> Path:
     return of_run if of_run.exists() else evaluation / "report.html"
 
 
-def add_evaluation(folder: Path) -> list[Path]:
-    """Show what an evaluation left: results.json and figures/. The page."""
+def add_evaluation(folder: Path, drawn: dict[str, Figure]) -> list[Path]:
+    """Show an evaluation's results.json and these pictures; the files written."""
+    files = [save(figure, folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
     page = page_of(folder)
     if page.parent == folder:
         title = html.escape(str(folder))
@@ -152,7 +153,7 @@ def add_evaluation(folder: Path) -> list[Path]:
     unfinished.write_text(text)
     unfinished.replace(page)
     update_card(folder.parent)
-    return [page]
+    return [*files, page]
 
 
 def update_card(run: Path) -> None:

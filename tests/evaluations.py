@@ -1,7 +1,7 @@
 """As a program it is one rank that evaluates encoders: it reads lists of words from its standard input, one a line, the
 first of them the command's name.
 
-    ["finetune", "--encoder", ...]   and linear_probe: the command; a mistake is told and the next line read
+    ["finetune", "--encoder", ...]   and linear_probe, segment: the command; a mistake is told and the next line read
     ["forget", RUN, COPY, STEP]      copy a finished run as if it had been killed before its checkpoint of this step
 """
 
@@ -17,9 +17,12 @@ from ddae.errors import UserError
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
 from ddae.eval.recipes import FinetuneConfig, ProbeConfig, check_finetune, check_probe, probe_recipe, recipe
+from ddae.eval.recipes_segment import SegmentConfig, check_segment, segment_recipe
+from ddae.eval.segment import segment
 
 COMMANDS = {
     "finetune": (finetune, Kind(FinetuneConfig, recipe, check_finetune)),
+    "segment": (segment, Kind(SegmentConfig, segment_recipe, check_segment)),
     "linear_probe": (linear_probe, Kind(ProbeConfig, probe_recipe, check_probe)),
 }
 

@@ -151,6 +151,8 @@ class Finetune:
         results = self._results(rows)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         self._export({name: values.contiguous() for name, values in weights.items()})
+        if not self.config.train.report:
+            return []
         tops = [name for name in rows[-1] if name.endswith("top1")]
         images, labels, logits = self._seen
         some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SHOWN]
@@ -159,11 +161,10 @@ class Finetune:
             "confusion": confusion_matrix(self._confusion, self.labels.names),
             "examples": predictions(images[some], labels[some], logits[some], self.labels.names),
         }
-        files = [report.save(figure, self.folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
-        return [*files, *report.add_evaluation(self.folder)]
+        return report.add_evaluation(self.folder, drawn)
 
     def summary(self) -> str:
-        """The results in words, and where to look."""
+        """The results in words, and where the classifier is."""
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
         lines = [
@@ -171,10 +172,7 @@ class Finetune:
         ]
         if "ema_top1" in last:
             lines.append(f"averaged weights: {last['ema_top1']:.2f} %, {best['ema_top1']:.2f} % at best")
-        page = report.page_of(self.folder)
-        return "\n".join(
-            [*lines, f"pictures and curves:  {page}", f"classifier:           {self.folder / 'classifier'}"]
-        )
+        return "\n".join([*lines, f"classifier:           {self.folder / 'classifier'}"])
 
     def _export(self, weights: dict[str, Tensor]) -> None:
         """The classifier as timm loads it."""

@@ -21,6 +21,7 @@ from ddae.engine import start_process_group
 from ddae.errors import UserError
 from ddae.experiment import Experiment
 from ddae.meter import Spikes, print_progress
+from ddae.report import page_of
 from ddae.session import Session
 from ddae.slices import Saved
 from ddae.stopping import Stop
@@ -74,7 +75,7 @@ class Task(Protocol):
         ...
 
     def summary(self) -> str:
-        """The results in words, and where to look."""
+        """The results in words, and where what was trained is."""
         ...
 
 
@@ -155,4 +156,7 @@ def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dic
 def conclude(task: Task, config: Experiment, steps: int) -> None:
     """Say that nothing is left to do, and what came out."""
     if is_main():
-        say(f"{config.folder} is complete: {steps} of {steps} steps\n{task.summary()}")
+        said = [f"{config.folder} is complete: {steps} of {steps} steps", task.summary()]
+        if config.train.report:
+            said.append(f"pictures and curves:  {page_of(Path(config.folder))}")
+        say("\n".join(said))

@@ -90,8 +90,7 @@ def evaluate(
         "neighbours": neighbours(shown, readers["val"], readers["train"], names),
         "confusion": confusion_matrix(confusion, names),
     }
-    files = [report.save(figure, out / "figures" / f"{name}.png") for name, figure in drawn.items()]
-    files += report.add_evaluation(out)
+    files = report.add_evaluation(out, drawn)
     told = start_tracker(TrackerConfig(kind=tracker), out, -1, about, parent=run_id_of(Path(encoder_path)))  # type: ignore[arg-type]
     told.log(
         {"step": 0, **{f"{of}/{name.replace(' ', '_')}": v for name, row in rows.items() for of, v in row.items()}}

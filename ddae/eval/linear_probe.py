@@ -163,6 +163,8 @@ class LinearProbe:
         rows = session.rows()
         results = self._results([row for row in rows if any(name.startswith("val/") for name in row)])
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        if not self.config.train.report:
+            return []
         tops = [f"val/top1/{name.replace(' ', '_')}" for name in self.names]
         best = self._confusion[self.names.index(results["best"])].view(self.labels.count, -1)
         drawn = {
@@ -170,17 +172,16 @@ class LinearProbe:
             "blocks": by_block({name: row["top1"] for name, row in results["heads"].items()}, "top-1 in %"),
             "confusion": confusion_matrix(best, self.labels.names),
         }
-        files = [report.save(figure, self.folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
-        return [*files, *report.add_evaluation(self.folder)]
+        return report.add_evaluation(self.folder, drawn)
 
     def summary(self) -> str:
-        """The results in words, and where to look."""
+        """The results in words."""
         results = json.loads((self.folder / "results.json").read_text())
         lines = [f"{'features':18}{'top-1':>8}{'top-5':>8}"]
         for name, row in results["heads"].items():
             mark = "  <-- best" if name == results["best"] else ""
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")
-        return "\n".join([*lines, f"pictures and curves:  {report.page_of(self.folder)}"])
+        return "\n".join(lines)
 
     def _kept(self, split: str, look_around: Callable[[], None] = lambda: None) -> Tensor:
         """The features of a split, each image read once by one of the ranks."""

@@ -108,5 +108,7 @@ def check_segment(config: SegmentConfig) -> None:
     check_encoder(config)
     if config.seg.scale[0] > config.seg.scale[1]:
         raise UserError(f"seg.scale is {config.seg.scale}: give the smaller number first")
+    if config.engine.precision == "bf16":
+        raise UserError("engine.precision is bf16, in which batch norms cannot count: choose autocast, or fp32")
     if config.data.backend not in ("auto", "pillow"):
         raise UserError(f"data.backend {config.data.backend} reads no masks: choose --data.backend pillow")

@@ -145,6 +145,8 @@ class Segmentation:
         buffers = {name: buffer.cpu() for name, buffer in module.named_buffers() if name in kept}
         state = {name: values.contiguous() for name, values in (weights | buffers).items()}
         write_segmenter(state, module.encoder, self.config.seg, self.classes, self.folder / "segmenter")
+        if not self.config.train.report:
+            return []
         measures = ["val/miou", "val/class_accuracy", "val/pixel_accuracy"]
         drawn = {
             "curves": curves(rows, {"loss": ["loss/total"], "validation, in %": measures, "lr": ["lr"]}, ""),
@@ -152,20 +154,16 @@ class Segmentation:
             "classes": bars(results["iou"], "intersection over union in %"),
             "confusion": confusion_matrix(self._confusion, self.classes),
         }
-        files = [report.save(figure, self.folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
-        return [*files, *report.add_evaluation(self.folder)]
+        return report.add_evaluation(self.folder, drawn)
 
     def summary(self) -> str:
-        """The results in words, and where to look."""
+        """The results in words, and where the segmenter is."""
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
-        return "\n".join(
-            [
-                f"mIoU {last['miou']:.2f} % at the end, {best['miou']:.2f} % at best (step {best['step']}); "
-                f"{last['pixel_accuracy']:.2f} % of the pixels are right",
-                f"pictures and curves:  {report.page_of(self.folder)}",
-                f"segmenter:            {self.folder / 'segmenter'}",
-            ]
+        return (
+            f"mIoU {last['miou']:.2f} % at the end, {best['miou']:.2f} % at best (step {best['step']}); "
+            f"{last['pixel_accuracy']:.2f} % of the pixels are right\n"
+            f"segmenter:            {self.folder / 'segmenter'}"
         )
 
     def _guess(self, scene: Scene) -> Tensor:
