@@ -16,26 +16,18 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import tyro
 
 from ddae.config import Config, check
 from ddae.distributed import is_main, rank, take_slurm_ranks
 from ddae.errors import UserError
-from ddae.experiment import Experiment
+from ddae.experiment import Kind
 from ddae.presets import preset
 
 ALIASES = {"--deepspeed_config": "--ds_config"}
 LAUNCHER = ("--local_rank",)  # the launcher's own word, which is not ours to read
-
-
-class Kind(NamedTuple):
-    """What a command trains: its config, where that may start from, and what does not fit together."""
-
-    config: type[Experiment]
-    preset: Callable[[str], Any]
-    check: Callable[[Any], None]
 
 
 PRETRAINING = Kind(Config, preset, check)

@@ -6,8 +6,9 @@ What only changes speed or memory (ZeRO stage, buckets, micro-batch) is in the D
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from ddae.errors import UserError, shown
 
@@ -137,6 +138,14 @@ class Experiment:
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in tree[name].items()}
             built[name] = section(**values)  # type: ignore[operator]
         return cls(**built)
+
+
+class Kind(NamedTuple):
+    """What a command trains: its config, where that may start from, and what does not fit together."""
+
+    config: type[Experiment]
+    preset: Callable[[str], Any]
+    check: Callable[[Any], None]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

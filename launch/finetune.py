@@ -4,8 +4,8 @@ deepspeed launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/de
 deepspeed --hostfile hosts launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train /data
 """
 
-from ddae.cli import Kind, run
-from ddae.eval.recipes import FinetuneConfig, check_finetune, recipe
+from ddae.cli import run
+from ddae.eval.recipes import FINETUNING, FinetuneConfig
 from ddae.stopping import Stop
 
 
@@ -21,4 +21,4 @@ def main(config: FinetuneConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Kind(FinetuneConfig, recipe, check_finetune))
+    run(main, FINETUNING)

@@ -4,8 +4,8 @@ deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train 
 deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet
 """
 
-from ddae.cli import Kind, run
-from ddae.eval.recipes import ProbeConfig, check_probe, probe_recipe
+from ddae.cli import run
+from ddae.eval.recipes import PROBING, ProbeConfig
 from ddae.stopping import Stop
 
 
@@ -21,4 +21,4 @@ def main(config: ProbeConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Kind(ProbeConfig, probe_recipe, check_probe))
+    run(main, PROBING)

@@ -4,8 +4,8 @@ deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/dem
 deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train data/ade20k
 """
 
-from ddae.cli import Kind, run
-from ddae.eval.recipes_segment import SegmentConfig, check_segment, segment_recipe
+from ddae.cli import run
+from ddae.eval.recipes_segment import SEGMENTATION, SegmentConfig
 from ddae.stopping import Stop
 
 
@@ -21,4 +21,4 @@ def main(config: SegmentConfig) -> None:
 
 
 if __name__ == "__main__":
-    run(main, Kind(SegmentConfig, segment_recipe, check_segment))
+    run(main, SEGMENTATION)

@@ -10,20 +10,20 @@ import shutil
 import sys
 from pathlib import Path
 
-from ddae.cli import Kind, parse
+from ddae.cli import parse
 from ddae.distributed import barrier, is_main
 from ddae.engine import stop_process_group
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
-from ddae.eval.recipes import FinetuneConfig, ProbeConfig, check_finetune, check_probe, probe_recipe, recipe
-from ddae.eval.recipes_segment import SegmentConfig, check_segment, segment_recipe
+from ddae.eval.recipes import FINETUNING, PROBING
+from ddae.eval.recipes_segment import SEGMENTATION
 from ddae.eval.segment import segment
 
 COMMANDS = {
-    "finetune": (finetune, Kind(FinetuneConfig, recipe, check_finetune)),
-    "segment": (segment, Kind(SegmentConfig, segment_recipe, check_segment)),
-    "linear_probe": (linear_probe, Kind(ProbeConfig, probe_recipe, check_probe)),
+    "finetune": (finetune, FINETUNING),
+    "segment": (segment, SEGMENTATION),
+    "linear_probe": (linear_probe, PROBING),
 }
 
 

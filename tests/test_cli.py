@@ -14,6 +14,8 @@ from ddae_kernels import implementation
 from ddae.cli import parse
 from ddae.config import Config
 from ddae.errors import UserError
+from ddae.eval.recipes import FINETUNING, PROBING, FinetuneConfig, ProbeConfig
+from ddae.eval.recipes_segment import SEGMENTATION, SegmentConfig
 from ddae.experiment import flatten
 from ddae.train import loss_kernels
 
@@ -85,7 +87,35 @@ def test_mistakes_are_one_sentence(words, message):
     assert "\n" not in str(caught.value)
 
 
-def test_every_field_is_read_by_code():
+@pytest.mark.parametrize("kind", [FINETUNING, PROBING, SEGMENTATION], ids=lambda kind: kind.config.TASK)
+def test_fields_that_change_nothing_are_refused(kind):
+    known = flatten(kind.config().to_dict())
+    for name in kind.config.UNUSED:
+        assert name in known
+        with pytest.raises(UserError, match=f"--{name} changes nothing here: leave it out"):
+            parse(["--encoder", "runs/demo", f"--{name}", "1"], kind)
+    assert parse(["--encoder", "runs/demo", "--preset", "demo"], kind).folder == f"runs/demo/{kind.config.TASK}"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("", "no encoder is named: add --encoder runs/demo"),
+        ("--encoder a --engine.precision bf16", "engine.precision is bf16, in which batch norms cannot count"),
+        ("--encoder a --data.backend dali", "data.backend dali reads no masks"),
+        ("--encoder a --seg.scale 2 1", "give the smaller number first"),
+        ("--encoder a --seg.stride 1.5", "seg.stride is 1.5: choose a number from"),
+        ("--encoder a --preset papper", "unknown recipe 'papper': the nearest is 'paper'"),
+    ],
+)
+def test_mistakes_of_a_segmentation(words, message):
+    with pytest.raises(UserError) as caught:
+        parse(words.split(), SEGMENTATION)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [Config, FinetuneConfig, ProbeConfig, SegmentConfig])
+def test_every_field_is_read_by_code(config):
     """A knob that nothing reads is a lie: each field is an attribute of something named after its section."""
     read = set()
     for path in (ranks.ROOT / "ddae").rglob("*.py"):
@@ -101,7 +131,7 @@ def test_every_field_is_read_by_code():
         "feature": {"feature", "branch"},
         "model": {"model", "shape"},
     }
-    for name in flatten(Config().to_dict()):
+    for name in flatten(config().to_dict()):
         section, _, field = name.rpartition(".")
         owners = known_as.get(section, {section, "config"})
         assert any((owner, field) in read for owner in owners), name

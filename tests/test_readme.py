@@ -8,6 +8,8 @@ import sys
 import ranks
 
 from ddae.cli import parse
+from ddae.eval.recipes import FINETUNING, PROBING
+from ddae.eval.recipes_segment import SEGMENTATION
 from ddae.presets import METHODS, names
 
 README = (ranks.ROOT / "README.md").read_text()
@@ -23,6 +25,15 @@ def test_its_commands_parse():
         assert parse(words).preset in names()
     (flags,) = re.findall(r"`(--pixel\.taps[^`]*)`", README)
     assert not parse(flags.split()).feature.enabled
+
+
+def test_commands_of_evaluations_parse():
+    kinds = {"finetune": FINETUNING, "linear_probe": PROBING, "segment": SEGMENTATION}
+    text = (README + (ranks.ROOT / "docs" / "evaluation.md").read_text()).replace("\\\n", " ")
+    commands = re.findall(rf"launch/({'|'.join(kinds)})\.py (--[^`\n]*)", text)
+    assert {name for name, _ in commands} == kinds.keys()
+    for name, words in commands:
+        assert parse(shlex.split(words, comments=True), kinds[name]).encoder.startswith("runs/")
 
 
 def test_its_map_names_what_is_there():

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from ddae.schedules import ramp, teacher_momentum, warmup_cosine
+from ddae.schedules import ramp, teacher_momentum, warmup_cosine, warmup_linear
 
 
 def test_learning_rate():
@@ -13,6 +13,15 @@ def test_learning_rate():
     assert rates[54] == pytest.approx(0.55, abs=0.02)
     assert all(a < b for a, b in itertools.pairwise(rates[:10]))
     assert all(a >= b for a, b in itertools.pairwise(rates[9:]))
+
+
+def test_a_straight_line_is_mmsegmentations_poly():
+    """Its updater written out: min_lr + (lr - min_lr) (1 - step / steps), times 1 - (1 - step / warm-up)(1 - ratio)."""
+    for step in (0, 1, 700, 1499, 1500, 80_000, 159_999):
+        line = 4e-4 * (1 - step / 160_000)
+        wanted = line * (1 - (1 - step / 1500) * (1 - 1e-6)) if step < 1500 else line
+        assert warmup_linear(step, 160_000, 1500, 4e-4, 0.0) == pytest.approx(wanted, rel=1e-12), step
+    assert warmup_linear(0, 160_000, 1500, 4e-4, 0.0) == pytest.approx(4e-10)
 
 
 def test_a_peak_below_the_floor_is_never_exceeded():

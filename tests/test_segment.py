@@ -329,7 +329,7 @@ def words(scenes, encoder, run_dir, *more):
 
 @pytest.fixture(scope="module")
 def runs(scenes, encoder_folder, tmp_path_factory):
-    """One process: a run, the same from its middle on, one at ZeRO-3 with products in bf16, mistakes; then two ranks."""
+    """One process: a run, the same from its middle on, one at ZeRO-3 with bf16 products, mistakes; then two ranks."""
     folder = tmp_path_factory.mktemp("segment")
     plain = ("--train.epochs", "8", "--train.save_every", "20", "--seg.evaluate_every", "4")
     three = str(ranks.ROOT / "ds_configs" / "zero3.json")

@@ -14,6 +14,7 @@ from ddae.experiment import (
     RANGES,
     EngineConfig,
     Experiment,
+    Kind,
     OptimConfig,
     ShardsConfig,
     TrainConfig,
@@ -252,3 +253,7 @@ def check_finetune(config: FinetuneConfig) -> None:
             f"data.backend {config.data.backend} has no RandAugment, which works on Pillow's images: choose "
             "--data.backend pillow, or none with --augment.policy ''"
         )
+
+
+FINETUNING = Kind(FinetuneConfig, recipe, check_finetune)
+PROBING = Kind(ProbeConfig, probe_recipe, check_probe)

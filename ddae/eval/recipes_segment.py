@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ddae.errors import UserError
 from ddae.eval.recipes import SMALL, Evaluation, check_encoder, named
-from ddae.experiment import ANY, RANGES, TINY, EngineConfig, OptimConfig, ShardsConfig, TrainConfig, check_ranges
+from ddae.experiment import ANY, RANGES, TINY, EngineConfig, Kind, OptimConfig, ShardsConfig, TrainConfig, check_ranges
 
 ADE20K = 20210  # training images, by which 1,500 steps of warm-up and 16,000 between evaluations become epochs
 
@@ -112,3 +112,6 @@ def check_segment(config: SegmentConfig) -> None:
         raise UserError("engine.precision is bf16, in which batch norms cannot count: choose autocast, or fp32")
     if config.data.backend not in ("auto", "pillow"):
         raise UserError(f"data.backend {config.data.backend} reads no masks: choose --data.backend pillow")
+
+
+SEGMENTATION = Kind(SegmentConfig, segment_recipe, check_segment)
