@@ -65,14 +65,8 @@ ORDER = [
     ),
     *("ddae.eval.examples", "ddae.eval.features", "ddae.eval.recipes", "ddae.eval.pictures", "ddae.eval.knn"),
     *("ddae.eval.online", "ddae.eval.augment", "ddae.eval.classifier", "ddae.eval.fit", "ddae.eval.finetune"),
-    *(
-        "ddae.eval.heads",
-        "ddae.eval.linear_probe",
-        "ddae.eval.benchmark",
-        "ddae.eval.recipes_segment",
-        "ddae.eval.scenes",
-    ),
-    *("ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
+    *("ddae.eval.heads", "ddae.eval.linear_probe", "ddae.eval.benchmark"),
+    *("ddae.eval.recipes_segment", "ddae.eval.scenes", "ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
     *("ddae.train", "ddae.replay", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
