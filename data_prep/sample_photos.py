@@ -58,7 +58,7 @@ def put_pieces(
     """The crop of photograph `label` with rectangles and ellipses of others on it, and the mask of both."""
     image, mask = image.copy(), Image.new("L", image.size, label)
     for _ in range(int(generator.integers(PIECES[0], PIECES[1] + 1))):
-        other = int(generator.integers(len(others)))
+        other = (label + int(generator.integers(1, len(others)))) % len(others)
         (piece,) = crops(others[other], split, 1, generator)
         wide, tall = (round(side * generator.uniform(*PIECE)) for side in image.size)
         left, top = int(generator.integers(image.width - wide + 1)), int(generator.integers(image.height - tall + 1))

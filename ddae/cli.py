@@ -79,6 +79,9 @@ def parse(words: list[str], kind: Kind = PRETRAINING) -> Any:
             raise UserError(f"unknown flag {flag}: the nearest is {nearest}, --help lists them all")
         if flag.removeprefix("--").replace(".no_", ".") in kind.config.UNUSED:
             raise UserError(f"{flag} changes nothing here: leave it out")
+    given = {word.split("=")[0] for word in words}
+    if "--train.epochs" in given and "--train.steps" not in given:  # which a preset may have
+        start = dataclasses.replace(start, train=dataclasses.replace(start.train, steps=None))
     told = io.StringIO()
     try:
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):

@@ -18,6 +18,9 @@ tokens = encoder.forward_features(images)  # [B, 3, {size}, {size}] normalised -
 }
 
 
+MEASURES = {"top1": "top-1", "miou": "mIoU"}
+
+
 def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: str, source: Path) -> None:
     """Write README.md into an export. shape: as ModelConfig has it; source: the run that the encoder is of, or a file.
 
@@ -63,7 +66,9 @@ def _evaluations(run: Path) -> list[tuple[str, str, str]]:
         results = _read(file)
         task = results.get("task", file.parent.name)
         if "last" in results:
-            rows += [(task, f"{when} epoch, top-1", f"{results[when]['top1']:.2f} %") for when in ("last", "best")]
+            measure = "miou" if task == "segment" else "top1"
+            found = {when: results[when][measure] for when in ("last", "best")}
+            rows += [(task, f"{when} epoch, {MEASURES[measure]}", f"{value:.2f} %") for when, value in found.items()]
         elif "top1" in results:
             rows.append((task, f"{results['best']}, top-1", f"{results['top1']:.2f} %"))
     return rows

@@ -19,7 +19,7 @@ def warmup_linear(step: int, steps: int, warmup_steps: float, peak: float, floor
     """A straight line from `peak` to `floor`, reached one step after the last; over the first warmup_steps times a
     factor that rises to 1 from a millionth (mmsegmentation's "poly" of power 1)."""
     line = floor + (peak - floor) * (1 - step / steps)
-    return line * (1 - (1 - min(1.0, step / max(1.0, warmup_steps))) * (1 - 1e-6))
+    return line * (1 - (1 - step / warmup_steps) * (1 - 1e-6)) if step < warmup_steps else line
 
 
 def teacher_momentum(epoch: float, batch_size: int) -> float:

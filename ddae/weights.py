@@ -7,7 +7,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -41,12 +41,20 @@ def write_export(encoder: Encoder, folder: Path, preset: str = "") -> None:
     """Write an export, whole or not at all."""
     shape = {name: getattr(encoder.shape, name) for name in ModelConfig.__dataclass_fields__}
     settings = {"format": FORMAT, "model": shape, "normalisation": encoder.normalisation, "preset": preset}
+    with whole_folder(folder) as unfinished:
+        save_file(encoder.state_dict(), unfinished / WEIGHTS)
+        (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `folder` at the end: whole or not at all."""
     unfinished = folder.with_name(folder.name + ".part")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file(encoder.state_dict(), unfinished / WEIGHTS)
-    (unfinished / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
-    (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    yield unfinished
+    for file in unfinished.iterdir():
+        file.chmod(0o644)  # safetensors writes for its owner alone
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
 
@@ -127,9 +135,9 @@ def write_timm(
             "classifier": "head",
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_folder(folder) as unfinished:
+        save_file(state, unfinished / "model.safetensors")
+        (unfinished / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 RELATIVE = {"": "each", "shared_": "shared"}  # timm's words for whose the tables are, and ours

@@ -3,6 +3,9 @@ squares."""
 
 import io
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -24,15 +27,15 @@ from ddae.eval.scenes import (
     IGNORED,
     SceneCrop,
     SceneReader,
-    check_labels,
+    class_names,
     distorted,
     fitting,
     read_scene,
     resized_labels,
     split_planes,
 )
-from ddae.eval.segment import class_names, confusion_of, intersection_over_union, scores
-from ddae.eval.upernet import Segmenter, prepared, slide, starts
+from ddae.eval.segment import confusion_of, intersection_over_union, scores
+from ddae.eval.upernet import Segmenter, classify, prepared, slide, starts
 from ddae.model.vit import Encoder, initialise
 
 PROGRAM = str(ranks.ROOT / "tests" / "evaluations.py")
@@ -63,7 +66,7 @@ def scene(number, shift=0):
     return file.getvalue(), labels, image
 
 
-def write_scenes(folder, classes=("red", "green", "blue"), counts=(40, 8), shift=0, cut=0, wide=False):
+def write_scenes(folder, classes=("red", "green", "blue"), counts=(40, 7), shift=0, cut=0, wide=False):
     folder.mkdir(exist_ok=True)
     entries = {}
     for split, first, last in (("train", 0, counts[0]), ("val", counts[0], sum(counts))):
@@ -89,13 +92,15 @@ def test_a_scene_is_read_as_it_was_written(scenes, tmp_path):
     shards = open_shards(str(scenes), None)
     places = shards.others("png")
     for number in (0, 17, 39):
-        image, labels = read_scene(shards, number, places[number])
+        image, labels = read_scene(shards, number, places[number], 3)
         _, wanted, pixels = scene(number)
         assert np.abs(image.astype(int) - pixels.transpose(2, 0, 1)).mean() < 12  # it is a JPEG
         assert np.array_equal(labels, np.where(wanted == 255, IGNORED, wanted.astype(np.uint16)))
     wide = open_shards(str(write_scenes(tmp_path, wide=True)), None)
-    _, labels = read_scene(wide, 3, wide.others("png")[3])
+    _, labels = read_scene(wide, 3, wide.others("png")[3], 601)
     assert set(np.unique(labels)) <= {0, 300, 600, IGNORED}
+    with pytest.raises(UserError, match=r"s0003 has the class \d00, there are 300 counted from 0: make the shards"):
+        read_scene(wide, 3, wide.others("png")[3], 300)
 
 
 def test_sizes_are_mmsegmentations():
@@ -150,14 +155,32 @@ def test_a_crop_is_not_of_one_class_if_it_can_be():
     labels = np.zeros((200, 200), np.uint16)
     labels[:, 150:] = 1
     planes = planes_of(COLOURS[labels], labels)
-    alone = {}
+    largest = {}
     for share in (0.75, 1.0):
         crop = crop_of(scale=(4.0, 4.0), max_share=share, distort=False)
         found = [split_planes(torch.from_numpy(crop(planes, seed))[None])[1] for seed in range(60)]
-        alone[share] = sum(len(each.unique()) == 1 for each in found)
-    assert alone[0.75] < 0.5 * alone[1.0] or alone[1.0] == 0
-    with pytest.raises(UserError, match="a mask has the label 3, and the shards name 3 classes"):
-        check_labels(np.array([[3, IGNORED]], np.uint16), 3)
+        largest[share] = [float(labels.flatten().bincount().max()) / labels.numel() for labels in found]
+    assert sum(share == 1 for share in largest[1.0]) > 30
+    assert sum(share == 1 for share in largest[0.75]) < 20  # where ten tries did not do
+    assert sum(share < 0.75 for share in largest[0.75]) > 2 * sum(share < 0.75 for share in largest[1.0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 90), (300, 3)])
+def test_odd_images(shape):
+    labels = np.zeros(shape, np.uint16)
+    for seed in range(5):
+        assert crop_of()(planes_of(COLOURS[labels], labels), seed).shape == (5, 48, 48)
+    pixels = torch.randn(3, *fitting(shape, 32))
+    assert classify(segmenter_of().eval(), pixels, 2 / 3, shape).shape == shape
+
+
+def test_classes_are_told_apart_at_an_images_own_size():
+    """A few at a time, as all at once."""
+    segmenter, pixels = segmenter_of(classes=40).eval(), torch.randn(3, 32, 40)
+    with torch.no_grad():
+        whole = F.interpolate(slide(segmenter, pixels, 21)[None], (50, 61), mode="bilinear")[0].argmax(0)
+    assert torch.equal(classify(segmenter, pixels, 0.67, (50, 61)), whole)
+    assert len(whole.unique()) > 2
 
 
 def test_colours_are_distorted_by_the_seed():
@@ -299,12 +322,13 @@ def test_miou_is_torchmetrics():
 def test_the_recipe_is_the_papers():
     config = segment_recipe("paper").settled(768, 12)
     assert (config.peak_lr, config.optim.weight_decay, config.optim.clip_grad) == (4e-4, 0.05, 3.0)
-    assert (config.data.batch_size, config.num_steps(20210), config.image_size) == (16, 160_000, 512)
-    assert config.optim.warmup_epochs * 20210 / 16 == pytest.approx(1500)
+    assert (config.data.batch_size, config.num_steps(20208), config.image_size) == (16, 160_000, 512)
+    # of 20,210 images 20,208 fill whole batches, and this is how the loop counts
+    assert config.optim.warmup_epochs * 20208 / 16 == pytest.approx(1500)
     assert config.seg == SceneConfig(taps=(4, 6, 8, 12), channels=768)
     assert (config.seg.layer_decay, config.seg.drop_path, config.seg.aux_weight) == (0.65, 0.1, 0.4)
     assert int(config.seg.stride * 512) == 341
-    assert config.seg.evaluate_every * 20210 / 16 == pytest.approx(16000)
+    assert round(config.seg.evaluate_every * 20208 / 16) == 16000
     assert segment_recipe("paper").settled(384, 12).seg.channels == 512
     assert segment_recipe("paper").settled(1024, 24).seg.taps == (8, 12, 16, 24)
     assert segment_recipe("demo").settled(64, 2).seg.taps == (1, 1, 1, 2)
@@ -331,8 +355,15 @@ def words(scenes, encoder, run_dir, *more):
 def runs(scenes, encoder_folder, tmp_path_factory):
     """One process: a run, the same from its middle on, one at ZeRO-3 with bf16 products, mistakes; then two ranks."""
     folder = tmp_path_factory.mktemp("segment")
+    run = folder / "pretrained" / "segment"
+    shutil.copytree(encoder_folder, folder / "pretrained" / "encoder")
     plain = ("--train.epochs", "8", "--train.save_every", "20", "--seg.evaluate_every", "4")
-    three = str(ranks.ROOT / "ds_configs" / "zero3.json")
+    three, four = (folder / name for name in ("three.json", "four.json"))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    three.write_text(json.dumps({"zero_optimization": zero}))
+    four.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}))
+    still = "--train.steps 4 --train.no_report --train.save_every 2 --seg.dropout 0 --seg.drop_path 0".split()
+    still += ["--ds_config", str(four)]
     bare, bad = folder / "bare", folder / "none"
     labelled = write_scenes(folder / "high", shift=3)
     smaller = write_scenes(folder / "cut", cut=3)
@@ -345,87 +376,104 @@ def runs(scenes, encoder_folder, tmp_path_factory):
         path = without / f"{split}-000000.tar"
         entries[path.name] = write_shard(path, [Sample("a", scene(0)[0], 0, 50, 50)])
     write_manifest(without, entries, classes=["a"])
+    few = ("--train.steps", "2", "--train.no_report")
+    late = (*few, "--seg.evaluate_every", "0.2", "--ds_config", str(three), "--engine.precision", "autocast")
     made = [
-        words(scenes, encoder_folder, folder / "run", *plain),
-        ["forget", str(folder / "run"), str(folder / "resumed"), "40"],
-        words(scenes, encoder_folder, folder / "resumed", *plain),
-        words(
-            scenes,
-            encoder_folder,
-            folder / "zero3",
-            "--train.steps",
-            "3",
-            "--ds_config",
-            three,
-            "--engine.precision",
-            "autocast",
-        ),
-        words(nameless, encoder_folder, bare, "--train.steps", "2", "--seg.classes", "3"),
+        words(scenes, encoder_folder, run, *plain),
+        ["forget", str(run), str(folder / "resumed"), "40"],
+        words(scenes, encoder_folder, folder / "resumed", *plain, "--train.no_report"),
+        words(scenes, encoder_folder, folder / "zero3", *late),
+        words(nameless, encoder_folder, bare, *few, "--seg.classes", "3"),
+        words(scenes, encoder_folder, folder / "one", *still),
         words(without, encoder_folder, bad, "--data.batch_size", "2"),
         words(smaller, encoder_folder, bad),
         words(labelled, encoder_folder, bad),
         words(nameless, encoder_folder, bad),
+        words(nameless, encoder_folder, bad, "--seg.classes", "2"),
         words(scenes, encoder_folder, bad, "--val", str(other)),
         words(scenes, encoder_folder, bad, "--data.batch_size", "1"),
+        words(scenes, encoder_folder, bad, "--image_size", "8"),
     ]
     said = ranks.run_program(1, [PROGRAM], made)
-    ranks.run_program(2, [PROGRAM], [words(scenes, encoder_folder, folder / "two", "--train.steps", "3")])
+    two = words(scenes, encoder_folder, folder / "two", *still)
+    again = [str(folder / "again") if word == str(folder / "two") else word for word in two]
+    ranks.run_program(2, [PROGRAM], [two, ["forget", str(folder / "two"), str(folder / "again"), "4"], again])
     return folder, said
 
 
 def test_it_learns(runs, scenes):
     folder, _ = runs
-    rows = ranks.metrics(folder / "run")
+    run = folder / "pretrained" / "segment"
+    rows = ranks.metrics(run)
     losses = [row["loss/total"] for row in rows if "loss/total" in row]
     assert len(losses) == 40
-    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
     assert [row["step"] for row in rows if "val/miou" in row] == [20, 40]
-    results = json.loads((folder / "run" / "results.json").read_text())
-    assert (results["classes"], results["images"]) == (3, {"train": 40, "val": 8})
+    results = json.loads((run / "results.json").read_text())
+    assert (results["classes"], results["images"]) == (3, {"train": 40, "val": 7})
+    assert results["pixels"] == sum((scene(number)[1] != 255).sum() for number in range(40, 47))
     assert results["last"]["miou"] > 50
     assert results["best"]["miou"] >= results["last"]["miou"]
     assert list(results["iou"]) == ["red", "green", "blue"]
     assert sum(results["iou"].values()) / 3 == pytest.approx(results["last"]["miou"])
-    page = (folder / "run" / "report.html").read_text()
+    page = (run / "report.html").read_text()
     for name in ("curves", "overlays", "classes", "confusion"):
-        assert (folder / "run" / "figures" / f"{name}.png").stat().st_size > 5000
+        assert (run / "figures" / f"{name}.png").stat().st_size > 5000
         assert f'<img alt="{name}"' in page
+    card = (folder / "pretrained" / "encoder" / "README.md").read_text()
+    assert f"| segment | last epoch, mIoU | {results['last']['miou']:.2f} % |" in card
+    assert (run / "finished.json").exists()
 
 
-def test_resumed_is_unbroken(runs):
+@pytest.mark.parametrize("whole, again", [("pretrained/segment", "resumed"), ("two", "again")])
+def test_resumed_is_unbroken(whole, again, runs):
     folder, _ = runs
-    one, other = (ranks.metrics(folder / name) for name in ("run", "resumed"))
+    one, other = (ranks.metrics(folder / name) for name in (whole, again))
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for name in ("loss/total", "lr", "val/miou", "val/pixel_accuracy"):
         values = [[row[name] for row in rows if name in row] for rows in (one, other)]
         assert values[0] == pytest.approx(values[1], rel=1e-4), name
 
 
-def test_at_other_stages_and_on_two_ranks(runs):
+def test_two_ranks_learn_what_one_does(runs):
+    """The same micro-batches, so the same statistics of each; running ones of two ranks are their mean."""
     folder, _ = runs
-    for name in ("zero3", "bare", "two"):
-        results = json.loads((folder / name / "results.json").read_text())
-        assert 0 < results["last"]["miou"] < 100, name
-        assert results["images"]["val"] == 8
-    assert set(json.loads((folder / "bare" / "results.json").read_text())["iou"]) <= {"0", "1", "2"}
+    rows = [[row for row in ranks.metrics(folder / name) if "loss/total" in row] for name in ("one", "two")]
+    one, two = ([row["loss/total"] for row in each] for each in rows)
+    assert len(one) == 4
+    assert one == pytest.approx(two, rel=1e-4)
+    pixels = [json.loads((folder / name / "results.json").read_text())["pixels"] for name in ("one", "two")]
+    assert pixels[0] == pixels[1]  # each image once, though two ranks do not share out seven
+
+
+def test_other_stages_and_nameless_classes(runs):
+    """At ZeRO-3 nothing is left on a rank between layers, and training goes on after an evaluation."""
+    folder, _ = runs
+    rows = ranks.metrics(folder / "zero3")
+    assert [row["step"] for row in rows if "val/miou" in row] == [1, 2]
+    names = json.loads((folder / "bare" / "results.json").read_text())["iou"]
+    assert names.keys() <= {"0", "1", "2"}
 
 
 def test_it_finds_what_a_picture_shows(runs, scenes, tmp_path):
     folder, _ = runs
     data, labels, image = scene(41)
     (tmp_path / "photo.jpg").write_bytes(data)
-    (guesses,) = segment(folder / "run", [tmp_path / "photo.jpg"], tmp_path / "seen").values()
+    (guesses,) = segment(folder / "pretrained" / "segment", [tmp_path / "photo.jpg"], tmp_path / "seen").values()
     truth = np.bincount(labels[labels < 3], minlength=3).argmax()
     assert guesses[0].name == ("red", "green", "blue")[truth]
     assert sum(guess.share for guess in guesses) == pytest.approx(1)
-    with Image.open(tmp_path / "seen" / "photo.png") as seen:
+    with Image.open(tmp_path / "seen" / "photo_classes.png") as seen:
         assert seen.size == (image.shape[1], image.shape[0])
     with pytest.raises(UserError, match="holds no segmenter"):
         segment(tmp_path, [tmp_path / "photo.jpg"], tmp_path / "seen")
+    with pytest.raises(UserError, match="would have one place"):
+        segment(folder / "zero3", [tmp_path / "photo.jpg"] * 2, tmp_path / "seen")
     config = folder / "zero3" / "segmenter" / "config.json"
-    config.write_text(config.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(UserError, match=r"has the format 2, not 1: run launch/segment\.py again"):
-        segment(folder / "zero3", [tmp_path / "photo.jpg"], tmp_path / "seen")
+    for text in (config.read_text().replace('"format": 1', '"format": 2'), "no JSON", "{}"):
+        config.write_text(text)
+        with pytest.raises(UserError, match=r"is no segmenter of this version \(.*\): run launch/segment\.py again"):
+            segment(folder / "zero3", [tmp_path / "photo.jpg"], tmp_path / "seen")
 
 
 def test_mistakes_are_one_sentence(runs):
@@ -434,10 +482,12 @@ def test_mistakes_are_one_sentence(runs):
     wanted = [
         "these shards have no masks, name some that have",
         "prepare_ade20k.py, which leaves such pairs out",
-        "and the shards name 3 classes, counted from 0",
+        "s0040 has the class 5, there are 3 counted from 0: make the shards with data_prep/prepare_ade20k.py",
         "the shards do not name their classes: say how many there are with --seg.classes 150",
-        "the shards to train on name 3 classes, those to validate on 3 or others",
+        "has the class 2, there are 2 counted from 0: --seg.classes 3 would have room for it",
+        "class 2 is 'blue' of the shards to train on and 'yellow' of those to validate on",
         "a micro-batch of 1 image has no statistics",
+        "image_size 8 is a single patch",
     ]
     assert len(mistakes) == len(wanted), said
     for line, words_wanted in zip(mistakes, wanted, strict=True):
@@ -450,3 +500,30 @@ def test_validation_images_are_whole(scenes):
     _, wanted, _ = scene(43)
     assert labels.tolist() == np.where(wanted == 255, IGNORED, wanted.astype(np.int64)).tolist()
     assert min(image.shape[1:]) == 32
+
+
+def test_a_mistake_of_a_reader_process_is_one_sentence(scenes, encoder_folder, tmp_path):
+    """In the last validation image, which one of the reader processes finds."""
+    bad = write_scenes(tmp_path / "bad", counts=(8, 7))
+    entries = {"val-000000.tar": None}
+    samples = []
+    for number in range(7):
+        data, labels, image = scene(number)
+        labels = labels[:-1] if number == 6 else labels
+        samples.append(Sample(f"s{number}", data, None, image.shape[1], image.shape[0], png(labels)))
+    entries["val-000000.tar"] = write_shard(bad / "val-000000.tar", samples)
+    write_manifest(bad, entries, classes=["red", "green", "blue"])
+    more = ("--train.steps", "1", "--val", str(bad), "--data.workers", "2")
+    command = words(scenes, encoder_folder, tmp_path / "run", *more)
+    done = subprocess.run(
+        [sys.executable, "launch/segment.py", *command[1:]],
+        cwd=ranks.ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "ddae" in line]
+    assert line.startswith("ddae: image and mask of ")
+    assert "Traceback" not in done.stderr

@@ -96,7 +96,10 @@ class Shards:
             here = wanted[np.searchsorted(wanted, self.first[shard]) : np.searchsorted(wanted, self.first[shard + 1])]
             path = local(place.removesuffix(".tar") + ".idx", self.cache)
             images, files = read_index(path)[1][:, 0], read_index(path, ending)[1]
-            found.append(files[np.searchsorted(images, self.offset[here])])
+            rows = np.minimum(np.searchsorted(images, self.offset[here]), len(images) - 1)
+            if (images[rows] != self.offset[here]).any():
+                raise UserError(f"{path} lists its samples in another order than they lie in: make it again")
+            found.append(files[rows])
         return np.concatenate(found)
 
     def read_other(self, sample: int, place: np.ndarray) -> bytes:

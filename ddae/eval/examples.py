@@ -3,8 +3,9 @@
 S pixels a side, B images of a batch.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from ddae.data.loader import Loader, cache_of, deaf
 from ddae.data.remote import Cache
 from ddae.data.sampling import central_crops
 from ddae.data.shards import open_shards
-from ddae.distributed import rank, world_size
+from ddae.distributed import is_main, rank, world_size
 from ddae.errors import UserError
 from ddae.experiment import ShardsConfig
 
@@ -57,7 +58,9 @@ class ExampleReader(Dataset):
         sample = int(self.samples[number])
         try:
             image = pillow.decode(self.shards.read(sample), tuple(self.boxes[sample].tolist()), False, self.size)
-        except (OSError, ValueError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # decoders raise whatever a broken file leads them to
             raise UserError(f"{self.shards.name_of(sample)} cannot be decoded ({error}): mark it bad") from None
         return image, int(self.labels[number]) if len(self.labels) else 0
 
@@ -113,14 +116,50 @@ def batches_of_rank(reader: ExampleReader, batch: int, workers: int, device: tor
 def _load(
     reader: ExampleReader, samples: Sequence[int], batch: int, workers: int, device: torch.device
 ) -> Iterator[Examples]:
-    pinned = device.type == "cuda"
-    loader = DataLoader(
-        reader, batch, sampler=samples, num_workers=workers, pin_memory=pinned, collate_fn=_collate, worker_init_fn=deaf
-    )
-    for images, labels in loader:
+    for images, labels in read(reader, samples, workers, batch, device.type == "cuda"):
         yield Examples(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
 
 
-def _collate(samples: list[tuple[np.ndarray, int]]) -> tuple[Tensor, Tensor]:
+def read(
+    reader: Dataset, samples: Sequence[int], workers: int, batch: int | None = None, pinned: bool = False
+) -> Iterator[Any]:
+    """What a reader makes of these samples, in order; in batches, its images and labels stacked. UserError where it
+    raises one, whichever process reads."""
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": deaf}
+    stream = iter(DataLoader(_Told(reader), batch, sampler=samples, collate_fn=_collate if batch else None, **options))
+    try:
+        for found in stream:
+            if isinstance(found, _Mistake):
+                if not is_main():  # which is the one that speaks, and knows nothing of it
+                    print(f"ddae: rank {rank()}: {found.words}", file=sys.stderr, flush=True)
+                raise UserError(found.words)
+            yield found
+    finally:
+        if workers:  # an error's traceback may keep the stream, whose end would end them: exit would wait for ever
+            stream._shutdown_workers()  # type: ignore[attr-defined]
+
+
+class _Mistake(NamedTuple):
+    """A UserError, which a reader process cannot raise as it is."""
+
+    words: str
+
+
+class _Told(Dataset):
+    """Samples of a reader, or its mistakes."""
+
+    def __init__(self, reader: Dataset):
+        self.reader = reader
+
+    def __getitem__(self, sample: int) -> Any:
+        try:
+            return self.reader[sample]
+        except UserError as error:
+            return _Mistake(str(error))
+
+
+def _collate(samples: list[Any]) -> Any:
+    if mistakes := [sample for sample in samples if isinstance(sample, _Mistake)]:
+        return mistakes[0]
     images, labels = zip(*samples, strict=True)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)

@@ -140,10 +140,10 @@ class Finetune:
             row[f"val/{name}loss"] = loss / count
         return row
 
-    def finish(self, session: Session) -> list[Path]:
+    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module)
         if self._seen is None:  # evaluated by an earlier start
-            self.evaluate(lambda: None)
+            self.evaluate(look_alive)
         if not is_main():
             return []
         assert self._seen is not None

@@ -16,7 +16,8 @@ from ddae import run_folder
 from ddae.counter import fold
 from ddae.data.loader import Batch, Loader
 from ddae.data.reader import Part
-from ddae.distributed import is_main, mean_over_ranks, rank, say, world_size
+from ddae.data.shards import Shards
+from ddae.distributed import agree, is_main, mean_over_ranks, rank, say, world_size
 from ddae.engine import start_process_group
 from ddae.errors import UserError
 from ddae.experiment import Experiment
@@ -44,11 +45,21 @@ class Learner(Protocol):
         ...
 
 
+class Held(Protocol):
+    """Validation images."""
+
+    @property
+    def shards(self) -> Shards: ...
+
+
 class Task(Protocol):
     """What is trained and measured."""
 
     @property
     def learner(self) -> Learner: ...
+
+    @property
+    def val(self) -> Held: ...
 
     schedule: Callable[[int, int, float, float, float], float]  # of schedules.py: how the learning rate changes
     about: str  # how it is trained, in words
@@ -70,8 +81,8 @@ class Task(Protocol):
         """Metrics of all ranks together; calls look_around now and then, and may be broken off there."""
         ...
 
-    def finish(self, session: Session) -> list[Path]:
-        """Write the results; the files that people may want to look at."""
+    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
+        """Write the results; the files that people may want to look at. Calls look_alive now and then."""
         ...
 
     def summary(self) -> str:
@@ -90,6 +101,7 @@ def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dic
         return
     start_process_group(config.train.hang_after + 60)
     loader.settle(run_folder.backend_before(config))
+    agree(validation=task.val.shards.fingerprint)
     session = Session(config, loader, stop)
     start = session.restore(task.build(ds_json), ds_json, task.parent)
     say(
@@ -149,7 +161,7 @@ def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dic
     evaluate(steps)
     loader.close()
     session.look_alive(steps)
-    session.finish(steps, task.finish(session))
+    session.finish(steps, task.finish(session, lambda: session.look_alive(steps)))
     conclude(task, config, steps)
 
 

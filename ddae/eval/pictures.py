@@ -24,7 +24,8 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
     shares = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
     chosen = torch.arange(len(counts))
     if len(counts) > MOST:
-        chosen = (1 - shares.diagonal()).topk(MOST).indices.sort().values
+        mistaken = (1 - shares.diagonal()).where(counts.sum(1) > 0, -1)
+        chosen = mistaken.topk(MOST).indices.sort().values
     shown = shares[chosen][:, chosen]
     side = 2.4 + 0.26 * len(chosen)
     figure, axis = plt.subplots(figsize=(side + 0.8, side))
@@ -156,7 +157,8 @@ def bars(values: dict[str, float], what: str) -> Figure:
     if len(ordered) > 2 * MOST:
         ordered = ordered[:MOST] + ordered[-MOST:]
     figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.19 * len(ordered)))
-    axis.barh([_short(name) for name, _ in ordered], [value for _, value in ordered], color=COLOURS[0], height=0.7)
+    axis.barh(range(len(ordered)), [value for _, value in ordered], color=COLOURS[0], height=0.7)
+    axis.set_yticks(range(len(ordered)), [_short(name) for name, _ in ordered])
     if len(ordered) < len(values):
         axis.set_title(f"the {MOST} best and the {MOST} worst of {len(values)} classes", fontsize=9)
     axis.set_xlabel(what)

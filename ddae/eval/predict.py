@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 
+from ddae.distributed import device
 from ddae.errors import UserError
 from ddae.eval.pictures import painted, palette
 from ddae.eval.scenes import fitting, resized
@@ -47,22 +48,24 @@ def predict(folder: Path, photos: list[Path]) -> dict[Path, list[Guess]]:
 
 def segment(folder: Path, photos: list[Path], out: Path) -> dict[Path, list[Guess]]:
     """The classes that cover most of each photograph, by the segmenter of a segmentation's folder; a picture with the
-    classes' colours over it goes to `out`, under the photograph's name and .png.
+    classes' colours over it goes to `out`: of photo.jpg photo_classes.png.
 
     UserError where there is no segmenter, a file is no picture, or two of them would be written to one place.
     """
     where = folder / "segmenter" if (folder / "segmenter").is_dir() else folder
     segmenter, stride, names = load_segmenter(where)
-    if len({photo.stem for photo in photos}) < len(photos):
-        raise UserError(f"two of the pictures would both become one file of {out}: rename one, or name them apart")
+    segmenter.to(device())
+    places = [out / f"{photo.stem}_classes.png" for photo in photos]
+    if len({*places, *photos}) < len(places) + len(photos):
+        raise UserError(f"two of the pictures would have one place in {out}: name them one after the other")
     colours, guesses = palette(len(names)), {}
-    for photo in photos:
+    for photo, place in zip(photos, places, strict=True):
         image = np.asarray(opened(photo))
         planes = resized(image.transpose(2, 0, 1), *fitting(image.shape[:2], segmenter.encoder.shape.image_size))
-        pixels = normalise(torch.from_numpy(planes), segmenter.encoder.normalisation, torch.float32)
-        labels = classify(segmenter, pixels, stride, image.shape[:2])
+        pixels = normalise(torch.from_numpy(planes).to(device()), segmenter.encoder.normalisation, torch.float32)
+        labels = classify(segmenter, pixels, stride, image.shape[:2]).cpu()
         out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(painted(image, labels.numpy(), colours)).save(out / f"{photo.stem}.png")
+        Image.fromarray(painted(image, labels.numpy(), colours)).save(place)
         shares = labels.flatten().bincount(minlength=len(names)) / labels.numel()
         guesses[photo] = [guess for guess in most(shares, names) if guess.share]
     return guesses

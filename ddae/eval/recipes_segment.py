@@ -9,7 +9,7 @@ from ddae.errors import UserError
 from ddae.eval.recipes import SMALL, Evaluation, check_encoder, named
 from ddae.experiment import ANY, RANGES, TINY, EngineConfig, Kind, OptimConfig, ShardsConfig, TrainConfig, check_ranges
 
-ADE20K = 20210  # training images, by which 1,500 steps of warm-up and 16,000 between evaluations become epochs
+ADE20K = 20208  # training images of an epoch's whole batches, by which steps of the reference become epochs
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SceneConfig:
     relative_positions: bool = True  # give each block relative positions, from zero on, where the encoder has none
     layer_scale: float = 1.0  # where the factors of what a block adds begin, where the encoder has none; 0: none
     scale: tuple[float, float] = (0.5, 2.0)  # of an image's shorter side over the crop's, in training
-    max_share: float = 0.75  # of a crop's pixels that one class may have, if another place can be found
+    max_share: float = 0.75  # of a crop's pixels that one class may have, if another place can be found; 1: all
     distort: bool = True  # brightness, contrast, saturation and hue, in training
     stride: float = 2 / 3  # from a window of the test to the next, over the window
     evaluate_every: float = 16000 * 16 / ADE20K  # epochs between evaluations
@@ -97,7 +97,8 @@ SEGMENT_RANGES = {
     "seg.layer_decay": (0, 1),
     **dict.fromkeys(("seg.drop_path", "seg.dropout"), (0, 1 - TINY)),
     **dict.fromkeys(("seg.aux_weight", "seg.layer_scale", "seg.classes"), (0, ANY)),
-    **dict.fromkeys(("seg.max_share", "seg.stride"), (TINY, 1)),
+    "seg.max_share": (TINY, 1),
+    "seg.stride": (0.25, 1),
     **dict.fromkeys(("seg.scale", "seg.evaluate_every"), (TINY, ANY)),
 }
 

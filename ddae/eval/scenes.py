@@ -5,6 +5,7 @@ blue, and its labels' lower and higher byte; IGNORED is no class.
 """
 
 import io
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +37,8 @@ class Scenes(Reader):
 
     def decode(self, row: int, sample: int, box: list[int], flip: bool) -> np.ndarray:
         """A sample's image and labels, whole: uint8 [5, H, W]."""
-        image, labels = read_scene(self.shards, sample, self.masks[sample])
+        assert isinstance(self.augment, SceneCrop)
+        image, labels = read_scene(self.shards, sample, self.masks[sample], self.augment.num_classes)
         planes = labels.view(np.uint8).reshape(*labels.shape, 2).transpose(2, 0, 1)
         return np.concatenate([image, planes])
 
@@ -61,13 +63,9 @@ class SceneCrop:
         self.fill = np.array([round(255 * each) for each in NORMALISATIONS[normalisation][0]], np.uint8)
 
     def __call__(self, scene: np.ndarray, seed: int) -> np.ndarray:
-        """uint8 [5, H, W] -> uint8 [5, S, S]; beyond the image the mean colour and IGNORED.
-
-        UserError where a label is no class.
-        """
+        """uint8 [5, H, W] -> uint8 [5, S, S]; beyond the image the mean colour and IGNORED."""
         rng = np.random.default_rng(seed & (2**63 - 1))
         image, labels = scene[:3], scene[3].astype(np.uint16) + scene[4] * np.uint16(256)
-        check_labels(labels, self.num_classes)
         short = self.size * rng.uniform(*self.config.scale)
         height, width = fitting(labels.shape, short)
         image, labels = resized(image, height, width), resized_labels(labels, height, width)
@@ -88,7 +86,7 @@ class SceneCrop:
     def _place(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
         """The first of TRIES random places where no class has more than its share of the crop; else the last."""
         top = left = 0
-        for _ in range(TRIES):
+        for _ in range(TRIES if self.config.max_share < 1 else 1):
             top, left = (int(rng.integers(0, max(side - self.size, 0) + 1)) for side in labels.shape)
             here = labels[top : top + self.size, left : left + self.size]
             counts = np.bincount(here[here != IGNORED], minlength=1)
@@ -105,47 +103,61 @@ class Scene(NamedTuple):
 
 
 class SceneReader(Dataset):
-    """The images of a split, whole; UserError where they have no masks."""
+    """The images of a split, whole; UserError where they have no masks, or their classes cannot be known."""
 
-    def __init__(self, where: str, split: str, size: int, cache: Cache):
+    def __init__(self, where: str, split: str, size: int, cache: Cache, count: int = 0):
+        """count: of the classes, where the shards do not name them."""
         self.shards, self.size = open_shards(where, cache, split), size
         self.masks = self.shards.others("png")
+        self.classes = class_names(self.shards.classes, count)
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def __getitem__(self, sample: int) -> Scene:
+        """UserError where it cannot be used."""
         try:
-            image, labels = read_scene(self.shards, sample, self.masks[sample])
-        except (OSError, ValueError) as error:
+            image, labels = read_scene(self.shards, sample, self.masks[sample], len(self.classes))
+        except UserError:
+            raise
+        except Exception as error:  # decoders raise whatever a broken file leads them to
             raise UserError(f"{self.shards.name_of(sample)} cannot be decoded ({error}): mark it bad") from None
         image = resized(image, *fitting(labels.shape, self.size))
         return Scene(torch.from_numpy(image), torch.from_numpy(labels.astype(np.int64)))
 
 
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """UserError where a label is none of the classes."""
-    largest = int(labels.max(where=labels != IGNORED, initial=0))
-    if largest >= num_classes:
-        raise UserError(
-            f"a mask has the label {largest}, and the shards name {num_classes} classes, counted from 0: make them "
-            "with data_prep/prepare_ade20k.py"
-        )
+def class_names(named: Sequence[str], count: int) -> list[str]:
+    """The classes by number, each name once: those that the shards name, else `count` numbers; UserError where the two
+    contradict each other, or neither is there."""
+    if count and named and count != len(named):
+        raise UserError(f"seg.classes is {count}, and the shards name {len(named)} classes: leave it out")
+    if not named and not count:
+        raise UserError("the shards do not name their classes: say how many there are with --seg.classes 150")
+    twice = {name for name in named if named.count(name) > 1}
+    numbered = enumerate(named or [""] * count)
+    return [f"{name} {number}".strip() if not name or name in twice else name for number, name in numbered]
 
 
-def read_scene(shards: Shards, sample: int, place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A sample's image uint8 [3, H, W] and labels uint16 [H, W]; UserError where they are of different sizes."""
+def read_scene(shards: Shards, sample: int, place: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sample's image uint8 [3, H, W] and labels uint16 [H, W].
+
+    UserError where they do not fit together, or a label is none of the classes.
+    """
     image = pillow.whole(shards.read(sample))
     with Image.open(io.BytesIO(shards.read_other(sample, place)), formats=["PNG"]) as opened:
         labels = np.asarray(opened)
+    name, made = shards.name_of, "make the shards with data_prep/prepare_ade20k.py"
+    if labels.ndim != 2:
+        raise UserError(f"the mask of {name(sample)} has {labels.shape[2]} channels, not a class a pixel: {made}")
     if labels.shape != image.shape[1:]:
-        sizes = " and ".join(f"{each[1]} x {each[0]}" for each in (image.shape[1:], labels.shape[:2]))
-        raise UserError(
-            f"image and mask of {shards.name_of(sample)} have {sizes} pixels: make the shards with "
-            "data_prep/prepare_ade20k.py, which leaves such pairs out"
-        )
+        sizes = " and ".join(f"{each[1]} x {each[0]}" for each in (image.shape[1:], labels.shape))
+        raise UserError(f"image and mask of {name(sample)} have {sizes} pixels: {made}, which leaves such pairs out")
     if labels.dtype == np.uint8:
-        return image, np.where(labels == 255, IGNORED, labels.astype(np.uint16)).astype(np.uint16)
+        labels = np.where(labels == 255, IGNORED, labels.astype(np.uint16))
+    largest = int(labels.max(where=labels != IGNORED, initial=0))
+    if largest >= num_classes:
+        mend = made if shards.classes else f"--seg.classes {largest + 1} would have room for it"
+        raise UserError(f"{name(sample)} has the class {largest}, there are {num_classes} counted from 0: {mend}")
     return image, labels.astype(np.uint16)
 
 

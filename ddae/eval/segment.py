@@ -4,28 +4,28 @@ Segmentation").
 C classes, H x W pixels of an image.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ddae import ds_config, report, run_folder
-from ddae.data.loader import Batch, cache_of, deaf
+from ddae.data.loader import Batch, cache_of
 from ddae.data.reader import Part
 from ddae.distributed import device, is_main, mean_over_ranks, rank, sum_over_ranks, world_size
 from ddae.engine import Engine
 from ddae.errors import UserError
 from ddae.eval.augment import seed_all
 from ddae.eval.classifier import build_optimizer
-from ddae.eval.examples import held_out
+from ddae.eval.examples import held_out, read
 from ddae.eval.fit import fit
 from ddae.eval.pictures import bars, confusion_matrix, overlays
 from ddae.eval.recipes_segment import SegmentConfig
-from ddae.eval.scenes import IGNORED, Scene, SceneCrop, SceneLoader, SceneReader, check_labels, split_planes
+from ddae.eval.scenes import IGNORED, Scene, SceneCrop, SceneLoader, SceneReader, split_planes
 from ddae.eval.upernet import Segmenter, classify, prepared, write_segmenter
 from ddae.figures import curves
 from ddae.model.vit import Encoder
@@ -53,14 +53,18 @@ def segment(config: SegmentConfig, stop: Stop | None = None) -> None:
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     if resolved.micro_batch * (world_size() if device().type == "cuda" else 1) == 1:
-        raise UserError("a micro-batch of 1 image has no statistics for a batch norm: choose 2 or more")
+        raise UserError(
+            "a micro-batch of 1 image has no statistics for a batch norm: choose a larger --data.batch_size, or "
+            "train_micro_batch_size_per_gpu in the DeepSpeed JSON"
+        )
     size = encoder.shape.image_size
-    val = SceneReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
-    classes = class_names(val.shards.classes, config.seg.classes)
-    crop = SceneCrop(config.seg, size, encoder.normalisation, len(classes))
+    if size < 2 * encoder.shape.patch_size:
+        raise UserError(f"image_size {size} is a single patch, which has no half: choose a larger one")
+    val = SceneReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data), config.seg.classes)
+    val[0]  # a mistake that all samples share is told at once, not at the first evaluation
+    crop = SceneCrop(config.seg, size, encoder.normalisation, len(val.classes))
     loader = SceneLoader(config.data, size, config.train.seed, part, device(), crop)
-    task = Segmentation(config, encoder, classes, loader, val)
-    fit(task, config, loader, stop, resolved.json, part)
+    fit(Segmentation(config, encoder, loader, val), config, loader, stop, resolved.json, part)
 
 
 class Segmentation:
@@ -71,20 +75,19 @@ class Segmentation:
     learner: Engine
     about: str
 
-    def __init__(
-        self, config: SegmentConfig, encoder: Encoder, classes: list[str], loader: SceneLoader, val: SceneReader
-    ):
+    def __init__(self, config: SegmentConfig, encoder: Encoder, loader: SceneLoader, val: SceneReader):
         """UserError where the shards to train on have other classes than those to validate on."""
-        self.config, self.encoder, self.classes, self.val = config, encoder, classes, val
+        self.config, self.encoder, self.classes, self.val = config, encoder, val.classes, val
         self.evaluate_every, self.parent = config.seg.evaluate_every, run_id_of(Path(config.encoder))
         self.folder = Path(config.folder)
         self.images = {"train": loader.num_samples, "val": len(val)}
-        train = () if loader.shards is None else loader.shards.classes
-        if train != val.shards.classes:
-            raise UserError(
-                f"the shards to train on name {len(train)} classes, those to validate on {len(val.shards.classes)} or "
-                "others: make both with the same data_prep/ command"
-            )
+        train, held = () if loader.shards is None else loader.shards.classes, val.shards.classes
+        for number, names in enumerate(itertools.zip_longest(train, held)):
+            if names[0] != names[1]:
+                raise UserError(
+                    f"class {number} is {names[0]!r} of the shards to train on and {names[1]!r} of those to validate "
+                    "on: make both with the same data_prep/ command"
+                )
         self._confusion: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels and guesses of the last evaluation
 
@@ -120,7 +123,6 @@ class Segmentation:
         self._seen = []
         for scene, counted in self._of_val():
             look_around()
-            check_labels(scene.labels.numpy(), len(self.classes))
             guesses = self._guess(scene)
             if counted:
                 confusion += confusion_of(scene.labels.to(guesses.device), guesses, len(self.classes))
@@ -130,10 +132,10 @@ class Segmentation:
         self._confusion = sum_over_ranks(confusion).cpu()
         return {f"val/{name}": value for name, value in scores(self._confusion).items()}
 
-    def finish(self, session: Session) -> list[Path]:
+    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module)
         if self._confusion is None:  # evaluated by an earlier start
-            self.evaluate(lambda: None)
+            self.evaluate(look_alive)
         if not is_main():
             return []
         assert self._confusion is not None
@@ -176,11 +178,8 @@ class Segmentation:
         """This rank's share of the validation images, as many on each rank: where they run out, first ones that do not
         count."""
         share = range(rank(), len(self.val) + -len(self.val) % world_size(), world_size())
-        order = [number % len(self.val) for number in share]
-        loader = DataLoader(
-            self.val, batch_size=None, sampler=order, num_workers=self.config.data.workers, worker_init_fn=deaf
-        )
-        for number, scene in zip(share, loader, strict=True):
+        scenes = read(self.val, [number % len(self.val) for number in share], self.config.data.workers)
+        for number, scene in zip(share, scenes, strict=True):
             yield scene, number < len(self.val)
 
     def _results(self, rows: list[dict[str, float]], confusion: Tensor) -> dict[str, Any]:
@@ -198,6 +197,7 @@ class Segmentation:
             "data": self.config.to_dict()["data"]["train"],
             "classes": len(self.classes),
             "images": self.images,
+            "pixels": int(confusion.sum()),
             "last": last | {"step": measured[-1]["step"]},
             "best": best | {"step": finest["step"]},
             "iou": {name: float(iou) for name, iou in zip(self.classes, ious, strict=True) if iou.isfinite()},
@@ -220,7 +220,7 @@ class Statistics:
             mean_over_ranks(buffer)
 
     def note(self) -> dict[str, Tensor]:
-        return {name: buffer.cpu().clone() for name, buffer in self._buffers.items()}
+        return {name: mean_over_ranks(buffer.clone()).cpu() for name, buffer in self._buffers.items()}
 
     def prepare(self, note: dict[str, Tensor]) -> None:
         for name, values in note.items():
@@ -231,18 +231,6 @@ class Statistics:
 
     def publish(self) -> None:
         """They are what runs forward."""
-
-
-def class_names(named: Sequence[str], count: int) -> list[str]:
-    """The classes by number, each name once: those that the shards name, else `count` numbers; UserError where the two
-    contradict each other, or neither is there."""
-    if count and named and count != len(named):
-        raise UserError(f"seg.classes is {count}, and the shards name {len(named)} classes: leave it out")
-    if not named and not count:
-        raise UserError("the shards do not name their classes: say how many there are with --seg.classes 150")
-    twice = {name for name in named if named.count(name) > 1}
-    numbered = enumerate(named or [""] * count)
-    return [f"{name} {number}".strip() if not name or name in twice else name for number, name in numbered]
 
 
 def confusion_of(labels: Tensor, guesses: Tensor, num_classes: int) -> Tensor:

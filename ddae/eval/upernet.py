@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
@@ -19,8 +20,10 @@ from ddae.config import ModelConfig
 from ddae.errors import UserError
 from ddae.eval.recipes_segment import SceneConfig
 from ddae.model.vit import Encoder
+from ddae.weights import whole_folder
 
 FORMAT, WEIGHTS, SETTINGS = 1, "model.safetensors", "config.json"  # of a segmenter
+AT_ONCE = 16  # classes that are brought to an image's own size
 AUX_CHANNELS = 256
 AUX_SCALE = 2  # whose patches keep their size
 
@@ -42,6 +45,14 @@ class Pyramid(nn.Module):
         return [scale(each) for scale, each in zip(scales, maps, strict=True)]
 
 
+class Classes(nn.Conv2d):
+    """A class a place, in fp32 whatever surrounds it: two classes may lie closer than bf16 can tell."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
 class Segmenter(nn.Module):
     """Images -> a class a pixel."""
 
@@ -56,13 +67,13 @@ class Segmenter(nn.Module):
         # The decoder's form for CNNs has two finer scales before ours, which it never looks at.
         self.decoder = UPerNetDecoder([0, 0, *[width] * 4], decoder_channels=channels)
         self.decoder.feature_norms = nn.ModuleList([nn.Identity()] * 4)
-        self.head = nn.Sequential(nn.Dropout2d(config.dropout), nn.Conv2d(channels, num_classes, 1))
+        self.head = nn.Sequential(nn.Dropout2d(config.dropout), Classes(channels, num_classes, 1))
         self.aux = nn.Sequential(
             nn.Conv2d(width, AUX_CHANNELS, 3, padding=1, bias=False),
             nn.BatchNorm2d(AUX_CHANNELS),
             nn.ReLU(),
             nn.Dropout2d(config.dropout),
-            nn.Conv2d(AUX_CHANNELS, num_classes, 1),
+            Classes(AUX_CHANNELS, num_classes, 1),
         )
         for part in (self.neck, self.decoder, self.head, self.aux):
             initialise(part, generator)
@@ -129,7 +140,13 @@ def classify(segmenter: Segmenter, pixels: Tensor, stride: float, size: tuple[in
     stride: from a window to the next, over the window.
     """
     logits = slide(segmenter, pixels, max(1, int(stride * segmenter.encoder.shape.image_size)))
-    return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].argmax(0)
+    best, labels = logits.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for first in range(0, len(logits), AT_ONCE):  # all classes of a large photograph would fill the memory
+        some = F.interpolate(logits[None, first : first + AT_ONCE], size, mode="bilinear", align_corners=False)
+        values, numbers = some[0].max(0)
+        labels = torch.where(values > best, numbers + first, labels)
+        best = torch.maximum(best, values)
+    return labels
 
 
 def slide(segmenter: Segmenter, pixels: Tensor, stride: int) -> Tensor:
@@ -158,13 +175,13 @@ def starts(length: int, side: int, stride: int) -> list[int]:
 def write_segmenter(
     state: dict[str, Tensor], encoder: Encoder, config: SceneConfig, classes: Sequence[str], folder: Path
 ) -> None:
-    """A folder that load_segmenter() reads: model.safetensors and config.json."""
+    """A folder that load_segmenter() reads, whole or not at all: model.safetensors and config.json."""
     shape = {name: getattr(encoder.shape, name) for name in ModelConfig.__dataclass_fields__}
     about = {"taps": config.taps, "channels": config.channels, "stride": config.stride, "classes": list(classes)}
     settings = {"format": FORMAT, "model": shape, "normalisation": encoder.normalisation, **about}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / WEIGHTS)
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+    with whole_folder(folder) as unfinished:
+        save_file(state, unfinished / WEIGHTS)
+        (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def load_segmenter(folder: Path) -> tuple[Segmenter, float, list[str]]:
@@ -174,12 +191,16 @@ def load_segmenter(folder: Path) -> tuple[Segmenter, float, list[str]]:
     """
     if not (folder / WEIGHTS).exists() or not (folder / SETTINGS).exists():
         raise UserError(f"{folder} holds no segmenter: name the folder of a finished segmentation, runs/NAME/segment")
-    settings = json.loads((folder / SETTINGS).read_text())
-    if settings.get("format") != FORMAT:
-        raise UserError(f"{folder} has the format {settings.get('format')}, not {FORMAT}: run launch/segment.py again")
-    encoder = Encoder(ModelConfig(**settings["model"]))
-    encoder.normalisation = settings["normalisation"]
-    config = SceneConfig(taps=tuple(settings["taps"]), channels=settings["channels"])
-    segmenter = Segmenter(encoder, len(settings["classes"]), config, torch.Generator())
-    segmenter.load_state_dict(load_file(folder / WEIGHTS))
-    return segmenter.eval().requires_grad_(False), settings["stride"], settings["classes"]
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        if settings.get("format") != FORMAT:
+            raise ValueError(f"its format is {settings.get('format')}, not {FORMAT}")
+        encoder = Encoder(ModelConfig(**settings["model"]))
+        encoder.normalisation = settings["normalisation"]
+        config = SceneConfig(taps=tuple(settings["taps"]), channels=settings["channels"])
+        segmenter = Segmenter(encoder, len(settings["classes"]), config, torch.Generator())
+        segmenter.load_state_dict(load_file(folder / WEIGHTS))
+        return segmenter.eval().requires_grad_(False), settings["stride"], settings["classes"]
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is no segmenter of this version ({reason}): run launch/segment.py again") from None

@@ -27,6 +27,13 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(width, eps=1e-6, **options)
 
 
+class RelativePositions(RelPosBias):
+    """BEiT's relative positions: [1, H, T, T], to be added to the attention's logits."""
+
+    def forward(self) -> Tensor:  # type: ignore[override]
+        return self.get_bias()  # within a forward pass, or ZeRO-3 would not bring the table
+
+
 def build_blocks(width: int, depth: int, heads: int, layer_scale: float = 0.0) -> nn.ModuleList:
     """`depth` pre-norm transformer blocks with biases and an MLP of four times the width.
 
@@ -107,10 +114,10 @@ class Encoder(nn.Module):
         self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale)
         self.norm = LayerNorm(shape.width)
         if shape.relative_positions == "shared":
-            self.rel_pos_bias = RelPosBias(self.grid, shape.heads, prefix_tokens=1)
+            self.rel_pos_bias = RelativePositions(self.grid, shape.heads, prefix_tokens=1)
         elif shape.relative_positions == "each":
             for block in self.blocks:
-                block.attn.rel_pos_bias = RelPosBias(self.grid, shape.heads, prefix_tokens=1)  # type: ignore[union-attr]
+                block.attn.rel_pos_bias = RelativePositions(self.grid, shape.heads, prefix_tokens=1)  # type: ignore[union-attr]
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -143,11 +150,11 @@ class Encoder(nn.Module):
         # tokens.shape[0]: len() would be a constant in an exported program
         cls = (self.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([cls, tokens], 1)
-        shared = self.rel_pos_bias.get_bias() if self.shape.relative_positions == "shared" else None
+        shared = self.rel_pos_bias() if self.shape.relative_positions == "shared" else None
         outputs, chance = {}, self.training and self.drop_path > 0
         for number, block in enumerate(self.blocks[: max(layers, default=None)], 1):
             each = self.shape.relative_positions == "each"
-            bias = block.attn.rel_pos_bias.get_bias() if each else shared  # type: ignore[union-attr]
+            bias = block.attn.rel_pos_bias() if each else shared  # type: ignore[union-attr]
             outputs[number] = tokens = run_block(block, tokens, self.recompute, bias, chance)
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
 
