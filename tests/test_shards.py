@@ -8,6 +8,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from conftest import make_shards, sample
@@ -128,6 +129,21 @@ def test_sample_photos_cuts_both_splits_from_every_photograph(tmp_path):
     assert len(val) == 22
     assert "33 training and 22 validation" in first.stdout
     assert "is complete" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_sample_photos_with_masks_says_what_each_pixel_is(tmp_path):
+    command = [sys.executable, "data_prep/sample_photos.py", "--out", str(tmp_path / "scenes"), "--masks"]
+    command += ["--train_per_photo", "3", "--val_per_photo", "2"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    shards = open_shards(str(tmp_path / "scenes"), CACHE, "val")
+    grounds = []
+    for number, place in enumerate(shards.others("png")):
+        mask = np.asarray(Image.open(io.BytesIO(shards.read_other(number, place))))
+        assert mask.shape == (shards.height[number], shards.width[number])
+        assert 2 <= len(np.unique(mask)) <= 4  # a ground and one to three pieces
+        assert mask.max() < len(shards.classes) == 11
+        grounds.append(mask[0, 0])
+    assert len(np.unique(grounds)) > 5
 
 
 def test_a_missing_shard_is_named(shards, tmp_path):
