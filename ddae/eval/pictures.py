@@ -8,7 +8,7 @@ import torch
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddae.eval.examples import ExampleReader
@@ -123,6 +123,20 @@ def painted(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, strength
     known = labels < len(colours)
     over = np.where(known[..., None], colours[np.where(known, labels, 0)], 128)
     return (image * (1 - strength) + over * strength).astype(np.uint8)
+
+
+def captioned(picture: np.ndarray, names: Sequence[str], colours: Sequence[Sequence[int]]) -> Image.Image:
+    """uint8 [H, W, 3] with a line below it for each name, in its colour."""
+    height, width = picture.shape[:2]
+    line = max(14, width // 30)
+    whole = Image.new("RGB", (width, height + line * len(names)), "white")
+    whole.paste(Image.fromarray(picture))
+    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(line * 0.7)
+    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        top = height + line * number
+        draw.rectangle((0, top, line - 2, top + line - 2), tuple(colour))
+        draw.text((line + 4, top), name, "black", font)
+    return whole
 
 
 def overlays(seen: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str]) -> Figure:

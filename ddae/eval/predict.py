@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from ddae.distributed import device
 from ddae.errors import UserError
-from ddae.eval.pictures import painted, palette
+from ddae.eval.pictures import captioned, painted, palette
 from ddae.eval.scenes import fitting, resized
 from ddae.eval.upernet import classify, load_segmenter
 from ddae.patches import normalise
@@ -65,9 +65,11 @@ def segment(folder: Path, photos: list[Path], out: Path) -> dict[Path, list[Gues
         pixels = normalise(torch.from_numpy(planes).to(device()), segmenter.encoder.normalisation, torch.float32)
         labels = classify(segmenter, pixels, stride, image.shape[:2]).cpu()
         out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(painted(image, labels.numpy(), colours)).save(place)
         shares = labels.flatten().bincount(minlength=len(names)) / labels.numel()
-        guesses[photo] = [guess for guess in most(shares, names) if guess.share]
+        guesses[photo] = seen = [guess for guess in most(shares, names) if guess.share]
+        words = [f"{guess.name} {guess.share:.0%}" for guess in seen]
+        shown = [colours[names.index(guess.name)].tolist() for guess in seen]
+        captioned(painted(image, labels.numpy(), colours), words, shown).save(place)
     return guesses
 
 

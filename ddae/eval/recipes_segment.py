@@ -76,9 +76,9 @@ def segment_demo() -> SegmentConfig:
         image_size=64,
         data=replace(config.data, workers=1),
         optim=replace(config.optim, lr=2e-3, warmup_epochs=1),
-        train=replace(config.train, steps=None, epochs=6, log_every=5),
+        train=replace(config.train, steps=None, epochs=2, log_every=5),
         engine=EngineConfig(precision="fp32"),
-        seg=replace(config.seg, channels=64, evaluate_every=2.0, scale=(0.8, 1.25)),
+        seg=replace(config.seg, channels=32, evaluate_every=1.0, scale=(0.8, 1.25), distort=False),
     )
 
 
