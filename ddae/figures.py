@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddae.branches import PixelBranch
-from ddae.masks import Mask, masked_distance
+from ddae.config import Config, tap_name
+from ddae.masks import Mask, masked_distance, sample_mask
 from ddae.method import Method
 from ddae.patches import NORMALISATIONS, patchify, unpatchify
 
@@ -57,6 +58,24 @@ def hide(images: Tensor, mask: Mask, patch: int) -> Tensor:
     rows = mask.masked[:, :, None].expand(-1, -1, patches.shape[-1])
     grid = images.shape[2] // patch, images.shape[3] // patch
     return unpatchify(patches.scatter(1, rows, GREY), grid, patch)
+
+
+def reconstructions(method: Method, config: Config, images: Tensor, betas: dict[int, float]) -> Figure:
+    """What the pixel branch makes of images uint8 [B, 3, H, W], rows taking turns between the run's own masks and
+    random ones. betas: of its taps, as far as they have one."""
+    kinds = [config.mask.kind if number % 2 == 0 else "random" for number in range(len(images))]
+    seeds = torch.arange(len(images)) + 1
+    by_row = [sample_mask(k, s[None], config.grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)]
+    mask = Mask(*(torch.cat(positions).to(images.device) for positions in zip(*by_row, strict=True)))
+    rebuilt = reconstruct(method, images, mask)
+    return reconstruction_grid(images, mask, kinds, config.model.patch_size, rebuilt, betas)
+
+
+def betas_of_pixels(config: Config, by_name: dict[str, float]) -> dict[int, float]:
+    """The betas of the pixel branch's taps, of all betas by name; none where it is not dynamic."""
+    prefix = "" if config.dynamic.shared else "pixel/"
+    names = {tap: prefix + tap_name(tap) for tap in config.pixel.taps if config.pixel.dynamic}
+    return {tap: by_name[name] for tap, name in names.items() if name in by_name}
 
 
 def on_grid(values: Tensor, mask: Mask, grid: tuple[int, int]) -> np.ndarray:

@@ -8,16 +8,14 @@ import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 from matplotlib.figure import Figure
 
 from ddae import figures
 from ddae.betas import Betas
-from ddae.config import Config, tap_name
+from ddae.config import Config
 from ddae.data.preview import Preview
 from ddae.distributed import device, is_main
 from ddae.experiment import flatten
-from ddae.masks import Mask, sample_mask
 from ddae.method import Method
 from ddae.model_card import write_card
 from ddae.tracker import read_metrics
@@ -40,6 +38,9 @@ CAPTIONS = {
     "is another.",
     "overlays": "Validation images, the class of every pixel, and the predicted one.",
     "classes": "How well each class is found: pixels that are of it and predicted, over those that are either.",
+    "distance": "The distance of each masked patch to the nearest visible one, of three kinds of masks.",
+    "attention": "Where the cls token looks, on the same images.",
+    "locality": "How far the heads of each block reach: the mean distance from a patch to what it attends to.",
     "rates": "Learning rate, images per second, and seconds of a step spent waiting for data.",
 }
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
@@ -56,19 +57,8 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
     if config.pixel.enabled:
         images = preview.images.to(device())
         if len(images):
-            kinds = [config.mask.kind if i % 2 == 0 else "random" for i in range(len(images))]
-            seeds = torch.arange(len(images)) + 1
-            by_row = [
-                sample_mask(k, s[None], config.grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)
-            ]
-            mask = Mask(*(torch.cat(positions).to(images.device) for positions in zip(*by_row, strict=True)))
-            rebuilt = figures.reconstruct(method, images, mask)
-            prefix = "" if config.dynamic.shared else "pixel/"
-            names = {tap: prefix + tap_name(tap) for tap in config.pixel.taps}
-            values = {tap: by_name[name] for tap, name in names.items() if name in by_name and config.pixel.dynamic}
-            drawn["reconstructions"] = figures.reconstruction_grid(
-                images, mask, kinds, config.model.patch_size, rebuilt, values
-            )
+            values = figures.betas_of_pixels(config, by_name)
+            drawn["reconstructions"] = figures.reconstructions(method, config, images, values)
     if not is_main():
         return []
     everything = read_metrics(folder / "metrics.jsonl")
@@ -179,8 +169,15 @@ def _evaluations(run: Path) -> str:
 def _evaluation(folder: Path) -> str:
     results = flatten(json.loads((folder / "results.json").read_text()))
     rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in results.items()]
-    pictures = sorted((folder / "figures").glob("*.png"), key=lambda file: list(CAPTIONS).index(file.stem))
+    pictures = sorted(
+        (folder / "figures").glob("*.png"), key=lambda file: (list(CAPTIONS).index(_kind(file)), file.stem)
+    )
     return _pictures(pictures, "") + _table(("result", "value"), rows)
+
+
+def _kind(file: Path) -> str:
+    """What a picture shows, which its name begins with."""
+    return file.stem.split("_")[0]
 
 
 def _pictures(files: list[Path], images: str) -> str:
@@ -188,7 +185,7 @@ def _pictures(files: list[Path], images: str) -> str:
     shown = ""
     for file in files:
         picture = base64.b64encode(file.read_bytes()).decode()
-        caption = html.escape(CAPTIONS[file.stem].format(images=images))
+        caption = html.escape(CAPTIONS[_kind(file)].format(images=images))
         shown += f'<figure><img alt="{file.stem}" src="data:image/png;base64,{picture}">'
         shown += f"<figcaption>{caption}</figcaption></figure>\n"
     return shown

@@ -184,14 +184,17 @@ WRITERS: dict[str, Callable[[Encoder, Path], None]] = {
 }
 
 
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder."""
+    complete = sorted(run.glob(f"checkpoints/step_*/{MANIFEST}"))
+    return complete[-1].parent if complete else None
+
+
 def _checkpoint(path: Path, part: str) -> Path | None:
     """The checkpoint that a path stands for: itself, or a run folder's newest, where no export serves."""
     if (path / MANIFEST).exists() and list(path.glob("rank_*.safetensors")):
         return path
-    complete = sorted(path.glob(f"checkpoints/step_*/{MANIFEST}"))
-    if complete and (part == "teacher" or not (path / "encoder").is_dir()):
-        return complete[-1].parent
-    return None
+    return newest_checkpoint(path) if part == "teacher" or not (path / "encoder").is_dir() else None
 
 
 def _load_checkpoint(path: Path, part: str) -> Encoder:

@@ -67,6 +67,7 @@ ORDER = [
     *("ddae.eval.online", "ddae.eval.augment", "ddae.eval.classifier", "ddae.eval.fit", "ddae.eval.finetune"),
     *("ddae.eval.heads", "ddae.eval.linear_probe", "ddae.eval.benchmark"),
     *("ddae.eval.recipes_segment", "ddae.eval.scenes", "ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
+    *("ddae.eval.attention", "ddae.eval.attention_pictures", "ddae.eval.gallery"),
     *("ddae.train", "ddae.replay", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
@@ -74,7 +75,14 @@ HEAVY = {  # package -> the files that may import it
     "deepspeed": {"ddae.engine"},
     "mlflow": {"ddae.tracker"},
     "nvidia": {"ddae.data.dali"},
-    "matplotlib": {"ddae.figures", "ddae.report", "ddae.benchmark", "ddae.eval.pictures"},
+    "matplotlib": {
+        "ddae.figures",
+        "ddae.report",
+        "ddae.benchmark",
+        "ddae.eval.pictures",
+        "ddae.eval.attention_pictures",
+        "ddae.eval.gallery",
+    },
     "tyro": {"ddae.cli"},
     "webdataset": {"ddae.data.shard_writer"},
     "timm": {"ddae.model.vit", "ddae.eval.augment", "ddae.eval.heads", "ddae.eval.predict"},
