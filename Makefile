@@ -23,8 +23,9 @@ data/demo/manifest.json: | $(READY)
 demo: $(READY) data/demo/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
 
+# Two files of tests at a time: most of what they wait for is Python's own start.
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The long tests: kills, damage, signals, many ranks, two hosts. docs/reliability.md is made of what they saw.
 test-faults: $(READY)

@@ -19,7 +19,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() e
 # DeepSpeed's shared-memory op anew, a minute each time the two take turns.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # nor another environment
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: threads that wait for each other would spin on its cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def picture(number: int) -> Image.Image:

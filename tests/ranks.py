@@ -24,6 +24,9 @@ NANO = (  # a model that takes milliseconds a step
 ).split()
 
 
+THREADS = os.environ.get("OMP_NUM_THREADS", "2")  # of a rank that is alone
+
+
 def words(shards, run_dir, stage: int, *more: str) -> list[str]:
     """The command line of a nano run."""
     stage_file = ROOT / "ds_configs" / f"zero{stage}.json"
@@ -43,7 +46,7 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": "2" if count == 1 else "1",
+        "OMP_NUM_THREADS": THREADS if count == 1 else "1",
     }
     ranks = []
     for rank in range(count):
@@ -72,7 +75,7 @@ def run_program(count: int, command: list[str], runs: list[list[str]], timeout: 
     finally:
         for rank in ranks:
             rank.kill()
-        clean(ranks)
+        clean(ranks[0].port)
     codes = [rank.returncode for rank in ranks]
     assert codes == [0] * count, "\n".join(["exit codes", str(codes), *(text[-3000:] for text in said)])
     return said[0]
@@ -86,6 +89,7 @@ class Forks:
         paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, str(ROOT / "tests" / "forks.py")]
+        self.ports: list[str] = []
         self._server = subprocess.Popen(command, env=os.environ | paths, cwd=ROOT, text=True, **pipes)
         assert any(line == "ready\n" for line in self._server.stdout)
 
@@ -95,10 +99,13 @@ class Forks:
     def __exit__(self, *error: object) -> None:
         self._server.stdin.close()
         self._server.wait()
+        for port in self.ports:
+            clean(port)  # of ranks that were killed
 
     def start(self, words: list[str], count: int = 1, kill_at: int = 0) -> list[int]:
         """Process ids of so many ranks of one run, rank 0's first; each writes into log(its id)."""
         port = str(free_port())
+        self.ports.append(port)
         started = []
         for rank in range(count):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
@@ -139,9 +146,9 @@ def below(process: int) -> list[psutil.Process]:
     return sorted(tops, key=lambda each: int(each.environ().get("RANK", "0")))
 
 
-def clean(ranks: list[subprocess.Popen]) -> None:
-    """DeepSpeed's shared-memory buffers outlive their process; remove those of these ranks' port."""
-    for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer*_{ranks[0].port}_*"):
+def clean(port: str) -> None:
+    """DeepSpeed's shared-memory buffers outlive a process that is killed; remove those of this port."""
+    for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer*_{port}_*"):
         os.unlink(buffer)
 
 

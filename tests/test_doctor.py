@@ -17,7 +17,7 @@ def test_two_ranks_are_well(tmp_path):
     words = ["--folder", str(tmp_path / "runs"), "--ds_config", str(tmp_path / "ds.json")]
     both = ranks.start(2, ["launch/doctor.py", *words])
     said = [rank.communicate(timeout=300)[0] for rank in both]
-    ranks.clean(both)
+    ranks.clean(both[0].port)
     assert [rank.returncode for rank in both] == [0, 0], said
     for name in TRIED:
         assert f"\n{name:12}" in said[0], name

@@ -152,7 +152,7 @@ def test_a_signal_during_an_evaluation(digits, tmp_path, tell):
         since = time.monotonic()
         started = ranks.start(2, [*command, *words])
         said = [rank.communicate(timeout=240)[0] for rank in started]
-        ranks.clean(started)
+        ranks.clean(started[0].port)
         assert [rank.returncode for rank in started] == [code] * 2, "".join(said)
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
         probed = [row["step"] for row in rows if "health/rank/tap_02" in row]

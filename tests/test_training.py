@@ -158,7 +158,7 @@ def test_told_to_stop_all_ranks_leave_and_the_run_goes_on(number, told, shards, 
     for rank in stopped if told == "all" else stopped[1:]:
         rank.send_signal(number)
     said = [rank.communicate(timeout=60)[0] for rank in stopped]
-    ranks.clean(stopped)
+    ranks.clean(stopped[0].port)
     assert [rank.returncode for rank in stopped] == [75, 75], said
     note = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert note["reason"] == number.name
@@ -211,7 +211,7 @@ def test_a_gradient_that_is_no_number_updates_nothing(cases, shards, tmp_path, t
     runs += [ranks.words(shards, tmp_path / "wild", 3, *FP32, *options, "--optim.lr", "1e36", "--train.seed", "1")]
     both = ranks.start(2, ["-c", POISON, json.dumps(runs)])
     said = [rank.communicate(timeout=600)[0] for rank in both]
-    ranks.clean(both)
+    ranks.clean(both[0].port)
     assert [rank.returncode for rank in both] == [0, 0], said
     for name in [*("{}_{}".format(*case) for case in cases), "clipped"]:
         rows = ranks.metrics(tmp_path / f"once_{name}")
@@ -292,7 +292,7 @@ def test_a_disk_that_is_full_once_does_not_end_the_run(shards, tmp_path, tell):
     )
     (run,) = ranks.start(1, ["-c", program, *ranks.words(shards, tmp_path / "run", 2, *options)])
     said, _ = run.communicate(timeout=120)
-    ranks.clean([run])
+    ranks.clean(run.port)
     assert run.returncode == 0, said[-2000:]
     assert re.search("no checkpoint of step 1: .*File too large.*; the run goes on", said)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
@@ -372,7 +372,7 @@ def test_kill_9_changes_nothing(shards, tmp_path):
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    ranks.clean([killed])
+    ranks.clean(killed.port)
     before = len(ranks.column(tmp_path / "killed"))
     assert before < 60
     said = ranks.run_all(1, [command[1:], ranks.words(shards, tmp_path / "whole", 2, *options), command[1:]])
