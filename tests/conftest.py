@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ddae.data.digits import write_digits
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 
 if not torch.cuda.is_available():
@@ -58,20 +59,7 @@ def shards(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """1,797 handwritten digits in shards: 1,400 to learn from, the others to ask with."""
-    from sklearn.datasets import load_digits
-
-    folder, data = tmp_path_factory.mktemp("digits"), load_digits()
-    entries = {}
-    for split, first, last in (("train", 0, 700), ("train", 700, 1400), ("val", 1400, 1797)):
-        samples = []
-        for number in range(first, last):
-            file, pixels = io.BytesIO(), (data.images[number] * 15.9).astype(np.uint8)
-            Image.fromarray(pixels).convert("RGB").resize((40, 40), 2).save(file, "JPEG", quality=95)
-            samples.append(Sample(f"{number:05d}", file.getvalue(), int(data.target[number]), 40, 40))
-        path = folder / f"{split}-{first // 700 if split == 'train' else 0:06d}.tar"
-        entries[path.name] = write_shard(path, samples)
-    write_manifest(folder, entries, classes=[str(n) for n in range(10)])
-    return folder
+    return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")

@@ -21,8 +21,8 @@ ORDER = [
         "ddae.patches",
         "ddae.masks",
     ),
-    *("ddae.experiment", "ddae.config", "ddae.presets", "ddae.ds_config", "ddae.betas"),
-    *("ddae.data.remote", "ddae.data.shards", "ddae.data.shard_writer", "ddae.data.sampling"),
+    *("ddae.experiment", "ddae.config", "ddae.presets", "ddae.ablations", "ddae.ds_config", "ddae.betas"),
+    *("ddae.data.remote", "ddae.data.shards", "ddae.data.shard_writer", "ddae.data.digits", "ddae.data.sampling"),
     *(
         "ddae.data.jpeg",
         "ddae.data.resize",
@@ -68,7 +68,7 @@ ORDER = [
     *("ddae.eval.heads", "ddae.eval.linear_probe", "ddae.eval.benchmark"),
     *("ddae.eval.recipes_segment", "ddae.eval.scenes", "ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
     *("ddae.eval.attention", "ddae.eval.attention_pictures", "ddae.eval.gallery"),
-    *("ddae.train", "ddae.replay", "ddae.doctor", "ddae.cli"),
+    *("ddae.train", "ddae.replay", "ddae.eval.ablate", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
 HEAVY = {  # package -> the files that may import it
@@ -89,7 +89,7 @@ HEAVY = {  # package -> the files that may import it
     "PIL": {
         "ddae.doctor",
         *("ddae.eval.augment", "ddae.eval.predict", "ddae.eval.pictures", "ddae.eval.scenes"),
-        "ddae.data.pillow",
+        *("ddae.data.pillow", "ddae.data.digits"),
         "ddae.sharding.inspection",
         "ddae.sharding.ade20k",
         "ddae.benchmark",
@@ -97,6 +97,7 @@ HEAVY = {  # package -> the files that may import it
     "fsspec": {"ddae.data.remote"},
     "aiohttp": {"ddae.data.remote"},
     "tqdm": {"ddae.sharding.workers", "ddae.sharding.ade20k"},
+    "sklearn": {"ddae.data.digits"},
     "scipy": {"ddae.sharding.devkit", "ddae.sharding.ade20k"},
     "segmentation_models_pytorch": {"ddae.eval.upernet"},
     "safetensors": {

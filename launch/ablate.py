@@ -1,0 +1,42 @@
+"""Run a table of the paper, at its own scale or in miniature, and set it beside the paper's numbers.
+
+python launch/ablate.py --table 3 --scale nano
+deepspeed launch/ablate.py --table 3 --scale paper --data data/imagenet --ds_config ds_configs/zero2.json
+
+The same command goes on where it was broken off. --only and --seeds share a table out over machines: whoever comes last
+draws all of it.
+"""
+
+import argparse
+from pathlib import Path
+
+from ddae.errors import command
+
+ZERO1 = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--table", required=True, help="2, 3, 4, 6 or 7 of the paper, or readings")
+    parser.add_argument("--scale", default="paper", help="nano, micro, tiny or paper")
+    parser.add_argument("--out", type=Path, help="folder for runs and table; left out: runs/table_TABLE_SCALE")
+    parser.add_argument("--data", default="", help="shards with classes; left out: digits, at the scale nano")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run with each of them")
+    parser.add_argument("--only", nargs="+", default=[], help="rows to run, by name")
+    parser.add_argument("--ds_config", default=str(ZERO1), help="DeepSpeed JSON; left out: ds_configs/zero1.json")
+    parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where the numbers go, too")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's own word
+    words = parser.parse_args()
+    from ddae.distributed import say
+    from ddae.engine import stop_process_group
+    from ddae.eval.ablate import Settings, ablate, markdown  # seconds to import
+
+    seeds, only = tuple(words.seeds), tuple(words.only)
+    settings = Settings(words.table, words.scale, seeds, only, words.data, words.ds_config, words.tracker)
+    out = words.out or Path(f"runs/table_{words.table}_{words.scale}")
+    say(f"\n{markdown(ablate(out, settings))}\ntable: {out / 'table.html'}")
+    stop_process_group()
+
+
+if __name__ == "__main__":
+    command("ablate", main)

@@ -1,0 +1,137 @@
+"""The paper's tables: which fields each row changes, what a table says, and one at the smallest scale, run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import ranks
+
+from ddae.ablations import SCALES, TABLES, rows
+from ddae.config import check
+from ddae.errors import UserError
+from ddae.eval.ablate import best, markdown
+from ddae.experiment import flatten
+
+DIFFERENCES = {  # from each table's base, as METHOD.md's reading of the tables has them
+    ("3", "MAE"): {"pixel.taps": [12], "pixel.tap_weights": [1.0], "pixel.dynamic": False},
+    ("3", "D-MAE"): {"pixel.taps": [12], "pixel.tap_weights": [1.0]},
+    ("3", "DS-MAE"): {"pixel.dynamic": False},
+    ("3", "DDS-MAE"): {},
+    ("4", "neither"): {
+        "pixel.taps": [12],
+        "pixel.tap_weights": [1.0],
+        "pixel.dynamic": False,
+        "feature.taps": [12],
+        "feature.tap_weights": [1.0],
+        "feature.dynamic": False,
+    },
+    ("4", "features"): {"pixel.taps": [12], "pixel.tap_weights": [1.0], "pixel.dynamic": False},
+    ("4", "pixels"): {"feature.taps": [12], "feature.tap_weights": [1.0], "feature.dynamic": False},
+    ("4", "both (DDAE)"): {},
+    ("6", "1 taps"): {"pixel.taps": [12], "pixel.tap_weights": [1.0]},
+    ("6", "2 taps"): {"pixel.taps": [6, 12], "pixel.tap_weights": [0.75, 1.0]},
+    ("6", "4 taps"): {},
+    ("6", "6 taps"): {"pixel.taps": [2, 4, 6, 8, 10, 12], "pixel.tap_weights": [0.75] * 5 + [1.0]},
+    ("7", "fixed, 0"): {"pixel.dynamic": False},
+    ("7", "fixed, -0.5"): {"dynamic.learnable": False},
+    ("7", "learnable, 0"): {"dynamic.beta_init": [0.0]},
+    ("7", "learnable, -0.1 to -0.7"): {"dynamic.beta_init": [-0.1, -0.3, -0.5, -0.7]},
+    ("7", "learnable, -0.7 to -0.1"): {"dynamic.beta_init": [-0.7, -0.5, -0.3, -0.1]},
+    ("7", "learnable, -0.5"): {},
+}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_rows_differ_from_their_base_in_what_the_paper_says(scale):
+    seen = set()
+    for table in ("3", "4", "6", "7"):
+        found = rows(table, scale)
+        (base,) = [row for row in found if not DIFFERENCES[table, row.name]]
+        before = flatten(base.config.to_dict())
+        for row in found:
+            after = flatten(row.config.to_dict())
+            assert {key: after[key] for key in after if after[key] != before[key]} == DIFFERENCES[table, row.name]
+            seen.add((table, row.name))
+    assert seen == DIFFERENCES.keys()
+
+
+def test_the_same_experiment_has_the_same_number_in_every_table():
+    """D-MAE is one tap of Table 6, and so on: what shows that the tables share a base."""
+    papers = {}
+    for table in ("3", "6", "7"):
+        for row in rows(table, "paper"):
+            assert papers.setdefault(json.dumps(row.config.to_dict()), row.paper) == row.paper, row.name
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_row_can_be_run(table, scale):
+    for row in rows(table, scale):
+        check(row.config)
+
+
+def test_nothing_is_claimed_within_noise():
+    def row(name, *values):
+        mean = sum(values) / len(values)
+        deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
+        seeds = {str(n): v for n, v in enumerate(values)}
+        return {"row": name, "paper": 78.7, "mean": mean, "deviation": deviation, "seeds": seeds}
+
+    clear = [row("a", 50.0, 50.2, 49.8), row("b", 48.0, 48.2, 47.8)]
+    assert best(clear) == "a"
+    assert best([row("a", 50.0, 51.0, 49.0), row("b", 49.5, 50.5, 48.5)]).startswith(
+        "none: the best rows do not differ"
+    )
+    assert best([row("a", 50.0), row("b", 48.0)]).startswith("not said: more than one seed")
+    results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a"}
+    assert "| a | 50.00 ± 0.20 | 3 | 78.7 |" in markdown(results)
+
+
+def ablate(out, *more):
+    command = [sys.executable, "launch/ablate.py", "--table", "3", "--scale", "nano", "--out", str(out), *more]
+    done = subprocess.run(
+        [*command, "--tracker", "jsonl"], cwd=ranks.ROOT, capture_output=True, text=True, check=False, timeout=600
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_table_is_run_and_gone_on_with(tmp_path):
+    code, said, errors = ablate(tmp_path / "t", "--only", "MAE", "DDS-MAE")
+    assert code == 0, errors[-2000:]
+    results = json.loads((tmp_path / "t" / "results.json").read_text())
+    by_name = {row["row"]: row for row in results["rows"]}
+    assert by_name["D-MAE"]["mean"] is None
+    for name in ("MAE", "DDS-MAE"):
+        assert by_name[name]["mean"] > 30  # of digits; ten classes
+        assert by_name[name]["deviation"] is None
+    assert (tmp_path / "t" / "table.md").read_text() in said
+    assert "<td>DDS-MAE</td>" in (tmp_path / "t" / "table.html").read_text()
+    code, said, errors = ablate(tmp_path / "t", "--only", "DS-MAE", "MAE")
+    assert code == 0, errors[-2000:]
+    assert "row_0_seed_0 is complete: 60 of 60 steps" in said
+    again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
+    assert [row["mean"] is None for row in again] == [False, True, False, False]
+    assert again[3] == by_name["DDS-MAE"]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("--table", "5"), "there is no table '5': the nearest is"),
+        (("--scale", "mikro"), "there is no scale 'mikro': the nearest is 'micro'"),
+        (("--only", "MEA"), "table 3 has no row 'MEA': there are 'MAE', 'D-MAE', 'DS-MAE', 'DDS-MAE'"),
+        (("--scale", "tiny"), "the scale tiny wants --data with shards that have classes"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message, tmp_path):
+    code, _, errors = ablate(tmp_path / "t", *words)
+    assert code == 2
+    (line,) = [line for line in errors.splitlines() if line.startswith("ablate:")]
+    assert message in line
+    assert not (tmp_path / "t").exists()
+
+
+def test_tables_that_do_not_exist():
+    with pytest.raises(UserError, match="there are 2, 3, 4, 6, 7, readings"):
+        rows("9", "nano")
