@@ -32,8 +32,7 @@ def main() -> None:
     from ddae.report import page_of
 
     out = words.out or Path(task_folder(words.encoders[0].rpartition("=")[2], "gallery"))
-    form = "svg" if words.svg else "png"
-    amounts = words.block, words.images, words.shown, form, words.masks, words.classes
+    amounts = words.block, words.images, words.shown, words.svg, words.masks, words.classes
     print(json.dumps(gallery(words.encoders, words.data, out, Settings(words.what, *amounts)), indent=2))
     print(f"pictures:  {page_of(out)}")
 

@@ -104,13 +104,13 @@ def run(digits, tmp_path_factory):
     return folder
 
 
-def settings(kinds=(), block=2, masks="", form="png"):
-    return Settings(kinds, block, 20, 3, form, masks, 0)
+def settings(kinds=(), block=2, masks="", svg=False):
+    return Settings(kinds, block, 20, 3, svg, masks, 0)
 
 
 def test_all_figures_of_a_run_beside_an_encoder(run, encoder_folder, digits, tmp_path):
     named = [str(run), f"plain={encoder_folder}"]
-    results = gallery(named, "", tmp_path / "out", settings(form="svg"))
+    results = gallery(named, "", tmp_path / "out", settings(svg=True))
     assert results["locality"].keys() == {"run", "plain"}
     for numbers in results["locality"].values():
         assert 0 < numbers["distance_px"] < 32

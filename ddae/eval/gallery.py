@@ -44,7 +44,7 @@ class Settings(NamedTuple):
     block: int  # whose attention is shown
     images: int  # over which attention is measured
     shown: int  # images that are shown
-    form: str  # png, or svg beside it
+    svg: bool  # beside the PNG
     masks: str  # shards with masks, by which attention is held against the foreground; empty: none
     classes: int  # how many these have, where they do not name them
 
@@ -78,7 +78,7 @@ def gallery(named: Sequence[str], data: str, out: Path, settings: Settings) -> d
     if wanted("locality", True, ""):
         drawn["locality"], results["locality"] = _locality(all_shown, data, settings.images)
     if settings.masks:
-        results["foreground_iou"] = {each.name: _foreground(each, settings.masks, settings) for each in all_shown}
+        results["foreground_iou"] = {each.name: _foreground(each, settings) for each in all_shown}
     for each in all_shown:
         suffix = "" if len(all_shown) == 1 else f"_{each.name}"
         rows = read_metrics(each.path / "metrics.jsonl") if each.config else []
@@ -91,7 +91,7 @@ def gallery(named: Sequence[str], data: str, out: Path, settings: Settings) -> d
             drawn[f"reconstructions{suffix}"] = _reconstructions(each, data, settings.shown)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    if settings.form == "svg":
+    if settings.svg:
         for name, figure in drawn.items():
             figure.savefig(out / f"{name}.svg")
     report.add_evaluation(out, drawn)
@@ -99,7 +99,7 @@ def gallery(named: Sequence[str], data: str, out: Path, settings: Settings) -> d
 
 
 def _open(named: str) -> Shown:
-    name, _, path = named.rpartition("=")
+    name, _, path = ("", "", named) if Path(named).exists() else named.rpartition("=")
     folder = Path(path)
     encoder = load_encoder(folder).to(device())
     config = None
@@ -163,11 +163,11 @@ def _reconstructions(each: Shown, data: str, count: int) -> Figure:
     return figures.reconstructions(method, config, images, figures.betas_of_pixels(config, by_name))
 
 
-def _foreground(each: Shown, masks: str, settings: Settings) -> float:
+def _foreground(each: Shown, settings: Settings) -> float:
     """Mean intersection over union of what the cls token looks at with what is not of an image's commonest class."""
     encoder, side = each.encoder, each.encoder.shape.image_size
     try:
-        reader = SceneReader(masks, "val", side, cache_of(ShardsConfig()), settings.classes)
+        reader = SceneReader(settings.masks, "val", side, cache_of(ShardsConfig()), settings.classes)
     except UserError as error:
         raise UserError(f"--masks: {error}") from None
     found = []
