@@ -30,10 +30,13 @@ def fold(*keys: int | Tensor) -> Tensor:
     return state
 
 
-def uniform(seeds: Tensor, count: int, stream: int = 0) -> Tensor:
-    """`count` numbers in [0, 1) for each seed: int64 [B] -> float64 [B, count]. Streams are independent."""
-    counters = (torch.arange(1, count + 1, device=seeds.device) + (stream << 32)) * GOLDEN
-    return _shift_right(mix(mix(seeds)[:, None] + counters), 11).double() * 2.0**-53
+def uniform(seeds: Tensor, count: int, stream: int = 0, streams: int = 1) -> Tensor:
+    """`count` numbers in [0, 1) for each seed: int64 [B] -> float64 [B, count], or of so many streams from `stream` on:
+    [B, streams, count]. Streams are independent."""
+    numbers = torch.arange(stream, stream + streams)[:, None] << 32
+    counters = (torch.arange(1, count + 1) + numbers) * GOLDEN
+    drawn = _shift_right(mix(mix(seeds)[:, None, None] + counters), 11).double() * 2.0**-53
+    return drawn if streams > 1 else drawn[:, 0]
 
 
 def permutation(length: int, *keys: int) -> Tensor:

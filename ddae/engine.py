@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ddae.distributed import device, rank, sum_over_ranks, world_size
+from ddae.distributed import barrier, device, rank, sum_over_ranks, world_size
 from ddae.errors import UserError
 from ddae.slices import Fragment
 
@@ -49,14 +49,14 @@ def start_process_group(patience: float = 600.0) -> None:
                 mend = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (docs/cluster.md says where)"
                 raise UserError(f"the ranks do not reach each other ({reason}): {mend}") from None
             raise
-        dist.barrier()
+        barrier()
         _remove_buffers()
 
 
 def stop_process_group() -> None:
     """Leave together: a rank that goes early breaks the connections of one that still draws or uploads."""
     if dist.is_initialized():
-        dist.barrier()
+        barrier()
         dist.destroy_process_group()
 
 

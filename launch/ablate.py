@@ -3,8 +3,8 @@
 python launch/ablate.py --table 3 --scale nano
 deepspeed launch/ablate.py --table 3 --scale paper --data data/imagenet --ds_config ds_configs/zero2.json
 
-The same command goes on where it was broken off. --only and --seeds share a table out over machines: whoever comes last
-draws all of it.
+The same command goes on where it was broken off. --parallel 8 packs eight runs onto a GPU; --only and --seeds share a
+table out over machines, with --no_table for all but the last, who draws all of it.
 """
 
 import argparse
@@ -23,18 +23,23 @@ def main() -> None:
     parser.add_argument("--data", default="", help="shards with classes; left out: digits, at the scale nano")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run with each of them")
     parser.add_argument("--only", nargs="+", default=[], help="rows to run, by name")
+    parser.add_argument("--steps", type=int, help="of pretraining; left out: as the scale has it")
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this machine")
+    parser.add_argument("--no_table", action="store_true", help="draw no table: others run beside this one")
     parser.add_argument("--ds_config", default=str(ZERO1), help="DeepSpeed JSON; left out: ds_configs/zero1.json")
     parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where the numbers go, too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's own word
     words = parser.parse_args()
     from ddae.distributed import say
     from ddae.engine import stop_process_group
-    from ddae.eval.ablate import Settings, ablate, markdown  # seconds to import
+    from ddae.eval.ablate import Settings, ablate, draw, markdown  # seconds to import
 
     seeds, only = tuple(words.seeds), tuple(words.only)
-    settings = Settings(words.table, words.scale, seeds, only, words.data, words.ds_config, words.tracker)
+    settings = Settings(words.table, words.scale, seeds, only, words.data, words.ds_config, words.tracker, words.steps)
     out = words.out or Path(f"runs/table_{words.table}_{words.scale}")
-    say(f"\n{markdown(ablate(out, settings))}\ntable: {out / 'table.html'}")
+    ablate(out, settings, words.parallel)
+    if not words.no_table:
+        say(f"\n{markdown(draw(out, settings))}\ntable: {out / 'table.html'}")
     stop_process_group()
 
 

@@ -68,7 +68,7 @@ ORDER = [
     *("ddae.eval.heads", "ddae.eval.linear_probe", "ddae.eval.benchmark"),
     *("ddae.eval.recipes_segment", "ddae.eval.scenes", "ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
     *("ddae.eval.attention", "ddae.eval.attention_pictures", "ddae.eval.gallery"),
-    *("ddae.train", "ddae.replay", "ddae.eval.ablate", "ddae.doctor", "ddae.cli"),
+    *("ddae.train", "ddae.replay", "ddae.eval.packed", "ddae.eval.ablate", "ddae.doctor", "ddae.cli"),
     "ddae",
 ]
 HEAVY = {  # package -> the files that may import it

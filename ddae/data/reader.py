@@ -180,6 +180,6 @@ class SyntheticReader(Dataset):
     def __getitem__(self, number: int) -> Micro:
         epochs, samples = self.order.samples(self.part.positions(number))
         nothing = torch.zeros(len(samples), dtype=torch.int64)
-        whole = Crops(nothing[:, None].expand(-1, 4), nothing.bool())
+        whole = Crops(torch.zeros(len(samples), 4, dtype=torch.int64), nothing.bool())  # can be pinned, unlike a view
         drawn = Drawn(epochs, samples, self.order.seeds(epochs, samples), whole)
         return Micro(self.images, nothing, drawn, [], 0.0)

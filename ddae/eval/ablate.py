@@ -1,11 +1,13 @@
 """A table of the paper, run: each row is pretrained and judged with every seed, and set beside the paper's number.
 
-Rows are runs like any other: a table that was broken off goes on, and one that is complete is shown again.
+Rows are runs like any other: a table that was broken off goes on, and one that is complete is shown again. They run one
+after the other, or several at a time on one machine.
 """
 
 import html
 import json
 import statistics
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from ddae.engine import start_process_group
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
+from ddae.eval.packed import Job, run_packed
 from ddae.eval.recipes import FinetuneConfig, ProbeConfig, probe_recipe, recipe
 from ddae.experiment import TrackerConfig
 from ddae.stopping import Stop
@@ -37,13 +40,14 @@ class Settings(NamedTuple):
     data: str  # shards with classes; empty: digits, at the scale nano
     ds_config: str
     tracker: str
+    steps: int | None  # of pretraining; None: as the scale has it
 
 
-def ablate(out: Path, settings: Settings) -> dict[str, Any]:
-    """Run what is left to run, then write table.md, table.html and results.json into `out`; what the last one holds.
+def ablate(out: Path, settings: Settings, parallel: int = 1) -> None:
+    """Run what is left to run into `out`, `parallel` runs at a time.
 
-    SystemExit with code 75 where the run is told to stop before. UserError where a table, a scale or a row does not
-    exist, or a run of the table cannot go on.
+    SystemExit with code 75 where it is told to stop before, and with another where a run of several fails. UserError
+    where a table, a scale or a row does not exist, or a run cannot go on.
     """
     table = rows(settings.table, settings.scale)
     names = [row.name for row in table]
@@ -52,21 +56,54 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any]:
             raise UserError(f"table {settings.table} has no row {name!r}: there are {', '.join(map(repr, names))}")
     if not settings.data and settings.scale != "nano":
         raise UserError(f"the scale {settings.scale} wants --data with shards that have classes")
+    wanted = [name for name in names if not settings.only or name in settings.only]
+    if parallel > 1:
+        settings = settings._replace(data=settings.data or str(_digits(out)))
+        out.mkdir(parents=True, exist_ok=True)
+        run_packed([_job(names.index(n), n, s, out, settings) for s in settings.seeds for n in wanted], parallel)
+        return
     stop = Stop()
     start_process_group()
     data = settings.data or str(from_main(lambda: _digits(out)))
     for seed in settings.seeds:
-        for number, row in enumerate(table):
-            if not settings.only or row.name in settings.only:
-                folder = out / f"row_{number}_seed_{seed}"
-                say(f"--- {row.name}, seed {seed}: {folder}")
-                _run(row, seed, folder, data, settings, stop)
-    results = _results(table, out, settings)
+        for name in wanted:
+            number = names.index(name)
+            folder = _folder(out, number, seed)
+            say(f"--- {name}, seed {seed}: {folder}")
+            _run(table[number], seed, folder, data, settings, stop)
+
+
+def draw(out: Path, settings: Settings) -> dict[str, Any]:
+    """table.md, table.html and results.json in `out`, of what has been run by now; what the last one holds."""
+    results = _results(rows(settings.table, settings.scale), out, settings)
     if is_main():
         (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         (out / "table.md").write_text(markdown(results))
         (out / "table.html").write_text(page(results))
     return results
+
+
+def _folder(out: Path, number: int, seed: int) -> Path:
+    return out / f"row_{number}_seed_{seed}"
+
+
+def _job(number: int, name: str, seed: int, out: Path, settings: Settings) -> Job:
+    """One row with one seed as a command of its own."""
+    script = Path(__file__).parents[2] / "launch" / "ablate.py"
+    words = {
+        "table": settings.table,
+        "scale": settings.scale,
+        "only": name,
+        "seeds": seed,
+        "out": out,
+        "data": settings.data,
+        "ds_config": settings.ds_config,
+        "tracker": settings.tracker,
+    }
+    if settings.steps:
+        words["steps"] = settings.steps
+    command = [sys.executable, str(script), *(word for k, v in words.items() for word in (f"--{k}", str(v)))]
+    return Job(f"{name}, seed {seed}", [*command, "--no_table"], Path(f"{_folder(out, number, seed)}.log"))
 
 
 def _digits(out: Path) -> Path:
@@ -78,6 +115,8 @@ def _run(row: Row, seed: int, folder: Path, data: str, settings: Settings, stop:
     config = row.config
     tracker = TrackerConfig(kind=settings.tracker, experiment=f"table {settings.table}")  # type: ignore[arg-type]
     shared = {"ds_config": settings.ds_config, "tracker": tracker}
+    steps = settings.steps
+    length = {"steps": steps, "save_every": steps, "log_every": max(1, steps // 100)} if steps else {}
     pretrain(
         replace(
             config,
@@ -85,7 +124,7 @@ def _run(row: Row, seed: int, folder: Path, data: str, settings: Settings, stop:
             preset=row.name,
             run_dir=str(folder),
             data=replace(config.data, train=data),
-            train=replace(config.train, seed=seed),
+            train=replace(config.train, seed=seed, **length),
         ),
         stop,
     )
@@ -100,7 +139,7 @@ def _run(row: Row, seed: int, folder: Path, data: str, settings: Settings, stop:
 def probe_of(encoder: str, data: str, seed: int, tracker: TrackerConfig) -> ProbeConfig:
     """A linear probe of small encoders, on features that are kept."""
     probe = probe_recipe("demo")
-    train = replace(probe.train, seed=seed, report=False)
+    train = replace(probe.train, seed=seed, report=False, epochs=15.0)
     return replace(probe, encoder=encoder, tracker=tracker, data=replace(probe.data, train=data), train=train)
 
 
