@@ -2,8 +2,10 @@
 
     PixelBranch     the masked patches' own pixels, normalised patch by patch            (paper Eq. 3)
     FeatureBranch   the teacher's tokens after the same blocks, at the masked patches     (paper Eq. 5)
+    TokenBranch     the masked patches' codes in a tokenizer's codebook, and                      (BEiT-v2)
+    ClsBranch       the same from the last cls token and early patches
 
-Shape letters: B images, V visible, M masked, K taps of the branch, D width, P numbers of a patch.
+Shape letters: B images, V visible, M masked, K taps of the branch, D width, P numbers of a patch, C codes.
 """
 
 from collections.abc import Sequence
@@ -11,11 +13,13 @@ from typing import NamedTuple
 
 import ddae_kernels as dk
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddae.masks import Mask
 from ddae.model.decoder import Decoder
-from ddae.patches import NORMALISATIONS, constant
+from ddae.model.vit import Encoder, build_blocks
+from ddae.patches import NORMALISATIONS, constant, gather_tokens
 
 
 class Inputs(NamedTuple):
@@ -29,24 +33,31 @@ class Inputs(NamedTuple):
     feature_weight: Tensor  # float32 []: the feature branch's ramp, 0 to 1
     share: float  # 1 / micro-batches of a step, taken within the loss: its gradient needs no scaling afterwards
     kernels: str  # implementation of the loss: auto, reference or triton
+    codes: Tensor | None = None  # int64 [B, M]: of the masked patches, by the token branch's tokenizer
+
+
+class Tokens(NamedTuple):
+    """What the encoder made of a batch, by block: [B, 1 + V, D], or [B, 1 + N, D] where mask tokens stand for masked
+    patches."""
+
+    raw: dict[int, Tensor]
+    normed: dict[int, Tensor]  # under the encoder's final norm
 
 
 class Branch(nn.Module):
-    """A decoder, the taps it reads, their weights, and which of the method's betas weigh their patches."""
+    """The taps that are supervised, their weights, and which of the method's betas weigh their patches."""
 
-    def __init__(self, decoder: Decoder, taps: Sequence[int], tap_weights: Sequence[float], rescale_grad: str):
+    def __init__(self, taps: Sequence[int], tap_weights: Sequence[float], rescale_grad: str):
         super().__init__()
-        self.decoder = decoder
         self.taps = tuple(taps)
         self.tap_weights = tuple(tap_weights)
         self.rescale_grad = rescale_grad
         self.beta_places: tuple[int, ...] = ()  # one a tap; empty: every patch weighs the same
 
-    def predict(self, taps: list[Tensor], mask: Mask) -> Tensor:
-        """K tensors [B, 1 + V, D] -> [K, B, M, P], all taps in one batch through the decoder."""
-        num_taps = len(taps)
-        decoded = self.decoder(torch.cat(taps), mask.visible.repeat(num_taps, 1), mask.masked.repeat(num_taps, 1))
-        return decoded.unflatten(0, (num_taps, -1))
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The blocks whose tokens it wants."""
+        return self.taps
 
     def weights(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """beta [K] and tap weight [K]. A branch that is not dynamic has beta 0: all weights are exactly 1."""
@@ -55,20 +66,56 @@ class Branch(nn.Module):
             return torch.zeros_like(tap_weight), tap_weight
         return torch.stack([inputs.betas[place] for place in self.beta_places]), tap_weight
 
-    def forward(self, taps: list[Tensor], inputs: Inputs) -> dk.DynamicLoss:
+    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         raise TypeError("a branch says in its own forward what its target is")
 
 
-class PixelBranch(Branch):
-    def __init__(self, decoder: Decoder, taps, tap_weights, rescale_grad, patch: int, norm: str, normalisation: str):
-        super().__init__(decoder, taps, tap_weights, rescale_grad)
+class DecoderBranch(Branch):
+    """A branch whose decoder turns visible tokens into something of every masked patch.
+
+    norms: one a tap in front of the decoder, or none: the encoder's final one then. context: the block whose tokens
+    the decoder's blocks attend to, 0 the tap's own; None where they attend to none.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        taps: Sequence[int],
+        tap_weights: Sequence[float],
+        rescale_grad: str,
+        norms: Sequence[nn.Module] = (),
+        context: int | None = None,
+    ):
+        super().__init__(taps, tap_weights, rescale_grad)
+        self.decoder, self.norms, self.context = decoder, nn.ModuleList(norms), context
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (*self.taps, self.context) if self.context else self.taps
+
+    def predict(self, tokens: Tokens, mask: Mask) -> Tensor:
+        """[K, B, M, P], all taps in one batch through the decoder."""
+        num_taps, raw = len(self.taps), tokens.raw
+        normed = [tokens.normed[tap] for tap in self.taps]
+        if self.norms:
+            normed = [norm(raw[tap]) for norm, tap in zip(self.norms, self.taps, strict=True)]
+        context = None
+        if self.context is not None:
+            context = torch.cat([raw[self.context or tap] for tap in self.taps])
+        where = mask.visible.repeat(num_taps, 1), mask.masked.repeat(num_taps, 1)
+        return self.decoder(torch.cat(normed), *where, context).unflatten(0, (num_taps, -1))
+
+
+class PixelBranch(DecoderBranch):
+    def __init__(self, *decoding, patch: int, norm: str, normalisation: str, **options):
+        super().__init__(*decoding, **options)
         self.patch, self.norm = patch, norm
         self.mean, self.std = NORMALISATIONS[normalisation]
 
-    def forward(self, taps: list[Tensor], inputs: Inputs) -> dk.DynamicLoss:
+    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_pixel_mse(
-            self.predict(taps, inputs.mask),
+            self.predict(tokens, inputs.mask),
             inputs.images,
             inputs.mask.masked,
             inputs.distance,
@@ -83,13 +130,13 @@ class PixelBranch(Branch):
         )
 
 
-class FeatureBranch(Branch):
-    def forward(self, taps: list[Tensor], inputs: Inputs) -> dk.DynamicLoss:
+class FeatureBranch(DecoderBranch):
+    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
             raise ValueError("the feature branch needs the teacher's tokens")
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_feature_mse(
-            self.predict(taps, inputs.mask),
+            self.predict(tokens, inputs.mask),
             inputs.teacher_tokens,
             inputs.distance,
             beta,
@@ -97,3 +144,53 @@ class FeatureBranch(Branch):
             rescale_grad=self.rescale_grad,
             impl=inputs.kernels,
         )
+
+
+class TokenBranch(Branch):
+    """A linear head, shared by the taps, that tells each masked patch's code where the encoder saw a mask token."""
+
+    def __init__(self, width: int, codes: int, taps, tap_weights, rescale_grad):
+        super().__init__(taps, tap_weights, rescale_grad)
+        self.head = nn.Linear(width, codes)
+
+    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
+        beta, tap_weight = self.weights(inputs)
+        token_error = cross_entropy(self.head, [tokens.normed[tap] for tap in self.taps], inputs)
+        return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight, rescale_grad=self.rescale_grad)
+
+
+class ClsBranch(Branch):
+    """Blocks of its own over the last cls token and an early block's patches, which alone do not know enough: the cls
+    token learns to say what the image is. Norm, head and relative positions are the encoder's and the token branch's.
+    """
+
+    def __init__(self, encoder: Encoder, tokens: TokenBranch, block: int, depth: int):
+        shape = encoder.shape
+        super().__init__((shape.depth,), (1.0,), "full")
+        self.early = block
+        self.blocks = build_blocks(shape.width, depth, shape.heads, shape.layer_scale)
+        self.norm, self.head = encoder.norm, tokens.head
+        self.rel_pos_bias = encoder.rel_pos_bias if shape.relative_positions == "shared" else None
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        return (self.early, *self.taps)
+
+    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
+        early, last = tokens.raw[self.early], tokens.raw[self.taps[0]]
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        both = torch.cat([last[:, :1], early[:, 1:]], 1)
+        for block in self.blocks:
+            both = block(both, bias)
+        token_error = cross_entropy(self.head, [self.norm(both)], inputs)
+        beta, tap_weight = self.weights(inputs)
+        return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight)
+
+
+def cross_entropy(head: nn.Module, tokens: list[Tensor], inputs: Inputs) -> Tensor:
+    """K tensors [B, 1 + N, D] -> [K, B, M]: of the masked patches' codes, in fp32."""
+    if inputs.codes is None:
+        raise ValueError("the token branch needs the tokenizer's codes")
+    codes = inputs.codes.expand(len(tokens), -1, -1)
+    logits = head(torch.stack([gather_tokens(each[:, 1:], inputs.mask.masked) for each in tokens]))
+    return F.cross_entropy(logits.flatten(0, 2).float(), codes.flatten(), reduction="none").view_as(codes)

@@ -27,6 +27,7 @@ class ModelConfig:
 class MaskConfig:
     kind: Literal["bootmae_block", "beit_block", "random"] = "bootmae_block"  # how masked patches are chosen
     ratio: float = 0.75  # share of patches that is masked
+    replaced: bool = False  # the encoder sees a mask token in a masked patch's place (BEiT), instead of nothing (MAE)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class PixelConfig:
     decoder_width: int = 512  # decoder width
     decoder_heads: int = 16  # decoder attention heads
     norm: Literal["per_channel", "joint", "none"] = "per_channel"  # how a target patch is normalised
+    cross_attention: bool = False  # decoder blocks look at the visible patches as block 1 left them (BootMAE)
+    own_norms: bool = False  # each tap has a norm of its own in front of the decoder, instead of the encoder's last
+    own_heads: bool = False  # each tap has a last layer of its own
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,22 @@ class FeatureConfig:
     decoder_width: int = 768  # decoder width
     decoder_heads: int = 12  # decoder attention heads
     ramp: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
+    cross_attention: bool = False  # decoder blocks look at the visible patches as the tap left them (BootMAE)
+    own_norms: bool = False  # each tap has a norm of its own in front of the decoder, instead of the encoder's last
+    own_heads: bool = False  # each tap has a last layer of its own
+
+
+@dataclass(frozen=True)
+class TokenConfig:
+    enabled: bool = False  # tell the masked patches' codes in a tokenizer's codebook (BEiT-v2)
+    taps: tuple[int, ...] = (3, 6, 9, 12)  # encoder blocks whose output tells the codes
+    tap_weights: tuple[float, ...] = (0.75, 0.75, 0.75, 1.0)  # weight of each tap's loss (lambda)
+    dynamic: bool = True  # weigh patches by distance, through the betas
+    tokenizer: str = ""  # folder of train_tokenizer.py, or a published file of BEiT-v2's
+    codes: int = 8192  # of the tokenizer's codebook
+    cls: bool = True  # tell them from the last cls token and early patches, too, through blocks of their own
+    cls_block: int = 9  # encoder block that those patches are taken from
+    cls_depth: int = 2  # blocks of their own
 
 
 @dataclass(frozen=True)
@@ -85,17 +105,24 @@ class Config(Experiment):
     mask: MaskConfig = field(default_factory=MaskConfig)
     pixel: PixelConfig = field(default_factory=PixelConfig)
     feature: FeatureConfig = field(default_factory=FeatureConfig)
+    token: TokenConfig = field(default_factory=TokenConfig)
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     probe_every: float = 0.0  # epochs between k-NN probes of the encoder on the split val of data.train; 0: never
 
-    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"probe_every"}
+    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"probe_every", "token.tokenizer"}
 
     @property
     def grid(self) -> tuple[int, int]:
         side = self.model.image_size // self.model.patch_size
         return side, side
+
+    @property
+    def branches(self) -> dict[str, PixelConfig | FeatureConfig | TokenConfig]:
+        """Those that are on, by name."""
+        all_of_them = {"pixel": self.pixel, "feature": self.feature, "token": self.token}
+        return {name: branch for name, branch in all_of_them.items() if branch.enabled}
 
     @property
     def num_masked(self) -> int:
@@ -113,18 +140,35 @@ def check(config: Config) -> None:
         )
     if model.width % model.heads or model.width % 4:
         raise UserError(f"model.width {model.width} must be a multiple of 4 and of model.heads {model.heads}")
-    if model.positions == "none" or model.relative_positions != "none":
+    if not config.mask.replaced and (model.positions == "none" or model.relative_positions != "none"):
         raise UserError(
             f"model.positions {model.positions!r} with model.relative_positions {model.relative_positions!r} is an "
-            "encoder that sees all patches, and this method's sees the visible ones: keep sin-cos positions alone"
+            "encoder that sees all patches: keep sin-cos positions alone, or set --mask.replaced"
         )
     if not 0 < config.num_masked < config.grid[0] * config.grid[1]:
         raise UserError(f"mask.ratio {config.mask.ratio} must leave at least one patch visible and one masked")
-    if not (config.pixel.enabled or config.feature.enabled):
-        raise UserError("pixel.enabled and feature.enabled are both off: nothing is left to learn")
+    branches = config.branches
+    if not branches:
+        raise UserError("pixel.enabled, feature.enabled and token.enabled are all off: nothing is left to learn")
+    if config.token.enabled and not (config.mask.replaced and len(branches) == 1):
+        raise UserError(
+            "token.enabled wants an encoder that sees mask tokens, and the other branches one that does not: set "
+            "--mask.replaced --pixel.no_enabled --feature.no_enabled"
+        )
+    if config.mask.replaced and not config.token.enabled:
+        raise UserError(
+            "mask.replaced is for token.enabled alone: leave it out, or take the preset beitv2_vit_b16_300e"
+        )
+    for name, branch in branches.items():
+        _check_taps(name, branch, model.depth)
     for name, branch in (("pixel", config.pixel), ("feature", config.feature)):
-        if branch.enabled:
-            _check_branch(name, branch, model.depth)
+        if branch.enabled and (branch.decoder_width % branch.decoder_heads or branch.decoder_width % 4):
+            raise UserError(
+                f"{name}.decoder_width {branch.decoder_width} must be a multiple of 4 and of "
+                f"{name}.decoder_heads {branch.decoder_heads}"
+            )
+    if config.token.enabled and config.token.cls and not 1 <= config.token.cls_block < model.depth:
+        raise UserError(f"token.cls_block {config.token.cls_block} must be a block before the last, {model.depth}")
     betas, taps = len(config.dynamic.beta_init), len(beta_names(config))
     if taps and betas not in (1, taps):
         raise UserError(f"dynamic.beta_init has {betas} numbers: give 1, or {taps}, one for each dynamic tap")
@@ -137,7 +181,8 @@ PRETRAINING_RANGES = {
     **RANGES,
     **dict.fromkeys(("model.width", "model.depth", "model.heads", "model.image_size", "model.patch_size"), (1, ANY)),
     **{f"{b}.decoder_{f}": (1, ANY) for b in ("pixel", "feature") for f in ("depth", "width", "heads")},
-    **dict.fromkeys(("pixel.tap_weights", "feature.tap_weights", "model.layer_scale"), (0, ANY)),
+    **dict.fromkeys(("token.codes", "token.cls_depth"), (1, ANY)),
+    **dict.fromkeys(("pixel.tap_weights", "feature.tap_weights", "token.tap_weights", "model.layer_scale"), (0, ANY)),
     **dict.fromkeys(("feature.ramp", "mask.ratio"), (0, 1)),
     **dict.fromkeys(("dynamic.beta_init", "dynamic.clamp"), (-ANY, ANY)),
     **dict.fromkeys(("dynamic.norm_weight", "dynamic.coupled_l2", "dynamic.lr_multiple"), (0, ANY)),
@@ -147,7 +192,7 @@ PRETRAINING_RANGES = {
 }
 
 
-def _check_branch(name: str, branch: PixelConfig | FeatureConfig, depth: int) -> None:
+def _check_taps(name: str, branch: PixelConfig | FeatureConfig | TokenConfig, depth: int) -> None:
     if not branch.taps or list(branch.taps) != sorted(set(branch.taps)):
         raise UserError(f"{name}.taps {branch.taps} must name blocks in ascending order, each once")
     if branch.taps[0] < 1 or branch.taps[-1] > depth:
@@ -155,11 +200,6 @@ def _check_branch(name: str, branch: PixelConfig | FeatureConfig, depth: int) ->
     if len(branch.tap_weights) != len(branch.taps):
         raise UserError(
             f"{name}.tap_weights has {len(branch.tap_weights)} numbers for {len(branch.taps)} taps: give one a tap"
-        )
-    if branch.decoder_width % branch.decoder_heads or branch.decoder_width % 4:
-        raise UserError(
-            f"{name}.decoder_width {branch.decoder_width} must be a multiple of 4 and of "
-            f"{name}.decoder_heads {branch.decoder_heads}"
         )
 
 
@@ -170,8 +210,7 @@ def tap_name(tap: int) -> str:
 
 def beta_names(config: Config) -> list[str]:
     """One name for each beta: tap_03 where branches share them, pixel/tap_03 where they do not."""
-    branches = {"pixel": config.pixel, "feature": config.feature}
-    dynamic = {name: branch for name, branch in branches.items() if branch.enabled and branch.dynamic}
+    dynamic = {name: branch for name, branch in config.branches.items() if branch.dynamic}
     if config.dynamic.shared:
         return [tap_name(tap) for tap in sorted({tap for branch in dynamic.values() for tap in branch.taps})]
     return [f"{name}/{tap_name(tap)}" for name, branch in dynamic.items() for tap in branch.taps]

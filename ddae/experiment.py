@@ -65,6 +65,7 @@ class EngineConfig:
 class TrackerConfig:
     kind: Literal["mlflow", "jsonl"] = "mlflow"  # where metrics go besides metrics.jsonl
     experiment: str = "ddae"  # MLflow experiment
+    parent: str = ""  # MLflow run that this one is shown under
 
 
 ANY, TINY = math.inf, 1e-12
@@ -103,6 +104,7 @@ class Experiment:
             *("preset", "run_dir", "ds_config", "allow_scratch", "data.train", "data.backend", "data.workers"),
             *("data.hw_decoder_load", "data.cache", "data.cache_gib"),
             *("engine.kernels", "engine.recompute", "tracker.kind", "tracker.experiment"),
+            "tracker.parent",
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.hang_after"),
             *("train.extend", "train.report"),
         }

@@ -31,7 +31,7 @@ def reconstruct(method: Method, images: Tensor, mask: Mask) -> dict[int, Tensor]
     branch = method.branches["pixel"]
     assert isinstance(branch, PixelBranch)
     tokens = method.encode(images, mask.visible)
-    predicted = branch.predict([tokens[tap] for tap in branch.taps], mask).float()
+    predicted = branch.predict(tokens, mask).float()
     patches = patchify(images, branch.patch).float() / 255
     rows = mask.masked[:, :, None].expand(-1, -1, patches.shape[-1])
     mean, std = (

@@ -32,6 +32,10 @@ BEIT_NAMES = (  # BEiT's words and ours
     (r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma"),
     (rf"^(blocks\.\d+\.attn\.){TABLE}$", rf"\1rel_pos_bias.{TABLE}"),
 )
+TOKENIZER = {  # of a published tokenizer, beside its encoder, and our names
+    **{f"encode_task_layer.{n}.{kind}": f"to_code.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")},
+    "quantize.embedding.weight": "codebook",
+}
 PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 OURS = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
@@ -48,24 +52,39 @@ class Read(NamedTuple):
 
 
 def read_file(path: Path) -> Read:
-    """The encoder in a .safetensors or a pickled file; UserError where there is none, or not all of one.
+    """The encoder in a .safetensors or a pickled file; UserError where there is none, or not all of one."""
+    return convert(_tensors(_contents(path), path), path)
 
-    A pickled file is read with weights_only: nothing in it is run. MAE's files hold their command line, an
-    argparse.Namespace, which is let through by name.
-    """
+
+def read_tokenizer(path: Path) -> Read:
+    """BEiT-v2's tokenizer in such a file, as Tokenizer names its parts; UserError where there is none, or not all of
+    one. What it was trained with (decoder, teacher) is left out."""
+    state = _unpacked(_contents(path))
+    encoder = {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
+    missing = [name for name in ("encoder.cls_token", *TOKENIZER) if name not in state]
+    if missing:
+        raise UserError(f"{path} holds no tokenizer: it has no {missing[0]}")
+    read = convert(encoder, path)
+    weights = {f"encoder.{name}": values for name, values in read.weights.items()}
+    weights |= {ours: state[theirs].float() for theirs, ours in TOKENIZER.items()}
+    loaded = [f"encoder.{name}" for name in read.report["loaded"]] + list(TOKENIZER)
+    return Read(weights, read.model, {"loaded": loaded, "left out": sorted(set(state) - set(loaded))})
+
+
+def _contents(path: Path) -> Any:
+    """A pickled file is read with weights_only: nothing in it is run. MAE's files hold their command line, an
+    argparse.Namespace, which is let through by name."""
     try:
         if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read as weights: {' '.join(str(error).split())[:200]}") from None
     except Exception as error:  # pickle's own, of a file that holds more than tensors
         raise UserError(
             f"{path} holds more than tensors and is not read: {' '.join(str(error).split())[:150]}"
         ) from None
-    return convert(_tensors(state, path), path)
 
 
 def convert(state: dict[str, Tensor], path: Path | str) -> Read:
@@ -115,12 +134,17 @@ def to_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, out of their container and without a prefix that all share."""
+def _unpacked(state: Any) -> dict[str, Tensor]:
+    """The tensors of a file by name, out of their container."""
     for container in CONTAINERS:
         if isinstance(state, dict) and isinstance(state.get(container), dict):
             state = state[container]
-    found = {n: v for n, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    return {n: v for n, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+
+
+def _tensors(state: Any, path: Path) -> dict[str, Tensor]:
+    """The same without a prefix that all share."""
+    found = _unpacked(state)
     for prefix in PREFIXES:
         if f"{prefix}cls_token" in found:
             found = {name.removeprefix(prefix): v for name, v in found.items() if name.startswith(prefix)}

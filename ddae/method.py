@@ -10,10 +10,10 @@ import ddae_kernels as dk
 import torch
 from torch import Tensor, nn
 
-from ddae.branches import Branch, FeatureBranch, Inputs, PixelBranch
-from ddae.config import Config, beta_names, tap_name
+from ddae.branches import Branch, ClsBranch, FeatureBranch, Inputs, PixelBranch, TokenBranch, Tokens
+from ddae.config import Config, FeatureConfig, PixelConfig, beta_names, tap_name
 from ddae.model.decoder import Decoder
-from ddae.model.vit import Encoder, initialise
+from ddae.model.vit import Encoder, LayerNorm, initialise
 from ddae.patches import normalise
 
 
@@ -30,26 +30,24 @@ class Losses(NamedTuple):
 class Method(nn.Module):
     """encoder + branches: forward(Inputs) -> Losses (paper Eq. 6 without the norm of the weights)."""
 
-    def __init__(self, encoder: Encoder, branches: dict[str, Branch], normalisation: str):
+    def __init__(self, encoder: Encoder, branches: dict[str, Branch], normalisation: str, replaced: bool = False):
         super().__init__()
         self.encoder = encoder
         self.branches = nn.ModuleDict(branches)
         self.normalisation = normalisation
-        self.taps = tuple(sorted({tap for branch in branches.values() for tap in branch.taps}))
+        self.blocks_read = tuple(sorted({block for branch in branches.values() for block in branch.reads}))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.shape.width)) if replaced else None
 
-    def encode(self, images: Tensor, visible: Tensor) -> dict[int, Tensor]:
-        """uint8 images -> {tap: [B, 1 + V, D]}: each tap's tokens under the encoder's own final norm."""
+    def encode(self, images: Tensor, visible: Tensor) -> Tokens:
+        """uint8 images -> the tokens of all blocks that a branch reads."""
         pixels = normalise(images, self.normalisation, self.encoder.cls_token.dtype)
-        tokens = self.encoder(pixels, layers=self.taps, visible=visible)
-        normed = self.encoder.norm(torch.stack(tokens))
-        return dict(zip(self.taps, normed, strict=True))
+        raw = self.encoder(pixels, layers=self.blocks_read, visible=visible, mask_token=self.mask_token)
+        normed = self.encoder.norm(torch.stack(raw))
+        return Tokens(*(dict(zip(self.blocks_read, tokens, strict=True)) for tokens in (raw, normed)))
 
     def forward(self, inputs: Inputs) -> Losses:
         tokens = self.encode(inputs.images, inputs.mask.visible)
-        losses = {
-            name: branch([tokens[tap] for tap in branch.taps], inputs)  # type: ignore[index]
-            for name, branch in self.branches.items()
-        }
+        losses = {name: branch(tokens, inputs) for name, branch in self.branches.items()}
         return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses)
 
 
@@ -64,31 +62,42 @@ def assemble(config: Config) -> Method:
     """The method with its parameters not yet set."""
     model = config.model
 
-    def decoder(branch, out_width: int) -> Decoder:
+    def decoding(branch: PixelConfig | FeatureConfig, out_width: int, context: int) -> tuple:
+        """The arguments that a DecoderBranch is built from."""
         shape = branch.decoder_width, branch.decoder_depth, branch.decoder_heads
-        return Decoder(model.width, *shape, out_width, config.grid, model.positions)
+        heads = len(branch.taps) if branch.own_heads else 1
+        crosses = branch.cross_attention
+        decoder = Decoder(model.width, *shape, out_width, config.grid, model.positions, heads, crosses)
+        norms = [LayerNorm(model.width) for _ in branch.taps] if branch.own_norms else []
+        arguments = branch.taps, branch.tap_weights, config.dynamic.rescale_grad
+        return decoder, *arguments, norms, context if crosses else None
 
     branches: dict[str, Branch] = {}
     if config.pixel.enabled:
-        pixel = config.pixel
         branches["pixel"] = PixelBranch(
-            decoder(pixel, model.patch_size**2 * 3),
-            *(pixel.taps, pixel.tap_weights, config.dynamic.rescale_grad),
+            *decoding(config.pixel, model.patch_size**2 * 3, context=1),
             patch=model.patch_size,
-            norm=pixel.norm,
+            norm=config.pixel.norm,
             normalisation=config.data.normalisation,
         )
     if config.feature.enabled:
-        feature = config.feature
-        branches["feature"] = FeatureBranch(
-            decoder(feature, model.width), feature.taps, feature.tap_weights, config.dynamic.rescale_grad
+        branches["feature"] = FeatureBranch(*decoding(config.feature, model.width, context=0))
+    encoder = Encoder(model)
+    if config.token.enabled:
+        token = config.token
+        branches["token"] = told = TokenBranch(
+            model.width, token.codes, token.taps, token.tap_weights, config.dynamic.rescale_grad
         )
+        if token.cls:
+            branches["cls"] = ClsBranch(encoder, told, token.cls_block, token.cls_depth)
     names = beta_names(config)
-    for name, branch in branches.items():
-        if getattr(config, name).dynamic:
+    for name in config.branches:
+        branch = branches[name]
+        if config.branches[name].dynamic:
             prefix = "" if config.dynamic.shared else f"{name}/"
             branch.beta_places = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
-    method = Method(Encoder(config.model), branches, config.data.normalisation)
-    for module in (method.encoder, *(branch.decoder for branch in branches.values())):
-        module.recompute = config.engine.recompute
+    method = Method(encoder, branches, config.data.normalisation, config.mask.replaced)
+    for module in method.modules():
+        if isinstance(module, Encoder | Decoder):
+            module.recompute = config.engine.recompute
     return method

@@ -36,7 +36,7 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     config, environment = _read(source / "config.json"), _read(source / "environment.json")
     if "train" in config:
         last = _last_row(source / "metrics.jsonl")
-        branches = [name for name in ("pixel", "feature") if config.get(name, {}).get("enabled")]
+        branches = [name for name in ("pixel", "feature", "token") if config.get(name, {}).get("enabled")]
         rows |= {
             "pretraining": f"{config['preset']}: {' and '.join(branches)} branch, {config['mask']['kind']} masks of "
             f"{config['mask']['ratio']:.0%}, seed {config['train']['seed']}",

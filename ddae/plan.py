@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddae.config import Config, FeatureConfig, PixelConfig
+from ddae.config import Config, PixelConfig
 from ddae.errors import UserError
 from ddae.method import assemble
 from ddae.optim import build_optimizer
+from ddae.work import branches, seen, work
 
 GIB = 2**30
 IMAGENET = 1_281_167  # images
@@ -121,6 +122,8 @@ def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micr
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         optimizer = follower = update = 0.0  # on the CPU
     teacher = (follower + low * counts.encoder) if config.feature.enabled else 0.0
+    if config.token.enabled:
+        teacher = 4 * counts.encoder  # the tokenizer, taken to be as large; it reads in fp32
     bucket = zero.get("reduce_bucket_size", BUCKET)
     buffers = 0.0
     if stage in (1, 2):
@@ -143,25 +146,22 @@ def bytes_of_products(config: Config) -> int:
 
 def stacks(config: Config, images: int) -> list[tuple[tuple[int, int], int, int]]:
     """Of encoder and decoders: (width, heads), blocks, and rows of tokens of so many images."""
-    patches = config.grid[0] * config.grid[1]
-    visible = patches - config.num_masked
-    model = config.model
-    found = [((model.width, model.heads), model.depth, images * (1 + visible))]
+    patches, model = config.grid[0] * config.grid[1], config.model
+    found = [((model.width, model.heads), model.depth, images * (1 + seen(config)))]
     for branch in branches(config):
         shape = (branch.decoder_width, branch.decoder_heads)
         found.append((shape, branch.decoder_depth, len(branch.taps) * images * (1 + patches)))
+    if config.token.enabled and config.token.cls:
+        found.append(((model.width, model.heads), config.token.cls_depth, images * (1 + patches)))
     return found
-
-
-def branches(config: Config) -> list[PixelConfig | FeatureConfig]:
-    return [branch for branch in (config.pixel, config.feature) if branch.enabled]
 
 
 def block_bytes(config: Config, width: int, heads: int) -> float:
     """What one block keeps of one token for its backward pass."""
     stream, product = bytes_of_weights(config), bytes_of_products(config)
     statistics = 4 * heads + 4 * 4  # attention's logarithms of sums; means and deviations of two norms
-    return width * (2 * stream + 14 * product) + statistics
+    scaled = 2 if config.model.layer_scale else 0  # what a layer scale multiplies
+    return width * (2 * stream + (14 + scaled) * product) + statistics
 
 
 def activations(config: Config, images: int) -> float:
@@ -171,66 +171,31 @@ def activations(config: Config, images: int) -> float:
     for (width, heads), depth, rows in stacks(config, images):
         total += rows * depth * (width * stream if config.engine.recompute else block_bytes(config, width, heads))
     width, patch_numbers = config.model.width, config.model.patch_size**2 * 3
-    visible = config.grid[0] * config.grid[1] - config.num_masked
+    visible = seen(config)
     total += images * visible * patch_numbers * product  # what the projection reads
-    all_taps = {tap for branch in branches(config) for tap in branch.taps}
+    all_taps = {tap for branch in config.branches.values() for tap in branch.taps}
     total += len(all_taps) * images * (1 + visible) * width * stream  # what the norm of the taps reads
-    for branch, (_, _, rows) in zip(branches(config), stacks(config, images)[1:], strict=True):
+    if config.token.enabled:
+        masked = (len(config.token.taps) + config.token.cls) * images * config.num_masked
+        total += masked * (width * product + config.token.codes * 4)  # what the head reads; logarithms of shares
+    for branch, (_, _, rows) in zip(branches(config), stacks(config, images)[1:], strict=False):
         masked = len(branch.taps) * images * config.num_masked
         out = patch_numbers if isinstance(branch, PixelConfig) else width
         total += len(branch.taps) * images * (1 + visible) * width * product  # what the decoder reads
         total += (rows * stream + masked * product) * branch.decoder_width  # what its last norm and its head read
         copies = 1 if isinstance(branch, PixelConfig) else 2
+        if branch.cross_attention:
+            read = (
+                len(branch.taps)
+                * images
+                * (1 + visible)
+                * (width * (stream + product) + 2 * branch.decoder_width * product)
+            )
+            total += branch.decoder_depth * (rows * branch.decoder_width * (stream + 4 * product) + read)
         total += masked * out * (copies * 4 if config.engine.kernels == "reference" else product)  # the loss
     if config.engine.precision == "autocast":
         total += 2 * count_parameters(config).of_groups()[0]  # matrices, rounded once a step
     return total
-
-
-class Work(NamedTuple):
-    """Floating-point operations of one image, forward and backward (twice the forward's; the teacher has none)."""
-
-    encoder: float
-    teacher: float
-    pixel: float
-    feature: float
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-
-def work(config: Config) -> Work:
-    """A product of numbers and its addition are two; a block has 24 D^2 + 4 T D a token, T tokens in all."""
-    patches = config.grid[0] * config.grid[1]
-    visible, width = patches - config.num_masked, config.model.width
-    patch_numbers = config.model.patch_size**2 * 3
-
-    def blocks(depth: int, tokens: int, width: int) -> float:
-        return depth * tokens * (24 * width**2 + 4 * tokens * width)
-
-    def decoder(branch: PixelConfig | FeatureConfig, out: int) -> float:
-        if not branch.enabled:
-            return 0.0
-        inner = branch.decoder_width
-        ends = 2 * inner * ((1 + visible) * width + config.num_masked * out)
-        return 3 * len(branch.taps) * (blocks(branch.decoder_depth, 1 + patches, inner) + ends)
-
-    again = 1 if config.engine.recompute else 0  # the blocks' forward pass
-    encoder = blocks(config.model.depth, 1 + visible, width)
-    of_teacher = 0.0
-    if config.feature.enabled:
-        of_teacher = blocks(max(config.feature.taps), 1 + patches, width) + 2 * patches * patch_numbers * width
-    extra = [
-        again * len(b.taps) * blocks(b.decoder_depth, 1 + patches, b.decoder_width) if b.enabled else 0.0
-        for b in (config.pixel, config.feature)
-    ]
-    return Work(
-        (3 + again) * encoder + 3 * 2 * visible * patch_numbers * width,
-        of_teacher,
-        decoder(config.pixel, patch_numbers) + extra[0],
-        decoder(config.feature, width) + extra[1],
-    )
 
 
 def traffic(config: Config, stage: int, gpus: int, accumulation: int) -> float:
@@ -271,8 +236,8 @@ def show(
     counts, cost, accumulation = count_parameters(config), work(config), batch // (micro * gpus)
     teraflops = gpu.in_fp32 if config.engine.precision == "fp32" else gpu.teraflops
     rate = gpus * teraflops * 1e12 / cost.total
-    seen = config.num_steps(images) * batch
-    days = seen / (mfu * rate) / 86400
+    samples = config.num_steps(images) * batch
+    days = samples / (mfu * rate) / 86400
     shares = ", ".join(f"{name} {value / cost.total:.0%}" for name, value in cost._asdict().items() if value)
     peak = f"{teraflops:g} TFLOP/s"
     lines = [
@@ -281,7 +246,7 @@ def show(
         f"batch      {batch} = {gpus} GPUs x {micro} images x {accumulation}",
         f"work       {cost.total / 1e9:,.1f} GFLOP an image: {shares}",
         f"bound      {rate:,.0f} images/s if every GPU did {peak}; {mfu * rate:,.0f} at {mfu:.0%} of that",
-        f"schedule   {seen / images:,.4g} epochs of {images:,} images at {mfu:.0%}: {days:.2f} days, "
+        f"schedule   {samples / images:,.4g} epochs of {images:,} images at {mfu:.0%}: {days:.2f} days, "
         f"{24 * days * gpus:,.0f} GPU hours",
         "",
         f"GiB on a GPU that has {gpu.memory:g}; most: the largest micro-batch that fits; sent: by a GPU in a step",

@@ -18,9 +18,10 @@ from ddae.dump import Maxima
 from ddae.errors import UserError
 from ddae.method import Losses, Method, build_method
 from ddae.model.teacher import Teacher
+from ddae.model.tokenizer import Tokenizer
 from ddae.model.vit import Encoder
 from ddae.slices import Fragment, load_weights
-from ddae.train import forward, loss_kernels
+from ddae.train import build_tokenizer, forward, loss_kernels
 
 
 class Bare:
@@ -73,7 +74,9 @@ def replay(dump: Path) -> int:
     return int(bad > 0)
 
 
-def build_teacher(dump: Path, config: Config, engine: Bare) -> Teacher | None:
+def build_teacher(dump: Path, config: Config, engine: Bare) -> Teacher | Tokenizer | None:
+    if config.token.enabled:
+        return build_tokenizer(config).to(engine.device)
     if not config.feature.enabled:
         return None
     encoder = Encoder(config.model)

@@ -38,6 +38,7 @@ CAPTIONS = {
     "is another.",
     "overlays": "Validation images, the class of every pixel, and the predicted one.",
     "classes": "How well each class is found: pixels that are of it and predicted, over those that are either.",
+    "codes": "Patches of validation images that the most frequent codes stand for, framed, in their surroundings.",
     "distance": "The distance of each masked patch to the nearest visible one, of three kinds of masks.",
     "attention": "Where the cls token looks, on the same images.",
     "locality": "How far the heads of each block reach: the mean distance from a patch to what it attends to.",

@@ -56,7 +56,8 @@ class Session:
             self._checkpoints.set_aside_beyond(start)
             params = self.config.to_dict() | params
             known = saved.get("run_id", "")
-            self.tracker = start_tracker(self.config.tracker, self.folder, start, params, known, parent)
+            above = parent or self.config.tracker.parent
+            self.tracker = start_tracker(self.config.tracker, self.folder, start, params, known, above)
         rows = from_main(self.rows)
         self.measured = {row["step"] for row in rows if any(name.startswith(MEASURED) for name in row)}
         self._saved_step = start if self._newest is not None else -1

@@ -25,6 +25,7 @@ from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Meter, Spikes, print_progress
 from ddae.method import Losses, build_method
 from ddae.model.teacher import Teacher
+from ddae.model.tokenizer import Tokenizer
 from ddae.model.vit import Encoder
 from ddae.optim import build_optimizer
 from ddae.patches import normalise
@@ -34,7 +35,7 @@ from ddae.session import Session
 from ddae.slices import Saved
 from ddae.stopping import Stop
 from ddae.system import system_metrics
-from ddae.weights import export_encoder
+from ddae.weights import export_encoder, load_tokenizer
 
 MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
 LISTED = 20  # samples that an error names
@@ -67,7 +68,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     teacher = build_teacher(config, engine)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     parts: dict[str, Saved] = {"engine": engine, "betas": betas}
-    if teacher is not None:
+    if isinstance(teacher, Teacher):
         parts["teacher"] = teacher
     start = session.restore(parts, resolved.json, loss_kernels=kernels)
     say(
@@ -107,7 +108,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
                 add_batches(dump, config, engine.module, kept, loader.name_of, forward_one)
             session.fail()
             end_lost(dump, lost, step, kept, loader)
-        if teacher is not None and applied:
+        if isinstance(teacher, Teacher) and applied:
             teacher.follow(engine.masters(engine.module.encoder), now.momentum)
         clock.count_step()
 
@@ -115,7 +116,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
         if done % config.train.log_every == 0 or done in (1, steps):
             row = {"step": done, "epoch": now.epoch, **meter.read(betas), "lr": now.lr}
             row["loss/spike"] = float(spikes.is_one(row["loss/total"]))
-            if teacher is not None:
+            if isinstance(teacher, Teacher):
                 row |= {"teacher/momentum": now.momentum, "teacher/ramp": now.ramp}
             row |= clock.read(config.data.batch_size) | loader.read_stats() | system_metrics()
             betas.warn_if_held()
@@ -143,7 +144,7 @@ def loss_kernels(config: Config) -> str:
 def forward(
     config: Config,
     engine: Engine,
-    teacher: Teacher | None,
+    teacher: Teacher | Tokenizer | None,
     betas: Betas,
     feature_weight: float,
     share: float,
@@ -153,14 +154,17 @@ def forward(
     """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
     mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
     distance = masked_distance(mask, config.grid, kernels)
-    targets = None
-    if teacher is not None:
+    targets = codes = None
+    if isinstance(teacher, Tokenizer):
+        with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
+            codes = teacher.codes(batch.images).gather(1, mask.masked)
+    elif teacher is not None:
         pixels = normalise(batch.images, config.data.normalisation, engine.dtype)
         with engine.autocast():
             targets = teacher.targets(pixels, config.feature.taps, mask.masked)
     betas.add_norm(distance)
     weight = torch.full((), feature_weight, device=engine.device)
-    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels))
+    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes))
 
 
 def measure(probe: OnlineProbe, engine: Engine, session: Session, step: int) -> None:
@@ -183,12 +187,32 @@ def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> li
     return show_run(config, engine.module, betas, preview) if config.train.report else []
 
 
-def build_teacher(config: Config, engine: Engine) -> Teacher | None:
-    """The momentum encoder, equal to the student; None where no branch asks for it."""
+def build_teacher(config: Config, engine: Engine) -> Teacher | Tokenizer | None:
+    """Who says what a branch has to tell: the momentum encoder, equal to the student, or the tokenizer; None where no
+    branch asks."""
+    if config.token.enabled:
+        return build_tokenizer(config).to(engine.device)
     if not config.feature.enabled:
         return None
     encoder = Encoder(config.model).to(engine.device, engine.dtype)
     return Teacher(encoder, engine.masters(engine.module.encoder), engine.sharded)
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that the config names; UserError where it does not fit the model."""
+    where, model = config.token.tokenizer, config.model
+    if not where:
+        raise UserError("token.tokenizer is empty: name a run of launch/train_tokenizer.py or a file of BEiT-v2's")
+    tokenizer = load_tokenizer(where)
+    codes, shape = len(tokenizer.codebook), tokenizer.encoder.shape
+    if codes != config.token.codes:
+        raise UserError(f"{where} has a codebook of {codes}, and token.codes is {config.token.codes}: make them equal")
+    if (shape.image_size, shape.patch_size) != (model.image_size, model.patch_size):
+        raise UserError(
+            f"{where} reads images of {shape.image_size} pixels in patches of {shape.patch_size}, the model "
+            f"{model.image_size} in {model.patch_size}: make them equal"
+        )
+    return tokenizer
 
 
 class Schedules(NamedTuple):

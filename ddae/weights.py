@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from ddae.config import Config, ModelConfig
 from ddae.errors import UserError
-from ddae.foreign import read_file, to_beit, to_mae
+from ddae.foreign import read_file, read_tokenizer, to_beit, to_mae
+from ddae.model.tokenizer import Tokenizer
 from ddae.model.vit import Encoder
 from ddae.patches import NORMALISATIONS
 from ddae.slices import MANIFEST, load_weights
 
-WEIGHTS, SETTINGS = "encoder.safetensors", "config.json"
+WEIGHTS, TOKENIZER, SETTINGS = "encoder.safetensors", "tokenizer.safetensors", "config.json"
 FORMAT = 1  # of an export
 
 
@@ -95,6 +96,37 @@ def load_encoder(
             )
         encoder.resize(image_size)
     return encoder.eval().requires_grad_(False)
+
+
+def write_tokenizer(weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
+    """Write a tokenizer's tensors, whole or not at all."""
+    shape = {name: getattr(tokenizer.encoder.shape, name) for name in ModelConfig.__dataclass_fields__}
+    codes, width = tokenizer.codebook.shape
+    with whole_folder(folder) as unfinished:
+        save_file(weights, unfinished / TOKENIZER)
+        settings = {"format": FORMAT, "model": shape, "codes": codes, "code_width": width}
+        (unfinished / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that train_tokenizer.py left in a run folder, or BEiT-v2's in a published file (.pth or
+    .safetensors), on the CPU, in fp32 and eval mode. UserError where there is none."""
+    path = Path(path)
+    if path.is_file():
+        read = read_tokenizer(path)
+        tokenizer = Tokenizer(read.model, *read.weights["codebook"].shape)
+        tokenizer.load_state_dict(read.weights)
+        return tokenizer.eval().requires_grad_(False)
+    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    try:
+        settings = json.loads((folder / SETTINGS).read_text())
+        tokenizer = Tokenizer(ModelConfig(**settings["model"]), settings["codes"], settings["code_width"])
+        tokenizer.load_state_dict(load_file(folder / TOKENIZER))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{path} holds no tokenizer ({' '.join(str(error).split())[:150]}): see docs/evaluation.md"
+        ) from None
+    return tokenizer.eval().requires_grad_(False)
 
 
 def write_timm(

@@ -17,13 +17,14 @@ ZERO1 = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, help="2, 3, 4, 6 or 7 of the paper, or readings")
+    parser.add_argument("--table", required=True, help="2, 3, 4, 6 or 7 of the paper, readings or own")
     parser.add_argument("--scale", default="paper", help="nano, micro, tiny or paper")
     parser.add_argument("--out", type=Path, help="folder for runs and table; left out: runs/table_TABLE_SCALE")
     parser.add_argument("--data", default="", help="shards with classes; left out: digits, at the scale nano")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="each row is run with each of them")
     parser.add_argument("--only", nargs="+", default=[], help="rows to run, by name")
     parser.add_argument("--steps", type=int, help="of pretraining; left out: as the scale has it")
+    parser.add_argument("--tokenizer", default="", help="of BEiT-v2's rows; left out: small runs make one")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this machine")
     parser.add_argument("--no_table", action="store_true", help="draw no table: others run beside this one")
     parser.add_argument("--ds_config", default=str(ZERO1), help="DeepSpeed JSON; left out: ds_configs/zero1.json")
@@ -32,14 +33,14 @@ def main() -> None:
     words = parser.parse_args()
     from ddae.distributed import say
     from ddae.engine import stop_process_group
-    from ddae.eval.ablate import Settings, ablate, draw, markdown  # seconds to import
+    from ddae.eval.ablate import Settings, ablate, markdown  # seconds to import
 
-    seeds, only = tuple(words.seeds), tuple(words.only)
-    settings = Settings(words.table, words.scale, seeds, only, words.data, words.ds_config, words.tracker, words.steps)
+    given = {name: getattr(words, name) for name in Settings._fields if hasattr(words, name)}
+    settings = Settings(**given | {"seeds": tuple(words.seeds), "only": tuple(words.only), "draws": not words.no_table})
     out = words.out or Path(f"runs/table_{words.table}_{words.scale}")
-    ablate(out, settings, words.parallel)
-    if not words.no_table:
-        say(f"\n{markdown(draw(out, settings))}\ntable: {out / 'table.html'}")
+    results = ablate(out, settings)
+    if results is not None:
+        say(f"\n{markdown(results)}\ntable: {out / 'table.html'}")
     stop_process_group()
 
 

@@ -1,7 +1,8 @@
 """As a program it is one rank that evaluates encoders: it reads lists of words from its standard input, one a line, the
 first of them the command's name.
 
-    ["finetune", "--encoder", ...]   and linear_probe, segment: the command; a mistake is told and the next line read
+    ["finetune", "--encoder", ...]   and pretrain, tokenizer, linear_probe, segment: the command; a mistake is told and
+                                     the next line read
     ["forget", RUN, COPY, STEP]      copy a finished run as if it had been killed before its checkpoint of this step
 """
 
@@ -10,7 +11,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from ddae.cli import parse
+from ddae.cli import PRETRAINING, parse
 from ddae.distributed import barrier, is_main
 from ddae.engine import stop_process_group
 from ddae.errors import UserError
@@ -18,9 +19,14 @@ from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
 from ddae.eval.recipes import FINETUNING, PROBING
 from ddae.eval.recipes_segment import SEGMENTATION
+from ddae.eval.recipes_tokenizer import TOKENIZING
 from ddae.eval.segment import segment
+from ddae.eval.tokenizing import train_tokenizer
+from ddae.train import pretrain
 
 COMMANDS = {
+    "pretrain": (pretrain, PRETRAINING),
+    "tokenizer": (train_tokenizer, TOKENIZING),
     "finetune": (finetune, FINETUNING),
     "segment": (segment, SEGMENTATION),
     "linear_probe": (linear_probe, PROBING),

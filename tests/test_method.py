@@ -53,7 +53,7 @@ def exact_terms(config, method, pixels, mask, distance, betas, teacher):
     }
     terms = {}
     for name, branch in method.branches.items():
-        pred = branch.predict([tokens[tap] for tap in branch.taps], mask).detach().double().numpy()
+        pred = branch.predict(tokens, mask).detach().double().numpy()
         pred = equations.layer_norm(pred) if name == "feature" else pred
         beta = [betas.detach().double().numpy()[place] for place in branch.beta_places] or np.zeros(len(branch.taps))
         terms[name] = equations.dynamic_loss(
@@ -117,19 +117,28 @@ def test_gradients_reach_what_they_should():
             top, left = place // config.grid[1] * block, place % config.grid[1] * block
             image[:, top : top + block, left : left + block] = 0
     seen, unseen = (method.encode(images, mask.visible) for images in (pixels, hidden))
-    assert all(torch.equal(seen[tap], unseen[tap]) for tap in method.taps)
+    assert all(torch.equal(seen.normed[tap], unseen.normed[tap]) for tap in method.blocks_read)
 
 
 def test_presets_are_lists_of_branches():
-    """MAE [12] plain, D-MAE [12] dynamic, DS-MAE four plain, DDS-MAE four dynamic, DDAE both branches."""
+    """MAE [12] plain, D-MAE [12] dynamic, DS-MAE four plain, DDS-MAE four dynamic, DDAE both branches; BootMAE both at
+    [12], plain, BEiT-v2 codes at [12], plain, DDS-BEiT-v2 at four, dynamic."""
     wanted = {
         "mae": ((12,), False, False),
         "d_mae": ((12,), True, False),
         "ds_mae": ((3, 6, 9, 12), False, False),
         "dds_mae": ((3, 6, 9, 12), True, False),
         "ddae": ((3, 6, 9, 12), True, True),
+        "bootmae": ((12,), False, True),
     }
-    assert wanted.keys() == METHODS.keys()
+    tokens = {"beitv2": ((12,), False), "dds_beitv2": ((3, 6, 9, 12), True)}
+    assert wanted.keys() | tokens.keys() == METHODS.keys()
+    for method, expected in tokens.items():
+        config = preset(f"{method}_vit_b16_300e")
+        assert config.branches.keys() == {"token"}
+        assert (config.token.taps, config.token.dynamic) == expected
+        assert (config.num_masked, config.mask.kind, config.peak_lr) == (75, "beit_block", pytest.approx(1.5e-3))
+    assert preset("bootmae_vit_b16_100e").pixel.cross_attention
     for method, (taps, dynamic, feature) in wanted.items():
         config = preset(f"{method}_vit_b16_300e")
         assert (config.pixel.taps, config.pixel.dynamic, config.feature.enabled) == (taps, dynamic, feature)
@@ -186,3 +195,52 @@ def test_mae_has_the_published_structure():
 def test_the_ramp_takes_a_quarter_of_training():
     assert preset("ddae_vit_b16_100e").feature.ramp == 0.25
     assert [ramp(step, 0.25 * 8) for step in range(3)] == [0.5, 1, 1]
+
+
+OPTIONS = ["--{}.cross_attention", "--{}.own_norms", "--{}.own_heads"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("branch", ["pixel", "feature"])
+def test_options_of_a_decoder_are_eqs_3_and_5_too(branch, option):
+    """Another prediction, the same loss of it; each parameter of the option learns."""
+    config = demo(option.format(branch))
+    method, pixels, mask, distance, betas, teacher, losses = step(config, torch.float64, 3, 1.0, 1)
+    terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
+    np.testing.assert_allclose(losses.total.item(), terms["pixel"][0] + terms["feature"][0], rtol=1e-10)
+    losses.total.backward()
+    plain = {name for name, _ in build_method(demo()).named_parameters()}
+    own = {name: p for name, p in method.named_parameters() if name not in plain}
+    assert own
+    for name, parameter in own.items():
+        assert parameter.grad is not None, name
+        assert "bias" in name or parameter.grad.abs().sum() > 0, name
+
+
+def test_a_head_a_tap_is_each_taps_own():
+    """The heads of the taps, each on its own part of the batch."""
+    method, _, mask, *_ = step(demo("--pixel.own_heads"), torch.float64, 3, 1.0, 1)
+    decoder = method.branches["pixel"].decoder
+    tokens = torch.randn(4 * 3, 1 + mask.visible.shape[1], 96, dtype=torch.float64)
+    where = mask.visible.repeat(4, 1), mask.masked.repeat(4, 1)
+    before = decoder(tokens, *where)
+    with torch.no_grad():
+        decoder.heads[2].bias += 1
+    changed = (decoder(tokens, *where) - before).unflatten(0, (4, 3)).abs().amax((1, 2, 3))
+    torch.testing.assert_close(changed.detach(), torch.tensor([0.0, 0, 1, 0], dtype=torch.float64))
+
+
+def test_cross_attention_sees_what_the_block_left():
+    """Pixels: the tokens after block 1; features: the tap's own; both under no norm but the attention's."""
+    config = demo("--pixel.cross_attention", "--feature.cross_attention")
+    method = build_method(config)
+    assert method.branches["pixel"].reads == (2, 4, 6, 8, 1)
+    assert method.blocks_read == (1, 2, 4, 6, 8)
+    mask = sample_mask("random", torch.arange(2), config.grid, config.num_masked)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = method.encode(pixels, mask.visible)
+    seen = []
+    block = method.branches["feature"].decoder.blocks[0]
+    block.cross.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    method.branches["feature"].predict(tokens, mask)
+    assert torch.equal(seen[0], torch.cat([tokens.raw[tap] for tap in (2, 4, 6, 8)]))

@@ -3,23 +3,30 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 
 import pytest
 import ranks
 import torch
 from memory import batch_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddae.betas import Betas
+from ddae.branches import Inputs
 from ddae.cli import parse
 from ddae.config import beta_names
 from ddae.ds_config import load
+from ddae.masks import masked_distance, sample_mask
 from ddae.method import build_method
 from ddae.model.teacher import Fragment, Teacher
+from ddae.model.tokenizer import Tokenizer
 from ddae.model.vit import Encoder
-from ddae.plan import activations, memory, work
+from ddae.plan import activations, memory
 from ddae.presets import preset
 from ddae.replay import Bare
 from ddae.train import forward
+from ddae.work import work
 
 SIZES = {
     "s": ["--preset", "ddae_vit_s16_100e"],
@@ -27,10 +34,13 @@ SIZES = {
     "other": "--preset ddae_vit_s16_100e --model.width 640 --model.depth 7 --model.heads 10 --pixel.taps 2 5 7 "
     "--pixel.tap_weights 1 1 1 --feature.taps 2 5 7 --feature.tap_weights 1 1 1 --feature.decoder_width 320 "
     "--feature.decoder_heads 5 --pixel.decoder_depth 3".split(),  # a shape that no formula was made on
+    "cross": ["--preset", "ddae_vit_s16_100e", "--pixel.cross_attention", "--feature.cross_attention"],
+    # The CPU's attention keeps its maps where there are relative positions, which a GPU's does not.
+    "tokens": "--preset dds_beitv2_vit_s16_100e --model.relative_positions none --model.positions rowfirst".split(),
 }
 TINY = ["--preset", "demo", "--model.width", "192"]
 SMALL_IMAGES = ["--model.image_size", "32", "--data.batch_size", "4"]  # weights and what hangs on them do not mind
-LONG = [(size, count) for size in SIZES for count in (1, 2, 4)]  # B by 4 takes 14 GB
+LONG = [(size, count) for size in ("s", "b", "other") for count in (1, 2, 4)]  # B by 4 takes 14 GB
 STATES = [("tiny", 2), *(pytest.param(*case, marks=pytest.mark.faults) for case in LONG)]
 
 
@@ -65,12 +75,14 @@ def test_state_takes_what_the_plan_says(size, count, tell):
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("triton", marks=pytest.mark.faults)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize(
-    "size", ["s", pytest.param("b", marks=pytest.mark.faults), pytest.param("other", marks=pytest.mark.faults)]
+    "size", ["s", "cross", "tokens", *(pytest.param(size, marks=pytest.mark.faults) for size in ("b", "other"))]
 )
 def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
     """Plan: what the forward pass saves, each storage once, without the weights themselves."""
     if kernels == "triton" and (size, precision) != ("s", "bf16"):
         pytest.skip("one case is enough for the interpreter, which takes its time")
+    if size in ("cross", "tokens") and precision != "fp32":
+        pytest.skip("one precision is enough for what is no default")
     config = parse([*SIZES[size], "--engine.precision", precision, "--engine.kernels", kernels])
     engine = Bare(build_method(config), precision)
     encoder = Encoder(config.model)
@@ -78,6 +90,8 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
         torch.nn.init.normal_(parameter, std=0.02)
     fragments = [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
     teacher = Teacher(encoder.to(engine.dtype), fragments, sharded=False)
+    if size == "tokens":
+        teacher = Tokenizer(replace(config.model, positions="rowfirst", relative_positions="none"), 8192, 32)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
     saved, alive = {}, []
@@ -108,6 +122,25 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
 )
 def test_work_is_what_it_is_known_to_be(name, gigaflop):
     assert work(preset(name)).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
+
+
+@pytest.mark.parametrize("size, gigaflop", [("s", 78.8), ("b", 190.4), ("l", 411.6)])
+def test_work_with_cross_attention(size, gigaflop):
+    config = parse(["--preset", f"ddae_vit_{size}16_100e", "--pixel.cross_attention", "--feature.cross_attention"])
+    assert work(config).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
+
+
+def test_work_of_a_beitv2_is_what_torch_counts():
+    """But for the tokenizer, whose size the plan does not know."""
+    config = parse(["--preset", "dds_beitv2_vit_s16_100e"])
+    method, images = build_method(config), batch_of(config, 1).images
+    mask = sample_mask("beit_block", torch.arange(1), config.grid, config.num_masked)
+    betas, one = torch.full((4,), -0.5, requires_grad=True), torch.ones(())
+    distance, codes = masked_distance(mask, config.grid), torch.zeros_like(mask.masked)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        method(Inputs(images, mask, distance, betas, None, one, 1.0, "reference", codes)).total.backward()
+    planned = work(config)
+    assert planned.encoder + planned.token == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def plan(words, monkeypatch, capsys):

@@ -6,15 +6,19 @@ after the other, or several at a time on one machine.
 
 import html
 import json
+import re
 import statistics
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddae.ablations import Row, rows
+from ddae.ablations import WARM, Row, rows
+from ddae.config import Config
 from ddae.data.digits import write_digits
-from ddae.data.shards import MANIFEST
+from ddae.data.loader import cache_of
+from ddae.data.shards import MANIFEST, open_shards
 from ddae.distributed import from_main, is_main, say
 from ddae.engine import start_process_group
 from ddae.errors import UserError
@@ -22,11 +26,15 @@ from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
 from ddae.eval.packed import Job, run_packed
 from ddae.eval.recipes import FinetuneConfig, ProbeConfig, probe_recipe, recipe
+from ddae.eval.recipes_tokenizer import QuantizerConfig, TokenizerConfig
+from ddae.eval.tokenizing import train_tokenizer
 from ddae.experiment import TrackerConfig
 from ddae.stopping import Stop
+from ddae.tracker import Tracker, run_id_of, start_tracker
 from ddae.train import pretrain
 
 JUDGED = {"nano": "probe", "micro": "probe", "tiny": "probe", "paper": "finetune"}  # by what
+OPENED = 30.0  # seconds within which MLflow may open the table's own run
 NOISE = 2.0  # standard errors of a difference, within which two rows are not told apart
 
 
@@ -41,46 +49,73 @@ class Settings(NamedTuple):
     ds_config: str
     tracker: str
     steps: int | None  # of pretraining; None: as the scale has it
+    tokenizer: str  # of BEiT-v2's rows; empty: one is trained, but at the paper's scale
+    parallel: int  # runs at a time
+    draws: bool  # whether the table is drawn; otherwise others run beside this one
 
 
-def ablate(out: Path, settings: Settings, parallel: int = 1) -> None:
-    """Run what is left to run into `out`, `parallel` runs at a time.
+def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
+    """Run what is left to run into `out`, then write table.md, table.html and results.json of all that has been run by
+    now; what the last one holds, on the main rank.
 
     SystemExit with code 75 where it is told to stop before, and with another where a run of several fails. UserError
     where a table, a scale or a row does not exist, or a run cannot go on.
     """
     table = rows(settings.table, settings.scale)
+    _check(table, settings)
     names = [row.name for row in table]
+    wanted = [name for name in names if not settings.only or name in settings.only]
+    tracker = None
+    if settings.parallel > 1:
+        settings = settings._replace(data=settings.data or str(_digits(out)))
+        out.mkdir(parents=True, exist_ok=True)
+        tracker = _table_run(out, settings) if settings.draws else None
+        jobs = [_job(names.index(name), name, seed, out, settings) for seed in settings.seeds for name in wanted]
+        run_packed(jobs, settings.parallel)
+    else:
+        stop = Stop()
+        start_process_group()
+        data = settings.data or str(from_main(lambda: _digits(out)))
+        tracker = _table_run(out, settings) if settings.draws and is_main() else None
+        for seed in settings.seeds:
+            for name in wanted:
+                number = names.index(name)
+                say(f"--- {name}, seed {seed}: {_folder(out, number, seed)}")
+                _run(table[number], number, seed, out, data, settings, stop)
+    if not settings.draws or not is_main():
+        return None
+    results = _results(table, out, settings)
+    files = [out / name for name in ("results.json", "table.md", "table.html")]
+    for file, text in zip(files, (json.dumps(results, indent=2) + "\n", markdown(results), page(results)), strict=True):
+        file.write_text(text)
+    assert tracker is not None
+    means = {f"top1/{row['row']}": row["mean"] for row in results["rows"] if row["mean"] is not None}
+    tracker.log({"step": 0, **{re.sub(r"[^\w/. -]", "_", name): mean for name, mean in means.items()}})
+    tracker.finish(files)
+    return results
+
+
+def _check(table: list[Row], settings: Settings) -> None:
+    names, scale = [row.name for row in table], settings.scale
     for name in settings.only:
         if name not in names:
             raise UserError(f"table {settings.table} has no row {name!r}: there are {', '.join(map(repr, names))}")
-    if not settings.data and settings.scale != "nano":
-        raise UserError(f"the scale {settings.scale} wants --data with shards that have classes")
-    wanted = [name for name in names if not settings.only or name in settings.only]
-    if parallel > 1:
-        settings = settings._replace(data=settings.data or str(_digits(out)))
-        out.mkdir(parents=True, exist_ok=True)
-        run_packed([_job(names.index(n), n, s, out, settings) for s in settings.seeds for n in wanted], parallel)
-        return
-    stop = Stop()
-    start_process_group()
-    data = settings.data or str(from_main(lambda: _digits(out)))
-    for seed in settings.seeds:
-        for name in wanted:
-            number = names.index(name)
-            folder = _folder(out, number, seed)
-            say(f"--- {name}, seed {seed}: {folder}")
-            _run(table[number], seed, folder, data, settings, stop)
+    if not settings.data and scale != "nano":
+        raise UserError(f"the scale {scale} wants --data with shards that have classes")
+    told = [row.name for row in table if row.config.token.enabled and (not settings.only or row.name in settings.only)]
+    if told and not settings.tokenizer and (scale == "paper" or settings.parallel > 1 or not settings.draws):
+        raise UserError(f"the row {told[0]!r} wants --tokenizer here: a run of launch/train_tokenizer.py, or a file")
 
 
-def draw(out: Path, settings: Settings) -> dict[str, Any]:
-    """table.md, table.html and results.json in `out`, of what has been run by now; what the last one holds."""
-    results = _results(rows(settings.table, settings.scale), out, settings)
-    if is_main():
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        (out / "table.md").write_text(markdown(results))
-        (out / "table.html").write_text(page(results))
-    return results
+def _table_run(out: Path, settings: Settings) -> Tracker:
+    """The table's own run in MLflow, under which its rows are shown."""
+    config = TrackerConfig(kind=settings.tracker, experiment=f"table {settings.table}")  # type: ignore[arg-type]
+    out.mkdir(parents=True, exist_ok=True)
+    tracker = start_tracker(config, out, 0, {"table": settings.table, "scale": settings.scale})
+    patience = time.monotonic() + OPENED
+    while settings.tracker == "mlflow" and not tracker.run_id and time.monotonic() < patience:
+        time.sleep(0.1)
+    return tracker
 
 
 def _folder(out: Path, number: int, seed: int) -> Path:
@@ -90,18 +125,9 @@ def _folder(out: Path, number: int, seed: int) -> Path:
 def _job(number: int, name: str, seed: int, out: Path, settings: Settings) -> Job:
     """One row with one seed as a command of its own."""
     script = Path(__file__).parents[2] / "launch" / "ablate.py"
-    words = {
-        "table": settings.table,
-        "scale": settings.scale,
-        "only": name,
-        "seeds": seed,
-        "out": out,
-        "data": settings.data,
-        "ds_config": settings.ds_config,
-        "tracker": settings.tracker,
-    }
-    if settings.steps:
-        words["steps"] = settings.steps
+    words = {"table": settings.table, "scale": settings.scale, "only": name, "seeds": seed, "out": out}
+    words |= {"data": settings.data, "ds_config": settings.ds_config, "tracker": settings.tracker}
+    words |= {k: v for k, v in {"steps": settings.steps, "tokenizer": settings.tokenizer}.items() if v}
     command = [sys.executable, str(script), *(word for k, v in words.items() for word in (f"--{k}", str(v)))]
     return Job(f"{name}, seed {seed}", [*command, "--no_table"], Path(f"{_folder(out, number, seed)}.log"))
 
@@ -111,35 +137,64 @@ def _digits(out: Path) -> Path:
     return folder if (folder / MANIFEST).exists() else write_digits(folder)
 
 
-def _run(row: Row, seed: int, folder: Path, data: str, settings: Settings, stop: Stop) -> None:
-    config = row.config
-    tracker = TrackerConfig(kind=settings.tracker, experiment=f"table {settings.table}")  # type: ignore[arg-type]
-    shared = {"ds_config": settings.ds_config, "tracker": tracker}
-    steps = settings.steps
+def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Settings, stop: Stop) -> None:
+    """Pretrain one row with one seed, and judge it."""
+    config, folder, steps, small = row.config, _folder(out, number, seed), settings.steps, settings.scale != "paper"
+    tracker = TrackerConfig(settings.tracker, f"table {settings.table}", run_id_of(out))  # type: ignore[arg-type]
+    shared: dict[str, Any] = {"ds_config": settings.ds_config, "tracker": tracker}
     length = {"steps": steps, "save_every": steps, "log_every": max(1, steps // 100)} if steps else {}
-    pretrain(
-        replace(
-            config,
-            **shared,
-            preset=row.name,
+    config = replace(
+        config,
+        **shared,
+        preset=row.name,
+        run_dir=str(folder),
+        data=replace(config.data, train=data),
+        train=replace(config.train, seed=seed, **length),
+    )
+    if small:
+        epochs = config.num_steps(0) * config.data.batch_size / len(open_shards(data, cache_of(config.data)))
+        config = replace(config, optim=replace(config.optim, warmup_epochs=WARM * epochs))
+    if config.token.enabled:
+        where = settings.tokenizer or _tokenizer(config, _folder(out, 0, seed), out / f"tokenizer_seed_{seed}", stop)
+        config = replace(config, token=replace(config.token, tokenizer=where))
+    pretrain(config, stop)
+    if JUDGED[settings.scale] == "finetune":
+        tuning = recipe("paper")
+        tuned = {"data": replace(tuning.data, train=data), "train": replace(tuning.train, seed=seed)}
+        finetune(replace(tuning, **shared, **tuned, encoder=str(folder)), stop)
+        return
+    linear_probe(probe_of(str(folder), data, seed, tracker), stop)
+
+
+def _tokenizer(config: Config, teacher: Path, folder: Path, stop: Stop) -> str:
+    """A small tokenizer for a small run, of the table's first row's encoder; where it is."""
+    if not (teacher / "encoder").is_dir():
+        raise UserError(
+            f"this row's tokenizer is of the table's first row, which {teacher} lacks: run it, or --tokenizer"
+        )
+    vq = QuantizerConfig(str(teacher), config.token.codes, 16, decoder_depth=1, decoder_width=config.model.width)
+    train_tokenizer(
+        TokenizerConfig(
+            preset=config.preset,
             run_dir=str(folder),
-            data=replace(config.data, train=data),
-            train=replace(config.train, seed=seed, **length),
+            ds_config=config.ds_config,
+            data=config.data,
+            optim=replace(config.optim, lr=1e-3, clip_grad=0.0),
+            train=config.train,
+            engine=config.engine,
+            tracker=config.tracker,
+            model=replace(config.model, depth=4, positions="rowfirst", relative_positions="none", layer_scale=0.0),
+            vq=vq,
         ),
         stop,
     )
-    if JUDGED[settings.scale] == "finetune":
-        tuning = recipe("paper")
-        small = {"data": replace(tuning.data, train=data), "train": replace(tuning.train, seed=seed)}
-        finetune(replace(tuning, **shared, **small, encoder=str(folder)), stop)
-        return
-    linear_probe(probe_of(str(folder), data, seed, tracker), stop)
+    return str(folder)
 
 
 def probe_of(encoder: str, data: str, seed: int, tracker: TrackerConfig) -> ProbeConfig:
     """A linear probe of small encoders, on features that are kept."""
     probe = probe_recipe("demo")
-    train = replace(probe.train, seed=seed, report=False, epochs=15.0)
+    train = replace(probe.train, seed=seed, report=False)
     return replace(probe, encoder=encoder, tracker=tracker, data=replace(probe.data, train=data), train=train)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from ddae.eval.examples import ExampleReader
 from ddae.figures import COLOURS
 
 LISTED = 6  # classes that are named beside an image
+CODES, PATCHES = 12, 16  # of a codebook, and patches of each, that are shown
 MOST = 30  # classes that a confusion matrix shows
 RIGHT, WRONG = COLOURS[0], COLOURS[1]
 
@@ -64,6 +65,29 @@ def predictions(images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[
         words = f"{said}, {float(sure):.0%}" + ("" if right else f"\nnot {true}")
         axis.set_title(words, fontsize=7, color=RIGHT if right else WRONG)
     figure.tight_layout(pad=0.4)
+    return figure
+
+
+def patches_by_code(images: Tensor, codes: Tensor, patch: int) -> Figure:
+    """uint8 [B, 3, H, W], int64 [B, N] -> a row for each of the codes that most patches take, with some of its patches
+    in their surroundings (three patches a side, the code's own in the middle)."""
+    side = images.shape[-1] // patch
+    chosen = codes.flatten().bincount().argsort(descending=True)[:CODES]
+    framed = torch.nn.functional.pad(images, (patch,) * 4, value=255)
+    generator = torch.Generator().manual_seed(0)
+    figure, axes = plt.subplots(len(chosen), PATCHES, figsize=(0.62 * PATCHES, 0.66 * len(chosen)), squeeze=False)
+    for row, code in zip(axes, chosen.tolist(), strict=True):
+        found = (codes == code).nonzero()
+        found = found[torch.randperm(len(found), generator=generator)[:PATCHES]]
+        row[0].set_title(f"code {code}", fontsize=6, loc="left", pad=2)
+        for axis in row:
+            axis.set_axis_off()
+        for axis, (image, place) in zip(row, found.tolist(), strict=False):
+            top, left = place // side * patch, place % side * patch
+            axis.imshow(framed[image, :, top : top + 3 * patch, left : left + 3 * patch].permute(1, 2, 0).numpy())
+            corner = (patch - 0.5, patch - 0.5)
+            axis.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=COLOURS[1], linewidth=1))
+    figure.tight_layout(pad=0.2)
     return figure
 
 

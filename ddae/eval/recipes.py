@@ -119,7 +119,8 @@ def task_folder(encoder: str, task: str) -> str:
     if "/checkpoints/step_" in path:
         run, _, step = path.rpartition("/checkpoints/")
         return f"{run}/{task}_{step}"
-    return f"{path}/{task}" if "." not in path.rpartition("/")[2] else f"runs/{path.rpartition('/')[2]}_{task}"
+    of_a_file = path.endswith((".pth", ".pt", ".bin", ".safetensors"))
+    return f"runs/{path.rpartition('/')[2]}_{task}" if of_a_file else f"{path}/{task}"
 
 
 def paper() -> FinetuneConfig:
@@ -189,7 +190,7 @@ def probe_demo() -> ProbeConfig:
 
 
 PROBES = {"paper": probe_paper, "demo": probe_demo}
-R = TypeVar("R", bound=Evaluation)
+R = TypeVar("R", bound=Experiment)
 
 
 def recipe(name: str) -> FinetuneConfig:

@@ -1,25 +1,73 @@
 """The light decoder: from visible tokens to something of every masked patch. Written once, built once for pixels and
 once for features.
 
-Shape letters: B images (K taps stacked on them), N patches, V visible, M masked, D encoder width, P output width.
+Shape letters: B images (K taps stacked on them), N patches, V visible, M masked, D encoder width, P output width,
+T tokens, W width, H heads.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ddae.model.vit import LayerNorm, build_blocks, run_block
 from ddae.patches import gather_tokens, sincos_positions
+
+
+class CrossAttention(nn.Module):
+    """Attention of [B, T, W] to a context [B, 1 + V, D], which passes a norm of its own first."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.heads = heads
+        self.norm = LayerNorm(context_width)
+        self.q, self.kv = nn.Linear(width, width), nn.Linear(context_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        def by_head(each: Tensor) -> Tensor:
+            return each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+        key, value = self.kv(self.norm(context)).chunk(2, -1)
+        seen = F.scaled_dot_product_attention(by_head(self.q(tokens)), by_head(key), by_head(value))
+        return self.proj(seen.transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """A pre-norm transformer block that attends to a context between its attention and its MLP (BootMAE)."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        (whole,) = build_blocks(width, 1, heads)
+        parts: dict[str, nn.Module] = dict(whole.named_children())
+        self.norm1, self.attn, self.norm2, self.mlp = (parts[name] for name in ("norm1", "attn", "norm2", "mlp"))
+        self.norm_cross, self.cross = LayerNorm(width), CrossAttention(width, heads, context_width)
+
+    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
+        tokens = tokens + self.attn(self.norm1(tokens))
+        tokens = tokens + self.cross(self.norm_cross(tokens), context)
+        return tokens + self.mlp(self.norm2(tokens))
 
 
 class Decoder(nn.Module):
     """Linear projection, mask tokens, positions, transformer blocks, norm, linear head.
 
     Tokens stand in the order cls, visible, masked: attention does not mind, and nothing needs to be shuffled back.
-    Only the masked tokens, which the loss reads, pass the norm and the head.
+    Only the masked tokens, which the loss reads, pass the norm and the head. num_heads > 1: so many linear heads, each
+    for an equal part of the batch. crosses: its blocks attend to a context, too.
     """
 
     def __init__(
-        self, in_width: int, width: int, depth: int, heads: int, out_width: int, grid: tuple[int, int], positions: str
+        self,
+        in_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        out_width: int,
+        grid: tuple[int, int],
+        positions: str,
+        num_heads: int = 1,
+        crosses: bool = False,
     ):
         super().__init__()
         self.recompute = False  # activations in the backward pass
@@ -27,12 +75,18 @@ class Decoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, width, positions))
-        self.blocks = build_blocks(width, depth, heads)
+        if crosses:
+            self.blocks = nn.ModuleList([CrossBlock(width, heads, in_width) for _ in range(depth)])
+        else:
+            self.blocks = build_blocks(width, depth, heads)
         self.norm = LayerNorm(width)
-        self.head = nn.Linear(width, out_width)
+        if num_heads == 1:
+            self.head = nn.Linear(width, out_width)
+        else:
+            self.heads = nn.ModuleList([nn.Linear(width, out_width) for _ in range(num_heads)])
 
-    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """[B, 1 + V, D] (cls first), int64 [B, V], int64 [B, M] -> [B, M, P]."""
+    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, context: Tensor | None = None) -> Tensor:
+        """[B, 1 + V, D] (cls first), int64 [B, V], int64 [B, M], context [B, 1 + V, D] -> [B, M, P]."""
         positions = self.pos_embed.to(tokens.dtype).expand(len(tokens), -1, -1)
         shown = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], 1)  # cls has the table's first row
         tokens = torch.cat(
@@ -43,5 +97,14 @@ class Decoder(nn.Module):
             1,
         )
         for block in self.blocks:
-            tokens = run_block(block, tokens, self.recompute)
-        return self.head(self.norm(tokens[:, shown.shape[1] :]))
+            if context is None:
+                tokens = run_block(block, tokens, self.recompute)
+            elif self.recompute and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                tokens = block(tokens, context)
+        normed = self.norm(tokens[:, shown.shape[1] :])
+        if not hasattr(self, "heads"):
+            return self.head(normed)
+        parts = zip(self.heads, normed.chunk(len(self.heads)), strict=True)
+        return torch.cat([head(part) for head, part in parts])

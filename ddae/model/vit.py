@@ -126,14 +126,18 @@ class Encoder(nn.Module):
         return side, side
 
     def forward(
-        self, images: Tensor, layers: Sequence[int] = (), visible: Tensor | None = None
+        self,
+        images: Tensor,
+        layers: Sequence[int] = (),
+        visible: Tensor | None = None,
+        mask_token: Tensor | None = None,
     ) -> Tensor | list[Tensor]:
         """Normalised images [B, 3, H, W] -> tokens [B, T, D], cls first, after the final norm.
 
         With `layers` (blocks counted from 1): a list of the tokens after those blocks instead, before any norm, and
         nothing is computed beyond the last of them. With `visible` (int64 [B, V]) the encoder sees those patches
-        alone: T = 1 + V, otherwise 1 + N. ValueError where images are of another size, or relative positions are
-        asked of visible patches.
+        alone, T = 1 + V; or, with `mask_token` [1, 1, D] too, that token in the place of all others, T = 1 + N.
+        ValueError where images are of another size, or relative positions are asked of visible patches.
         """
         side = self.shape.image_size
         if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
@@ -141,12 +145,16 @@ class Encoder(nn.Module):
         patches = patchify(images, self.shape.patch_size)
         table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
         positions = table[:, 1:]
-        if visible is not None:
+        if visible is not None and mask_token is None:
             if self.shape.relative_positions != "none":
                 raise ValueError("an encoder with relative positions reads all patches, not the visible ones alone")
             patches = gather_tokens(patches, visible)
             positions = gather_tokens(positions.expand(len(visible), -1, -1), visible)
-        tokens = self.patch_embed["proj"](patches) + positions
+        tokens = self.patch_embed["proj"](patches)
+        if visible is not None and mask_token is not None:
+            seen = torch.zeros_like(tokens[..., :1], dtype=torch.bool).scatter_(1, visible[:, :, None], True)
+            tokens = torch.where(seen, tokens, mask_token)
+        tokens = tokens + positions
         # tokens.shape[0]: len() would be a constant in an exported program
         cls = (self.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([cls, tokens], 1)

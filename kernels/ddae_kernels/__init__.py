@@ -4,6 +4,7 @@ from ddae_kernels.distance import patch_distance
 from ddae_kernels.dynamic import (
     DynamicLoss,
     distance_weights,
+    dynamic_error,
     dynamic_feature_mse,
     dynamic_mse,
     dynamic_pixel_mse,
@@ -13,6 +14,7 @@ from ddae_kernels.dynamic import (
 __all__ = [
     "DynamicLoss",
     "distance_weights",
+    "dynamic_error",
     "dynamic_feature_mse",
     "dynamic_mse",
     "dynamic_pixel_mse",

@@ -20,7 +20,7 @@ class DynamicLoss(NamedTuple):
 
     loss: Tensor  # []: sum over taps of tap_weight * tap_loss
     tap_loss: Tensor  # [K]: weighted by distance, before the tap weight
-    token_error: Tensor  # [K, B, M]: mean squared error of each masked patch
+    token_error: Tensor  # [K, B, M]: of each masked patch, unweighted; mean squared error but for dynamic_error
 
 
 def distance_weights(distance: Tensor, beta: Tensor, *, rescale_grad: str = "full") -> Tensor:
@@ -139,6 +139,22 @@ def dynamic_feature_mse(
     target = reference.plain_layer_norm(target, eps, dtype)
     pred = reference.plain_layer_norm(pred, eps, dtype) if norm_pred else pred
     return _detached(*reference.weighted_mse(pred, target, *weights))
+
+
+def dynamic_error(
+    token_error: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, *, rescale_grad: str = "full"
+) -> DynamicLoss:
+    """Distance-weighted mean over K taps of an error of your own, one number a masked patch (cross-entropy, say).
+
+        loss = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * token_error_kbi
+
+    token_error [K, B, M]; the rest as in `dynamic_mse`. Differentiable in token_error and beta, by autograd: what it
+    works on is small. The other losses are this one of a squared error.
+    """
+    if token_error.ndim != 3:
+        raise ValueError(f"token_error is {_shape(token_error)}: expected [K, B, M], one number a masked patch")
+    _check_loss(token_error[..., None], distance, beta, tap_weight, rescale_grad)
+    return _detached(*reference.weighted_error(token_error, distance, beta, tap_weight, rescale_grad))
 
 
 def _in_triton(*arguments, **options) -> DynamicLoss:

@@ -56,9 +56,18 @@ def weighted_mse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], tap_loss [K] and token_error [K, B, M] of the file's head; pred [K, B, M, D]."""
     dtype = compute_dtype(pred, target)
-    token_error = (pred.to(dtype) - target.to(dtype)).square().mean(-1)
+    return weighted_error(
+        (pred.to(dtype) - target.to(dtype)).square().mean(-1), distance, beta, tap_weight, rescale_grad
+    )
+
+
+def weighted_error(
+    token_error: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of errors [K, B, M] of whatever kind, one a patch."""
+    dtype = compute_dtype(token_error)
     relative = relative_weights(distance.to(dtype), beta.to(dtype), rescale_grad)
-    tap_loss = (relative * token_error).mean((1, 2))
+    tap_loss = (relative * token_error.to(dtype)).mean((1, 2))
     return (tap_weight.to(dtype) * tap_loss).sum(), tap_loss, token_error
 
 

@@ -1,0 +1,215 @@
+"""Training a tokenizer: a codebook from which a teacher's features can be told (BEiT-v2's VQ-KD).
+
+B images, N patches, F width of the teacher's features, C codes.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddae import ds_config, report, run_folder
+from ddae.data.loader import Batch, Loader, cache_of
+from ddae.data.reader import Part
+from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
+from ddae.engine import Engine
+from ddae.errors import UserError
+from ddae.eval.examples import ExampleReader, batches_of_rank, held_out
+from ddae.eval.fit import fit
+from ddae.eval.pictures import patches_by_code
+from ddae.eval.recipes_tokenizer import TokenizerConfig
+from ddae.figures import curves
+from ddae.model.tokenizer import Quantizer, Tokenizer, usage
+from ddae.model.vit import initialise
+from ddae.optim import build_optimizer
+from ddae.patches import normalise
+from ddae.schedules import warmup_cosine
+from ddae.session import Session
+from ddae.slices import Fragment, Saved
+from ddae.stopping import Stop
+from ddae.tracker import run_id_of
+from ddae.weights import load_encoder, write_tokenizer
+
+TIMM = "timm:"  # begins the name of a teacher that timm has
+SHOWN = 256  # images whose patches a picture is made of
+
+
+def train_tokenizer(config: TokenizerConfig, stop: Stop | None = None) -> None:
+    """Train to the end, or from the newest checkpoint on; then write tokenizer/, results and pictures.
+
+    SystemExit with code 75 where the run is told to stop before. UserError where the teacher or the shards cannot be
+    read, or do not fit the model.
+    """
+    stop = stop or Stop()
+    teacher = FeatureTeacher(config.vq.teacher, config.model.image_size // config.model.patch_size)
+    run_folder.check(config)
+    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
+    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    size = config.model.image_size
+    loader = Loader(config.data, size, config.train.seed, part, device())
+    val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data), labelled=False)
+    fit(Tokenizing(config, teacher, val), config, loader, stop, resolved.json, part)
+
+
+class FeatureTeacher:
+    """A frozen encoder, a run's or a file's or timm's, and the features of its patches."""
+
+    def __init__(self, name: str, side: int):
+        """side: patches a side that an image is to have. UserError where there is no such encoder."""
+        if name.startswith(TIMM):
+            self.model, self.size, self.width = _of_timm(name.removeprefix(TIMM), side)
+            self.skip, settings = self.model.num_prefix_tokens, self.model.pretrained_cfg
+            self.mean_std = torch.tensor([settings[name] for name in ("mean", "std")], device=device())[..., None, None]  # type: ignore[index]
+        else:
+            encoder = load_encoder(name)
+            self.size, self.width = side * encoder.shape.patch_size, encoder.shape.width
+            if encoder.shape.image_size != self.size:
+                encoder.resize(self.size)
+            self.model, self.skip, self.mean_std = encoder, 1, None
+        self.model = self.model.to(device()).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> [B, N, F], patches row by row."""
+        if images.shape[-1] != self.size:
+            sized = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
+            images = sized.round().clamp(0, 255).to(torch.uint8)
+        if self.mean_std is None:
+            return self.model(normalise(images, self.model.normalisation, torch.float32))[:, 1:]  # type: ignore[arg-type]
+        mean, std = self.mean_std
+        return self.model.forward_features((images / 255 - mean) / std)[:, self.skip :]  # type: ignore[operator]
+
+
+def _of_timm(name: str, side: int) -> tuple[nn.Module, int, int]:
+    """timm's model, pixels a side for so many patches, and the width of its features."""
+    try:
+        patch = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]  # type: ignore[union-attr, index]
+        model = timm.create_model(name, pretrained=True, num_classes=0, img_size=side * patch)
+    except Exception as error:  # an unknown name, a model without patches, or no way to its weights
+        raise UserError(f"vq.teacher {TIMM}{name} cannot be had: {' '.join(str(error).split())[:200]}") from None
+    return model, side * patch, model.num_features  # type: ignore[return-value]
+
+
+class Tokenizing:
+    """What fit() trains and measures."""
+
+    schedule = staticmethod(warmup_cosine)
+    engine: Engine
+    learner: Engine
+    about: str
+
+    def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader):
+        self.config, self.teacher, self.val = config, teacher, val
+        self.evaluate_every, self.folder = config.vq.evaluate_every, Path(config.folder)
+        self.parent = "" if config.vq.teacher.startswith(TIMM) else run_id_of(Path(config.vq.teacher))
+        self._seen: tuple[Tensor, Tensor] | None = None  # images of the last evaluation, and their patches' codes
+
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+        vq = self.config.vq
+        tokenizer = Tokenizer(self.config.model, vq.codes, vq.code_width)
+        module = Quantizer(tokenizer, self.teacher.width, vq.decoder_depth, vq.decoder_width, vq.decay, vq.dead)
+        initialise(module, torch.Generator().manual_seed(self.config.train.seed))
+        self.engine = self.learner = Engine(module, build_optimizer(module, self.config.optim), ds_json)
+        if self.engine.stage == 3:
+            raise UserError("the DeepSpeed JSON has ZeRO stage 3, which a tokenizer is too small for: choose 0, 1 or 2")
+        self.about = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
+        return {"engine": self.engine, "codebook": Codebook(self.engine.module)}
+
+    def loss(self, batch: Batch, seed: int) -> Tensor:
+        with self.engine.autocast():
+            features = self.teacher.features(batch.images)
+        loss, vectors = self.engine(batch.images, features, seed)
+        self.engine.module.follow(vectors, features, seed)
+        return loss
+
+    def updated(self) -> None:
+        """The codebook has followed already."""
+
+    @torch.no_grad()
+    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+        """The cosine between told and real features without their centre, and how much of the codebook is used."""
+        quantizer, sums = self.engine.module, torch.zeros(2, device=self.engine.device)
+        counts = torch.zeros(self.config.vq.codes, device=self.engine.device)
+        self._seen = None
+        quantizer.eval()
+        micro = min(self.config.data.batch_size // world_size(), 128)
+        for examples in batches_of_rank(self.val, micro, self.config.data.workers, self.engine.device):
+            look_around()
+            counted = examples.images[examples.labels >= 0]
+            if not len(counted):
+                continue
+            with self.engine.autocast():
+                codes = quantizer.tokenizer.codes(counted)
+                told = quantizer.tell(F.embedding(codes, quantizer.tokenizer.codebook))
+                cosines = quantizer.cosine(told, self.teacher.features(counted))
+            sums += torch.stack([cosines.sum(), torch.tensor(float(cosines.numel()), device=sums.device)])
+            counts += codes.flatten().bincount(minlength=len(counts))
+            if self._seen is None or len(self._seen[0]) < SHOWN:
+                more = (counted.cpu(), codes.cpu())
+                self._seen = more if self._seen is None else tuple(map(torch.cat, zip(self._seen, more, strict=True)))  # type: ignore[assignment]
+        quantizer.train()
+        total, number = sum_over_ranks(sums).tolist()
+        used, perplexity = usage(sum_over_ranks(counts).cpu())
+        return {"val/cosine": total / number, "codebook/used_percent": used, "codebook/perplexity": perplexity}
+
+    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
+        weights = self.engine.weights(self.engine.module.tokenizer)
+        if self._seen is None:  # evaluated by an earlier start
+            self.evaluate(look_alive)
+        if not is_main():
+            return []
+        assert self._seen is not None
+        tokenizer = self.engine.module.tokenizer
+        weights |= {name: buffer.float().cpu() for name, buffer in tokenizer.named_buffers()}
+        write_tokenizer({name: v.contiguous() for name, v in weights.items()}, tokenizer, self.folder / "tokenizer")
+        rows = session.rows()
+        last = [row for row in rows if "val/cosine" in row][-1]
+        results = {"task": "tokenizer", "teacher": self.config.vq.teacher, "codes": self.config.vq.codes}
+        results |= {name: last[name] for name in last if name.startswith(("val/", "codebook/"))}
+        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        if not self.config.train.report:
+            return []
+        groups = {"loss": ["loss/total"], "cosine on validation images": ["val/cosine"]}
+        groups |= {"codes used, in %": ["codebook/used_percent"], "perplexity": ["codebook/perplexity"]}
+        patch = self.config.model.patch_size
+        drawn = {"curves": curves(rows, groups, ""), "codes": patches_by_code(*self._seen, patch)}
+        return report.add_evaluation(self.folder, drawn)
+
+    def summary(self) -> str:
+        """The results in words, and where the tokenizer is."""
+        found = json.loads((self.folder / "results.json").read_text())
+        return (
+            f"cosine {found['val/cosine']:.3f}, {found['codebook/used_percent']:.1f} % of {found['codes']} codes used, "
+            f"perplexity {found['codebook/perplexity']:.0f}\ntokenizer:            {self.folder / 'tokenizer'}"
+        )
+
+
+class Codebook:
+    """What follows by averages, which a checkpoint holds beside the weights."""
+
+    sharded = False
+
+    def __init__(self, quantizer: Quantizer):
+        self._buffers = {
+            "codebook": quantizer.tokenizer.codebook,
+            "share": quantizer.share,
+            "centre": quantizer.centre,
+        }
+
+    def note(self) -> dict[str, Tensor]:
+        return {name: buffer.detach().cpu().clone() for name, buffer in self._buffers.items()}
+
+    def prepare(self, note: dict[str, Tensor]) -> None:
+        for name, values in note.items():
+            self._buffers[name].copy_(values)
+
+    def state(self) -> dict[str, list[Fragment]]:
+        return {}
+
+    def publish(self) -> None:
+        """They are what runs forward."""
