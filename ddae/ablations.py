@@ -146,12 +146,12 @@ def nano(config: Config) -> Config:
 
 def micro(config: Config) -> Config:
     """Minutes a row on two cores: photographs of 32 pixels."""
-    return _small(config, width=96, image_size=32, patch_size=4, steps=1500, batch=64, lr=1.5e-3)
+    return _small(config, width=64, image_size=32, patch_size=4, steps=1000, batch=32, lr=1.5e-3)
 
 
 def tiny(config: Config) -> Config:
     """Minutes a row on one data-centre GPU: photographs of 64 pixels."""
-    return _small(config, width=192, image_size=64, patch_size=8, steps=12_000, batch=512, lr=1.5e-3)
+    return _small(config, width=192, image_size=64, patch_size=8, steps=1500, batch=512, lr=1.5e-3)
 
 
 CODES = 256  # of a small tokenizer
@@ -170,7 +170,8 @@ def rows(table: str, scale: str) -> list[Row]:
 def _small(config: Config, width: int, image_size: int, patch_size: int, steps: int, batch: int, lr: float) -> Config:
     """The experiment with a small model of 12 blocks, so that taps stay what they are, and a short run's schedules: a
     teacher whose half-life is an eighth of it, and exponents that move as far as they would in a long one."""
-    heads, decoder = width // 24, {"decoder_width": width, "decoder_heads": width // 24}
+    heads = width // 24
+    decoder = {"decoder_width": width, "decoder_heads": heads}
     decoder_depth = min(2, config.pixel.decoder_depth)
     momentum = 0.5 ** (8 / steps)
     return replace(
