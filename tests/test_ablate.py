@@ -48,10 +48,8 @@ def test_rows_differ_from_their_base_in_what_the_paper_says(scale):
     for table in ("3", "4", "6", "7"):
         found = rows(table, scale)
         (base,) = [row for row in found if not DIFFERENCES[table, row.name]]
-        before = flatten(base.config.to_dict())
         for row in found:
-            after = flatten(row.config.to_dict())
-            assert {key: after[key] for key in after if after[key] != before[key]} == DIFFERENCES[table, row.name]
+            assert differences(base.config, row.config) == DIFFERENCES[table, row.name]
             seen.add((table, row.name))
     assert seen == DIFFERENCES.keys()
 
@@ -62,6 +60,38 @@ def test_the_same_experiment_has_the_same_number_in_every_table():
     for table in ("3", "6", "7"):
         for row in rows(table, "paper"):
             assert papers.setdefault(json.dumps(row.config.to_dict()), row.paper) == row.paper, row.name
+
+
+def differences(before, after):
+    before, after = flatten(before.to_dict()), flatten(after.to_dict())
+    return {key: after[key] for key in after if after[key] != before[key]}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_methods_gain_deep_dynamic_supervision_and_nothing_else(scale):
+    """Table 2: DDS-BEiT-v2 is BEiT-v2 with four taps and weights; DDS-MAE has a third of MAE's epochs, too."""
+    mae, dds_mae, beitv2, dds_beitv2 = (row.config for row in rows("2", scale))
+    deep = {"taps": [3, 6, 9, 12], "tap_weights": [0.75, 0.75, 0.75, 1.0], "dynamic": True}
+    length = {"train.epochs": 100, "optim.warmup_epochs": 20} if scale == "paper" else {}
+    assert differences(mae, dds_mae) == {f"pixel.{name}": value for name, value in deep.items()} | length
+    assert differences(beitv2, dds_beitv2) == {f"token.{name}": value for name, value in deep.items()}
+
+
+def test_own_rows_change_one_thing():
+    first, *others = rows("own", "paper")
+    both = [{f"{branch}.{option}": True for branch in ("pixel", "feature")} for option in OPTIONS]
+    wanted = [
+        {"mask.kind": "beit_block"},
+        {"mask.kind": "random"},
+        {"feature.ramp": 0.0},
+        {"feature.ramp": 1.0},
+        *both,
+    ]
+    assert [differences(first.config, row.config) for row in others[:-1]] == wanted
+    assert others[-1].name == "BootMAE"
+
+
+OPTIONS = ("own_norms", "own_heads", "cross_attention")
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -113,6 +143,13 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, False, False]
     assert again[3] == by_name["DDS-MAE"]
+    more = "--seeds 1 --parallel 2 --steps 30 --only MAE DS-MAE".split()
+    code, said, errors = ablate(tmp_path / "t", *more)
+    assert code == 0, errors[-2000:]
+    packed = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
+    assert [len(row["seeds"]) for row in packed] == [2, 0, 2, 1]
+    assert packed[0]["deviation"] > 0
+    assert "step 30/30" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -122,6 +159,8 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
         (("--scale", "mikro"), "there is no scale 'mikro': the nearest is 'micro'"),
         (("--only", "MEA"), "table 3 has no row 'MEA': there are 'MAE', 'D-MAE', 'DS-MAE', 'DDS-MAE'"),
         (("--scale", "tiny"), "the scale tiny wants --data with shards that have classes"),
+        (("--table", "2", "--parallel", "2"), "the row 'BEiT-v2, 100 epochs' wants --tokenizer here"),
+        (("--table", "2", "--scale", "paper", "--data", "d"), "the row 'BEiT-v2, 100 epochs' wants --tokenizer here"),
     ],
 )
 def test_mistakes_are_one_sentence(words, message, tmp_path):
@@ -133,5 +172,5 @@ def test_mistakes_are_one_sentence(words, message, tmp_path):
 
 
 def test_tables_that_do_not_exist():
-    with pytest.raises(UserError, match="there are 2, 3, 4, 6, 7, readings"):
+    with pytest.raises(UserError, match="there are 2, 3, 4, 6, 7, readings, own"):
         rows("9", "nano")
