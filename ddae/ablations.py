@@ -134,37 +134,38 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-def paper(config: Config) -> Config:
+def paper(config: Config, steps: int | None = None) -> Config:
     """As it stands."""
     return config
 
 
-def nano(config: Config) -> Config:
+def nano(config: Config, steps: int | None = None) -> Config:
     """A minute for a whole table's row: digits of 32 pixels."""
-    return _small(config, width=48, image_size=32, patch_size=8, steps=60, batch=32, lr=2e-3)
+    return _small(config, width=48, image_size=32, patch_size=8, steps=steps or 60, batch=32, lr=2e-3)
 
 
-def micro(config: Config) -> Config:
+def micro(config: Config, steps: int | None = None) -> Config:
     """Minutes a row on two cores: photographs of 32 pixels."""
-    return _small(config, width=64, image_size=32, patch_size=4, steps=1000, batch=32, lr=1.5e-3)
+    return _small(config, width=64, image_size=32, patch_size=4, steps=steps or 1000, batch=32, lr=1.5e-3)
 
 
-def tiny(config: Config) -> Config:
+def tiny(config: Config, steps: int | None = None) -> Config:
     """Minutes a row on one data-centre GPU: photographs of 64 pixels."""
-    return _small(config, width=192, image_size=64, patch_size=8, steps=1500, batch=512, lr=1.5e-3)
+    return _small(config, width=192, image_size=64, patch_size=8, steps=steps or 1500, batch=512, lr=1.5e-3)
 
 
 CODES = 256  # of a small tokenizer
-SCALES: dict[str, Callable[[Config], Config]] = {"nano": nano, "micro": micro, "tiny": tiny, "paper": paper}
+SCALES: dict[str, Callable[[Config, int | None], Config]] = {"nano": nano, "micro": micro, "tiny": tiny, "paper": paper}
 
 
-def rows(table: str, scale: str) -> list[Row]:
-    """The experiments of a table at a scale; UserError with the nearest name where there is none."""
+def rows(table: str, scale: str, steps: int | None = None) -> list[Row]:
+    """The experiments of a table at a scale, of so many steps instead of the scale's own; UserError with the nearest
+    name where there is none."""
     for kind, name, known in (("table", table, TABLES), ("scale", scale, SCALES)):
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1, 0)[0]
             raise UserError(f"there is no {kind} {name!r}: the nearest is {nearest!r}, there are {', '.join(known)}")
-    return [row._replace(config=SCALES[scale](row.config)) for row in TABLES[table]()]
+    return [row._replace(config=SCALES[scale](row.config, steps)) for row in TABLES[table]()]
 
 
 def _small(config: Config, width: int, image_size: int, patch_size: int, steps: int, batch: int, lr: float) -> Config:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ddae.masks import Mask
 from ddae.model.decoder import Decoder
-from ddae.model.vit import Encoder, build_blocks
+from ddae.model.vit import Encoder, build_blocks, run_block
 from ddae.patches import NORMALISATIONS, constant, gather_tokens
 
 
@@ -56,8 +56,13 @@ class Branch(nn.Module):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        """The blocks whose tokens it wants."""
+        """The blocks whose tokens it wants under the encoder's final norm."""
         return self.taps
+
+    @property
+    def reads_raw(self) -> tuple[int, ...]:
+        """Those that it wants as they are."""
+        return ()
 
     def weights(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """beta [K] and tap weight [K]. A branch that is not dynamic has beta 0: all weights are exactly 1."""
@@ -73,8 +78,8 @@ class Branch(nn.Module):
 class DecoderBranch(Branch):
     """A branch whose decoder turns visible tokens into something of every masked patch.
 
-    norms: one a tap in front of the decoder, or none: the encoder's final one then. context: the block whose tokens
-    the decoder's blocks attend to, 0 the tap's own; None where they attend to none.
+    norms: one for each tap but the last, which has the encoder's final one, or none: all have that. context: the block
+    whose tokens the decoder's blocks attend to, 0 the tap's own; None where they attend to none.
     """
 
     def __init__(
@@ -91,14 +96,18 @@ class DecoderBranch(Branch):
 
     @property
     def reads(self) -> tuple[int, ...]:
-        return (*self.taps, self.context) if self.context else self.taps
+        return self.taps[len(self.norms) :]
+
+    @property
+    def reads_raw(self) -> tuple[int, ...]:
+        of_context = () if self.context is None else (self.context,) if self.context else self.taps
+        return (*self.taps[: len(self.norms)], *of_context)
 
     def predict(self, tokens: Tokens, mask: Mask) -> Tensor:
         """[K, B, M, P], all taps in one batch through the decoder."""
         num_taps, raw = len(self.taps), tokens.raw
-        normed = [tokens.normed[tap] for tap in self.taps]
-        if self.norms:
-            normed = [norm(raw[tap]) for norm, tap in zip(self.norms, self.taps, strict=True)]
+        normed = [norm(raw[tap]) for norm, tap in zip(self.norms, self.taps, strict=False)]
+        normed += [tokens.normed[tap] for tap in self.reads]
         context = None
         if self.context is not None:
             context = torch.cat([raw[self.context or tap] for tap in self.taps])
@@ -170,10 +179,15 @@ class ClsBranch(Branch):
         self.early = block
         self.blocks = build_blocks(shape.width, depth, shape.heads, shape.layer_scale)
         self.norm, self.head = encoder.norm, tokens.head
+        self.recompute = False  # activations in the backward pass
         self.rel_pos_bias = encoder.rel_pos_bias if shape.relative_positions == "shared" else None
 
     @property
     def reads(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def reads_raw(self) -> tuple[int, ...]:
         return (self.early, *self.taps)
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
@@ -181,7 +195,7 @@ class ClsBranch(Branch):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         both = torch.cat([last[:, :1], early[:, 1:]], 1)
         for block in self.blocks:
-            both = block(both, bias)
+            both = run_block(block, both, self.recompute, bias)
         token_error = cross_entropy(self.head, [self.norm(both)], inputs)
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight)

@@ -41,7 +41,7 @@ class PixelConfig:
     decoder_heads: int = 16  # decoder attention heads
     norm: Literal["per_channel", "joint", "none"] = "per_channel"  # how a target patch is normalised
     cross_attention: bool = False  # decoder blocks look at the visible patches as block 1 left them (BootMAE)
-    own_norms: bool = False  # each tap has a norm of its own in front of the decoder, instead of the encoder's last
+    own_norms: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
     own_heads: bool = False  # each tap has a last layer of its own
 
 
@@ -56,7 +56,7 @@ class FeatureConfig:
     decoder_heads: int = 12  # decoder attention heads
     ramp: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
     cross_attention: bool = False  # decoder blocks look at the visible patches as the tap left them (BootMAE)
-    own_norms: bool = False  # each tap has a norm of its own in front of the decoder, instead of the encoder's last
+    own_norms: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
     own_heads: bool = False  # each tap has a last layer of its own
 
 

@@ -1,7 +1,7 @@
 """Random numbers as a pure function of their keys, so that no rank, worker or restart can change them.
 
-SplitMix64 (Steele, Lea and Flood, 2014) on int64 tensors, whose products wrap as the generator wants. The same keys
-give the same bits on every device.
+SplitMix64 (Steele, Lea and Flood, 2014) on int64 tensors of the CPU, whose products wrap as the generator wants. The
+same keys give the same bits everywhere.
 """
 
 import torch

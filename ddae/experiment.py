@@ -137,6 +137,8 @@ class Experiment:
         sections = {each.name: each.type for each in dataclasses.fields(cls) if dataclasses.is_dataclass(each.type)}
         built: dict[str, Any] = dict(tree)
         for name, section in sections.items():
+            if name not in tree:  # of an earlier version: what it did not know has its default
+                continue
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in tree[name].items()}
             built[name] = section(**values)  # type: ignore[operator]
         return cls(**built)

@@ -35,15 +35,18 @@ class Method(nn.Module):
         self.encoder = encoder
         self.branches = nn.ModuleDict(branches)
         self.normalisation = normalisation
-        self.blocks_read = tuple(sorted({block for branch in branches.values() for block in branch.reads}))
+        self.normed = tuple(sorted({block for branch in branches.values() for block in branch.reads}))
+        raw = {block for branch in branches.values() for block in branch.reads_raw}
+        self.blocks_read = tuple(sorted(raw.union(self.normed)))
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.shape.width)) if replaced else None
 
     def encode(self, images: Tensor, visible: Tensor) -> Tokens:
         """uint8 images -> the tokens of all blocks that a branch reads."""
         pixels = normalise(images, self.normalisation, self.encoder.cls_token.dtype)
-        raw = self.encoder(pixels, layers=self.blocks_read, visible=visible, mask_token=self.mask_token)
-        normed = self.encoder.norm(torch.stack(raw))
-        return Tokens(*(dict(zip(self.blocks_read, tokens, strict=True)) for tokens in (raw, normed)))
+        tokens = self.encoder(pixels, layers=self.blocks_read, visible=visible, mask_token=self.mask_token)
+        raw = dict(zip(self.blocks_read, tokens, strict=True))
+        normed = self.encoder.norm(torch.stack([raw[block] for block in self.normed]))
+        return Tokens(raw, dict(zip(self.normed, normed, strict=True)))
 
     def forward(self, inputs: Inputs) -> Losses:
         tokens = self.encode(inputs.images, inputs.mask.visible)
@@ -68,7 +71,7 @@ def assemble(config: Config) -> Method:
         heads = len(branch.taps) if branch.own_heads else 1
         crosses = branch.cross_attention
         decoder = Decoder(model.width, *shape, out_width, config.grid, model.positions, heads, crosses)
-        norms = [LayerNorm(model.width) for _ in branch.taps] if branch.own_norms else []
+        norms = [LayerNorm(model.width) for _ in branch.taps[:-1]] if branch.own_norms else []
         arguments = branch.taps, branch.tap_weights, config.dynamic.rescale_grad
         return decoder, *arguments, norms, context if crosses else None
 
@@ -98,6 +101,6 @@ def assemble(config: Config) -> Method:
             branch.beta_places = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
     method = Method(encoder, branches, config.data.normalisation, config.mask.replaced)
     for module in method.modules():
-        if isinstance(module, Encoder | Decoder):
+        if isinstance(module, Encoder | Decoder | ClsBranch):
             module.recompute = config.engine.recompute
     return method

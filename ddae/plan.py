@@ -18,7 +18,7 @@ from ddae.config import Config, PixelConfig
 from ddae.errors import UserError
 from ddae.method import assemble
 from ddae.optim import build_optimizer
-from ddae.work import branches, seen, work
+from ddae.work import decoded, seen, work
 
 GIB = 2**30
 IMAGENET = 1_281_167  # images
@@ -148,7 +148,7 @@ def stacks(config: Config, images: int) -> list[tuple[tuple[int, int], int, int]
     """Of encoder and decoders: (width, heads), blocks, and rows of tokens of so many images."""
     patches, model = config.grid[0] * config.grid[1], config.model
     found = [((model.width, model.heads), model.depth, images * (1 + seen(config)))]
-    for branch in branches(config):
+    for branch in decoded(config):
         shape = (branch.decoder_width, branch.decoder_heads)
         found.append((shape, branch.decoder_depth, len(branch.taps) * images * (1 + patches)))
     if config.token.enabled and config.token.cls:
@@ -178,7 +178,7 @@ def activations(config: Config, images: int) -> float:
     if config.token.enabled:
         masked = (len(config.token.taps) + config.token.cls) * images * config.num_masked
         total += masked * (width * product + config.token.codes * 4)  # what the head reads; logarithms of shares
-    for branch, (_, _, rows) in zip(branches(config), stacks(config, images)[1:], strict=False):
+    for branch, (_, _, rows) in zip(decoded(config), stacks(config, images)[1:], strict=False):
         masked = len(branch.taps) * images * config.num_masked
         out = patch_numbers if isinstance(branch, PixelConfig) else width
         total += len(branch.taps) * images * (1 + visible) * width * product  # what the decoder reads

@@ -88,7 +88,8 @@ def build_teacher(dump: Path, config: Config, engine: Bare) -> Teacher | Tokeniz
 def _batches(file: Path, on: torch.device) -> list[Batch]:
     with safe_open(file, "pt") as opened:
         numbers = sorted({int(key.split("/")[0]) for key in opened.keys()})  # noqa: SIM118 - it is no dict
-        return [Batch(*(opened.get_tensor(f"{n}/{name}").to(on) for name in Batch._fields)) for n in numbers]
+        batches = [Batch(*(opened.get_tensor(f"{n}/{name}") for name in Batch._fields)) for n in numbers]
+    return [batch._replace(images=batch.images.to(on)) for batch in batches]
 
 
 def _show(

@@ -25,7 +25,7 @@ CAPTIONS = {
     "reconstructions": "{images} images (left), the patches that the encoder sees (rows take turns between the run's "
     "own masks and random ones), what the decoder rebuilds from each tapped block, the distance of each masked patch "
     "to the nearest visible one, and each block's weights.",
-    "losses": "Mean squared error of masked patches by tapped block: plain means, not weighted by distance.",
+    "losses": "Error of masked patches by tapped block (squared; of codes cross-entropy): plain means, not weighted.",
     "betas": "The learnable exponents: below 0 a block works on patches near visible ones, above 0 on far ones.",
     "weights": "How much a masked patch counts at each distance, with the betas at the end.",
     "probes": "What the encoder knew in the course of training: nearest neighbours on the split val, and "

@@ -1,5 +1,6 @@
 """A run's folder: what it was started with, and whether it may be gone on with."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -31,7 +32,10 @@ def check(config: Experiment) -> None:
     path = folder / "config.json"
     if not path.exists():
         return
-    before, now = flatten(json.loads(path.read_text())), flatten(config.to_dict())
+    before, now = json.loads(path.read_text()), flatten(config.to_dict())
+    with contextlib.suppress(KeyError, TypeError):  # of another kind of experiment
+        before = type(config).from_dict(before).to_dict()  # what an earlier version did not know has its default
+    before = flatten(before)
     for key in sorted(before.keys() | now.keys()):
         if key in config.FREE_ON_RESUME or before.get(key) == now.get(key):
             continue

@@ -4,6 +4,7 @@ rank_00000.safetensors, ...   "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", 
                               where in the parameter each begins is the file's metadata
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -45,6 +46,36 @@ class Saved(Protocol):
 
     def publish(self) -> None:
         """Work with what the slices were filled with."""
+
+
+class Unchanged:
+    """A module that nothing trains, whose weights must be the same whenever a run goes on."""
+
+    sharded = False
+
+    def __init__(self, what: str, module: nn.Module):
+        self.what, self._module, self._hash = what, module, ""
+
+    def note(self) -> str:
+        """A hash of all its tensors."""
+        if self._hash:
+            return self._hash
+        seen = hashlib.sha256()
+        for name, values in sorted(self._module.state_dict().items()):
+            seen.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+        self._hash = seen.hexdigest()
+        return self._hash
+
+    def prepare(self, note: str) -> None:
+        """UserError where it is not what note() told of."""
+        if note != self.note():
+            raise UserError(f"the run was started with another {self.what}: name that one, or choose another --run_dir")
+
+    def state(self) -> dict[str, list[Fragment]]:
+        return {}
+
+    def publish(self) -> None:
+        """Nothing changes."""
 
 
 class Slices:

@@ -16,7 +16,7 @@ from ddae.config import Config, beta_names
 from ddae.data.loader import Batch, Loader
 from ddae.data.preview import Preview, preview_images
 from ddae.data.reader import Part
-from ddae.distributed import device, is_main, rank, say, world_size
+from ddae.distributed import agree, device, is_main, rank, say, world_size
 from ddae.dump import add_batches
 from ddae.engine import Engine, start_process_group
 from ddae.errors import UserError
@@ -32,7 +32,7 @@ from ddae.patches import normalise
 from ddae.report import NUM_IMAGES, show_run, summary, update_card
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.session import Session
-from ddae.slices import Saved
+from ddae.slices import Saved, Unchanged
 from ddae.stopping import Stop
 from ddae.system import system_metrics
 from ddae.weights import export_encoder, load_tokenizer
@@ -59,17 +59,21 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
         say(f"{folder} is complete: {steps} of {steps} steps\n{summary(config)}")
         return
 
-    kernels = loss_kernels(config)
+    kernels, tokenizer = loss_kernels(config), build_tokenizer(config) if config.token.enabled else None
     start_process_group(config.train.hang_after + 60)  # the watchdog, which leaves stacks, comes first
     loader.settle(run_folder.backend_before(config))
+    if tokenizer is not None:
+        agree(tokenizer=Unchanged("tokenizer", tokenizer).note())
     session = Session(config, loader, stop)
     method = build_method(config)
     engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
-    teacher = build_teacher(config, engine)
+    teacher = build_teacher(config, engine) if tokenizer is None else tokenizer.to(engine.device)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     parts: dict[str, Saved] = {"engine": engine, "betas": betas}
     if isinstance(teacher, Teacher):
         parts["teacher"] = teacher
+    elif teacher is not None:
+        parts["tokenizer"] = Unchanged("tokenizer", teacher)
     start = session.restore(parts, resolved.json, loss_kernels=kernels)
     say(
         f"{config.preset}: steps {start} to {steps} of {config.data.batch_size} images on {world_size()} ranks "
@@ -187,11 +191,8 @@ def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> li
     return show_run(config, engine.module, betas, preview) if config.train.report else []
 
 
-def build_teacher(config: Config, engine: Engine) -> Teacher | Tokenizer | None:
-    """Who says what a branch has to tell: the momentum encoder, equal to the student, or the tokenizer; None where no
-    branch asks."""
-    if config.token.enabled:
-        return build_tokenizer(config).to(engine.device)
+def build_teacher(config: Config, engine: Engine) -> Teacher | None:
+    """The momentum encoder, equal to the student; None where no branch asks for it."""
     if not config.feature.enabled:
         return None
     encoder = Encoder(config.model).to(engine.device, engine.dtype)

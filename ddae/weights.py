@@ -112,20 +112,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that train_tokenizer.py left in a run folder, or BEiT-v2's in a published file (.pth or
     .safetensors), on the CPU, in fp32 and eval mode. UserError where there is none."""
     path = Path(path)
-    if path.is_file():
-        read = read_tokenizer(path)
-        tokenizer = Tokenizer(read.model, *read.weights["codebook"].shape)
-        tokenizer.load_state_dict(read.weights)
-        return tokenizer.eval().requires_grad_(False)
-    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path
+    folder = path / "tokenizer" if (path / "tokenizer").is_dir() else path.parent if path.name == TOKENIZER else path
     try:
-        settings = json.loads((folder / SETTINGS).read_text())
-        tokenizer = Tokenizer(ModelConfig(**settings["model"]), settings["codes"], settings["code_width"])
-        tokenizer.load_state_dict(load_file(folder / TOKENIZER))
+        if folder.is_file():
+            read = read_tokenizer(folder)
+            tokenizer, weights = Tokenizer(read.model, *read.weights["codebook"].shape), read.weights
+        else:
+            settings = json.loads((folder / SETTINGS).read_text())
+            tokenizer = Tokenizer(ModelConfig(**settings["model"]), settings["codes"], settings["code_width"])
+            weights = load_file(folder / TOKENIZER)
+        tokenizer.load_state_dict(weights)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise UserError(
-            f"{path} holds no tokenizer ({' '.join(str(error).split())[:150]}): see docs/evaluation.md"
-        ) from None
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} holds no tokenizer ({reason}): launch/train_tokenizer.py makes one") from None
     return tokenizer.eval().requires_grad_(False)
 
 

@@ -71,5 +71,5 @@ def seen(config: Config) -> int:
     return patches if config.mask.replaced else patches - config.num_masked
 
 
-def branches(config: Config) -> list[PixelConfig | FeatureConfig]:
+def decoded(config: Config) -> list[PixelConfig | FeatureConfig]:
     return [branch for branch in (config.pixel, config.feature) if branch.enabled]

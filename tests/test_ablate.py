@@ -114,7 +114,8 @@ def test_nothing_is_claimed_within_noise():
         "none: the best rows do not differ"
     )
     assert best([row("a", 50.0), row("b", 48.0)]).startswith("not said: more than one seed")
-    results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a"}
+    assert best([row("a", 50.0, 50.0), row("b", 50.0, 50.0)]).startswith("none")
+    results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a", "left_out": []}
     assert "| a | 50.00 ± 0.20 | 3 | 78.7 |" in markdown(results)
 
 
@@ -143,12 +144,14 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, False, False]
     assert again[3] == by_name["DDS-MAE"]
-    more = "--seeds 1 --parallel 2 --steps 30 --only MAE DS-MAE".split()
+    more = "--seeds 1 2 --parallel 2 --steps 30 --only MAE".split()
     code, said, errors = ablate(tmp_path / "t", *more)
     assert code == 0, errors[-2000:]
-    packed = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
-    assert [len(row["seeds"]) for row in packed] == [2, 0, 2, 1]
-    assert packed[0]["deviation"] > 0
+    shorter = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert [list(row["seeds"]) for row in shorter["rows"]] == [["1", "2"], [], [], []]
+    assert shorter["left_out"] == ["row_0_seed_0", "row_2_seed_0", "row_3_seed_0"]
+    assert "Left out, of other steps or on other data: row_0_seed_0" in said
+    assert shorter["rows"][0]["deviation"] > 0
     assert "step 30/30" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
 
 
@@ -159,6 +162,9 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
         (("--scale", "mikro"), "there is no scale 'mikro': the nearest is 'micro'"),
         (("--only", "MEA"), "table 3 has no row 'MEA': there are 'MAE', 'D-MAE', 'DS-MAE', 'DDS-MAE'"),
         (("--scale", "tiny"), "the scale tiny wants --data with shards that have classes"),
+        (("--steps", "-1"), "--steps is -1: give 1 or more"),
+        (("--scale", "paper", "--data", "d", "--steps", "5"), "--steps is for small runs"),
+        (("--data", "nowhere", "--parallel", "2"), "nowhere"),
         (("--table", "2", "--parallel", "2"), "the row 'BEiT-v2, 100 epochs' wants --tokenizer here"),
         (("--table", "2", "--scale", "paper", "--data", "d"), "the row 'BEiT-v2, 100 epochs' wants --tokenizer here"),
     ],

@@ -115,7 +115,7 @@ def test_all_figures_of_a_run_beside_an_encoder(run, encoder_folder, digits, tmp
     for numbers in results["locality"].values():
         assert 0 < numbers["distance_px"] < 32
         assert 0 <= numbers["diversity"] <= 1
-    names = {"distance", "attention", "locality", "betas_run", "reconstructions_run"}
+    names = {"distance", "attention", "locality", "betas", "reconstructions_run"}
     assert {file.stem for file in (tmp_path / "out" / "figures").glob("*.png")} == names
     assert {file.stem for file in (tmp_path / "out").glob("*.svg")} == names
     page = (tmp_path / "out" / "report.html").read_text()

@@ -117,6 +117,16 @@ def test_synthetic_batches_need_no_data():
     assert not torch.equal(batch.seeds, other.seeds)
 
 
+@pytest.mark.parametrize("backend", ["synthetic", "pillow", "dali"])
+def test_what_a_reader_makes_can_be_pinned(shards, backend):
+    """For a GPU all of it is copied into pinned memory, which a view that repeats its elements refuses."""
+    loader = loader_of("" if backend == "synthetic" else shards, backend)
+    micro = loader._reader()[0]
+    tensors = [each for each in (*micro, *micro.drawn, *micro.drawn.crops) if isinstance(each, torch.Tensor)]
+    assert len(tensors) == 7
+    assert all(each.is_contiguous() for each in tensors)
+
+
 def test_preview_shows_whole_images(shards):
     images, held_out = preview_images(DataConfig(train=str(shards)), 32, 5)
     assert images.shape == (5, 3, 32, 32)

@@ -14,8 +14,10 @@ from ddae.eval.packed import Job, run_packed
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """As they were before."""
+def signals(monkeypatch):
+    """As they were before; no launcher has started these tests."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     yield
     for number, handler in before.items():
@@ -27,8 +29,11 @@ def jobs(folder, codes):
     return [Job(f"job {n}", [sys.executable, "-c", code, str(n)], folder / f"{n}.log") for n, code in enumerate(codes)]
 
 
-def test_so_many_at_a_time_share_gpus_and_processors(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("shown", ["", "5,7"])
+def test_so_many_at_a_time_share_gpus_and_processors(shown, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(packed.torch.cuda, "device_count", lambda: 2)
+    if shown:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     code = (
         "import os, time; print(time.time()); time.sleep(0.6); "
         "print(time.time(), os.environ['CUDA_VISIBLE_DEVICES'], os.environ['OMP_NUM_THREADS'])"
@@ -38,19 +43,21 @@ def test_so_many_at_a_time_share_gpus_and_processors(tmp_path, monkeypatch, caps
     spans = [(float(start), float(end)) for start, end, *_ in said]
     at_once = max(sum(start <= moment < end for start, end in spans) for moment, _ in spans)
     assert at_once == 2
-    assert [gpu for *_, gpu, _ in said] == ["0", "1", "0", "1"]
+    gpus = shown.split(",") if shown else ["0", "1"]
+    assert [gpu for *_, gpu, _ in said][:2] == gpus
+    assert sorted(gpu for *_, gpu, _ in said) == sorted(gpus * 2)
     assert {int(threads) for *_, threads in said} == {max(1, len(os.sched_getaffinity(0)) // 2)}
     assert capsys.readouterr().out.count("--- job ") == 4
 
 
 def test_one_that_fails_lets_the_running_ones_end_and_starts_no_more(tmp_path, capsys):
-    codes = ["raise SystemExit(3)", "import time; time.sleep(1); print('whole')", "print('never')"]
+    codes = ["print('no data'); raise SystemExit(3)", "import time; time.sleep(1); print('whole')", "print('never')"]
     with pytest.raises(SystemExit) as ended:
         run_packed(jobs(tmp_path, codes), parallel=2)
     assert ended.value.code == 3
     assert (tmp_path / "1.log").read_text() == "whole\n"
     assert not (tmp_path / "2.log").exists()
-    assert f"job 0 ended with code 3: see {tmp_path / '0.log'}" in capsys.readouterr().out
+    assert f"job 0 ended with code 3: no data ({tmp_path / '0.log'})" in capsys.readouterr().out
 
 
 def test_told_to_stop_it_tells_them_and_waits(tmp_path):
@@ -74,6 +81,6 @@ def test_told_to_stop_it_tells_them_and_waits(tmp_path):
 
 
 def test_ranks_of_a_launcher_do_not_pack(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="start it with python, not with a launcher"):
         run_packed(jobs(tmp_path, [""]), parallel=2)

@@ -6,6 +6,7 @@ after the other, or several at a time on one machine.
 
 import html
 import json
+import os
 import re
 import statistics
 import sys
@@ -24,14 +25,15 @@ from ddae.engine import start_process_group
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
-from ddae.eval.packed import Job, run_packed
+from ddae.eval.packed import Job, refuse_launchers, run_packed
 from ddae.eval.recipes import FinetuneConfig, ProbeConfig, probe_recipe, recipe
 from ddae.eval.recipes_tokenizer import QuantizerConfig, TokenizerConfig
 from ddae.eval.tokenizing import train_tokenizer
-from ddae.experiment import TrackerConfig
-from ddae.stopping import Stop
+from ddae.experiment import ShardsConfig, TrackerConfig
+from ddae.stopping import EXIT_CODE, Stop
 from ddae.tracker import Tracker, run_id_of, start_tracker
 from ddae.train import pretrain
+from ddae.weights import load_tokenizer
 
 JUDGED = {"nano": "probe", "micro": "probe", "tiny": "probe", "paper": "finetune"}  # by what
 OPENED = 30.0  # seconds within which MLflow may open the table's own run
@@ -61,7 +63,7 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
     SystemExit with code 75 where it is told to stop before, and with another where a run of several fails. UserError
     where a table, a scale or a row does not exist, or a run cannot go on.
     """
-    table = rows(settings.table, settings.scale)
+    table = rows(settings.table, settings.scale, settings.steps)
     _check(table, settings)
     names = [row.name for row in table]
     wanted = [name for name in names if not settings.only or name in settings.only]
@@ -71,7 +73,12 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
         out.mkdir(parents=True, exist_ok=True)
         tracker = _table_run(out, settings) if settings.draws else None
         jobs = [_job(names.index(name), name, seed, out, settings) for seed in settings.seeds for name in wanted]
-        run_packed(jobs, settings.parallel)
+        try:
+            run_packed(jobs, settings.parallel)
+        except SystemExit as end:
+            if tracker is not None:
+                tracker.finish([], "KILLED" if end.code == EXIT_CODE else "FAILED", patience=3)
+            raise
     else:
         stop = Stop()
         start_process_group()
@@ -97,6 +104,13 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
 
 def _check(table: list[Row], settings: Settings) -> None:
     names, scale = [row.name for row in table], settings.scale
+    for name, value in {"steps": settings.steps, "parallel": settings.parallel}.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}: give 1 or more")
+    if settings.steps and scale == "paper":
+        raise UserError("--steps is for small runs, the scale paper has the paper's epochs: leave it out")
+    if settings.parallel > 1:
+        refuse_launchers()
     for name in settings.only:
         if name not in names:
             raise UserError(f"table {settings.table} has no row {name!r}: there are {', '.join(map(repr, names))}")
@@ -105,6 +119,10 @@ def _check(table: list[Row], settings: Settings) -> None:
     told = [row.name for row in table if row.config.token.enabled and (not settings.only or row.name in settings.only)]
     if told and not settings.tokenizer and (scale == "paper" or settings.parallel > 1 or not settings.draws):
         raise UserError(f"the row {told[0]!r} wants --tokenizer here: a run of launch/train_tokenizer.py, or a file")
+    if settings.data:
+        open_shards(settings.data, cache_of(ShardsConfig()))
+    if settings.tokenizer:
+        load_tokenizer(settings.tokenizer)
 
 
 def _table_run(out: Path, settings: Settings) -> Tracker:
@@ -139,17 +157,16 @@ def _digits(out: Path) -> Path:
 
 def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Settings, stop: Stop) -> None:
     """Pretrain one row with one seed, and judge it."""
-    config, folder, steps, small = row.config, _folder(out, number, seed), settings.steps, settings.scale != "paper"
+    config, folder, small = row.config, _folder(out, number, seed), settings.scale != "paper"
     tracker = TrackerConfig(settings.tracker, f"table {settings.table}", run_id_of(out))  # type: ignore[arg-type]
     shared: dict[str, Any] = {"ds_config": settings.ds_config, "tracker": tracker}
-    length = {"steps": steps, "save_every": steps, "log_every": max(1, steps // 100)} if steps else {}
     config = replace(
         config,
         **shared,
         preset=row.name,
         run_dir=str(folder),
         data=replace(config.data, train=data),
-        train=replace(config.train, seed=seed, **length),
+        train=replace(config.train, seed=seed),
     )
     if small:
         epochs = config.num_steps(0) * config.data.batch_size / len(open_shards(data, cache_of(config.data)))
@@ -159,7 +176,7 @@ def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Setti
         config = replace(config, token=replace(config.token, tokenizer=where))
     pretrain(config, stop)
     if JUDGED[settings.scale] == "finetune":
-        tuning = recipe("paper")
+        tuning = recipe("beitv2" if config.token.enabled else "paper")
         tuned = {"data": replace(tuning.data, train=data), "train": replace(tuning.train, seed=seed)}
         finetune(replace(tuning, **shared, **tuned, encoder=str(folder)), stop)
         return
@@ -172,7 +189,14 @@ def _tokenizer(config: Config, teacher: Path, folder: Path, stop: Stop) -> str:
         raise UserError(
             f"this row's tokenizer is of the table's first row, which {teacher} lacks: run it, or --tokenizer"
         )
-    vq = QuantizerConfig(str(teacher), config.token.codes, 16, decoder_depth=1, decoder_width=config.model.width)
+    vq = QuantizerConfig(
+        teacher=str(teacher),
+        codes=config.token.codes,
+        code_width=16,
+        decoder_depth=1,
+        decoder_width=config.model.width,
+        decoder_heads=config.model.heads,
+    )
     train_tokenizer(
         TokenizerConfig(
             preset=config.preset,
@@ -199,15 +223,18 @@ def probe_of(encoder: str, data: str, seed: int, tracker: TrackerConfig) -> Prob
 
 
 def _results(table: list[Row], out: Path, settings: Settings) -> dict[str, Any]:
-    """Of all seeds that have been run, now or before."""
+    """Of all seeds that have been run, now or before, for as many steps and on the same data; others are named."""
     task = "linear_probe" if JUDGED[settings.scale] == "probe" else FinetuneConfig.TASK
-    found = []
+    found, unlike, where = [], [], os.path.abspath(settings.data or out / "digits")
     for number, row in enumerate(table):
         by_seed = {}
         for file in sorted(out.glob(f"row_{number}_seed_*/{task}/results.json")):
-            results = json.loads(file.read_text())
+            results, run = json.loads(file.read_text()), json.loads((file.parents[1] / "config.json").read_text())
+            if run["train"]["steps"] != row.config.train.steps or os.path.abspath(run["data"]["train"]) != where:
+                unlike.append(file.parents[1].name)
+                continue
             top = results["top1"] if "top1" in results else results["last"]["top1"]
-            by_seed[file.parent.parent.name.rpartition("_")[2]] = top
+            by_seed[file.parents[1].name.rpartition("_")[2]] = top
         values = list(by_seed.values())
         mean = statistics.mean(values) if values else None
         deviation = statistics.stdev(values) if len(values) > 1 else None
@@ -217,8 +244,11 @@ def _results(table: list[Row], out: Path, settings: Settings) -> dict[str, Any]:
         "table": settings.table,
         "scale": settings.scale,
         "judged": "linear probe, best of its heads, top-1 in %" if task == "linear_probe" else "fine-tuned, top-1 in %",
+        "steps": table[0].config.train.steps,
+        "data": settings.data or "digits",
         "rows": found,
         "best": best(found),
+        "left_out": unlike,  # of other steps or on other data
     }
 
 
@@ -234,7 +264,7 @@ def best(found: list[dict[str, Any]]) -> str:
         return row["deviation"] ** 2 / len(row["seeds"])
 
     for row in measured:
-        if row is not first and first["mean"] - row["mean"] < NOISE * (error(first) + error(row)) ** 0.5:
+        if row is not first and first["mean"] - row["mean"] <= NOISE * (error(first) + error(row)) ** 0.5:
             return "none: the best rows do not differ beyond noise"
     return first["row"]
 
@@ -253,7 +283,10 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [HEAD, ("---", "--:", "--:", "--:"), *map(_cells, results["rows"])]
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}, mean ± standard deviation over seeds"
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{title}\n\n{table}\n\nBest: {results['best']}.\n"
+    more = (
+        f" Left out, of other steps or on other data: {', '.join(results['left_out'])}." if results["left_out"] else ""
+    )
+    return f"{title}\n\n{table}\n\nBest: {results['best']}.{more}\n"
 
 
 def page(results: dict[str, Any]) -> str:

@@ -84,23 +84,24 @@ def distance_dots(found: dict[str, Locality], patches: dict[str, tuple[tuple[int
     return figure
 
 
-def beta_curves(rows: Sequence[dict[str, float]]) -> Figure:
-    """Figures 5 and 6: the betas over the epochs, all of the training and its beginning."""
-    names = [name for name in rows[-1] if name.startswith("beta/")]
-    figure, axes = plt.subplots(1, 2, figsize=(9.2, 3.5))
-    end = rows[-1]["epoch"]
-    for axis, last, title in zip(axes, (end, ZOOM * end), ("whole training", f"first {ZOOM:.0%}"), strict=True):
-        shown = [row for row in rows if row["epoch"] <= last and names[0] in row]
-        for name, colour in zip(names, COLOURS * 3, strict=False):
-            label = f"block {int(name[-2:])}" + (f", {name.split('/')[1]}" if name.count("/") > 1 else "")
-            axis.plot(
-                [row["epoch"] for row in shown], [row[name] for row in shown], color=colour, linewidth=1.4, label=label
-            )
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("epoch")
-        axis.set_ylabel("β")
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, frameon=False)
+def beta_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
+    """Figures 5 and 6: the betas of each run over the epochs, all of the training and its beginning."""
+    figure, axes = plt.subplots(len(runs), 2, figsize=(9.2, 0.6 + 2.9 * len(runs)), squeeze=False)
+    for (run, rows), row_of_axes in zip(runs.items(), axes, strict=True):
+        names, end = [name for name in rows[-1] if name.startswith("beta/")], rows[-1]["epoch"]
+        for axis, last, title in zip(
+            row_of_axes, (end, ZOOM * end), ("whole training", f"first {ZOOM:.0%}"), strict=True
+        ):
+            shown = [row for row in rows if row["epoch"] <= last and names[0] in row]
+            epochs = [row["epoch"] for row in shown]
+            for name, colour in zip(names, COLOURS * 3, strict=False):
+                label = f"block {int(name[-2:])}" + (f", {name.split('/')[1]}" if name.count("/") > 1 else "")
+                axis.plot(epochs, [row[name] for row in shown], color=colour, linewidth=1.4, label=label)
+            axis.set_title(f"{run}: {title}" if len(runs) > 1 else title, fontsize=10)
+            axis.set_xlabel("epoch")
+            axis.set_ylabel("β")
+            axis.grid(alpha=0.25)
+            axis.spines[["top", "right"]].set_visible(False)
+        row_of_axes[0].legend(fontsize=8, frameon=False)
     figure.tight_layout()
     return figure

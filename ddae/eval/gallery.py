@@ -79,16 +79,19 @@ def gallery(named: Sequence[str], data: str, out: Path, settings: Settings) -> d
         drawn["locality"], results["locality"] = _locality(all_shown, data, settings.images)
     if settings.masks:
         results["foreground_iou"] = {each.name: _foreground(each, settings) for each in all_shown}
+    exponents: dict[str, list[dict[str, float]]] = {}
     for each in all_shown:
         suffix = "" if len(all_shown) == 1 else f"_{each.name}"
         rows = read_metrics(each.path / "metrics.jsonl") if each.config else []
         rows = [row for row in rows if any(name.startswith("beta/") for name in row)]
         if wanted("betas", bool(rows), f"{each.path} logged no betas: name a run of a dynamic method"):
-            drawn[f"betas{suffix}"] = beta_curves(rows)
+            exponents[each.name] = rows
         method = each.config is not None and each.config.pixel.enabled and newest_checkpoint(each.path) is not None
         lack = f"{each.path} has no checkpoint of a pixel branch: name a run folder with its checkpoints/"
         if wanted("reconstructions", method, lack):
             drawn[f"reconstructions{suffix}"] = _reconstructions(each, data, settings.shown)
+    if exponents:
+        drawn["betas"] = beta_curves(exponents)
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     if settings.svg:

@@ -72,7 +72,8 @@ def patches_by_code(images: Tensor, codes: Tensor, patch: int) -> Figure:
     """uint8 [B, 3, H, W], int64 [B, N] -> a row for each of the codes that most patches take, with some of its patches
     in their surroundings (three patches a side, the code's own in the middle)."""
     side = images.shape[-1] // patch
-    chosen = codes.flatten().bincount().argsort(descending=True)[:CODES]
+    counts = codes.flatten().bincount()
+    chosen = counts.argsort(descending=True)[: min(CODES, int((counts > 0).sum()))]
     framed = torch.nn.functional.pad(images, (patch,) * 4, value=255)
     generator = torch.Generator().manual_seed(0)
     figure, axes = plt.subplots(len(chosen), PATCHES, figsize=(0.62 * PATCHES, 0.66 * len(chosen)), squeeze=False)

@@ -32,6 +32,7 @@ class QuantizerConfig:
     dead: float = 0.01  # a code whose share of patches is below this over the number of codes begins anew
     decoder_depth: int = 3  # blocks that tell the features
     decoder_width: int = 768  # their width
+    decoder_heads: int = 12  # their attention heads
     evaluate_every: float = 5.0  # epochs between evaluations
 
 
@@ -55,9 +56,9 @@ class TokenizerConfig(Experiment):
 def paper() -> TokenizerConfig:
     """BEiT-v2's own tokenizer: ViT-B, 8,192 codes of 32 numbers, 100 epochs."""
     return TokenizerConfig(
-        data=ShardsConfig(batch_size=1024, remainder="drop", crop_scale=(0.2, 1.0)),
+        data=ShardsConfig(batch_size=1024, remainder="drop", crop_scale=(0.08, 1.0)),
         optim=OptimConfig(
-            lr=5e-5, min_lr=1e-5, warmup_epochs=10, weight_decay=1e-4, adam_betas=(0.9, 0.99), clip_grad=0.0
+            lr=4e-4, min_lr=1e-5, warmup_epochs=10, weight_decay=1e-4, adam_betas=(0.9, 0.99), clip_grad=0.0
         ),
         train=TrainConfig(epochs=100),
         engine=EngineConfig(precision="autocast"),
@@ -70,7 +71,9 @@ def demo() -> TokenizerConfig:
     return replace(
         config,
         model=ModelConfig(width=96, depth=4, heads=3, image_size=64, patch_size=8),
-        vq=replace(config.vq, codes=256, code_width=16, decoder_depth=1, decoder_width=96, evaluate_every=1.0),
+        vq=QuantizerConfig(
+            codes=256, code_width=16, decoder_depth=1, decoder_width=96, decoder_heads=3, evaluate_every=1.0
+        ),
         data=replace(config.data, train="data/demo", batch_size=32, workers=1),
         optim=replace(config.optim, lr=1e-3, warmup_epochs=0.5),
         train=replace(config.train, epochs=3, log_every=5),
@@ -90,6 +93,7 @@ TOKENIZER_RANGES = {
     **RANGES,
     **dict.fromkeys((f"model.{n}" for n in ("width", "depth", "heads", "image_size", "patch_size")), (1, ANY)),
     **dict.fromkeys((f"vq.{n}" for n in ("codes", "code_width", "decoder_depth", "decoder_width")), (1, ANY)),
+    "vq.decoder_heads": (1, ANY),
     "vq.decay": (0, 1 - TINY),
     "vq.dead": (0, 1),
     "vq.evaluate_every": (TINY, ANY),
@@ -102,11 +106,10 @@ def check_tokenizer(config: TokenizerConfig) -> None:
     model = config.model
     if model.image_size % model.patch_size:
         raise UserError(f"model.image_size {model.image_size} is not divisible by model.patch_size {model.patch_size}")
-    if model.width % model.heads or model.width % 4 or config.vq.decoder_width % 4:
-        raise UserError(
-            f"model.width {model.width} must be a multiple of model.heads {model.heads}, and it and vq.decoder_width "
-            f"{config.vq.decoder_width} of 4"
-        )
+    sizes = {"model.": (model.width, model.heads), "vq.decoder_": (config.vq.decoder_width, config.vq.decoder_heads)}
+    for name, (width, heads) in sizes.items():
+        if width % heads or width % 4:
+            raise UserError(f"{name}width {width} must be a multiple of 4 and of {name}heads {heads}")
     if model.relative_positions != "none" or model.positions == "none":
         raise UserError(
             "a tokenizer has sin-cos positions: leave model.positions and model.relative_positions as they are"

@@ -30,7 +30,7 @@ from ddae.optim import build_optimizer
 from ddae.patches import normalise
 from ddae.schedules import warmup_cosine
 from ddae.session import Session
-from ddae.slices import Fragment, Saved
+from ddae.slices import Fragment, Saved, Unchanged
 from ddae.stopping import Stop
 from ddae.tracker import run_id_of
 from ddae.weights import load_encoder, write_tokenizer
@@ -53,7 +53,9 @@ def train_tokenizer(config: TokenizerConfig, stop: Stop | None = None) -> None:
     size = config.model.image_size
     loader = Loader(config.data, size, config.train.seed, part, device())
     val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data), labelled=False)
-    fit(Tokenizing(config, teacher, val), config, loader, stop, resolved.json, part)
+    if resolved.json.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError("the DeepSpeed JSON has ZeRO stage 3, which a tokenizer is too small for: choose 0, 1 or 2")
+    fit(Tokenizing(config, teacher, val, part.accumulation), config, loader, stop, resolved.json, part)
 
 
 class FeatureTeacher:
@@ -63,7 +65,7 @@ class FeatureTeacher:
         """side: patches a side that an image is to have. UserError where there is no such encoder."""
         if name.startswith(TIMM):
             self.model, self.size, self.width = _of_timm(name.removeprefix(TIMM), side)
-            self.skip, settings = self.model.num_prefix_tokens, self.model.pretrained_cfg
+            self.skip, settings = self.model.num_prefix_tokens, self.model.pretrained_cfg  # type: ignore[union-attr]
             self.mean_std = torch.tensor([settings[name] for name in ("mean", "std")], device=device())[..., None, None]  # type: ignore[index]
         else:
             encoder = load_encoder(name)
@@ -90,6 +92,11 @@ def _of_timm(name: str, side: int) -> tuple[nn.Module, int, int]:
     try:
         patch = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]  # type: ignore[union-attr, index]
         model = timm.create_model(name, pretrained=True, num_classes=0, img_size=side * patch)
+        with torch.no_grad():
+            tokens = model.eval().forward_features(torch.zeros(1, 3, side * patch, side * patch))  # type: ignore[operator]
+        wanted = (1, int(model.num_prefix_tokens) + side**2, int(model.num_features))  # type: ignore[arg-type]
+        if tokens.shape != wanted:
+            raise ValueError(f"its features are {list(tokens.shape)}, not of {side}^2 patches")
     except Exception as error:  # an unknown name, a model without patches, or no way to its weights
         raise UserError(f"vq.teacher {TIMM}{name} cannot be had: {' '.join(str(error).split())[:200]}") from None
     return model, side * patch, model.num_features  # type: ignore[return-value]
@@ -103,39 +110,46 @@ class Tokenizing:
     learner: Engine
     about: str
 
-    def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader):
+    def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader, accumulation: int):
         self.config, self.teacher, self.val = config, teacher, val
+        self._accumulation, self._micro, self._seed = accumulation, 0, 0
         self.evaluate_every, self.folder = config.vq.evaluate_every, Path(config.folder)
         self.parent = "" if config.vq.teacher.startswith(TIMM) else run_id_of(Path(config.vq.teacher))
-        self._seen: tuple[Tensor, Tensor] | None = None  # images of the last evaluation, and their patches' codes
+        self._seen: tuple[Tensor, ...] | None = None  # images of the last evaluation, and their patches' codes
+        self._evaluated = False
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
         vq = self.config.vq
         tokenizer = Tokenizer(self.config.model, vq.codes, vq.code_width)
-        module = Quantizer(tokenizer, self.teacher.width, vq.decoder_depth, vq.decoder_width, vq.decay, vq.dead)
+        decoder = vq.decoder_depth, vq.decoder_width, vq.decoder_heads
+        module = Quantizer(tokenizer, self.teacher.width, *decoder, vq.decay, vq.dead)
         initialise(module, torch.Generator().manual_seed(self.config.train.seed))
         self.engine = self.learner = Engine(module, build_optimizer(module, self.config.optim), ds_json)
-        if self.engine.stage == 3:
-            raise UserError("the DeepSpeed JSON has ZeRO stage 3, which a tokenizer is too small for: choose 0, 1 or 2")
         self.about = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
-        return {"engine": self.engine, "codebook": Codebook(self.engine.module)}
+        self._codebook = Codebook(self.engine.module)
+        return {"engine": self.engine, "codebook": self._codebook, "teacher": Unchanged("teacher", self.teacher.model)}
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         with self.engine.autocast():
             features = self.teacher.features(batch.images)
-        loss, vectors = self.engine(batch.images, features, seed)
-        self.engine.module.follow(vectors, features, seed)
+            if not self._codebook.begun:
+                self.engine.module.begin(batch.images, features, seed)
+                self._codebook.begun = True
+        loss, vectors = self.engine(batch.images, features)
+        self.engine.module.gather(vectors, features, first=self._micro % self._accumulation == 0)
+        self._micro, self._seed = self._micro + 1, seed
         return loss
 
     def updated(self) -> None:
-        """The codebook has followed already."""
+        """The codebook follows with the weights: a step that is left out moves neither."""
+        self.engine.module.follow(self._seed)
 
     @torch.no_grad()
     def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
         """The cosine between told and real features without their centre, and how much of the codebook is used."""
         quantizer, sums = self.engine.module, torch.zeros(2, device=self.engine.device)
         counts = torch.zeros(self.config.vq.codes, device=self.engine.device)
-        self._seen = None
+        seen: tuple[Tensor, ...] | None = None
         quantizer.eval()
         micro = min(self.config.data.batch_size // world_size(), 128)
         for examples in batches_of_rank(self.val, micro, self.config.data.workers, self.engine.device):
@@ -149,17 +163,18 @@ class Tokenizing:
                 cosines = quantizer.cosine(told, self.teacher.features(counted))
             sums += torch.stack([cosines.sum(), torch.tensor(float(cosines.numel()), device=sums.device)])
             counts += codes.flatten().bincount(minlength=len(counts))
-            if self._seen is None or len(self._seen[0]) < SHOWN:
+            if seen is None or len(seen[0]) < SHOWN:
                 more = (counted.cpu(), codes.cpu())
-                self._seen = more if self._seen is None else tuple(map(torch.cat, zip(self._seen, more, strict=True)))  # type: ignore[assignment]
+                seen = more if seen is None else tuple(map(torch.cat, zip(seen, more, strict=True)))
         quantizer.train()
+        self._seen, self._evaluated = seen, True
         total, number = sum_over_ranks(sums).tolist()
         used, perplexity = usage(sum_over_ranks(counts).cpu())
         return {"val/cosine": total / number, "codebook/used_percent": used, "codebook/perplexity": perplexity}
 
     def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module.tokenizer)
-        if self._seen is None:  # evaluated by an earlier start
+        if not self._evaluated:  # but by an earlier start
             self.evaluate(look_alive)
         if not is_main():
             return []
@@ -177,7 +192,7 @@ class Tokenizing:
         groups = {"loss": ["loss/total"], "cosine on validation images": ["val/cosine"]}
         groups |= {"codes used, in %": ["codebook/used_percent"], "perplexity": ["codebook/perplexity"]}
         patch = self.config.model.patch_size
-        drawn = {"curves": curves(rows, groups, ""), "codes": patches_by_code(*self._seen, patch)}
+        drawn = {"curves": curves(rows, groups, ""), "codes": patches_by_code(self._seen[0], self._seen[1], patch)}
         return report.add_evaluation(self.folder, drawn)
 
     def summary(self) -> str:
@@ -195,6 +210,7 @@ class Codebook:
     sharded = False
 
     def __init__(self, quantizer: Quantizer):
+        self.begun = False  # whether it has been filled
         self._buffers = {
             "codebook": quantizer.tokenizer.codebook,
             "share": quantizer.share,
@@ -207,6 +223,7 @@ class Codebook:
     def prepare(self, note: dict[str, Tensor]) -> None:
         for name, values in note.items():
             self._buffers[name].copy_(values)
+        self.begun = True
 
     def state(self) -> dict[str, list[Fragment]]:
         return {}

@@ -8,7 +8,6 @@ T tokens, W width, H heads.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ddae.model.vit import LayerNorm, build_blocks, run_block
 from ddae.patches import gather_tokens, sincos_positions
@@ -97,12 +96,7 @@ class Decoder(nn.Module):
             1,
         )
         for block in self.blocks:
-            if context is None:
-                tokens = run_block(block, tokens, self.recompute)
-            elif self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                tokens = block(tokens, context)
+            tokens = run_block(block, tokens, self.recompute, context)
         normed = self.norm(tokens[:, shown.shape[1] :])
         if not hasattr(self, "heads"):
             return self.head(normed)

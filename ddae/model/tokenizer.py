@@ -37,7 +37,8 @@ class Tokenizer(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """The nearest code of each unit vector: [.., W] -> int64 [..]."""
-        return (vectors @ self.codebook.T).argmax(-1)
+        with torch.autocast(vectors.device.type, enabled=False):  # rounded, many a patch would have another code
+            return (vectors @ self.codebook.T).argmax(-1)
 
     @torch.no_grad()
     def codes(self, images: Tensor) -> Tensor:
@@ -52,14 +53,23 @@ class Quantizer(nn.Module):
     decay: of the averages; a code whose share of patches falls below `dead` / C begins anew at a random patch.
     """
 
-    def __init__(self, tokenizer: Tokenizer, feature_width: int, depth: int, width: int, decay: float, dead: float):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        feature_width: int,
+        depth: int,
+        width: int,
+        heads: int,
+        decay: float = 0.99,
+        dead: float = 0.01,
+    ):
         super().__init__()
         self.tokenizer, self.decay, self.dead = tokenizer, decay, dead
-        shape, (codes, code_width) = tokenizer.encoder.shape, tokenizer.codebook.shape
+        codes, code_width = tokenizer.codebook.shape
         self.embed = nn.Linear(code_width, width)
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(tokenizer.encoder.grid, width, "rowfirst")[:, 1:])
-        self.blocks = build_blocks(width, depth, max(1, width * shape.heads // shape.width))
+        self.blocks = build_blocks(width, depth, heads)
         self.norm = LayerNorm(width)
         self.to_feature = _two_layers(width, feature_width)
         self.share: Tensor
@@ -69,15 +79,13 @@ class Quantizer(nn.Module):
             "centre", torch.zeros(feature_width)
         )  # of the features: what all patches have says nothing
 
-    def forward(self, images: Tensor, features: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """uint8 images, the teacher's features [B, N, F] -> loss [], unit vectors [B, N, W] for `follow`.
+    def forward(self, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 images, the teacher's features [B, N, F] -> loss [], unit vectors [B, N, W] for `gather`.
 
         The loss is 1 - cosine of told and real features, the latter without their centre, and the mean square of how
         far vectors are from their codes.
         """
         vectors = self.tokenizer.encode(images)
-        if not bool(self.share.any()):  # before the first step
-            self.follow(vectors.detach(), features, seed)
         quantised = F.embedding(self.tokenizer.nearest(vectors), self.tokenizer.codebook)
         told = self.tell(vectors + (quantised - vectors).detach())  # the gradient passes as if nothing were quantised
         loss = (1 - self.cosine(told, features)).mean()
@@ -96,30 +104,44 @@ class Quantizer(nn.Module):
         return self.to_feature(self.norm(tokens))
 
     @torch.no_grad()
-    def follow(self, vectors: Tensor, features: Tensor, seed: int) -> None:
-        """Move the codebook towards the unit vectors [B, N, W] of all ranks, and the centre towards their features
-        [B, N, F]; at first both begin there."""
-        centre = mean_over_ranks(features.float().mean((0, 1)))
-        flat, codebook = vectors.flatten(0, -2), self.tokenizer.codebook
-        picks = torch.randint(len(flat), (len(codebook),), generator=torch.Generator().manual_seed(seed))
-        picked = flat[picks.to(flat.device)]
-        picked = sum_over_ranks(picked if is_main() else torch.zeros_like(picked))  # the main rank's
-        if not bool(self.share.any()):
-            codebook.copy_(picked)
-            self.centre.copy_(centre)
-            self.share.fill_(1 / len(self.share))
-            return
-        self.centre.lerp_(centre, 1 - self.decay)
-        nearest = self.tokenizer.nearest(flat)
-        ones = torch.ones_like(flat[:, :1])
-        sums = flat.new_zeros(len(codebook), flat.shape[1] + 1).index_add_(0, nearest, torch.cat([flat, ones], 1))
-        sums, counts = sum_over_ranks(sums).split([flat.shape[1], 1], 1)
+    def begin(self, images: Tensor, features: Tensor, seed: int) -> None:
+        """Have a codebook of some patches of a first batch, and its centre."""
+        self.tokenizer.codebook.copy_(self._picked(self.tokenizer.encode(images).flatten(0, -2), seed))
+        self.centre.copy_(mean_over_ranks(features.float().mean((0, 1))))
+        self.share.fill_(1 / len(self.share))
+
+    @torch.no_grad()
+    def gather(self, vectors: Tensor, features: Tensor, first: bool) -> None:
+        """Note the unit vectors [B, N, W] and features [B, N, F] of a micro-batch, the step's first or a later one."""
+        flat = vectors.flatten(0, -2)
+        both = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
+        sums = flat.new_zeros(len(self.share), both.shape[1]).index_add_(0, self.tokenizer.nearest(flat), both)
+        centre = features.float().mean((0, 1))
+        kept = None if first else self._gathered
+        self._gathered = (sums, centre, 1) if kept is None else (kept[0] + sums, kept[1] + centre, kept[2] + 1)
+        self._last = flat
+
+    @torch.no_grad()
+    def follow(self, seed: int) -> None:
+        """Move the codebook towards what all ranks have gathered in this step, and the centre."""
+        assert self._gathered is not None
+        assert self._last is not None
+        sums, centre, micro_batches = self._gathered
+        codebook = self.tokenizer.codebook
+        sums, counts = sum_over_ranks(sums).split([codebook.shape[1], 1], 1)
+        self.centre.lerp_(mean_over_ranks(centre / micro_batches), 1 - self.decay)
         self.share.lerp_(counts[:, 0] / counts.sum(), 1 - self.decay)
         moved = F.normalize(codebook.lerp(F.normalize(sums, dim=-1), 1 - self.decay), dim=-1)
         codebook.copy_(torch.where(counts > 0, moved, codebook))
         dead = self.share < self.dead / len(self.share)
-        codebook.copy_(torch.where(dead[:, None], picked, codebook))
+        codebook.copy_(torch.where(dead[:, None], self._picked(self._last, seed), codebook))
         self.share.masked_fill_(dead, 1 / len(self.share))
+
+    def _picked(self, flat: Tensor, seed: int) -> Tensor:
+        """A vector of the main rank's for every code."""
+        picks = torch.randint(len(flat), (len(self.share),), generator=torch.Generator().manual_seed(seed))
+        picked = flat[picks.to(flat.device)]
+        return sum_over_ranks(picked if is_main() else torch.zeros_like(picked))
 
 
 def usage(share: Tensor) -> tuple[float, float]:

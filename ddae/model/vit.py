@@ -44,15 +44,16 @@ def build_blocks(width: int, depth: int, heads: int, layer_scale: float = 0.0) -
 
 
 def run_block(
-    block: nn.Module, tokens: Tensor, recompute: bool, bias: Tensor | None = None, chance: bool = False
+    block: nn.Module, tokens: Tensor, recompute: bool, other: Tensor | None = None, chance: bool = False
 ) -> Tensor:
     """A block's output; with `recompute` only its input is kept, and the block runs again in the backward pass.
 
-    bias: [1, H, T, T], added to the attention's logits. chance: the block drops paths, the same ones when run again.
+    other: what the block takes beside its tokens: a context, or [1, H, T, T] to be added to the attention's logits.
+    chance: the block drops paths, the same ones when run again.
     """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, tokens, bias, use_reentrant=False, preserve_rng_state=chance)
-    return block(tokens, bias)
+        return checkpoint(block, tokens, other, use_reentrant=False, preserve_rng_state=chance)
+    return block(tokens, other)
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
