@@ -33,7 +33,8 @@ def main() -> None:
     words = parser.parse_args()
     from ddae.distributed import say
     from ddae.engine import stop_process_group
-    from ddae.eval.ablate import Settings, ablate, markdown  # seconds to import
+    from ddae.eval.ablate import Settings, ablate  # seconds to import
+    from ddae.eval.tables import markdown
 
     given = {name: getattr(words, name) for name in Settings._fields if hasattr(words, name)}
     settings = Settings(**given | {"seeds": tuple(words.seeds), "only": tuple(words.only), "draws": not words.no_table})

@@ -10,7 +10,7 @@ import ranks
 from ddae.ablations import SCALES, TABLES, rows
 from ddae.config import check
 from ddae.errors import UserError
-from ddae.eval.ablate import best, markdown
+from ddae.eval.tables import best, markdown
 from ddae.experiment import flatten
 
 DIFFERENCES = {  # from each table's base, as METHOD.md's reading of the tables has them

@@ -70,7 +70,15 @@ ORDER = [
     *("ddae.eval.recipes_segment", "ddae.eval.scenes", "ddae.eval.upernet", "ddae.eval.segment", "ddae.eval.predict"),
     *("ddae.eval.recipes_tokenizer", "ddae.eval.tokenizing"),
     *("ddae.eval.attention", "ddae.eval.attention_pictures", "ddae.eval.gallery"),
-    *("ddae.train", "ddae.replay", "ddae.eval.packed", "ddae.eval.ablate", "ddae.doctor", "ddae.cli"),
+    *(
+        "ddae.train",
+        "ddae.replay",
+        "ddae.eval.packed",
+        "ddae.eval.tables",
+        "ddae.eval.ablate",
+        "ddae.doctor",
+        "ddae.cli",
+    ),
     "ddae",
 ]
 HEAVY = {  # package -> the files that may import it

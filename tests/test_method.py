@@ -234,7 +234,8 @@ def test_cross_attention_sees_what_the_block_left():
     """Pixels: the tokens after block 1; features: the tap's own; both under no norm but the attention's."""
     config = demo("--pixel.cross_attention", "--feature.cross_attention")
     method = build_method(config)
-    assert method.branches["pixel"].reads == (2, 4, 6, 8, 1)
+    assert method.branches["pixel"].reads_raw == (1,)
+    assert method.branches["feature"].reads_raw == (2, 4, 6, 8)
     assert method.blocks_read == (1, 2, 4, 6, 8)
     mask = sample_mask("random", torch.arange(2), config.grid, config.num_masked)
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)

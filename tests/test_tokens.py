@@ -157,8 +157,8 @@ def quantizer(codes=40, **options):
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_the_codebook_follows_its_patches(micro_batches):
-    """codes <- unit(0.9 code + 0.1 unit(sum of its patches)), once a step, whatever the micro-batches; a code that nobody
-    takes begins anew at some patch."""
+    """codes <- unit(0.9 code + 0.1 unit(sum of its patches)), once a step, whatever the micro-batches; a code that
+    nobody takes begins anew at some patch."""
     made, generator = quantizer(codes=4, decay=0.9, dead=0.5), torch.Generator().manual_seed(5)
     book = torch.eye(8)[:4].clone()
     made.tokenizer.codebook.copy_(book)
