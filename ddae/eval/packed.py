@@ -57,7 +57,8 @@ def run_packed(jobs: Sequence[Job], parallel: int) -> None:
                 load[gpu] -= 1
                 if process.returncode:
                     failed = failed or process.returncode
-                    print(f"--- {job.name} ended with code {process.returncode}: {last_line(job.log)} ({job.log})")
+                    why = f"code {process.returncode}: {last_line(job.log)} ({job.log})"
+                    print(f"--- {job.name} ended with {why}", flush=True)
                 else:
                     print(f"--- {job.name}: {time.monotonic() - start:.0f} s; {len(waiting)} wait", flush=True)
     finally:
