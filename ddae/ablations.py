@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from ddae.config import Config, TeacherConfig
+from ddae.config import Config, StepConfig, TeacherConfig
 from ddae.errors import UserError
-from ddae.experiment import EngineConfig, OptimConfig, TrainConfig
+from ddae.experiment import OptimConfig, TrainConfig
 from ddae.presets import READINGS, beitv2, bootmae, ddae, dds_beitv2, mae
 from ddae.presets import dds_mae as deep
 
@@ -184,5 +184,5 @@ def _small(config: Config, width: int, image_size: int, patch_size: int, steps: 
         data=replace(config.data, batch_size=batch, workers=1, backend="pillow"),
         optim=OptimConfig(lr=lr, min_lr=1e-5, warmup_epochs=0.0),
         train=TrainConfig(steps=steps, log_every=max(1, steps // 100), save_every=steps, keep=1, report=False),
-        engine=EngineConfig(precision="fp32"),
+        engine=StepConfig(precision="fp32"),
     )

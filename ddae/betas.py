@@ -29,7 +29,7 @@ class Betas:
         self.config = config
         start = torch.tensor(config.beta_init, device=device).expand(len(names)).clone()
         self.values = start.requires_grad_()
-        self.optimizer = torch.optim.AdamW([self.values], lr=0.0, betas=adam_betas, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW([self.values], lr=0.0, betas=adam_betas, weight_decay=0.0, fused=True)
         self.gradient = torch.zeros_like(start)  # of the last step
         self.last_values = start.detach().clone()  # with which the last step was computed
         self.regulariser = torch.zeros((), device=device)  # of the last step, for the log
@@ -50,8 +50,9 @@ class Betas:
             self._slopes += slope
         self._micro_batches += 1
 
-    def step(self, lr: float, applied: bool) -> None:
-        """Complete the gradient over accumulation and ranks, and follow it where the engine took its step too.
+    def step(self, lr: float, applied: Tensor) -> None:
+        """Complete the gradient over accumulation and ranks, and follow it where the engine took its step too (applied,
+        [], is 1 and not 0).
 
         The loss's own part is in values.grad: summed over the micro-batches, each of which is a share of the step.
         """
@@ -64,8 +65,9 @@ class Betas:
             values, weight, decay = self.values.detach(), self.config.norm_weight, self.config.coupled_l2
             self.regulariser = weight * norm.sum() + decay / 2 * values.square().sum()
             self.gradient = loss_part + weight * self.config.norm_batch * slopes / (2 * norm) + decay * values
-            if applied and self.config.learnable:
+            if self.config.learnable:
                 self.optimizer.param_groups[0]["lr"] = lr * self.config.lr_multiple
+                self.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]
                 self.values.grad = self.gradient
                 self.optimizer.step()
         self.values.grad = None

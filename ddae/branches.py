@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ddae.masks import Mask
 from ddae.model.decoder import Decoder
 from ddae.model.vit import Encoder, build_blocks, run_block
+from ddae.one_by_one import one_by_one
 from ddae.patches import NORMALISATIONS, constant, gather_tokens
 
 
@@ -34,6 +35,7 @@ class Inputs(NamedTuple):
     share: float  # 1 / micro-batches of a step, taken within the loss: its gradient needs no scaling afterwards
     kernels: str  # implementation of the loss: auto, reference or triton
     codes: Tensor | None = None  # int64 [B, M]: of the masked patches, by the token branch's tokenizer
+    patches: Tensor | None = None  # normalised [B, N, P], visible ones first, where somebody has cut them already
 
 
 class Tokens(NamedTuple):
@@ -82,6 +84,8 @@ class DecoderBranch(Branch):
     whose tokens the decoder's blocks attend to, 0 the tap's own; None where they attend to none.
     """
 
+    one_by_one = False  # the taps pass the decoder one after the other (one_by_one.py), not as one batch
+
     def __init__(
         self,
         decoder: Decoder,
@@ -103,16 +107,39 @@ class DecoderBranch(Branch):
         of_context = () if self.context is None else (self.context,) if self.context else self.taps
         return (*self.taps[: len(self.norms)], *of_context)
 
-    def predict(self, tokens: Tokens, mask: Mask) -> Tensor:
-        """[K, B, M, P], all taps in one batch through the decoder."""
-        num_taps, raw = len(self.taps), tokens.raw
-        normed = [norm(raw[tap]) for norm, tap in zip(self.norms, self.taps, strict=False)]
-        normed += [tokens.normed[tap] for tap in self.reads]
+    def predict(self, tokens: Tokens, mask: Mask, places: Sequence[int] = ()) -> Tensor:
+        """[K, B, M, P], all taps in one batch through the decoder, or those at some places among them."""
+        places, num_norms = places or range(len(self.taps)), len(self.norms)
+        taps = [self.taps[place] for place in places]
+        normed = [
+            self.norms[place](tokens.raw[tap]) if place < num_norms else tokens.normed[tap]
+            for place, tap in zip(places, taps, strict=True)
+        ]
         context = None
         if self.context is not None:
-            context = torch.cat([raw[self.context or tap] for tap in self.taps])
-        where = mask.visible.repeat(num_taps, 1), mask.masked.repeat(num_taps, 1)
-        return self.decoder(torch.cat(normed), *where, context).unflatten(0, (num_taps, -1))
+            context = torch.cat([tokens.raw[self.context or tap] for tap in taps])
+        return self.decoder(torch.cat(normed), *mask, context, places).unflatten(0, (len(taps), -1))
+
+    def loss(self, pred: Tensor, inputs: Inputs, places: slice) -> dk.DynamicLoss:
+        """Of the prediction [K, B, M, P] of the taps at `places`."""
+        raise TypeError("a branch says in its own loss what its target is")
+
+    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
+        if not (self.one_by_one and torch.is_grad_enabled()):
+            return self.loss(self.predict(tokens, inputs.mask), inputs, slice(None))
+        raw, normed = self.reads_raw, self.reads
+
+        def run(place: int, *values: Tensor) -> dk.DynamicLoss:
+            """Of one tap, from the tokens of the blocks that are read and the betas."""
+            *seen, betas = values
+            own = Tokens(
+                dict(zip(raw, seen[: len(raw)], strict=True)), dict(zip(normed, seen[len(raw) :], strict=True))
+            )
+            pred = self.predict(own, inputs.mask, (place,))
+            return self.loss(pred, inputs._replace(betas=betas), slice(place, place + 1))
+
+        tensors = *(tokens.raw[block] for block in raw), *(tokens.normed[block] for block in normed), inputs.betas
+        return dk.DynamicLoss(*one_by_one(run, len(self.taps), tensors, list(self.parameters())))
 
 
 class PixelBranch(DecoderBranch):
@@ -121,15 +148,15 @@ class PixelBranch(DecoderBranch):
         self.patch, self.norm = patch, norm
         self.mean, self.std = NORMALISATIONS[normalisation]
 
-    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
+    def loss(self, pred: Tensor, inputs: Inputs, places: slice) -> dk.DynamicLoss:
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_pixel_mse(
-            self.predict(tokens, inputs.mask),
+            pred,
             inputs.images,
             inputs.mask.masked,
             inputs.distance,
-            beta,
-            tap_weight,
+            beta[places],
+            tap_weight[places],
             patch=self.patch,
             mean=self.mean,
             std=self.std,
@@ -140,16 +167,16 @@ class PixelBranch(DecoderBranch):
 
 
 class FeatureBranch(DecoderBranch):
-    def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
+    def loss(self, pred: Tensor, inputs: Inputs, places: slice) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
             raise ValueError("the feature branch needs the teacher's tokens")
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_feature_mse(
-            self.predict(tokens, inputs.mask),
-            inputs.teacher_tokens,
+            pred,
+            inputs.teacher_tokens[places],
             inputs.distance,
-            beta,
-            tap_weight * inputs.feature_weight,
+            beta[places],
+            (tap_weight * inputs.feature_weight)[places],
             rescale_grad=self.rescale_grad,
             impl=inputs.kernels,
         )
@@ -195,7 +222,7 @@ class ClsBranch(Branch):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         both = torch.cat([last[:, :1], early[:, 1:]], 1)
         for block in self.blocks:
-            both = run_block(block, both, self.recompute, bias)
+            both = run_block(block, self.recompute, both, bias)
         token_error = cross_entropy(self.head, [self.norm(both)], inputs)
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ddae.errors import UserError
-from ddae.experiment import ANY, RANGES, TINY, Experiment, ShardsConfig, check_ranges
+from ddae.experiment import ANY, RANGES, TINY, EngineConfig, Experiment, ShardsConfig, check_ranges
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,16 @@ class DataConfig(ShardsConfig):
 
 
 @dataclass(frozen=True)
+class StepConfig(EngineConfig):
+    """How a step is computed. Nothing here changes what it computes, but for the order of sums."""
+
+    taps: Literal["auto", "batched", "sequential"] = "auto"  # decoded at once, or one by one; auto: one by one on a CPU
+    shortcuts: bool = True  # leave out work whose result no loss reads
+    recompute_decoders: bool = False  # as recompute, but the encoder keeps its activations
+    compile: bool = False  # compile encoder, decoders and teacher when training starts
+
+
+@dataclass(frozen=True)
 class Config(Experiment):
     """A whole pretraining."""
 
@@ -109,9 +119,13 @@ class Config(Experiment):
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    engine: StepConfig = field(default_factory=StepConfig)
     probe_every: float = 0.0  # epochs between k-NN probes of the encoder on the split val of data.train; 0: never
 
-    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"probe_every", "token.tokenizer"}
+    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
+        *("probe_every", "token.tokenizer"),
+        *("engine.taps", "engine.shortcuts", "engine.recompute_decoders", "engine.compile"),
+    }
 
     @property
     def grid(self) -> tuple[int, int]:

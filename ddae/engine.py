@@ -74,6 +74,15 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _unguarded(ds_json: dict[str, Any]) -> dict[str, Any]:
+    """The JSON without DeepSpeed's own look at the gradients."""
+    zero, bf16 = dict(ds_json.get("zero_optimization", {})), dict(ds_json.get("bf16", {}))
+    bf16["check_grad_overflow"] = False
+    if zero.get("stage", 0) and not zero.get("offload_optimizer"):  # with offload it insists
+        zero["compute_grad_norm"] = False
+    return ds_json | {"gradient_clipping": 0.0, "bf16": bf16} | ({"zero_optimization": zero} if zero else {})
+
+
 class Engine:
     """A module under DeepSpeed: forward and backward of micro-batches, then one update a step.
 
@@ -86,6 +95,13 @@ class Engine:
         except Exception as error:  # pydantic's, DeepSpeed's own and assertions: whatever it has against the JSON
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"DeepSpeed refuses the JSON: {reason}") from None
+        stage, low = ds_json.get("zero_optimization", {}).get("stage", 0), ds_json.get("bf16", {}).get("enabled", False)
+        # Where it can be told on the device whether gradients are numbers, and how long they are, that is done here:
+        # DeepSpeed would ask the device at each step, with eight small kernels a parameter.
+        self._looks = stage in (1, 2) or (stage == 0 and not low)
+        self._clip = 0.0
+        if self._looks:
+            self._clip, ds_json = ds_json.get("gradient_clipping", 0.0), _unguarded(ds_json)
         self.deepspeed, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_json, dist_init_required=False
         )
@@ -93,12 +109,9 @@ class Engine:
         if self.stage == 0:
             optimizer.state.clear()  # in bf16 DeepSpeed has stepped on zero gradients, which Adam would count
         self.adam = optimizer
-        self._unchecked = self.stage == 0 and not self.deepspeed.bfloat16_enabled()  # where DeepSpeed does not look
         self.device = device()
-        if self._unchecked:  # a step that is left out has no gradients, which DeepSpeed's clipping does not expect
-            clip = self.deepspeed.clip_fp32_gradients
-            self.deepspeed.clip_fp32_gradients = lambda: None if self._left_out else clip()
-        self._left_out = False
+        self._applied = torch.ones((), device=self.device)
+        self._grad_norm: Tensor | None = None
 
     @property
     def module(self) -> Any:
@@ -132,25 +145,43 @@ class Engine:
         # A view: given the very tensor that it returned, DeepSpeed 0.19.8 divides by the accumulation at stage 0.
         self.deepspeed.backward(loss.view_as(loss), scale_wrt_gas=False)
 
-    def update(self, lr: float) -> bool:
-        """End a micro-batch; after a step's last one update the weights. Whether they were updated.
+    def update(self, lr: float) -> Tensor:
+        """End a micro-batch; after a step's last one update the weights. float32 []: 1 where they were updated, else 0.
 
-        A step with a gradient that is no number, on whichever rank, updates nothing on any: DeepSpeed sees to it but at
-        stage 0 without bf16, where this does; both look at one flag of the device's.
+        A step with a gradient that is no number, on whichever rank, updates nothing on any. At stages 1 and 2, and at 0
+        without bf16, the device decides that by itself; at the others DeepSpeed asks it.
         """
         for group in cast(torch.optim.Optimizer, self.deepspeed.optimizer).param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
-        self._left_out = self._unchecked and self.deepspeed.is_gradient_accumulation_boundary() and not self._finite()
-        if self._left_out:
-            for parameter in self.module.parameters():
-                parameter.grad = None  # which Adam passes over
+        ends = self.deepspeed.is_gradient_accumulation_boundary()
+        if ends and self._looks:
+            self._look()
         self.deepspeed.step()
-        return self.deepspeed.was_step_applied() and not self._left_out
+        if ends and not self._looks:
+            self._applied = torch.full((), float(self.deepspeed.was_step_applied()), device=self.device)
+        return self._applied
 
-    def _finite(self) -> bool:
-        """Whether all gradients, the mean over the ranks by now, are numbers."""
-        gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-        return bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    def grad_norm(self) -> float:
+        """Of the last step's gradients, before clipping; asks the device."""
+        norm = self._grad_norm if self._looks else self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def _look(self) -> None:
+        """Tell AdamW, on the device, whether to leave this step out and what to divide the gradients by."""
+        if self.stage == 0:
+            gradients = [parameter.grad for parameter in self.module.parameters()]
+        elif self._zero.cpu_offload:
+            gradients = [master.grad for master in self._masters()]
+        else:
+            gradients = [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
+        norms = torch._foreach_norm([each for each in gradients if each is not None], dtype=torch.float32)
+        squares = torch.stack(list(norms)).square().sum().to(self.device)
+        if self.sharded:
+            sum_over_ranks(squares)  # at stage 0 all ranks have the same gradients
+        norm = squares.sqrt()
+        self._grad_norm, self._applied = norm, norm.isfinite().float()
+        self.adam.found_inf = 1 - self._applied  # type: ignore[attr-defined]  # as torch's own GradScaler has it
+        self.adam.grad_scale = (norm / self._clip).clamp(min=1) if self._clip else None  # type: ignore[attr-defined]
 
     def masters(self, module: nn.Module) -> list[Fragment]:
         """This rank's slices of the fp32 masters of the module or a part of it, at any ZeRO stage and precision: views,
@@ -169,7 +200,8 @@ class Engine:
         """Have Adam's averages, to be filled through state(); then comes publish()."""
         for master in self._masters():
             averages = {name: torch.zeros_like(master) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[master] = {"step": torch.tensor(float(note)), **averages}
+            step = torch.tensor(float(note), device=master.device)
+            self.adam.state[master] = {"step": step, **averages}
 
     def publish(self) -> None:
         """Bring the masters into the weights that run forward; all ranks call it."""

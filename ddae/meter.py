@@ -114,9 +114,10 @@ def print_progress(row: dict[str, float], steps: int) -> None:
     if is_main():
         left = int((steps - row["step"]) * row["time/step"])
         wait = row["time/data_wait"] / row["time/step"]
+        mfu = f"  MFU {row['rate/mfu']:.0%}" if "rate/mfu" in row else ""
         print(
-            f"step {int(row['step'])}/{steps}  loss {row['loss/total']:.4f}  {row['rate/images_per_s']:.0f} images/s  "
-            f"data wait {wait:.0%}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
+            f"step {int(row['step'])}/{steps}  loss {row['loss/total']:.4f}  {row['rate/images_per_s']:.0f} images/s"
+            f"{mfu}  data wait {wait:.0%}  left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}"
             f"{'  SPIKE' if row['loss/spike'] else ''}",
             flush=True,
         )

@@ -10,7 +10,7 @@ import ddae_kernels as dk
 import torch
 from torch import Tensor, nn
 
-from ddae.branches import Branch, ClsBranch, FeatureBranch, Inputs, PixelBranch, TokenBranch, Tokens
+from ddae.branches import Branch, ClsBranch, DecoderBranch, FeatureBranch, Inputs, PixelBranch, TokenBranch, Tokens
 from ddae.config import Config, FeatureConfig, PixelConfig, beta_names, tap_name
 from ddae.model.decoder import Decoder
 from ddae.model.vit import Encoder, LayerNorm, initialise
@@ -40,16 +40,19 @@ class Method(nn.Module):
         self.blocks_read = tuple(sorted(raw.union(self.normed)))
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.shape.width)) if replaced else None
 
-    def encode(self, images: Tensor, visible: Tensor) -> Tokens:
-        """uint8 images -> the tokens of all blocks that a branch reads."""
-        pixels = normalise(images, self.normalisation, self.encoder.cls_token.dtype)
+    def encode(self, images: Tensor, visible: Tensor, patches: Tensor | None = None) -> Tokens:
+        """uint8 images -> the tokens of all blocks that a branch reads. patches: as in Inputs."""
+        if patches is None:
+            pixels = normalise(images, self.normalisation, self.encoder.cls_token.dtype)
+        else:
+            pixels = patches[:, : visible.shape[1]]
         tokens = self.encoder(pixels, layers=self.blocks_read, visible=visible, mask_token=self.mask_token)
         raw = dict(zip(self.blocks_read, tokens, strict=True))
         normed = self.encoder.norm(torch.stack([raw[block] for block in self.normed]))
         return Tokens(raw, dict(zip(self.normed, normed, strict=True)))
 
     def forward(self, inputs: Inputs) -> Losses:
-        tokens = self.encode(inputs.images, inputs.mask.visible)
+        tokens = self.encode(inputs.images, inputs.mask.visible, inputs.patches)
         losses = {name: branch(tokens, inputs) for name, branch in self.branches.items()}
         return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses)
 
@@ -100,7 +103,17 @@ def assemble(config: Config) -> Method:
             prefix = "" if config.dynamic.shared else f"{name}/"
             branch.beta_places = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
     method = Method(encoder, branches, config.data.normalisation, config.mask.replaced)
+    _set_up(method, config)
+    return method
+
+
+def _set_up(method: Method, config: Config) -> None:
+    """How the modules work; what they compute stays the same."""
+    engine = config.engine
     for module in method.modules():
         if isinstance(module, Encoder | Decoder | ClsBranch):
-            module.recompute = config.engine.recompute
-    return method
+            module.recompute = engine.recompute or (engine.recompute_decoders and isinstance(module, Decoder))
+        if isinstance(module, Decoder):
+            module.enter_once = module.leave_masked = engine.shortcuts
+        if isinstance(module, DecoderBranch):
+            module.one_by_one = engine.taps == "sequential"

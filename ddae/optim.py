@@ -16,4 +16,4 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": exempt, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.adam_betas)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.adam_betas, fused=True)

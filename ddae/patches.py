@@ -9,7 +9,15 @@ import torch
 from ddae_kernels.reference import patchify
 from torch import Tensor
 
-__all__ = ["constant", "gather_tokens", "normalise", "patchify", "sincos_positions", "unpatchify"]
+__all__ = [
+    "constant",
+    "gather_tokens",
+    "normalise",
+    "normalise_patches",
+    "patchify",
+    "sincos_positions",
+    "unpatchify",
+]
 
 NORMALISATIONS = {  # mean and std of pixels in [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -28,6 +36,12 @@ def normalise(images_u8: Tensor, normalisation: str, dtype: torch.dtype) -> Tens
     """uint8 [B, 3, H, W] -> floats of mean about 0 and deviation about 1, on the images' own device."""
     mean, std = (constant(x, images_u8.device).view(3, 1, 1) for x in NORMALISATIONS[normalisation])
     return ((images_u8.float() / 255 - mean) / std).to(dtype)
+
+
+def normalise_patches(patches_u8: Tensor, normalisation: str, dtype: torch.dtype) -> Tensor:
+    """The same of patches that are cut already: uint8 [.., P] -> [.., P]."""
+    mean, std = (constant(x, patches_u8.device) for x in NORMALISATIONS[normalisation])
+    return ((patches_u8.unflatten(-1, (-1, 3)).float() / 255 - mean) / std).flatten(-2).to(dtype)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

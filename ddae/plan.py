@@ -14,32 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddae.config import Config, PixelConfig
+from ddae.config import Config, FeatureConfig, PixelConfig
 from ddae.errors import UserError
 from ddae.method import assemble
 from ddae.optim import build_optimizer
-from ddae.work import decoded, seen, work
+from ddae.work import GPUS, Gpu, decoded, seen, work
 
 GIB = 2**30
 IMAGENET = 1_281_167  # images
 # DeepSpeed's defaults: numbers in a bucket, in parameters gathered at once, in a parameter that is never cut
 BUCKET, LIVE, PERSISTENT = 500_000_000, 1_000_000_000, 100_000
-
-
-class Gpu(NamedTuple):
-    memory: float  # GiB that a process can have
-    teraflops: float  # dense bf16, the vendor's figure
-    in_fp32: float  # the same without bf16 (and without TF32)
-
-
-GPUS = {
-    "a100-40g": Gpu(39.4, 312, 19.5),
-    "a100-80g": Gpu(79.2, 312, 19.5),
-    "h100-80g": Gpu(79.1, 989, 67),
-    "h200": Gpu(139.8, 989, 67),
-    "l40s": Gpu(44.4, 362, 91.6),
-    "a10g": Gpu(22.1, 70, 35),
-}
 
 
 class Memory(NamedTuple):
@@ -164,11 +148,29 @@ def block_bytes(config: Config, width: int, heads: int) -> float:
     return width * (2 * stream + (14 + scaled) * product) + statistics
 
 
+def decoder_blocks(config: Config, branch: PixelConfig | FeatureConfig, rows: int) -> float:
+    """What the blocks of a decoder keep of so many rows, one an image and tap."""
+    stream, product, width = bytes_of_weights(config), bytes_of_products(config), branch.decoder_width
+    tokens, masked, short = 1 + config.grid[0] * config.grid[1], config.num_masked, config.engine.shortcuts
+    whole = block_bytes(config, width, branch.decoder_heads)
+    if config.engine.recompute or config.engine.recompute_decoders:
+        return rows * width * stream * (branch.decoder_depth * tokens - (masked if short else 0))
+    total = branch.decoder_depth * tokens * whole
+    if short:
+        unread = tokens - masked
+        total -= width * masked * (stream + product)  # norm and its output before mask tokens come
+        # The last block keeps inputs, keys and values of all tokens, and the rest of masked ones, the queries' twice.
+        total -= unread * (whole - width * (stream + 3 * product))
+        total += width * masked * product if branch.decoder_depth > 1 else 0
+    return rows * total
+
+
 def activations(config: Config, images: int) -> float:
     """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
     stream, product = bytes_of_weights(config), bytes_of_products(config)
     total = 0.0
-    for (width, heads), depth, rows in stacks(config, images):
+    encoder, *others = stacks(config, images)
+    for (width, heads), depth, rows in [encoder, *others[len(decoded(config)) :]]:
         total += rows * depth * (width * stream if config.engine.recompute else block_bytes(config, width, heads))
     width, patch_numbers = config.model.width, config.model.patch_size**2 * 3
     visible = seen(config)
@@ -178,24 +180,37 @@ def activations(config: Config, images: int) -> float:
     if config.token.enabled:
         masked = (len(config.token.taps) + config.token.cls) * images * config.num_masked
         total += masked * (width * product + config.token.codes * 4)  # what the head reads; logarithms of shares
-    for branch, (_, _, rows) in zip(decoded(config), stacks(config, images)[1:], strict=False):
-        masked = len(branch.taps) * images * config.num_masked
-        out = patch_numbers if isinstance(branch, PixelConfig) else width
-        total += len(branch.taps) * images * (1 + visible) * width * product  # what the decoder reads
-        total += (rows * stream + masked * product) * branch.decoder_width  # what its last norm and its head read
-        copies = 1 if isinstance(branch, PixelConfig) else 2
-        if branch.cross_attention:
-            read = (
-                len(branch.taps)
-                * images
-                * (1 + visible)
-                * (width * (stream + product) + 2 * branch.decoder_width * product)
-            )
-            total += branch.decoder_depth * (rows * branch.decoder_width * (stream + 4 * product) + read)
-        total += masked * out * (copies * 4 if config.engine.kernels == "reference" else product)  # the loss
+    of_branches = [decoding(config, branch, images) for branch in decoded(config)]
+    if config.engine.taps == "sequential":  # one tap of one branch at a time, and its parameters' gradients, in fp32
+        alone = max(part / len(branch.taps) for part, branch in zip(of_branches, decoded(config), strict=True))
+        counts = count_parameters(config)
+        total += alone + 4 * (counts.method - counts.encoder)
+    else:
+        total += sum(of_branches)
     if config.engine.precision == "autocast":
         total += 2 * count_parameters(config).of_groups()[0]  # matrices, rounded once a step
     return total
+
+
+def decoding(config: Config, branch: PixelConfig | FeatureConfig, images: int) -> float:
+    """Bytes that a branch keeps of all its taps."""
+    stream, product = bytes_of_weights(config), bytes_of_products(config)
+    read_width, visible, width = config.model.width, seen(config), branch.decoder_width
+    taps, patches = len(branch.taps) * images, config.grid[0] * config.grid[1]
+    masked, out = (
+        taps * config.num_masked,
+        config.model.patch_size**2 * 3 if isinstance(branch, PixelConfig) else read_width,
+    )
+    total = decoder_blocks(config, branch, taps)
+    total += taps * (1 + visible) * read_width * product  # what the decoder reads
+    left = masked if config.engine.shortcuts else taps * (1 + patches)
+    total += (left * stream + masked * product) * width  # what its last norm and its head read
+    copies = 1 if isinstance(branch, PixelConfig) else 2
+    if branch.cross_attention:
+        read = taps * (1 + visible) * (read_width * (stream + product) + 2 * width * product)
+        outputs = branch.decoder_depth * taps * (1 + patches) - (taps * (1 + visible) if config.engine.shortcuts else 0)
+        total += outputs * width * (stream + 4 * product) + branch.decoder_depth * read
+    return total + masked * out * (copies * 4 if config.engine.kernels == "reference" else product)  # the loss
 
 
 def traffic(config: Config, stage: int, gpus: int, accumulation: int) -> float:

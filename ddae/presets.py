@@ -17,11 +17,12 @@ from ddae.config import (
     MaskConfig,
     ModelConfig,
     PixelConfig,
+    StepConfig,
     TeacherConfig,
     TokenConfig,
 )
 from ddae.errors import UserError
-from ddae.experiment import EngineConfig, OptimConfig, TrainConfig
+from ddae.experiment import OptimConfig, TrainConfig
 
 SIZES = {  # width, depth, heads, pixels a side of a patch
     "s16": (384, 12, 6, 16),
@@ -132,7 +133,7 @@ def demo() -> Config:
         data=DataConfig(train="data/demo", batch_size=32, workers=1),
         optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=0.5),
         train=TrainConfig(epochs=7, log_every=5, save_every=200),
-        engine=EngineConfig(precision="fp32"),
+        engine=StepConfig(precision="fp32"),
     )
 
 

@@ -21,7 +21,7 @@ from ddae.model.teacher import Teacher
 from ddae.model.tokenizer import Tokenizer
 from ddae.model.vit import Encoder
 from ddae.slices import Fragment, load_weights
-from ddae.train import build_tokenizer, forward, loss_kernels
+from ddae.step import build_tokenizer, forward, loss_kernels
 
 
 class Bare:

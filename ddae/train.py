@@ -3,14 +3,10 @@
 import gc
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
-
-import torch
-from ddae_kernels.implementation import choose
+from typing import NoReturn
 
 from ddae import ds_config, run_folder
 from ddae.betas import Betas
-from ddae.branches import Inputs
 from ddae.checkpoint import Checkpoints
 from ddae.config import Config, beta_names
 from ddae.data.loader import Batch, Loader
@@ -19,23 +15,20 @@ from ddae.data.reader import Part
 from ddae.distributed import agree, device, is_main, rank, say, world_size
 from ddae.dump import add_batches
 from ddae.engine import Engine, start_process_group
-from ddae.errors import UserError
 from ddae.eval.online import OnlineProbe
-from ddae.masks import masked_distance, sample_mask
 from ddae.meter import Meter, Spikes, print_progress
-from ddae.method import Losses, build_method
+from ddae.method import build_method
 from ddae.model.teacher import Teacher
-from ddae.model.tokenizer import Tokenizer
-from ddae.model.vit import Encoder
 from ddae.optim import build_optimizer
-from ddae.patches import normalise
+from ddae.outcomes import Outcomes
 from ddae.report import NUM_IMAGES, show_run, summary, update_card
-from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.session import Session
 from ddae.slices import Saved, Unchanged
+from ddae.step import build_teacher, build_tokenizer, forward, loss_kernels, schedules, settle_taps
 from ddae.stopping import Stop
 from ddae.system import system_metrics
-from ddae.weights import export_encoder, load_tokenizer
+from ddae.weights import export_encoder
+from ddae.work import rates
 
 MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
 LISTED = 20  # samples that an error names
@@ -65,6 +58,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     if tokenizer is not None:
         agree(tokenizer=Unchanged("tokenizer", tokenizer).note())
     session = Session(config, loader, stop)
+    config = settle_taps(config, resolved.json)
     method = build_method(config)
     engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     teacher = build_teacher(config, engine) if tokenizer is None else tokenizer.to(engine.device)
@@ -83,15 +77,17 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
 
     batches, meter, clock = loader.batches(start), Meter(engine.module), session.clock
     spikes = Spikes(row["loss/total"] for row in session.rows() if "loss/total" in row)
-    lost = 0  # steps in a row whose gradients were no numbers
+    outcomes, lost = Outcomes(), 0  # steps in a row whose gradients were no numbers
+    kept: dict[int, list[Batch]] = {}  # by step, while some are lost
     gc.freeze()  # what was built so far lives to the end: keep the collector from walking it
+    gc.disable()  # from here on it runs at log steps, on all ranks at once
     for step in range(start, steps):
         session.look_around(step)
         if probe is not None and step and step % probe_steps == 0:
             measure(probe, engine, session, step)
         now = schedules(config, step, steps, loader.epoch_samples)
         forward_one = partial(forward, config, engine, teacher, betas, now.ramp, 1 / part.accumulation, kernels)
-        applied, kept = False, []
+        kept = {before: some for before, some in kept.items() if lost and before >= step - 1} | {step: []}
         meter.clear()
         for _ in range(part.accumulation):
             with clock.spending("data_wait"):
@@ -101,74 +97,47 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
             applied = engine.update(now.lr)
             meter.add(losses)
             if lost:
-                kept.append(batch)
+                kept[step].append(batch)
         betas.step(now.lr, applied)
-        lost = 0 if applied else lost + 1
-        if lost:
-            say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
-        if lost == MOST_LOST:
-            dump, facts = folder / "dumps" / f"step_{step:08d}", {"feature_weight": now.ramp}
-            if Checkpoints(dump.parent, 2).save(step, parts, **facts, share=1 / part.accumulation):
-                add_batches(dump, config, engine.module, kept, loader.name_of, forward_one)
-            session.fail()
-            end_lost(dump, lost, step, kept, loader)
-        if isinstance(teacher, Teacher) and applied:
-            teacher.follow(engine.masters(engine.module.encoder), now.momentum)
+        if isinstance(teacher, Teacher):
+            teacher.follow(engine.masters(engine.module.encoder), now.momentum, applied)
         clock.count_step()
 
         done = step + 1
+        outcomes.add(step, applied)
+        for number, good in outcomes.known(done == steps):
+            lost = 0 if good else lost + 1
+            if lost:
+                say(f"step {number + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
+            if lost == MOST_LOST:
+                weight = schedules(config, number, steps, loader.epoch_samples).ramp
+                dump, facts = folder / "dumps" / f"step_{number:08d}", {"feature_weight": weight}
+                if Checkpoints(dump.parent, 2).save(number, parts, **facts, share=1 / part.accumulation):
+                    add_batches(dump, config, engine.module, kept[number], loader.name_of, forward_one)
+                session.fail()
+                end_lost(dump, lost, number, kept[number], loader)
         if done % config.train.log_every == 0 or done in (1, steps):
             row = {"step": done, "epoch": now.epoch, **meter.read(betas), "lr": now.lr}
+            row["grad/norm"] = engine.grad_norm()
             row["loss/spike"] = float(spikes.is_one(row["loss/total"]))
             if isinstance(teacher, Teacher):
                 row |= {"teacher/momentum": now.momentum, "teacher/ramp": now.ramp}
             row |= clock.read(config.data.batch_size) | loader.read_stats() | system_metrics()
+            row |= rates(config, row["rate/images_per_s"] / world_size())
             betas.warn_if_held()
             print_progress(row, steps)
             session.log(row)
+            gc.collect()
         if done % config.train.save_every == 0 or done == steps:
             session.save(done)
 
+    gc.enable()
     if probe is not None:
         measure(probe, engine, session, steps)
     loader.close()
     session.look_alive(steps)
     session.finish(steps, finish(config, engine, betas, preview))
     say(f"{folder}: {steps} steps done\n{summary(config)}")
-
-
-def loss_kernels(config: Config) -> str:
-    """The implementation of the loss that serves this device; UserError where the one asked for cannot."""
-    try:
-        return choose(config.engine.kernels, device(), quiet=True)  # the run's first line says it
-    except ValueError as error:
-        raise UserError(f"--engine.kernels {config.engine.kernels}: {error}") from None
-
-
-def forward(
-    config: Config,
-    engine: Engine,
-    teacher: Teacher | Tokenizer | None,
-    betas: Betas,
-    feature_weight: float,
-    share: float,
-    kernels: str,
-    batch: Batch,
-) -> Losses:
-    """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
-    mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
-    distance = masked_distance(mask, config.grid, kernels)
-    targets = codes = None
-    if isinstance(teacher, Tokenizer):
-        with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
-            codes = teacher.codes(batch.images).gather(1, mask.masked)
-    elif teacher is not None:
-        pixels = normalise(batch.images, config.data.normalisation, engine.dtype)
-        with engine.autocast():
-            targets = teacher.targets(pixels, config.feature.taps, mask.masked)
-    betas.add_norm(distance)
-    weight = torch.full((), feature_weight, device=engine.device)
-    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes))
 
 
 def measure(probe: OnlineProbe, engine: Engine, session: Session, step: int) -> None:
@@ -189,53 +158,6 @@ def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> li
         export_encoder(weights, config, Path(config.folder) / "encoder")
         update_card(Path(config.folder))
     return show_run(config, engine.module, betas, preview) if config.train.report else []
-
-
-def build_teacher(config: Config, engine: Engine) -> Teacher | None:
-    """The momentum encoder, equal to the student; None where no branch asks for it."""
-    if not config.feature.enabled:
-        return None
-    encoder = Encoder(config.model).to(engine.device, engine.dtype)
-    return Teacher(encoder, engine.masters(engine.module.encoder), engine.sharded)
-
-
-def build_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the config names; UserError where it does not fit the model."""
-    where, model = config.token.tokenizer, config.model
-    if not where:
-        raise UserError("token.tokenizer is empty: name a run of launch/train_tokenizer.py or a file of BEiT-v2's")
-    tokenizer = load_tokenizer(where)
-    codes, shape = len(tokenizer.codebook), tokenizer.encoder.shape
-    if codes != config.token.codes:
-        raise UserError(f"{where} has a codebook of {codes}, and token.codes is {config.token.codes}: make them equal")
-    if (shape.image_size, shape.patch_size) != (model.image_size, model.patch_size):
-        raise UserError(
-            f"{where} reads images of {shape.image_size} pixels in patches of {shape.patch_size}, the model "
-            f"{model.image_size} in {model.patch_size}: make them equal"
-        )
-    return tokenizer
-
-
-class Schedules(NamedTuple):
-    """What the course of training sets for one step."""
-
-    epoch: float
-    lr: float
-    momentum: float  # the teacher's
-    ramp: float  # weight of the feature branch
-
-
-def schedules(config: Config, step: int, steps: int, epoch_samples: int) -> Schedules:
-    """The numbers of a step, counted from 0, of a run of so many; an epoch has so many samples."""
-    epoch = step * config.data.batch_size / epoch_samples
-    warmup_steps = config.optim.warmup_epochs * epoch_samples / config.data.batch_size
-    momentum = config.teacher.momentum
-    return Schedules(
-        epoch,
-        warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr),
-        teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum,
-        ramp(step, config.feature.ramp * steps),
-    )
 
 
 def end_lost(dump: Path, lost: int, step: int, batches: list[Batch], loader: Loader) -> NoReturn:

@@ -18,7 +18,7 @@ from ddae.distributed import gather, is_main, world_size
 from ddae.engine import Engine, start_process_group, stop_process_group
 from ddae.method import build_method
 from ddae.optim import build_optimizer
-from ddae.train import build_teacher, forward
+from ddae.step import build_teacher, forward
 
 
 def storages() -> dict[int, int]:

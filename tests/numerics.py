@@ -23,7 +23,7 @@ from ddae.masks import masked_distance, sample_mask
 from ddae.method import build_method
 from ddae.optim import build_optimizer
 from ddae.replay import Bare
-from ddae.train import build_teacher, forward
+from ddae.step import build_teacher, forward
 
 
 def compare(words: list[str]) -> dict[str, float]:
@@ -68,7 +68,7 @@ def compare(words: list[str]) -> dict[str, float]:
     worst = max(max(a for a, _ in of_layer) / max(m for _, m in of_layer) for of_layer in layers.values())
 
     engine.update(0.0)
-    betas.step(0.0, True)
+    betas.step(0.0, torch.ones(()))
     everyone = torch.cat([torch.cat(list(each)) for each in gather([batch.seeds for batch in batches])])
     mask = sample_mask(config.mask.kind, everyone, config.grid, config.num_masked)
     values = plain_betas.values.detach().clone().requires_grad_()

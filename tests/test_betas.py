@@ -34,7 +34,7 @@ def test_gradient_is_eq_6(norm_batch):
         (loss.loss / 2).backward()  # as the engine scales it
         betas.add_norm(whole[half])
     values = betas.values.detach().double().numpy()
-    betas.step(1e-3, applied=False)
+    betas.step(1e-3, applied=torch.zeros(()))
     exact = whole.double().numpy()
     _, _, _, loss_part, terms = equations.dynamic_loss(
         error.sqrt().double().numpy(), np.zeros((2, 8, 147, 1)), exact, values, np.ones(2)
@@ -50,7 +50,7 @@ def test_steps_are_adam_without_decay():
     first, second = np.zeros(2), np.zeros(2)
     for step in range(1, 51):
         betas.add_norm(distances(step, 4))
-        betas.step(1e-3, applied=True)
+        betas.step(1e-3, applied=torch.ones(()))
         gradient = betas.gradient.double().numpy()
         first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
         reference -= 2e-3 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.95**step)) + 1e-8)
@@ -62,7 +62,7 @@ def test_steps_are_adam_without_decay():
 def test_betas_stand_still_when_told(options, applied):
     betas = build(**options)
     betas.add_norm(distances(0, 4))
-    betas.step(1.0, applied)
+    betas.step(1.0, torch.tensor(float(applied)))
     assert (betas.values == -0.5).all()
 
 
@@ -75,16 +75,16 @@ def test_state_goes_round():
     one, other = build(), build()
     for step in range(3):
         one.add_norm(distances(step, 4))
-        one.step(0.1, applied=True)
+        one.step(0.1, applied=torch.ones(()))
     other.prepare(one.note())
     for betas in (one, other):
         betas.add_norm(distances(9, 4))
-        betas.step(0.1, applied=True)
+        betas.step(0.1, applied=torch.ones(()))
     assert torch.equal(one.values, other.values)
 
 
 def test_a_method_without_betas():
     betas = build(names=())
     betas.add_norm(distances(0, 2))
-    betas.step(1.0, applied=True)
+    betas.step(1.0, applied=torch.ones(()))
     assert betas.regulariser == 0

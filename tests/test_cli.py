@@ -17,7 +17,7 @@ from ddae.errors import UserError
 from ddae.eval.recipes import FINETUNING, PROBING, FinetuneConfig, ProbeConfig
 from ddae.eval.recipes_segment import SEGMENTATION, SegmentConfig
 from ddae.experiment import flatten
-from ddae.train import loss_kernels
+from ddae.step import loss_kernels
 
 
 def test_the_default_is_the_papers_vit_b():

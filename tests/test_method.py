@@ -94,7 +94,7 @@ def test_the_whole_loss_of_eq_6():
     with torch.no_grad():
         own.values.copy_(betas)
     own.add_norm(torch.tensor(distance, dtype=torch.float32))
-    own.step(0.0, applied=False)
+    own.step(0.0, applied=torch.zeros(()))
     terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
     values = betas.detach().numpy()
     norm = equations.weight_norm(distance, values).sum()
@@ -222,11 +222,10 @@ def test_a_head_a_tap_is_each_taps_own():
     method, _, mask, *_ = step(demo("--pixel.own_heads"), torch.float64, 3, 1.0, 1)
     decoder = method.branches["pixel"].decoder
     tokens = torch.randn(4 * 3, 1 + mask.visible.shape[1], 96, dtype=torch.float64)
-    where = mask.visible.repeat(4, 1), mask.masked.repeat(4, 1)
-    before = decoder(tokens, *where)
+    before = decoder(tokens, *mask, None, range(4))
     with torch.no_grad():
         decoder.heads[2].bias += 1
-    changed = (decoder(tokens, *where) - before).unflatten(0, (4, 3)).abs().amax((1, 2, 3))
+    changed = (decoder(tokens, *mask, None, range(4)) - before).unflatten(0, (4, 3)).abs().amax((1, 2, 3))
     torch.testing.assert_close(changed.detach(), torch.tensor([0.0, 0, 1, 0], dtype=torch.float64))
 
 

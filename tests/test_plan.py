@@ -25,7 +25,7 @@ from ddae.model.vit import Encoder
 from ddae.plan import activations, memory
 from ddae.presets import preset
 from ddae.replay import Bare
-from ddae.train import forward
+from ddae.step import forward
 from ddae.work import work
 
 SIZES = {
@@ -121,12 +121,20 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
     ],
 )
 def test_work_is_what_it_is_known_to_be(name, gigaflop):
-    assert work(preset(name)).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
+    config = parse(["--preset", name, "--engine.no_shortcuts"])
+    assert work(config).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
+
+
+@pytest.mark.parametrize("size, gigaflop, share", [("s", 68.6, 15.3), ("b", 168.3, 12.9), ("l", 377.8, 8.8)])
+def test_shortcuts_save_what_was_worked_out(size, gigaflop, share):
+    less = work(preset(f"ddae_vit_{size}16_100e")).total / 1e9
+    assert 100 * (1 - less / gigaflop) == pytest.approx(share, abs=0.3)
 
 
 @pytest.mark.parametrize("size, gigaflop", [("s", 78.8), ("b", 190.4), ("l", 411.6)])
 def test_work_with_cross_attention(size, gigaflop):
-    config = parse(["--preset", f"ddae_vit_{size}16_100e", "--pixel.cross_attention", "--feature.cross_attention"])
+    words = ["--pixel.cross_attention", "--feature.cross_attention", "--engine.no_shortcuts"]
+    config = parse(["--preset", f"ddae_vit_{size}16_100e", *words])
     assert work(config).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
 
 

@@ -23,7 +23,7 @@ from ddae.method import build_method
 from ddae.model.tokenizer import Quantizer, Tokenizer, usage
 from ddae.model.vit import Encoder, initialise
 from ddae.presets import preset
-from ddae.train import build_tokenizer
+from ddae.step import build_tokenizer
 from ddae.weights import load_tokenizer
 
 PROGRAM = str(ranks.ROOT / "tests" / "evaluations.py")

@@ -60,4 +60,4 @@ def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay
 def build_optimizer(module: nn.Module, depth: int, layer_decay: float, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW with a learning rate a layer."""
     groups = layer_groups(module, depth, layer_decay, optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.adam_betas)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.adam_betas, fused=True)

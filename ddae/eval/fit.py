@@ -40,8 +40,8 @@ class Learner(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Gradients of one micro-batch, whose loss is a share of the step's."""
 
-    def update(self, lr: float) -> bool:
-        """End a micro-batch; after a step's last one update the weights. Whether they were updated."""
+    def update(self, lr: float) -> bool | Tensor:
+        """End a micro-batch; after a step's last one update the weights. Whether they were updated, true or not 0."""
         ...
 
 
@@ -139,6 +139,7 @@ def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dic
             learner.backward(loss / part.accumulation)
             applied = learner.update(lr)
             total += loss.detach().float() / part.accumulation
+        applied = bool(applied)
         lost = 0 if applied else lost + 1
         if lost:
             say(f"step {step + 1}: a gradient is no number, nothing is updated ({lost} in a row)")

@@ -1,16 +1,18 @@
 """The light decoder: from visible tokens to something of every masked patch. Written once, built once for pixels and
 once for features.
 
-Shape letters: B images (K taps stacked on them), N patches, V visible, M masked, D encoder width, P output width,
-T tokens, W width, H heads.
+Shape letters: B images, N patches, V visible, M masked, K taps, D encoder width, P output width, T tokens, W width,
+H heads.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddae.model.vit import LayerNorm, build_blocks, run_block
-from ddae.patches import gather_tokens, sincos_positions
+from ddae.model.vit import Block, LayerNorm, MaskTokens, build_blocks, run_block
+from ddae.patches import sincos_positions
 
 
 class CrossAttention(nn.Module):
@@ -32,18 +34,17 @@ class CrossAttention(nn.Module):
         return self.proj(seen.transpose(1, 2).flatten(2))
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Block):
     """A pre-norm transformer block that attends to a context between its attention and its MLP (BootMAE)."""
 
     def __init__(self, width: int, heads: int, context_width: int):
-        super().__init__()
-        (whole,) = build_blocks(width, 1, heads)
-        parts: dict[str, nn.Module] = dict(whole.named_children())
-        self.norm1, self.attn, self.norm2, self.mlp = (parts[name] for name in ("norm1", "attn", "norm2", "mlp"))
+        super().__init__(width, heads)
         self.norm_cross, self.cross = LayerNorm(width), CrossAttention(width, heads, context_width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        tokens = tokens + self.attn(self.norm1(tokens))
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, context: Tensor, wanted: int | None = None, masked: MaskTokens | None = None
+    ) -> Tensor:
+        tokens = self.attend(tokens, wanted, masked)
         tokens = tokens + self.cross(self.norm_cross(tokens), context)
         return tokens + self.mlp(self.norm2(tokens))
 
@@ -52,8 +53,8 @@ class Decoder(nn.Module):
     """Linear projection, mask tokens, positions, transformer blocks, norm, linear head.
 
     Tokens stand in the order cls, visible, masked: attention does not mind, and nothing needs to be shuffled back.
-    Only the masked tokens, which the loss reads, pass the norm and the head. num_heads > 1: so many linear heads, each
-    for an equal part of the batch. crosses: its blocks attend to a context, too.
+    Only the masked tokens, which the loss reads, pass the norm and the head. num_heads > 1: so many linear heads, one a
+    tap. crosses: its blocks attend to a context, too.
     """
 
     def __init__(
@@ -70,6 +71,9 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.recompute = False  # activations in the backward pass
+        # The same outputs with less work: mask tokens enter the first block once a step, where they are alike in all
+        # images, and only masked patches leave the last one.
+        self.enter_once, self.leave_masked = True, True
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed: Tensor
@@ -84,21 +88,31 @@ class Decoder(nn.Module):
         else:
             self.heads = nn.ModuleList([nn.Linear(width, out_width) for _ in range(num_heads)])
 
-    def forward(self, tokens: Tensor, visible: Tensor, masked: Tensor, context: Tensor | None = None) -> Tensor:
-        """[B, 1 + V, D] (cls first), int64 [B, V], int64 [B, M], context [B, 1 + V, D] -> [B, M, P]."""
-        positions = self.pos_embed.to(tokens.dtype).expand(len(tokens), -1, -1)
+    def forward(
+        self,
+        tokens: Tensor,
+        visible: Tensor,
+        masked: Tensor,
+        context: Tensor | None = None,
+        places: Sequence[int] = (0,),
+    ) -> Tensor:
+        """[K * B, 1 + V, D] (cls first), int64 [B, V], int64 [B, M], context [K * B, 1 + V, D] -> [K * B, M, P].
+
+        places: of the heads that the taps have, where each has its own.
+        """
+        positions, num_masked = self.pos_embed[0].to(tokens.dtype), masked.shape[1]
         shown = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], 1)  # cls has the table's first row
-        tokens = torch.cat(
-            [
-                self.embed(tokens) + gather_tokens(positions, shown),
-                self.mask_token + gather_tokens(positions, 1 + masked),
-            ],
-            1,
-        )
-        for block in self.blocks:
-            tokens = run_block(block, tokens, self.recompute, context)
-        normed = self.norm(tokens[:, shown.shape[1] :])
+        tokens = self.embed(tokens)
+        tokens = (tokens.unflatten(0, (-1, len(shown))) + F.embedding(shown, positions)).flatten(0, 1)
+        to_come: MaskTokens | None = MaskTokens(self.mask_token[0] + positions[1:], masked)
+        if not self.enter_once:
+            tokens, to_come = to_come.after(tokens), None
+        for number, block in enumerate(self.blocks, 1):
+            wanted = num_masked if self.leave_masked and number == len(self.blocks) else None
+            tokens = run_block(block, self.recompute, tokens, context, wanted, to_come)
+            to_come = None
+        normed = self.norm(tokens[:, tokens.shape[1] - num_masked :])
         if not hasattr(self, "heads"):
             return self.head(normed)
-        parts = zip(self.heads, normed.chunk(len(self.heads)), strict=True)
-        return torch.cat([head(part) for head, part in parts])
+        parts = zip(places, normed.chunk(len(places)), strict=True)
+        return torch.cat([self.heads[place](part) for place, part in parts])

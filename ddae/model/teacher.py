@@ -1,8 +1,8 @@
 """The teacher: a copy of the encoder that follows the student slowly and reads whole images (paper Eq. 5).
 
 Its master weights are fp32 and follow the optimizer's fp32 masters. Each rank keeps the slices that it owns of the
-student's masters; a copy in the student's precision, gathered once a step, runs the forward pass. B images, M masked
-patches, K taps, D width.
+student's masters; a copy in the student's precision, gathered once a step, runs the forward pass. B images, N
+patches, M masked, K taps, D width, P numbers of a patch.
 """
 
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ddae.distributed import sum_over_ranks
+from ddae.masks import Mask
 from ddae.model.vit import Encoder
-from ddae.patches import gather_tokens
 from ddae.slices import Fragment
 
 
@@ -42,15 +42,17 @@ class MovingAverage:
         self.publish()
 
     @torch.no_grad()
-    def follow(self, fragments: list[Fragment], momentum: float) -> None:
+    def follow(self, fragments: list[Fragment], momentum: float, applied: Tensor | None = None) -> None:
         """masters <- momentum * masters + (1 - momentum) * student, with Kahan's compensation.
 
         A plain fp32 average at m = 0.99999 rounds a fifth of the way away; what an addition loses is kept and given
-        to the next.
+        to the next. applied: [], 1 where the student has made its step; with 0 the masters stay where they are.
         """
         if fragments:  # with many ranks some own none of the encoder
+            rate = torch.full((), 1 - momentum, device=self.masters[0].device)
+            rate = rate if applied is None else rate * applied.to(rate.device)
             change = torch._foreach_sub([fragment.values for fragment in fragments], self.masters)
-            torch._foreach_mul_(change, 1 - momentum)
+            torch._foreach_mul_(change, rate)
             torch._foreach_sub_(change, self.rounding)
             moved = torch._foreach_add(self.masters, change)
             self.rounding = list(torch._foreach_sub(moved, self.masters))
@@ -61,9 +63,10 @@ class MovingAverage:
     @torch.no_grad()
     def publish(self) -> None:
         """Bring the masters into the module that runs forward."""
-        self._flat.zero_()
-        for place, master in zip(self._slices, self.masters, strict=True):
-            place.copy_(master)
+        if self.sharded:
+            self._flat.zero_()
+        if self.masters:
+            torch._foreach_copy_(self._slices, self.masters)
         if self.sharded:
             sum_over_ranks(self._flat)  # each element is one rank's and zero elsewhere: the sum is exact
 
@@ -87,8 +90,13 @@ class Teacher(MovingAverage):
 
     module: Encoder
 
+    only_masked = True  # the last block works on masked patches alone: the same targets with less work
+
     @torch.no_grad()
-    def targets(self, images: Tensor, taps: Sequence[int], masked: Tensor) -> Tensor:
-        """Tokens of the masked patches after each tap, before any norm: [B, 3, H, W], int64 [B, M] -> [K, B, M, D]."""
-        tokens = self.module.features(images, taps)
-        return torch.stack([gather_tokens(tokens_of_tap[:, 1:], masked) for tokens_of_tap in tokens])
+    def targets(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> Tensor:
+        """Tokens of the masked patches after each tap, before any norm: normalised [B, N, P], visible patches first,
+        then masked ones -> [K, B, M, D]."""
+        num_masked = mask.masked.shape[1]
+        wanted = num_masked if self.only_masked else None
+        tokens = self.module(patches, taps, torch.cat(mask, 1), wanted=wanted)
+        return torch.stack([of_tap[:, of_tap.shape[1] - num_masked :] for of_tap in tokens])

@@ -1,18 +1,19 @@
 """The encoder: a plain Vision Transformer (timm blocks, fixed sin-cos positions, a cls token), and BEiT's with relative
 positions and layer scale.
 
-Shape letters: B images, N patches, V visible patches, T tokens, D width, H heads. Parameters have the names that timm
-and MAE give them, so that their files fit.
+Shape letters: B images, N patches, V visible patches, M masked, T tokens, D width, H heads, P numbers of a patch.
+Parameters have the names that timm and MAE give them, so that their files fit.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
+import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, RelPosBias, resample_abs_pos_embed
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,26 +35,90 @@ class RelativePositions(RelPosBias):
         return self.get_bias()  # within a forward pass, or ZeRO-3 would not bring the table
 
 
+class Parts(nn.Linear):
+    """Queries, keys and values in one product, [.., D] -> [.., 3 D]; or the queries alone, or the keys and values."""
+
+    def forward(self, tokens: Tensor, part: int | None = None) -> Tensor:  # type: ignore[override]
+        if part is None:
+            return super().forward(tokens)
+        sizes = [self.in_features, 2 * self.in_features]
+        return F.linear(tokens, self.weight.split(sizes)[part], self.bias.split(sizes)[part])
+
+
+QUERIES, KEYS_AND_VALUES = range(2)
+
+
+class MaskTokens(NamedTuple):
+    """The tokens of masked patches before anything has mixed with them: those of one patch are alike in all images."""
+
+    table: Tensor  # [N, D]
+    masked: Tensor  # int64 [B, M]
+
+    def after(self, tokens: Tensor, table: Tensor | None = None) -> Tensor:
+        """[K * B, T, D] -> [K * B, T + M, D]: the tokens, then those of their image's masked patches in a table."""
+        each = F.embedding(self.masked, self.table if table is None else table)
+        several = each.expand(len(tokens) // len(each), *each.shape).flatten(0, 1)
+        return torch.cat([tokens, several], 1) if tokens.shape[1] else several
+
+
+class Block(timm_vit.Block):
+    """timm's pre-norm block, which also leaves out what nobody asks for."""
+
+    def __init__(self, width: int, heads: int, **options):
+        super().__init__(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, **options)
+        self.attn.qkv = Parts(width, 3 * width)
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, bias: Tensor | None = None, wanted: int | None = None, masked: MaskTokens | None = None
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]; bias [1, H, T, T] is added to the attention's logits. The same but for rounding, with
+
+        wanted: of the last `wanted` tokens alone, [B, wanted, D]; the others are seen, and not worked on further.
+        masked: more tokens after the T given, of which norm, queries, keys and values are computed once for all images.
+        """
+        if wanted is None and masked is None:
+            return super().forward(tokens, bias)
+        tokens = self.attend(tokens, wanted, masked)
+        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
+
+    def attend(self, tokens: Tensor, wanted: int | None, masked: MaskTokens | None) -> Tensor:
+        """The first half of forward(), without bias and dropped paths."""
+        attn: Any = self.attn  # type checkers know no submodules
+        normed, first = self.norm1(tokens), 0
+        if wanted is not None:
+            first = tokens.shape[1] + (0 if masked is None else masked.masked.shape[1]) - wanted
+        if first:
+            asking = normed[:, first:]
+            queries = attn.qkv(asking, QUERIES) if asking.shape[1] else asking  # where mask tokens alone ask
+            parts = [queries, *attn.qkv(normed, KEYS_AND_VALUES).chunk(2, -1)]
+        else:
+            parts = attn.qkv(normed).chunk(3, -1)
+        kept = tokens[:, first:]
+        if masked is not None:
+            tables = attn.qkv(self.norm1(masked.table)).chunk(3, -1)
+            parts = [masked.after(part, table) for part, table in zip(parts, tables, strict=True)]
+            kept = masked.after(kept)
+        query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in parts)
+        seen = F.scaled_dot_product_attention(query, key, value)
+        return kept + self.ls1(attn.proj(seen.transpose(1, 2).flatten(2)))
+
+
 def build_blocks(width: int, depth: int, heads: int, layer_scale: float = 0.0) -> nn.ModuleList:
-    """`depth` pre-norm transformer blocks with biases and an MLP of four times the width.
+    """`depth` blocks with biases and an MLP of four times the width.
 
     layer_scale: where the learnable factors of what a block adds begin; 0: there are none.
     """
-    options = {"mlp_ratio": 4, "qkv_bias": True, "norm_layer": LayerNorm, "init_values": layer_scale or None}
-    return nn.ModuleList([Block(width, heads, **options) for _ in range(depth)])
+    return nn.ModuleList([Block(width, heads, init_values=layer_scale or None) for _ in range(depth)])
 
 
-def run_block(
-    block: nn.Module, tokens: Tensor, recompute: bool, other: Tensor | None = None, chance: bool = False
-) -> Tensor:
-    """A block's output; with `recompute` only its input is kept, and the block runs again in the backward pass.
+def run_block(block: nn.Module, recompute: bool, *inputs: object, chance: bool = False) -> Tensor:
+    """A block's output; with `recompute` only its inputs are kept, and the block runs again in the backward pass.
 
-    other: what the block takes beside its tokens: a context, or [1, H, T, T] to be added to the attention's logits.
     chance: the block drops paths, the same ones when run again.
     """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(block, tokens, other, use_reentrant=False, preserve_rng_state=chance)
-    return block(tokens, other)
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=chance)  # type: ignore[return-value]
+    return block(*inputs)
 
 
 def initialise(module: nn.Module, generator: torch.Generator) -> None:
@@ -132,25 +197,32 @@ class Encoder(nn.Module):
         layers: Sequence[int] = (),
         visible: Tensor | None = None,
         mask_token: Tensor | None = None,
+        wanted: int | None = None,
     ) -> Tensor | list[Tensor]:
         """Normalised images [B, 3, H, W] -> tokens [B, T, D], cls first, after the final norm.
 
         With `layers` (blocks counted from 1): a list of the tokens after those blocks instead, before any norm, and
-        nothing is computed beyond the last of them. With `visible` (int64 [B, V]) the encoder sees those patches
-        alone, T = 1 + V; or, with `mask_token` [1, 1, D] too, that token in the place of all others, T = 1 + N.
-        ValueError where images are of another size, or relative positions are asked of visible patches.
+        nothing is computed beyond the last of them; with `wanted` the last block gives its last `wanted` tokens alone.
+        With `visible` (int64 [B, V]) the encoder sees those patches alone, T = 1 + V; or, with `mask_token` [1, 1, D]
+        too, that token in the place of all others, T = 1 + N. Patches that are cut already, [B, V, P], may stand for
+        the images, `visible` being their places in any order. ValueError where images are of another size, or relative
+        positions are asked of visible patches.
         """
         side = self.shape.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+        if images.ndim == 3 and visible is not None:
+            patches = images
+        elif images.ndim == 4 and tuple(images.shape[1:]) == (3, side, side):
+            patches = patchify(images, self.shape.patch_size)
+        else:
             raise ValueError(f"images are {list(images.shape)}: this encoder reads [B, 3, {side}, {side}]")
-        patches = patchify(images, self.shape.patch_size)
         table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
         positions = table[:, 1:]
         if visible is not None and mask_token is None:
             if self.shape.relative_positions != "none":
                 raise ValueError("an encoder with relative positions reads all patches, not the visible ones alone")
-            patches = gather_tokens(patches, visible)
-            positions = gather_tokens(positions.expand(len(visible), -1, -1), visible)
+            if patches is not images:
+                patches = gather_tokens(patches, visible)
+            positions = F.embedding(visible, positions[0])
         tokens = self.patch_embed["proj"](patches)
         if visible is not None and mask_token is not None:
             seen = torch.zeros_like(tokens[..., :1], dtype=torch.bool).scatter_(1, visible[:, :, None], True)
@@ -160,11 +232,13 @@ class Encoder(nn.Module):
         cls = (self.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([cls, tokens], 1)
         shared = self.rel_pos_bias() if self.shape.relative_positions == "shared" else None
-        outputs, chance = {}, self.training and self.drop_path > 0
-        for number, block in enumerate(self.blocks[: max(layers, default=None)], 1):
+        outputs, chance, last = {}, self.training and self.drop_path > 0, max(layers, default=len(self.blocks))
+        for number, block in enumerate(self.blocks[:last], 1):
             each = self.shape.relative_positions == "each"
             bias = block.attn.rel_pos_bias() if each else shared  # type: ignore[union-attr]
-            outputs[number] = tokens = run_block(block, tokens, self.recompute, bias, chance)
+            of_these = wanted if number == last else None
+            tokens = run_block(block, self.recompute, tokens, bias, of_these, chance=chance)
+            outputs[number] = tokens
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
 
     def features(self, images: Tensor, layers: Sequence[int]) -> list[Tensor]:
