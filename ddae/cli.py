@@ -35,6 +35,8 @@ PRETRAINING = Kind(Config, preset, check)
 
 def run(main: Callable[[Any], None], kind: Kind = PRETRAINING) -> None:
     """Parse this process's words, run `main`, and turn a user's mistake into a sentence."""
+    # Huge pages for large tensors on the CPU, which else are mapped anew, page by page, whenever torch makes one.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         take_slurm_ranks()
         words = normalise(sys.argv[1:])

@@ -94,6 +94,10 @@ class Clock:
     def count_step(self) -> None:
         self._steps += 1
 
+    def seconds(self) -> float:
+        """Since the last reading."""
+        return time.perf_counter() - self._start
+
     def read(self, batch_size: int) -> dict[str, float]:
         """Seconds a step without those spent on checkpoints and evaluations, seconds of it spent waiting for data,
         images/s over all ranks, and seconds that checkpoints took in all; then begin anew."""

@@ -143,15 +143,15 @@ def environment() -> dict[str, Any]:
             versions[package] = None
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if _git("rev-parse") is None else _git("status", "--porcelain") != "",
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if git("rev-parse") is None else git("status", "--porcelain") != "",
         "python": platform.python_version(),
         "versions": versions,
         "hardware": {"cpus": os.cpu_count(), "gpus": gpus, "ranks": world_size(), "system": platform.platform()},
     }
 
 
-def _git(*words: str) -> str | None:
+def git(*words: str) -> str | None:
     """What git says of the code's own checkout; None where there is none."""
     here = Path(__file__).parent
     try:

@@ -24,6 +24,8 @@ from ddae.patches import gather_tokens, normalise_patches, patchify
 from ddae.schedules import ramp, teacher_momentum, warmup_cosine
 from ddae.weights import load_tokenizer
 
+LARGE = 2**24  # numbers: 64 MiB in fp32
+
 
 def settle_taps(config: Config, ds_json: dict[str, Any]) -> Config:
     """`engine.taps` without auto; UserError where the ZeRO stage does not allow what it says."""
@@ -34,8 +36,16 @@ def settle_taps(config: Config, ds_json: dict[str, Any]) -> Config:
             "--engine.taps batched, or another stage"
         )
     if taps == "auto":
-        taps = "sequential" if device().type == "cpu" and not stage_3 else "batched"
+        taps = "sequential" if device().type == "cpu" and not stage_3 and _is_large(config, ds_json) else "batched"
     return replace(config, engine=replace(config.engine, taps=taps))
+
+
+def _is_large(config: Config, ds_json: dict[str, Any]) -> bool:
+    """Whether the widest thing that all taps make together is more than a CPU has cache for, so that batching them
+    gains nothing."""
+    images, tokens = ds_json["train_micro_batch_size_per_gpu"], 1 + config.grid[0] * config.grid[1]
+    numbers = [len(b.taps) * images * tokens * 4 * b.decoder_width for b in (config.pixel, config.feature) if b.enabled]
+    return max(numbers, default=0) > LARGE
 
 
 def loss_kernels(config: Config) -> str:

@@ -24,7 +24,7 @@ from ddae.outcomes import Outcomes
 from ddae.report import NUM_IMAGES, show_run, summary, update_card
 from ddae.session import Session
 from ddae.slices import Saved, Unchanged
-from ddae.step import build_teacher, build_tokenizer, forward, loss_kernels, schedules, settle_taps
+from ddae.step import build_teacher, build_tokenizer, compile_parts, forward, loss_kernels, schedules, settle_taps
 from ddae.stopping import Stop
 from ddae.system import system_metrics
 from ddae.weights import export_encoder
@@ -41,6 +41,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     """
     stop = stop or Stop()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
+    settled = settle_taps(config, resolved.json)
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
     folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)
@@ -58,10 +59,11 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     if tokenizer is not None:
         agree(tokenizer=Unchanged("tokenizer", tokenizer).note())
     session = Session(config, loader, stop)
-    config = settle_taps(config, resolved.json)
-    method = build_method(config)
+    method = build_method(settled)
     engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     teacher = build_teacher(config, engine) if tokenizer is None else tokenizer.to(engine.device)
+    if config.engine.compile:
+        compile_parts(engine.module, teacher)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     parts: dict[str, Saved] = {"engine": engine, "betas": betas}
     if isinstance(teacher, Teacher):
@@ -104,6 +106,8 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
         clock.count_step()
 
         done = step + 1
+        if config.engine.compile and step == start:
+            say(f"compiled: the first step took {clock.seconds():.0f} s")
         outcomes.add(step, applied)
         for number, good in outcomes.known(done == steps):
             lost = 0 if good else lost + 1

@@ -36,13 +36,15 @@ def choose(impl: str, device: torch.device, *dtypes: torch.dtype, quiet: bool = 
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on CPU, or anywhere under DDAE_CHECK=1 (on a GPU a look stalls the stream).
+    """Whether values may be looked at: on CPU, or anywhere under DDAE_CHECK=1 (on a GPU a look stalls the stream), or
+    nowhere under DDAE_CHECK=0.
 
     Never under torch.compile, where a look breaks the graph.
     """
     if torch.compiler.is_compiling():
         return False
-    return tensor.device.type == "cpu" or os.environ.get("DDAE_CHECK") == "1"
+    wish = os.environ.get("DDAE_CHECK", "")
+    return wish == "1" or (tensor.device.type == "cpu" and wish != "0")
 
 
 def _obstacle(device: str, dtypes: tuple[torch.dtype, ...]) -> str:

@@ -1,0 +1,226 @@
+"""The training step against naive.py, which is written as the paper reads: each setting gives its losses and gradients.
+And what a step costs: operations, waits of the host, memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import ranks
+import torch
+from memory import batch_of
+
+from ddae.betas import Betas
+from ddae.cli import parse
+from ddae.config import beta_names
+from ddae.ladder import rungs
+from ddae.masks import masked_distance, sample_mask
+from ddae.method import build_method
+from ddae.model.teacher import Teacher
+from ddae.model.vit import Encoder
+from ddae.naive import NaiveEncoder, NaiveMethod, to_pixels
+from ddae.outcomes import Outcomes
+from ddae.replay import Bare
+from ddae.rung import count_flops
+from ddae.slices import Fragment
+from ddae.step import compile_parts, forward, settle_taps
+from ddae.work import decoded, work
+
+DDAE = ["--preset", "demo", "--pixel.norm", "per_channel", "--pixel.decoder_depth", "2"]  # one decoder of two blocks
+MAE = "--preset mae_vit_s16_100e --model.width 48 --model.heads 3 --model.depth 4 --model.image_size 64".split()
+MAE += "--model.patch_size 8 --pixel.taps 4 --pixel.decoder_width 32 --pixel.decoder_heads 2".split()
+DS_MAE = "--preset ds_mae_vit_s16_100e --model.width 48 --model.heads 3 --model.image_size 64".split()
+DS_MAE += "--model.patch_size 8 --pixel.decoder_depth 3 --pixel.decoder_width 32 --pixel.decoder_heads 2".split()
+SETTINGS = {
+    "one batch": ["--engine.no_shortcuts", "--engine.taps", "batched"],
+    "shortcuts": ["--engine.taps", "batched"],
+    "tap by tap": ["--engine.taps", "sequential"],
+    "recomputed": ["--engine.taps", "batched", "--engine.recompute_decoders"],
+    "all of it": ["--engine.taps", "sequential", "--engine.recompute"],
+}
+
+
+def both(words, settings, precision, compiled=False):
+    """Loss, gradients by name and gradient of the betas: of naive.py, and of the step with these settings."""
+    config = parse([*words, *settings, "--engine.precision", precision, "--engine.kernels", "reference"])
+    engine, batch = Bare(build_method(config), precision), batch_of(config, 3)
+    naive, encoder = NaiveMethod(config), Encoder(config.model)
+    naive.load_state_dict(engine.module.state_dict())
+    naive = naive.to(engine.dtype)
+    torch.manual_seed(0)
+    for parameter in encoder.parameters():  # a teacher of its own
+        torch.nn.init.normal_(parameter, std=0.05)
+    whole = [Fragment(name, 0, values.detach().flatten().clone()) for name, values in encoder.named_parameters()]
+    state = {name: values.clone() for name, values in encoder.state_dict().items()}
+    teacher = Teacher(encoder.to(engine.dtype), whole, sharded=False) if config.feature.enabled else None
+    if teacher is not None:
+        teacher.only_masked = config.engine.shortcuts
+    if compiled:
+        compile_parts(engine.module, teacher)
+    betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+    losses = forward(config, engine, teacher, betas, 0.7, 1.0, "reference", batch)
+    losses.total.backward()
+    ours = {name: values.grad for name, values in engine.module.named_parameters()}
+    mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked)
+    distance, values = masked_distance(mask, config.grid), betas.values.detach().clone().requires_grad_()
+    tokens = None
+    if config.feature.enabled:
+        first = NaiveEncoder(config)
+        first.load_state_dict(state)
+        with torch.no_grad(), engine.autocast():
+            pixels = to_pixels(batch.images, config.data.normalisation)
+            tokens = first.to(engine.dtype)(pixels.to(engine.dtype))
+    with engine.autocast():
+        loss = naive(batch.images, mask.visible, mask.masked, distance, values, tokens, 0.7)
+    loss.backward()
+    theirs = {name: parameter.grad for name, parameter in naive.named_parameters()}
+    return (loss, theirs, values.grad), (losses.total, ours, betas.values.grad)
+
+
+def apart(one, other):
+    """Largest difference over the largest value."""
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
+
+
+def assert_equal(words, settings, precision, of_loss, of_gradients, compiled=False):
+    (loss, theirs, of_betas), (total, ours, own_betas) = both(words, settings, precision, compiled)
+    assert abs(float(total.detach() - loss.detach())) <= of_loss * abs(float(loss.detach()))
+    assert ours.keys() == theirs.keys()
+    norms = {name: float(values.norm()) for name, values in theirs.items()}
+    whole = sum(value**2 for value in norms.values()) ** 0.5
+    wrongs = {name: float((ours[name] - values).norm()) for name, values in theirs.items()}
+    assert sum(wrong**2 for wrong in wrongs.values()) ** 0.5 <= of_gradients * whole
+    for name, wrong in wrongs.items():  # small ones among large ones have their rounding
+        assert wrong <= of_gradients * max(norms[name], 0.1 * whole), (name, wrong / norms[name])
+    if of_betas is not None:
+        assert apart(own_betas, of_betas) < max(of_gradients, 1e-5)
+
+
+@pytest.mark.parametrize("words", [DDAE, MAE, DS_MAE], ids=["ddae", "mae", "ds_mae"])
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_each_setting_is_the_naive_step(words, setting):
+    assert_equal(words, SETTINGS[setting], "fp32", 1e-6, 2e-6)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+def test_settings_stay_near_the_naive_step_in_bf16(setting, precision):
+    """Tolerance: what rounding to eight bits leaves of a gradient, 3 % of its norm; 0.5 % of the loss."""
+    assert_equal(DDAE, SETTINGS[setting], precision, 5e-3, 3e-2)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("taps", ["batched", "sequential"])
+def test_compiled_is_the_naive_step(taps):
+    assert_equal(DDAE, ["--engine.taps", taps], "fp32", 1e-6, 2e-6, compiled=True)
+
+
+@pytest.mark.parametrize(
+    "name, gigaflop", [("ddae_vit_s16_100e", 68.6), ("ddae_vit_b16_100e", 168.3), ("mae_vit_s16_100e", 39.0)]
+)
+def test_work_is_what_torch_counts(name, gigaflop):
+    """Of naive.py the figures known from elsewhere; of the step what work() says, each within 2 %."""
+    counted, images = {}, 2
+    for kind in ("naive", "own"):
+        config = parse(["--preset", name, "--engine.precision", "fp32", "--engine.taps", "batched"])
+        batch = batch_of(config, images)
+        mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked)
+        distance, values = masked_distance(mask, config.grid), torch.full((4,), -0.5, requires_grad=True)
+        if kind == "naive":
+            method, teacher = NaiveMethod(config), NaiveEncoder(config)
+
+            def step(method=method, teacher=teacher, batch=batch, mask=mask, distance=distance, values=values):
+                tokens = None
+                if name.startswith("ddae"):
+                    with torch.no_grad():
+                        tokens = teacher(to_pixels(batch.images, "half"))
+                method(batch.images, mask.visible, mask.masked, distance, values, tokens, 1.0).backward()
+        else:
+            engine = Bare(build_method(config), "fp32")
+            encoder = Encoder(config.model)
+            whole = [Fragment(n, 0, p.detach().flatten()) for n, p in encoder.named_parameters()]
+            teacher = Teacher(encoder, whole, sharded=False) if config.feature.enabled else None
+            betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+
+            def step(config=config, engine=engine, teacher=teacher, betas=betas, batch=batch):
+                forward(config, engine, teacher, betas, 1.0, 1.0, "reference", batch).total.backward()
+
+        counted[kind] = count_flops(step) / images / 1e9
+    assert counted["naive"] == pytest.approx(gigaflop, rel=0.02)
+    # And what is done once a step, whatever its images: queries, keys and values of 196 mask tokens.
+    once = sum(3 * 6 * 196 * branch.decoder_width**2 for branch in decoded(config)) / images
+    assert counted["own"] == pytest.approx((work(config).total + once) / 1e9, rel=0.005)
+
+
+def test_large_taps_go_one_by_one_where_a_cache_holds_no_batch():
+    """On a CPU, and not where ZeRO-3 has the parameters in parts."""
+    config = parse(["--preset", "ddae_vit_s16_100e"])
+    json_of = lambda stage, images: {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": images}  # noqa: E731
+    found = {case: settle_taps(config, json_of(*case)).engine.taps for case in ((0, 16), (2, 16), (3, 16), (0, 1))}
+    assert found == {(0, 16): "sequential", (2, 16): "sequential", (3, 16): "batched", (0, 1): "batched"}
+
+
+def test_outcomes_come_in_order_and_once():
+    outcomes = Outcomes()
+    outcomes.add(3, torch.ones(()))
+    outcomes.add(4, torch.zeros(()))
+    assert list(outcomes.known()) == [(3, True), (4, False)]
+    assert list(outcomes.known(True)) == []
+
+
+def test_the_ladder_on_a_small_model(tmp_path):
+    """What the JSON holds, the naive rung first; no other rung looks at a number of the device's in a step."""
+    out, model = tmp_path / "rows.json", ranks.NANO[2 : ranks.NANO.index("--data.batch_size")]
+    words = [
+        "step",
+        "--preset",
+        "demo",
+        "--batch",
+        "4",
+        "--rounds",
+        "1",
+        "--json",
+        str(out),
+        "--out",
+        str(tmp_path / "o"),
+    ]
+    command = [sys.executable, "launch/benchmark.py", *words, "--rungs", "naive", "engine", "tap by tap", *model]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = json.loads(out.read_text())
+    assert [row["rung"] for row in rows] == ["naive", "engine", "tap by tap"]
+    asked = {"rung", "preset", "batch", "images_per_s", "flops_per_image", "peak_bytes", "host_syncs"}
+    for row in rows:
+        assert asked <= row.keys()
+        assert min(row["images_per_s"], row["flops_per_image"], row["peak_bytes"]) > 0
+    assert [row["host_syncs"] for row in rows] == [1, 0, 0]
+    assert (tmp_path / "o.png").exists()
+    assert (tmp_path / "o.csv").read_text().count("\n") == 4
+
+
+@pytest.mark.parametrize(
+    "words, reason",
+    [(["step", "--rungs", "nave"], "there is no rung 'nave'"), (["loader", "--nonsense"], "has no flag --nonsense")],
+)
+def test_mistakes_are_told(words, reason):
+    command = [sys.executable, "launch/benchmark.py", *words]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert reason in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_sequential_taps_are_refused_under_zero_3(tmp_path):
+    words = ["--preset", "demo", "--engine.taps", "sequential", "--ds_config", "ds_configs/zero3.json"]
+    words += ["--data.backend", "synthetic", "--run_dir", str(tmp_path / "run")]
+    command = [sys.executable, "launch/pretrain.py", *words]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "--engine.taps sequential" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_rungs_differ():
+    for gpu in (False, True):
+        assert len({rung.name for rung in rungs(gpu)}) == len(rungs(gpu))
+        assert rungs(gpu)[0].kind == "naive"
