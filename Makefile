@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: venv demo test test-faults lint bench-kernels bench-loader gpu-check simd clean
+.PHONY: venv demo test test-faults lint bench-kernels bench-loader bench-step gpu-check simd clean
 
 venv: $(READY)
 
@@ -41,6 +41,10 @@ lint: $(READY)
 bench-kernels: $(READY)
 	$(BIN)/python kernels/bench/bench.py --step ddae_vit_b16_100e
 
+# The training step, rung by rung, over a naive one.
+bench-step: $(READY)
+	$(BIN)/python launch/benchmark.py step $(BENCH)
+
 # pillow-simd beside Pillow, for the benchmark to take turns with: DATA is a folder of shards.
 .simd: $(READY)
 	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --no-binary pillow-simd --target .simd pillow-simd
@@ -48,12 +52,10 @@ bench-kernels: $(READY)
 bench-loader: .simd
 	$(BIN)/python launch/benchmark.py loader --data $(DATA) --simd .simd $(BENCH)
 
-# What only a GPU can show. Where there is a Python with everything but this project: make gpu-check PY=python3
+# What only a GPU can show, into gpu-check.json: about eight minutes; with DATA=shards the loader, too. Where there is a
+# Python with everything but this project: make gpu-check PY=python3
 gpu-check:
-	PYTHONPATH=kernels:. $(PY) -m pytest --noconftest tests/test_triton.py tests/test_dynamic.py tests/test_distance.py \
-		tests/test_dali.py
-	PYTHONPATH=kernels:. $(PY) kernels/bench/bench.py --step ddae_vit_b16_100e $(BENCH)
-	test -z "$(DATA)" || PYTHONPATH=kernels:. $(PY) launch/benchmark.py loader --data $(DATA)
+	PYTHONPATH=kernels:. $(PY) tests/gpu_check.py gpu-check.json $(DATA)
 
 # pillow-simd has pillow's import name: one of the two is installed, never both.
 simd: $(READY)

@@ -80,6 +80,8 @@ def _unguarded(ds_json: dict[str, Any]) -> dict[str, Any]:
     bf16["check_grad_overflow"] = False
     if zero.get("stage", 0) and not zero.get("offload_optimizer"):  # with offload it insists
         zero["compute_grad_norm"] = False
+    if zero.get("stage", 0) and world_size() == 1:
+        zero["overlap_comm"] = False  # there is nothing to overlap, and DeepSpeed waits for the device after it
     return ds_json | {"gradient_clipping": 0.0, "bf16": bf16} | ({"zero_optimization": zero} if zero else {})
 
 

@@ -103,10 +103,13 @@ def climb(
     words = ["--preset", preset, "--data.batch_size", str(batch), "--engine.precision", precision, *words]
     workers: list[Worker] = []
     try:
-        for rung in chosen:  # one after the other: building them all at once takes as long
+        gpu = torch.cuda.is_available()
+        for rung in chosen:
             workers.append(Worker(rung, words))
-            workers[-1].wait()
-            print(f"{rung.name:12} is built", flush=True)
+            if not gpu:  # one after the other: few cores, and DeepSpeed builds an operator at its first start
+                workers[-1].wait()
+        for worker in workers if gpu else []:
+            worker.wait()
         seconds: dict[str, list[float]] = {rung.name: [] for rung in chosen}
         for _ in range(rounds):
             for worker in workers:

@@ -2,10 +2,14 @@
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
 from ddae.meter import Clock, Spikes
+from ddae.presets import preset
+from ddae.work import rates
 
 
 def test_a_spike_stands_out_of_what_is_usual():
@@ -37,3 +41,18 @@ def test_saving_counts_apart():
     assert row["time/save"] == pytest.approx(0.2, abs=0.1)
     assert 0.05 <= row["time/data_wait"] <= row["time/step"] < 0.2 + row["time/data_wait"]
     assert clock.read(8)["time/save"] == 0
+
+
+def test_rates_count_what_has_to_be_computed(monkeypatch):
+    """1,000 images/s of ViT-B on an H100: 149 GFLOP an image, of 989 TFLOP/s; recomputing does not count."""
+    config = preset("ddae_vit_b16_100e")
+    assert rates(config, 1000.0).keys() == {"rate/tflops"}  # of a CPU nobody knows what it could do
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    row = rates(config, 1000.0)
+    assert row["rate/tflops"] == pytest.approx(168.3 * (1 - 0.129), rel=0.01)
+    assert row["rate/mfu"] == pytest.approx(row["rate/tflops"] / 989)
+    again = replace(config, engine=replace(config.engine, recompute=True, shortcuts=False))
+    assert rates(again, 1000.0) == row
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA GeForce RTX 4090")
+    assert rates(config, 1000.0).keys() == {"rate/tflops"}

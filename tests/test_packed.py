@@ -9,7 +9,7 @@ import time
 import pytest
 
 from ddae.errors import UserError
-from ddae.eval import packed
+from ddae.eval import ablate, packed
 from ddae.eval.packed import Job, run_packed
 
 
@@ -84,3 +84,25 @@ def test_ranks_of_a_launcher_do_not_pack(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(UserError, match="start it with python, not with a launcher"):
         run_packed(jobs(tmp_path, [""]), parallel=2)
+
+
+@pytest.mark.parametrize("parallel, code, state", [(1, 75, "KILLED"), (2, 75, "KILLED"), (2, 1, "FAILED")])
+def test_a_table_that_is_stopped_says_so_in_the_tracker(parallel, code, state, tmp_path, monkeypatch):
+    """Whether its runs come one after the other or several at a time."""
+    told = []
+
+    def ends(*_):
+        raise SystemExit(code)
+
+    class Noted:
+        def finish(self, files, status="FINISHED", patience=0):
+            told.append(status)
+
+    for name, instead in {"_run": ends, "run_packed": ends, "_table_run": lambda *_: Noted()}.items():
+        monkeypatch.setattr(ablate, name, instead)
+    monkeypatch.setattr(ablate, "Stop", object)
+    monkeypatch.setattr(ablate, "start_process_group", lambda: None)
+    settings = ablate.Settings("3", "nano", (0,), ("MAE",), "", "", "jsonl", None, "", parallel, True)
+    with pytest.raises(SystemExit):
+        ablate.ablate(tmp_path / "table", settings)
+    assert told == [state]

@@ -66,28 +66,28 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
     _check(table, settings)
     names = [row.name for row in table]
     wanted = [name for name in names if not settings.only or name in settings.only]
+    out.mkdir(parents=True, exist_ok=True)
     tracker = None
-    if settings.parallel > 1:
-        settings = settings._replace(data=settings.data or str(_digits(out)))
-        out.mkdir(parents=True, exist_ok=True)
-        tracker = _table_run(out, settings) if settings.draws else None
-        jobs = [_job(names.index(name), name, seed, out, settings) for seed in settings.seeds for name in wanted]
-        try:
+    try:
+        if settings.parallel > 1:
+            settings = settings._replace(data=settings.data or str(_digits(out)))
+            tracker = _table_run(out, settings) if settings.draws else None
+            jobs = [_job(names.index(name), name, seed, out, settings) for seed in settings.seeds for name in wanted]
             run_packed(jobs, settings.parallel)
-        except SystemExit as end:
-            if tracker is not None:
-                tracker.finish([], "KILLED" if end.code == EXIT_CODE else "FAILED", patience=3)
-            raise
-    else:
-        stop = Stop()
-        start_process_group()
-        data = settings.data or str(from_main(lambda: _digits(out)))
-        tracker = _table_run(out, settings) if settings.draws and is_main() else None
-        for seed in settings.seeds:
-            for name in wanted:
-                number = names.index(name)
-                say(f"--- {name}, seed {seed}: {_folder(out, number, seed)}")
-                _run(table[number], number, seed, out, data, settings, stop)
+        else:
+            stop = Stop()
+            start_process_group()
+            data = settings.data or str(from_main(lambda: _digits(out)))
+            tracker = _table_run(out, settings) if settings.draws and is_main() else None
+            for seed in settings.seeds:
+                for name in wanted:
+                    number = names.index(name)
+                    say(f"--- {name}, seed {seed}: {_folder(out, number, seed)}")
+                    _run(table[number], number, seed, out, data, settings, stop)
+    except SystemExit as end:
+        if tracker is not None:
+            tracker.finish([], "KILLED" if end.code == EXIT_CODE else "FAILED", patience=3)
+        raise
     if not settings.draws or not is_main():
         return None
     results = _results(table, out, settings)
@@ -127,7 +127,6 @@ def _check(table: list[Row], settings: Settings) -> None:
 def _table_run(out: Path, settings: Settings) -> Tracker:
     """The table's own run in MLflow, under which its rows are shown."""
     config = TrackerConfig(kind=settings.tracker, experiment=f"table {settings.table}")  # type: ignore[arg-type]
-    out.mkdir(parents=True, exist_ok=True)
     tracker = start_tracker(config, out, 0, {"table": settings.table, "scale": settings.scale})
     patience = time.monotonic() + OPENED
     while settings.tracker == "mlflow" and not tracker.run_id and time.monotonic() < patience:

@@ -1,0 +1,63 @@
+"""What only a GPU can show, in one go of about eight minutes: tests, times of the losses, the ladder of the step, the
+loader. Everything that was measured is in one file, and kept from part to part.
+
+    PYTHONPATH=kernels:. python tests/gpu_check.py gpu-check.json [SHARDS]
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PRESETS = ["ddae_vit_s16_100e", "ddae_vit_b16_100e", "mae_vit_b16_100e"]
+TESTS = [f"tests/test_{name}.py" for name in ("triton", "dynamic", "distance", "dali")]
+
+
+def main() -> int:
+    out, shards = Path(sys.argv[1]), sys.argv[2:3]
+    folder = out.parent / f"{out.stem}_parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    kernels, step, loader = folder / "kernels.csv", folder / "step.json", folder / "loader"
+    python = sys.executable
+    parts = {
+        "tests": [python, "-m", "pytest", "--noconftest", "-q", *TESTS],
+        "kernels": [python, "kernels/bench/bench.py", "--batch", "256", "--out", str(kernels)],
+        "step": [python, "launch/benchmark.py", "step", "--preset", *PRESETS, "--rounds", "5", "--json", str(step)],
+        "loader": [python, "launch/benchmark.py", "loader", "--data", *shards, "--rounds", "2", "--out", str(loader)],
+    }
+    parts["step"] += ["--profile", str(folder / "trace.json"), "--rungs", "naive", "engine", "shortcuts", "triton"]
+    parts["step"] += ["compiled"]
+    if not shards:
+        del parts["loader"]
+    found: dict[str, dict] = {}
+    for name, command in parts.items():
+        start = time.monotonic()
+        with open(folder / f"{name}.log", "w") as log:
+            code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        rows = read(kernels if name == "kernels" else step if name == "step" else loader.with_suffix(".csv"))
+        found[name] = {
+            "code": code,
+            "seconds": round(time.monotonic() - start),
+            "rows": rows if name != "tests" else [],
+        }
+        out.write_text(json.dumps(found, indent=1) + "\n")
+        said = (folder / f"{name}.log").read_text().splitlines()
+        print(f"{name}: code {code}, {found[name]['seconds']} s", *said[-12:], sep="\n  ", flush=True)
+    return int(any(part["code"] for part in found.values()))
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of a CSV or JSON file, none where there is no such file."""
+    if not path.exists():
+        return []
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
