@@ -86,7 +86,7 @@ def distance_dots(found: dict[str, Locality], patches: dict[str, tuple[tuple[int
 
 def beta_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
     """Figures 5 and 6: the betas of each run over the epochs, all of the training and its beginning."""
-    figure, axes = plt.subplots(len(runs), 2, figsize=(9.2, 0.6 + 2.9 * len(runs)), squeeze=False)
+    figure, axes = plt.subplots(len(runs), 2, figsize=(9.2, 0.6 + 2.9 * len(runs)), squeeze=False, sharey="col")
     for (run, rows), row_of_axes in zip(runs.items(), axes, strict=True):
         names, end = [name for name in rows[-1] if name.startswith("beta/")], rows[-1]["epoch"]
         for axis, last, title in zip(
