@@ -93,7 +93,10 @@ class Betas:
         """Take what note() gave."""
         with torch.no_grad():
             self.values.copy_(note["values"])
-        self.optimizer.load_state_dict(note["optimizer"])
+        saved = copy.deepcopy(note["optimizer"])
+        for group in saved["param_groups"]:  # how AdamW computes is not for a checkpoint to say
+            group |= {"fused": True, "foreach": None}
+        self.optimizer.load_state_dict(saved)
 
     def state(self) -> dict[str, list[Fragment]]:
         """Too small for slices."""

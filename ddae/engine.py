@@ -78,7 +78,7 @@ def _unguarded(ds_json: dict[str, Any]) -> dict[str, Any]:
     """The JSON without DeepSpeed's own look at the gradients."""
     zero, bf16 = dict(ds_json.get("zero_optimization", {})), dict(ds_json.get("bf16", {}))
     bf16["check_grad_overflow"] = False
-    if zero.get("stage", 0) and not zero.get("offload_optimizer"):  # with offload it insists
+    if zero.get("stage", 0):
         zero["compute_grad_norm"] = False
     if zero.get("stage", 0) and world_size() == 1:
         zero["overlap_comm"] = False  # there is nothing to overlap, and DeepSpeed waits for the device after it
@@ -97,10 +97,11 @@ class Engine:
         except Exception as error:  # pydantic's, DeepSpeed's own and assertions: whatever it has against the JSON
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"DeepSpeed refuses the JSON: {reason}") from None
-        stage, low = ds_json.get("zero_optimization", {}).get("stage", 0), ds_json.get("bf16", {}).get("enabled", False)
+        zero, low = ds_json.get("zero_optimization", {}), ds_json.get("bf16", {}).get("enabled", False)
+        stage, offload = zero.get("stage", 0), (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         # Where it can be told on the device whether gradients are numbers, and how long they are, that is done here:
         # DeepSpeed would ask the device at each step, with eight small kernels a parameter.
-        self._looks = stage in (1, 2) or (stage == 0 and not low)
+        self._looks = (stage in (1, 2) and not offload) or (stage == 0 and not low)
         self._clip = 0.0
         if self._looks:
             self._clip, ds_json = ds_json.get("gradient_clipping", 0.0), _unguarded(ds_json)
@@ -151,7 +152,7 @@ class Engine:
         """End a micro-batch; after a step's last one update the weights. float32 []: 1 where they were updated, else 0.
 
         A step with a gradient that is no number, on whichever rank, updates nothing on any. At stages 1 and 2, and at 0
-        without bf16, the device decides that by itself; at the others DeepSpeed asks it.
+        without bf16, the device decides that by itself; at the others, and with offload, DeepSpeed asks it.
         """
         for group in cast(torch.optim.Optimizer, self.deepspeed.optimizer).param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -172,12 +173,10 @@ class Engine:
         """Tell AdamW, on the device, whether to leave this step out and what to divide the gradients by."""
         if self.stage == 0:
             gradients = [parameter.grad for parameter in self.module.parameters()]
-        elif self._zero.cpu_offload:
-            gradients = [master.grad for master in self._masters()]
         else:
             gradients = [gradient for group in self._zero.averaged_gradients.values() for gradient in group]
         norms = torch._foreach_norm([each for each in gradients if each is not None], dtype=torch.float32)
-        squares = torch.stack(list(norms)).square().sum().to(self.device)
+        squares = torch.stack(list(norms)).square().sum()
         if self.sharded:
             sum_over_ranks(squares)  # at stage 0 all ranks have the same gradients
         norm = squares.sqrt()

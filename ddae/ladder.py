@@ -3,6 +3,7 @@
 ratio to the first rung of the same round.
 """
 
+import contextlib
 import csv
 import json
 import os
@@ -63,26 +64,28 @@ class Worker:
         self.rung = rung
         asked = json.dumps({"kind": rung.kind, "words": [*words, *rung.words]})
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(rung.pages)), "DDAE_CHECK": "0"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ddae.rung", asked], env=environment, text=True, **pipes
+            [sys.executable, "-m", "ddae.rung", asked],
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         self._said: list[str] = []
 
-    def wait(self, word: str = "READY") -> str:
-        """The rest of the next line that begins with a word; UserError where the process ends before."""
+    def ask(self, request: str) -> Any:
+        """Its answer; UserError where it has ended."""
+        assert self._process.stdin is not None
         assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(request + "\n")
+            self._process.stdin.flush()
         for line in self._process.stdout:
-            if line.startswith(word):
-                return line[len(word) :]
+            if line.startswith("ANSWER "):
+                return json.loads(line.removeprefix("ANSWER "))
             self._said.append(line)
         raise UserError(f"the rung {self.rung.name!r} has ended: {''.join(self._said[-8:])}")
-
-    def ask(self, request: str) -> Any:
-        assert self._process.stdin is not None
-        self._process.stdin.write(request + "\n")
-        self._process.stdin.flush()
-        return json.loads(self.wait("ANSWER"))
 
     def end(self) -> None:
         self._process.kill()
@@ -103,13 +106,9 @@ def climb(
     words = ["--preset", preset, "--data.batch_size", str(batch), "--engine.precision", precision, *words]
     workers: list[Worker] = []
     try:
-        gpu = torch.cuda.is_available()
-        for rung in chosen:
-            workers.append(Worker(rung, words))
-            if not gpu:  # one after the other: few cores, and DeepSpeed builds an operator at its first start
-                workers[-1].wait()
-        for worker in workers if gpu else []:
-            worker.wait()
+        workers += [Worker(rung, words) for rung in chosen]
+        for worker in workers:  # one after the other: each needs a whole step's memory, or all processors
+            worker.ask("build")
         seconds: dict[str, list[float]] = {rung.name: [] for rung in chosen}
         for _ in range(rounds):
             for worker in workers:
@@ -117,7 +116,7 @@ def climb(
         rows = []
         for worker in workers:
             own, first = seconds[worker.rung.name], seconds[chosen[0].name]
-            counted = worker.ask("count")
+            peak, counted = worker.ask("peak"), worker.ask("count")  # in this order: the count itself takes memory
             rows.append(
                 {
                     "rung": worker.rung.name,
@@ -128,13 +127,14 @@ def climb(
                     "ratio_low": round(min(a / b for a, b in zip(first, own, strict=True)), 3),
                     "ratio_high": round(max(a / b for a, b in zip(first, own, strict=True)), 3),
                     "flops_per_image": round(counted["flops"]),
-                    "peak_bytes": worker.ask("peak"),
+                    "peak_bytes": peak,
                     "host_syncs": counted["waits"],
                 }
             )
         if trace:
-            print(workers[-1].ask(f"profile {trace}"))
-            print(f"trace of {chosen[-1].name}: {trace}")
+            file = Path(trace).with_stem(f"{Path(trace).stem}_{preset}")
+            print(workers[-1].ask(f"profile {file}"))
+            print(f"trace of {chosen[-1].name}: {file}")
     finally:
         for worker in workers:
             worker.end()

@@ -111,7 +111,7 @@ def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micr
     bucket = zero.get("reduce_bucket_size", BUCKET)
     buffers = 0.0
     if stage in (1, 2):
-        buffers += low * bucket * (2 if zero.get("overlap_comm", False) else 1)
+        buffers += low * bucket * (2 if zero.get("overlap_comm", False) and gpus > 1 else 1)
     if stage == 3:
         buffers += low * (bucket + min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus))
     if config.engine.recompute:

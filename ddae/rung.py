@@ -1,6 +1,7 @@
 """One way to compute a training step, in a process of its own (ladder.py starts it): what it is asked on its standard
 input it answers on its standard output, in JSON.
 
+    build        (first) makes two steps
     time N       seconds of each of N steps
     peak         bytes that a step takes at most: of the GPU, or resident
     count        floating-point operations an image, and how often the host waits for the device in a step
@@ -37,7 +38,10 @@ from ddae.optim import build_optimizer
 from ddae.step import build_teacher, compile_parts, forward, loss_kernels, settle_taps
 
 LR, MOMENTUM = 1e-4, 0.999
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+WAITS = {
+    "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    "cpu": ("aten::_local_scalar_dense",),
+}
 
 
 class OwnStep:
@@ -69,13 +73,14 @@ class NaiveStep:
         self.config, self.own = config, own_engine
         method = NaiveMethod(config)
         method.load_state_dict(build_method(config).state_dict())
-        teacher = NaiveEncoder(config).to(device())
+        teacher = NaiveEncoder(config).to(device()).requires_grad_(False).eval()
         teacher.load_state_dict(method.encoder.state_dict())
-        self.teacher = teacher.requires_grad_(False).eval()
+        self.teacher = teacher if config.feature.enabled else None
         if own_engine:
             self.engine: Any = Engine(method, build_optimizer(method, config.optim), ds_json)
             masters = self.engine.masters(self.engine.module.encoder)
-            self.average = MovingAverage(teacher.to(self.engine.dtype), masters, self.engine.sharded)
+            if self.teacher is not None:
+                self.average = MovingAverage(teacher.to(self.engine.dtype), masters, self.engine.sharded)
         else:
             zero = {"stage": ds_json.get("zero_optimization", {}).get("stage", 0)}
             keys = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_clipping", "torch_autocast")
@@ -94,7 +99,7 @@ class NaiveStep:
         mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(device())
         distance = masked_distance(mask, config.grid, "reference")
         tokens = None
-        if config.feature.enabled:
+        if self.teacher is not None:
             pixels = to_pixels(batch.images, config.data.normalisation)
             with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=low):
                 tokens = self.teacher(pixels.to(self.engine.dtype if self.own else torch.float32))
@@ -104,13 +109,15 @@ class NaiveStep:
         if self.own:
             applied = self.engine.update(LR)
             self.betas.step(LR, applied)
-            self.average.follow(self.engine.masters(module.encoder), MOMENTUM, applied)
+            if self.teacher is not None:
+                self.average.follow(self.engine.masters(module.encoder), MOMENTUM, applied)
             return loss.detach()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = LR
         self.engine.step()
         self.betas.step(LR, self.applied)
-        follow(self.teacher, module.encoder.named_parameters(), MOMENTUM)
+        if self.teacher is not None:
+            follow(self.teacher, module.encoder.named_parameters(), MOMENTUM)
         loss.item()
         return loss.detach()
 
@@ -194,8 +201,7 @@ def profiled(step: Callable[[], object]) -> profile:
     kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     with profile(activities=kinds) as seen:
         step()
-        synchronise()
-    return seen
+    return seen  # its end waits for the device
 
 
 def host_waits(step: Callable[[], object]) -> int:
@@ -207,7 +213,7 @@ def host_waits(step: Callable[[], object]) -> int:
         above = event
         while above is not None and not above.name.startswith("Optimizer.step"):
             above = above.cpu_parent
-        found += event.name in WAITS and above is None
+        found += event.name in WAITS[device().type] and above is None
     return found - torch.cuda.is_available()  # the one that ends the profile
 
 
@@ -219,18 +225,18 @@ def table(seen: profile) -> str:
 def main() -> None:
     asked = json.loads(sys.argv[1])
     config = parse(asked["words"])
-    start_process_group()
-    torch.manual_seed(0)
-    run, coming = build(asked["kind"], config), batches(config)
-    step = lambda: run(next(coming))  # noqa: E731
-    for _ in range(2):
-        step()
-    synchronise()
-    print("READY", flush=True)
+    step: Callable[[], object] = lambda: None  # noqa: E731
     for line in sys.stdin:
         request, _, argument = line.strip().partition(" ")
-        if request == "time":
-            answer: object = seconds(step, int(argument))
+        answer: object = None
+        if request == "build":
+            start_process_group()
+            torch.manual_seed(0)
+            run, coming = build(asked["kind"], config), batches(config)
+            step = lambda run=run, coming=coming: run(next(coming))  # noqa: E731
+            seconds(step, 2)
+        elif request == "time":
+            answer = seconds(step, int(argument))
         elif request == "peak":
             answer = peak_bytes(step)
         elif request == "count":
@@ -239,6 +245,7 @@ def main() -> None:
             seen = profiled(step)
             seen.export_chrome_trace(argument)
             answer = table(seen)
+        torch.cuda.empty_cache()  # other rungs use the same GPU
         print("ANSWER", json.dumps(answer), flush=True)
 
 

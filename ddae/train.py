@@ -30,6 +30,7 @@ from ddae.system import system_metrics
 from ddae.weights import export_encoder
 from ddae.work import rates
 
+COLLECTED = 100  # most steps between two looks for garbage
 MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
 LISTED = 20  # samples that an error names
 
@@ -109,7 +110,8 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
         if config.engine.compile and step == start:
             say(f"compiled: the first step took {clock.seconds():.0f} s")
         outcomes.add(step, applied)
-        for number, good in outcomes.known(done == steps):
+        # With one step left to go until the run ends, no further one is made on top of what may be dumped.
+        for number, good in outcomes.known(done == steps or lost == MOST_LOST - 1):
             lost = 0 if good else lost + 1
             if lost:
                 say(f"step {number + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
@@ -131,6 +133,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
             betas.warn_if_held()
             print_progress(row, steps)
             session.log(row)
+        if done % min(config.train.log_every, COLLECTED) == 0:
             gc.collect()
         if done % config.train.save_every == 0 or done == steps:
             session.save(done)

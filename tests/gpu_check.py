@@ -6,6 +6,7 @@ loader. Everything that was measured is in one file, and kept from part to part.
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -13,23 +14,23 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PRESETS = ["ddae_vit_s16_100e", "ddae_vit_b16_100e", "mae_vit_b16_100e"]
-TESTS = [f"tests/test_{name}.py" for name in ("triton", "dynamic", "distance", "dali")]
+TESTS = [f"tests/test_{name}.py" for name in ("triton", "dynamic", "distance", "dali", "engine", "step")]
 
 
 def main() -> int:
     out, shards = Path(sys.argv[1]), sys.argv[2:3]
     folder = out.parent / f"{out.stem}_parts"
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     kernels, step, loader = folder / "kernels.csv", folder / "step.json", folder / "loader"
     python = sys.executable
     parts = {
-        "tests": [python, "-m", "pytest", "--noconftest", "-q", *TESTS],
+        "tests": [python, "-m", "pytest", "--noconftest", "-q", "-m", "not reliability", *TESTS],
         "kernels": [python, "kernels/bench/bench.py", "--batch", "256", "--out", str(kernels)],
         "step": [python, "launch/benchmark.py", "step", "--preset", *PRESETS, "--rounds", "5", "--json", str(step)],
         "loader": [python, "launch/benchmark.py", "loader", "--data", *shards, "--rounds", "2", "--out", str(loader)],
     }
-    parts["step"] += ["--profile", str(folder / "trace.json"), "--rungs", "naive", "engine", "shortcuts", "triton"]
-    parts["step"] += ["compiled"]
+    parts["step"] += ["--profile", str(folder / "trace.json"), "--rungs", "naive", "shortcuts", "triton", "compiled"]
     if not shards:
         del parts["loader"]
     found: dict[str, dict] = {}

@@ -88,3 +88,20 @@ def test_a_method_without_betas():
     betas.add_norm(distances(0, 2))
     betas.step(1.0, applied=torch.ones(()))
     assert betas.regulariser == 0
+
+
+def test_a_checkpoint_of_an_adamw_that_is_not_fused_goes_on(tmp_path):
+    """As earlier versions left it."""
+    config = DynamicConfig()
+    betas, before = (Betas(["tap_03"], config, (0.9, 0.95), torch.device("cpu")) for _ in range(2))
+    before.optimizer = torch.optim.AdamW([before.values], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
+    before.values.grad = torch.ones(1)
+    before.optimizer.step()
+    betas.prepare(before.note())
+    betas.add_norm(torch.tensor([[1.0, 2.0]]))
+    betas.step(0.1, torch.zeros(()))
+    assert torch.equal(betas.values, before.values)
+    betas.add_norm(torch.tensor([[1.0, 2.0]]))
+    betas.step(0.1, torch.ones(()))
+    assert not torch.equal(betas.values, before.values)
+    assert int(betas.optimizer.state[betas.values]["step"]) == 2

@@ -10,6 +10,7 @@ import ranks
 PROGRAM = """
 import json, sys
 import torch
+from ddae.distributed import device
 from ddae.engine import Engine, start_process_group, stop_process_group
 
 stage, precision = int(sys.argv[1]), sys.argv[2]
@@ -27,11 +28,12 @@ class Loss(torch.nn.Module):
         super().__init__()
         self.inner = inner
     def forward(self, x, scale):
-        return self.inner(x.to(self.inner[0].weight.dtype)).float().square().mean() * scale
+        return self.inner(x.to(self.inner[0].weight)).float().square().mean() * scale
 
 found = {}
 for clip in (0.0, 0.05):
-    plain, module = Loss(build()), Loss(build())
+    plain, module = Loss(build()).to(device()), Loss(build())
+    start = {name: values.detach().cpu().clone() for name, values in plain.named_parameters()}
     ds_json = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": clip,
                "zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}}
     engine, theirs = Engine(module, adam(module), ds_json), adam(plain)
@@ -48,8 +50,11 @@ for clip in (0.0, 0.05):
             theirs.param_groups[0]["lr"] = 0.01
             theirs.step()
     weights = engine.weights(engine.module)
-    wrong = max(float((weights[name] - values).abs().max()) for name, values in plain.named_parameters())
-    found[str(clip)] = {"applied": applied, "norms": norms, "wrong": wrong, "steps": engine.note()}
+    far = {name: values.detach().cpu() - start[name] for name, values in plain.named_parameters()}
+    apart = {name: weights[name] - start[name] - moved for name, moved in far.items()}
+    wrong = max(float(apart[name].abs().max() / moved.abs().max()) for name, moved in far.items())
+    steps = sorted({int(state["step"]) for state in engine.adam.state.values()})
+    found[str(clip)] = {"applied": applied, "norms": norms, "wrong": wrong, "steps": steps}
 print("FOUND", json.dumps(found))
 stop_process_group()
 """
@@ -64,10 +69,10 @@ def test_clipping_and_lost_steps_are_torchs(stage, precision):
     done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
-    tolerance = 1e-6 if precision == "fp32" else 2e-2
+    tolerance = 1e-4 if precision == "fp32" else 0.1  # of how far a weight has moved
     for seen in json.loads(line.removeprefix("FOUND")).values():
         assert seen["applied"] == [1, 1, 0, 1, 0, 1]
-        assert seen["steps"] == 4
+        assert seen["steps"] == [4]
         assert seen["wrong"] < tolerance
         for ours, theirs in seen["norms"]:
             assert ours == pytest.approx(theirs, rel=max(tolerance, 1e-5))
