@@ -157,7 +157,8 @@ def environment(precision: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """A table in the terminal."""
     print(f"\n{rows[0]['preset']}, batch {rows[0]['batch']}, {rows[0]['precision']}, {rows[0]['hardware']}")
-    print("rung          images/s   x naive (lowest to highest)   GFLOP/image   peak GiB   waits")
+    over = f"x {rows[0]['rung']} (lowest to highest)"
+    print(f"rung          images/s   {over:27}   GFLOP/image   peak GiB   waits")
     for row in rows:
         spread = f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
         print(
