@@ -146,7 +146,7 @@ def nano(config: Config, steps: int | None = None) -> Config:
 
 def micro(config: Config, steps: int | None = None) -> Config:
     """Minutes a row on two cores: photographs of 32 pixels."""
-    return _small(config, width=64, image_size=32, patch_size=4, steps=steps or 1000, batch=32, lr=1.5e-3)
+    return _small(config, width=64, image_size=32, patch_size=4, steps=steps or 800, batch=32, lr=1.5e-3)
 
 
 def tiny(config: Config, steps: int | None = None) -> Config:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddae.branches import Branch, ClsBranch, DecoderBranch, FeatureBranch, Inputs, PixelBranch, TokenBranch, Tokens
 from ddae.config import Config, FeatureConfig, PixelConfig, beta_names, tap_name
 from ddae.model.decoder import Decoder
-from ddae.model.vit import Encoder, LayerNorm, initialise
+from ddae.model.vit import Encoder, LayerNorm, Mlp, initialise
 from ddae.patches import normalise
 
 
@@ -117,3 +117,5 @@ def _set_up(method: Method, config: Config) -> None:
             module.enter_once = module.leave_masked = engine.shortcuts
         if isinstance(module, DecoderBranch):
             module.one_by_one = engine.taps == "sequential"
+        if isinstance(module, Mlp):
+            module.keeps_gelu = engine.taps != "sequential"

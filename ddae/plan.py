@@ -103,9 +103,11 @@ def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micr
     whole = stage == 0 or (stage == 1 and micro_batch * gpus < config.data.batch_size)  # till the last micro-batch
     gradients = low * (n if whole else counts.touched(shards) if stage < 3 else n / shards)
     follower = 8 * of_encoder
+    copy = low * counts.encoder if low < 4 or (stage > 0 and gpus > 1) else 0  # otherwise the masters run themselves
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         optimizer = follower = update = 0.0  # on the CPU
-    teacher = (follower + low * counts.encoder) if config.feature.enabled else 0.0
+        copy = low * counts.encoder
+    teacher = follower + copy if config.feature.enabled else 0.0
     if config.token.enabled:
         teacher = 4 * counts.encoder  # the tokenizer, taken to be as large; it reads in fp32
     bucket = zero.get("reduce_bucket_size", BUCKET)

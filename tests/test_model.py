@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from ddae.config import ModelConfig
 from ddae.masks import Mask
 from ddae.method import build_method
 from ddae.model.decoder import Decoder
 from ddae.model.teacher import Teacher
-from ddae.model.vit import Encoder, initialise
+from ddae.model.vit import Encoder, Mlp, initialise
 from ddae.patches import gather_tokens, patchify, sincos_positions, unpatchify
 from ddae.presets import preset
 from ddae.slices import Fragment
@@ -139,7 +140,31 @@ def test_teacher_follows_as_float64_does(momentum, half_life):
     assert travelled / step == pytest.approx(expected, rel=0.01)
 
 
-def test_teacher_runs_its_masters_and_takes_no_gradient():
+def test_an_mlp_that_keeps_no_gelu_has_the_same_gradients(monkeypatch):
+    mlp, tokens, kept = Mlp(8, 32), torch.randn(3, 5, 8), []
+
+    def hooks(pack, unpack):
+        def note(values):
+            kept.append(pack(values))
+            return kept[-1]
+
+        return saved_tensors_hooks(note, unpack)
+
+    monkeypatch.setattr("ddae.model.vit.saved_tensors_hooks", hooks)
+    seen = []
+    for mlp.keeps_gelu in (True, False):
+        mlp.zero_grad()
+        entering = tokens.clone().requires_grad_()
+        output = mlp(entering)
+        output.square().sum().backward()
+        seen.append((output, entering.grad, *(each.grad.clone() for each in mlp.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
+    assert sum(each.numel() for each in kept if isinstance(each, torch.Tensor)) == 8 * 32  # the last matrix alone
+
+
+@pytest.mark.parametrize("part", [2**22, 1000])
+def test_teacher_runs_its_masters_and_takes_no_gradient(part, monkeypatch):
+    monkeypatch.setattr("ddae.model.teacher.PART", part)
     encoder = build()
     fragments = [Fragment(name, 0, p.detach().flatten()) for name, p in encoder.named_parameters()]
     halves = []  # the same in two pieces a parameter, as ranks would hold them

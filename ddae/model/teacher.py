@@ -5,7 +5,7 @@ student's masters; a copy in the student's precision, gathered once a step, runs
 patches, M masked, K taps, D width, P numbers of a patch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from ddae.distributed import sum_over_ranks
 from ddae.masks import Mask
 from ddae.model.vit import Encoder
 from ddae.slices import Fragment
+
+PART = 2**22  # numbers that follow at a time: what that needs besides is small, and on a CPU still in the cache
 
 
 class MovingAverage:
@@ -25,8 +27,6 @@ class MovingAverage:
     def __init__(self, module: nn.Module, fragments: list[Fragment], sharded: bool):
         self.module = module.eval().requires_grad_(False)
         self._places = [(fragment.name, fragment.start) for fragment in fragments]
-        self.masters = [fragment.values.detach().clone() for fragment in fragments]
-        self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
         self.sharded = sharded
         parameters = dict(module.named_parameters())
         first = next(iter(parameters.values()))
@@ -39,6 +39,13 @@ class MovingAverage:
         self._slices = [
             self._flat[offsets[f.name] + f.start : offsets[f.name] + f.start + f.values.numel()] for f in fragments
         ]
+        # Where nothing is sharded, rounded or offloaded the weights that run are themselves the masters.
+        same = not sharded and all(f.values.dtype == first.dtype and f.values.device == first.device for f in fragments)
+        self.masters = self._slices if same else [torch.empty_like(fragment.values) for fragment in fragments]
+        for master, fragment in zip(self.masters, fragments, strict=True):
+            master.copy_(fragment.values)
+        self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
+        self._parts = list(_parts([master.numel() for master in self.masters]))
         self.publish()
 
     @torch.no_grad()
@@ -51,13 +58,9 @@ class MovingAverage:
         if fragments:  # with many ranks some own none of the encoder
             rate = torch.full((), 1 - momentum, device=self.masters[0].device)
             rate = rate if applied is None else rate * applied.to(rate.device)
-            change = torch._foreach_sub([fragment.values for fragment in fragments], self.masters)
-            torch._foreach_mul_(change, rate)
-            torch._foreach_sub_(change, self.rounding)
-            moved = torch._foreach_add(self.masters, change)
-            self.rounding = list(torch._foreach_sub(moved, self.masters))
-            torch._foreach_sub_(self.rounding, change)
-            self.masters = list(moved)
+            values = [fragment.values for fragment in fragments]
+            for part in self._parts:
+                _follow(values[part], self.masters[part], self.rounding[part], rate)
         self.publish()
 
     @torch.no_grad()
@@ -65,7 +68,7 @@ class MovingAverage:
         """Bring the masters into the module that runs forward."""
         if self.sharded:
             self._flat.zero_()
-        if self.masters:
+        if self.masters and self.masters is not self._slices:
             torch._foreach_copy_(self._slices, self.masters)
         if self.sharded:
             sum_over_ranks(self._flat)  # each element is one rank's and zero elsewhere: the sum is exact
@@ -83,6 +86,28 @@ class MovingAverage:
             of: [Fragment(*place, values) for place, values in zip(self._places, tensors, strict=True)]
             for of, tensors in both.items()
         }
+
+
+def _parts(sizes: list[int]) -> Iterator[slice]:
+    """Neighbours that are of at least PART numbers together."""
+    first, numbers = 0, 0
+    for place, size in enumerate(sizes, 1):
+        numbers += size
+        if numbers >= PART or place == len(sizes):
+            yield slice(first, place)
+            first, numbers = place, 0
+
+
+def _follow(values: list[Tensor], masters: list[Tensor], rounding: list[Tensor], rate: Tensor) -> None:
+    """A part of follow(), in place: what stays from step to step stays where it is in memory."""
+    change = torch._foreach_sub(values, masters)
+    torch._foreach_mul_(change, rate)
+    torch._foreach_sub_(change, rounding)
+    torch._foreach_copy_(rounding, masters)
+    torch._foreach_add_(masters, change)
+    torch._foreach_sub_(rounding, masters)  # what was, less what is: the step that was made, with the other sign
+    torch._foreach_add_(rounding, change)
+    torch._foreach_neg_(rounding)
 
 
 class Teacher(MovingAverage):

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import timm.layers.mlp as timm_mlp
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, RelPosBias, resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ddae.config import ModelConfig
@@ -61,11 +63,33 @@ class MaskTokens(NamedTuple):
         return torch.cat([tokens, several], 1) if tokens.shape[1] else several
 
 
+class Mlp(timm_mlp.Mlp):
+    """timm's MLP, which need not keep GELU's output for the backward pass: it is computed again from GELU's input."""
+
+    keeps_gelu = True
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.keeps_gelu or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super().forward(tokens)
+        entering = self.fc1(tokens)
+        leaving = self.act(entering)
+        storage, source = leaving.untyped_storage()._cdata, entering.detach()
+
+        def pack(kept: Tensor) -> Tensor | torch.Size:
+            return kept.shape if kept.untyped_storage()._cdata == storage else kept
+
+        def unpack(kept: Tensor | torch.Size) -> Tensor:
+            return self.act(source).view(kept) if isinstance(kept, torch.Size) else kept
+
+        with saved_tensors_hooks(pack, unpack):
+            return self.fc2(leaving)
+
+
 class Block(timm_vit.Block):
     """timm's pre-norm block, which also leaves out what nobody asks for."""
 
     def __init__(self, width: int, heads: int, **options):
-        super().__init__(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, **options)
+        super().__init__(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, mlp_layer=Mlp, **options)
         self.attn.qkv = Parts(width, 3 * width)
 
     def forward(  # type: ignore[override]
