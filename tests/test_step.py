@@ -126,7 +126,13 @@ CPU_ALONE = pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
 
 @CPU_ALONE
 @pytest.mark.parametrize(
-    "name, gigaflop", [("ddae_vit_s16_100e", 68.6), ("ddae_vit_b16_100e", 168.3), ("mae_vit_s16_100e", 39.0)]
+    "name, gigaflop",
+    [
+        ("ddae_vit_s16_100e", 68.6),
+        ("ddae_vit_b16_100e", 168.3),
+        pytest.param("ddae_vit_l16_100e", 377.8, marks=pytest.mark.faults),  # 6 GB
+        ("mae_vit_s16_100e", 39.0),
+    ],
 )
 def test_work_is_what_torch_counts(name, gigaflop):
     """Of naive.py the figures known from elsewhere; of the step what work() says, each within 2 %."""
@@ -160,6 +166,8 @@ def test_work_is_what_torch_counts(name, gigaflop):
     # And what is done once a step, whatever its images: queries, keys and values of 196 mask tokens.
     once = sum(3 * 6 * 196 * branch.decoder_width**2 for branch in decoded(config)) / images
     assert counted["own"] == pytest.approx((work(config).total + once) / 1e9, rel=0.005)
+    less = {"ddae_vit_s16_100e": 0.15, "ddae_vit_b16_100e": 0.125, "ddae_vit_l16_100e": 0.085, "mae_vit_s16_100e": 0.04}
+    assert 1 - (counted["own"] - once / 1e9) / counted["naive"] >= less[name]
 
 
 @CPU_ALONE
