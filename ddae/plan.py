@@ -2,7 +2,7 @@
 
 The memory is what DeepSpeed and autograd are seen to keep (tests/test_plan.py sums the storages of live tensors, and of
 saved ones by saved_tensors_hooks): weights and gradients in the precision of the engine, fp32 masters and Adam's two
-averages, the teacher's fp32 master with its rounding and its copy in the engine's precision, and of every block
+averages, the teacher's fp32 master with its rounding and, where that is no master itself, its copy, and of every block
 
     16 D numbers a token    inputs of two norms (2D) and of four matrices (7D), q, k and v (3D), GELU's input (4D)
 

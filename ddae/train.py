@@ -1,6 +1,8 @@
 """Pretraining, from a config to a finished run folder: build, resume, loop, show."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -35,6 +37,17 @@ MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run e
 LISTED = 20  # samples that an error names
 
 
+@contextmanager
+def _collector_afterwards() -> Iterator[None]:
+    """Whatever happens, the garbage collector runs by itself again in the end."""
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+@_collector_afterwards()
 def pretrain(config: Config, stop: Stop | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then export the encoder and draw the report.
 
@@ -138,7 +151,6 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
         if done % config.train.save_every == 0 or done == steps:
             session.save(done)
 
-    gc.enable()
     if probe is not None:
         measure(probe, engine, session, steps)
     loader.close()
