@@ -1,8 +1,8 @@
 """The teacher: a copy of the encoder that follows the student slowly and reads whole images (paper Eq. 5).
 
 Its master weights are fp32 and follow the optimizer's fp32 masters. Each rank keeps the slices that it owns of the
-student's masters; a copy in the student's precision, gathered once a step, runs the forward pass. B images, N
-patches, M masked, K taps, D width, P numbers of a patch.
+student's masters; a copy in the student's precision, gathered once a step, runs the forward pass, or the masters
+themselves where they are whole and alike. B images, N patches, M masked, K taps, D width, P numbers of a patch.
 """
 
 from collections.abc import Iterator, Sequence
