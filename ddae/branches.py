@@ -36,6 +36,7 @@ class Inputs(NamedTuple):
     kernels: str  # implementation of the loss: auto, reference or triton
     codes: Tensor | None = None  # int64 [B, M]: of the masked patches, by the token branch's tokenizer
     patches: Tensor | None = None  # normalised [B, N, P], visible ones first, where somebody has cut them already
+    teacher_ready: torch.cuda.Event | None = None  # to wait for before teacher_tokens are read: another stream's
 
 
 class Tokens(NamedTuple):
@@ -170,6 +171,8 @@ class FeatureBranch(DecoderBranch):
     def loss(self, pred: Tensor, inputs: Inputs, places: slice) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
             raise ValueError("the feature branch needs the teacher's tokens")
+        if inputs.teacher_ready is not None:
+            inputs.teacher_ready.wait()
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_feature_mse(
             pred,

@@ -105,6 +105,7 @@ class StepConfig(EngineConfig):
     shortcuts: bool = True  # leave out work whose result no loss reads
     recompute_decoders: bool = False  # as recompute, but the encoder keeps its activations
     compile: bool = False  # compile encoder, decoders and teacher when training starts
+    teacher_stream: bool = False  # on a GPU the teacher beside the student, on a stream of its own
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class Config(Experiment):
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
         *("probe_every", "token.tokenizer"),
-        *("engine.taps", "engine.shortcuts", "engine.recompute_decoders", "engine.compile"),
+        *("engine.taps", "engine.shortcuts", "engine.recompute_decoders", "engine.compile", "engine.teacher_stream"),
     }
 
     @property

@@ -49,7 +49,8 @@ def rungs(gpu: bool) -> list[Rung]:
     ]
     if gpu:
         found.append(Rung("triton", "own", ("--engine.taps", "batched")))
-        return [*found, Rung("compiled", "own", ("--engine.taps", "batched", "--engine.compile"))]
+        found.append(Rung("compiled", "own", ("--engine.taps", "batched", "--engine.compile")))
+        return [*found, Rung("two streams", "own", (*found[-1].words, "--engine.teacher_stream"))]
     return [
         *found,
         Rung("huge pages", "own", PLAIN, True),

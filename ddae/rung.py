@@ -35,7 +35,7 @@ from ddae.method import build_method
 from ddae.model.teacher import MovingAverage, Teacher
 from ddae.naive import NaiveEncoder, NaiveMethod, follow, to_pixels
 from ddae.optim import build_optimizer
-from ddae.step import build_teacher, compile_parts, forward, loss_kernels, settle_taps
+from ddae.step import build_teacher, compile_parts, forward, loss_kernels, settle
 
 LR, MOMENTUM = 1e-4, 0.999
 WAITS = {
@@ -48,7 +48,7 @@ class OwnStep:
     """This project's step, as pretraining runs it."""
 
     def __init__(self, config: Config, ds_json: dict[str, Any]):
-        self.config, self.kernels = settle_taps(config, ds_json), loss_kernels(config)
+        self.config, self.kernels = settle(config, ds_json), loss_kernels(config)
         method = build_method(self.config)
         self.engine = Engine(method, build_optimizer(method, config.optim), ds_json)
         self.teacher = build_teacher(self.config, self.engine)

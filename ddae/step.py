@@ -27,8 +27,10 @@ from ddae.weights import load_tokenizer
 LARGE = 2**24  # numbers: 64 MiB in fp32
 
 
-def settle_taps(config: Config, ds_json: dict[str, Any]) -> Config:
-    """`engine.taps` without auto; UserError where the ZeRO stage does not allow what it says."""
+def settle(config: Config, ds_json: dict[str, Any]) -> Config:
+    """`engine.taps` without auto; UserError where the ZeRO stage or the device does not allow what `engine` says."""
+    if config.engine.teacher_stream and device().type == "cpu":
+        raise UserError("--engine.teacher_stream is for a GPU, a CPU has no streams: leave it out")
     stage_3, taps = ds_json.get("zero_optimization", {}).get("stage", 0) == 3, config.engine.taps
     if stage_3 and taps == "sequential":
         raise UserError(
@@ -69,17 +71,19 @@ def forward(
     """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
     mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
     distance = masked_distance(mask, config.grid, kernels)
-    targets = codes = None
+    targets = ready = codes = None
     patches = None if config.mask.replaced else cut(batch.images, mask, config, engine.dtype)
     if isinstance(teacher, Tokenizer):
         with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
             codes = teacher.codes(batch.images).gather(1, mask.masked)
     elif teacher is not None and patches is not None:
         with engine.autocast():
-            targets = teacher.targets(patches, config.feature.taps, mask)
+            targets, ready = teacher.start(patches, config.feature.taps, mask)
     betas.add_norm(distance)
     weight = torch.full((), feature_weight, device=engine.device)
-    return engine(Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes, patches))
+    return engine(
+        Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes, patches, ready)
+    )
 
 
 def cut(images: Tensor, mask: Mask, config: Config, dtype: torch.dtype) -> Tensor:
@@ -96,8 +100,14 @@ def build_teacher(config: Config, engine: Engine) -> Teacher | None:
         return None
     encoder = Encoder(config.model).to(engine.device, engine.dtype)
     teacher = Teacher(encoder, engine.masters(engine.module.encoder), engine.sharded)
-    teacher.only_masked = config.engine.shortcuts
+    set_up_teacher(teacher, config)
     return teacher
+
+
+def set_up_teacher(teacher: Teacher, config: Config) -> None:
+    """How it works; what it computes stays the same."""
+    teacher.only_masked = config.engine.shortcuts
+    teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
 
 
 def build_tokenizer(config: Config) -> Tokenizer:

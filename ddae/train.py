@@ -26,7 +26,7 @@ from ddae.outcomes import Outcomes
 from ddae.report import NUM_IMAGES, show_run, summary, update_card
 from ddae.session import Session
 from ddae.slices import Saved, Unchanged
-from ddae.step import build_teacher, build_tokenizer, compile_parts, forward, loss_kernels, schedules, settle_taps
+from ddae.step import build_teacher, build_tokenizer, compile_parts, forward, loss_kernels, schedules, settle
 from ddae.stopping import Stop
 from ddae.system import system_metrics
 from ddae.weights import export_encoder
@@ -55,7 +55,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     """
     stop = stop or Stop()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    settled = settle_taps(config, resolved.json)
+    settled = settle(config, resolved.json)
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
     folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)

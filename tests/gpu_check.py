@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RUNGS = ["naive", "shortcuts", "triton", "compiled", "two streams"]
 PRESETS = ["ddae_vit_s16_100e", "ddae_vit_b16_100e", "mae_vit_b16_100e"]
 TESTS = [f"tests/test_{name}.py" for name in ("triton", "dynamic", "distance", "dali", "engine", "step")]
 
@@ -30,7 +31,7 @@ def main() -> int:
         "step": [python, "launch/benchmark.py", "step", "--preset", *PRESETS, "--rounds", "5", "--json", str(step)],
         "loader": [python, "launch/benchmark.py", "loader", "--data", *shards, "--rounds", "2", "--out", str(loader)],
     }
-    parts["step"] += ["--profile", str(folder / "trace.json"), "--rungs", "naive", "shortcuts", "triton", "compiled"]
+    parts["step"] += ["--profile", str(folder / "trace.json"), "--rungs", *RUNGS]
     if not shards:
         del parts["loader"]
     found: dict[str, dict] = {}

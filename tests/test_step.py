@@ -14,6 +14,7 @@ from ddae.betas import Betas
 from ddae.cli import parse
 from ddae.config import beta_names
 from ddae.distributed import device
+from ddae.errors import UserError
 from ddae.ladder import rungs
 from ddae.masks import masked_distance, sample_mask
 from ddae.method import build_method
@@ -24,7 +25,7 @@ from ddae.outcomes import Outcomes
 from ddae.replay import Bare
 from ddae.rung import count_flops
 from ddae.slices import Fragment
-from ddae.step import compile_parts, forward, settle_taps
+from ddae.step import compile_parts, forward, set_up_teacher, settle
 from ddae.work import decoded, work
 
 DDAE = ["--preset", "demo", "--pixel.norm", "per_channel", "--pixel.decoder_depth", "2"]  # one decoder of two blocks
@@ -41,6 +42,18 @@ SETTINGS = {
 }
 
 
+def fragments_of(encoder):
+    """All of its weights, as an engine gives them."""
+    return [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
+
+
+def teacher_of(encoder, config, dtype=torch.float32):
+    """Equal to the encoder, and as the config has it."""
+    teacher = Teacher(Encoder(config.model).to(device(), dtype), fragments_of(encoder), sharded=False)
+    set_up_teacher(teacher, config)
+    return teacher
+
+
 def both(words, settings, precision, compiled=False):
     """Loss, gradients by name and gradient of the betas: of naive.py, and of the step with these settings."""
     config = parse([*words, *settings, "--engine.precision", precision, "--engine.kernels", "reference"])
@@ -52,13 +65,8 @@ def both(words, settings, precision, compiled=False):
     naive = naive.to(device(), engine.dtype)
     for parameter in encoder.parameters():  # a teacher of its own
         torch.nn.init.normal_(parameter, std=0.05)
-    whole = [Fragment(name, 0, values.detach().flatten().clone()) for name, values in encoder.named_parameters()]
     state = {name: values.clone() for name, values in encoder.state_dict().items()}
-    whole = [fragment._replace(values=fragment.values.to(device())) for fragment in whole]
-    encoder = encoder.to(device(), engine.dtype)
-    teacher = Teacher(encoder, whole, sharded=False) if config.feature.enabled else None
-    if teacher is not None:
-        teacher.only_masked = config.engine.shortcuts
+    teacher = teacher_of(encoder.to(device()), config, engine.dtype) if config.feature.enabled else None
     if compiled:
         compile_parts(engine.module, teacher)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
@@ -122,6 +130,7 @@ def test_compiled_is_the_naive_step(taps):
 
 
 CPU_ALONE = pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
+GPU_ALONE = pytest.mark.skipif(not torch.cuda.is_available(), reason="of a GPU")
 
 
 @CPU_ALONE
@@ -153,9 +162,7 @@ def test_work_is_what_torch_counts(name, gigaflop):
                 method(batch.images, mask.visible, mask.masked, distance, values, tokens, 1.0).backward()
         else:
             engine = Bare(build_method(config), "fp32")
-            encoder = Encoder(config.model)
-            whole = [Fragment(n, 0, p.detach().flatten()) for n, p in encoder.named_parameters()]
-            teacher = Teacher(encoder, whole, sharded=False) if config.feature.enabled else None
+            teacher = teacher_of(engine.module.encoder, config) if config.feature.enabled else None
             betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
 
             def step(config=config, engine=engine, teacher=teacher, betas=betas, batch=batch):
@@ -170,13 +177,83 @@ def test_work_is_what_torch_counts(name, gigaflop):
     assert 1 - (counted["own"] - once / 1e9) / counted["naive"] >= less[name]
 
 
+@pytest.mark.parametrize("taps", ["batched", "sequential"])
+def test_targets_are_read_when_they_are_ready(taps):
+    """They come when they are waited for, and the losses are those of targets that were there at once."""
+    config = parse([*DDAE, "--engine.taps", taps, "--engine.precision", "fp32"])
+    losses = []
+    for late in (False, True):
+        torch.manual_seed(0)
+        engine, batch = Bare(build_method(config), "fp32"), batch_of(config, 3)
+        batch = batch._replace(images=batch.images.to(engine.device))
+        teacher = teacher_of(engine.module.encoder, config)
+        betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+        if late:
+            teacher.start = lambda *inputs, targets=teacher.targets: Late.of(targets(*inputs))
+        losses.append(forward(config, engine, teacher, betas, 0.7, 1.0, "reference", batch).total)
+    assert losses[0].isfinite()
+    assert torch.equal(*losses)
+
+
+class Late:
+    """The event of another stream: what it stands for has come when it is waited for."""
+
+    @classmethod
+    def of(cls, tokens):
+        late = cls()
+        late.tokens, late.coming = torch.full_like(tokens, torch.nan), tokens
+        return late.tokens, late
+
+    def wait(self):
+        self.tokens.copy_(self.coming)
+
+
+@GPU_ALONE
+@pytest.mark.parametrize("compiled", [False, True])
+def test_two_streams_are_one(compiled):
+    """A teacher that starts late, and weights that change as soon as the step has ended: the same losses."""
+    found = {}
+    for name in ("one", "two"):
+        words = ["--engine.teacher_stream"] if name == "two" else []
+        config = parse([*DDAE, "--engine.taps", "batched", "--engine.precision", "fp32", *words])
+        torch.manual_seed(0)
+        engine = Bare(build_method(config), "fp32")
+        optimizer, teacher = torch.optim.SGD(engine.module.parameters(), 0.1), teacher_of(engine.module.encoder, config)
+        if compiled:
+            compile_parts(engine.module, teacher)
+        betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+        targets = teacher.targets
+
+        def after_a_while(*inputs, targets=targets):
+            torch.cuda._sleep(20_000_000)  # about 10 ms: longer than the student takes
+            return targets(*inputs)
+
+        teacher.targets, found[name] = after_a_while, []
+        for _ in range(4):
+            batch = batch_of(config, 8)
+            batch = batch._replace(images=batch.images.to(engine.device))
+            losses = forward(config, engine, teacher, betas, 0.7, 1.0, "reference", batch)
+            optimizer.zero_grad()
+            losses.total.backward()
+            optimizer.step()
+            teacher.follow(fragments_of(engine.module.encoder), 0.5)
+            found[name].append(losses.total.detach())
+    assert torch.allclose(torch.stack(found["one"]), torch.stack(found["two"]), rtol=1e-5)
+
+
 @CPU_ALONE
 def test_large_taps_go_one_by_one_where_a_cache_holds_no_batch():
     """On a CPU, and not where ZeRO-3 has the parameters in parts."""
     config = parse(["--preset", "ddae_vit_s16_100e"])
     json_of = lambda stage, images: {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": images}  # noqa: E731
-    found = {case: settle_taps(config, json_of(*case)).engine.taps for case in ((0, 16), (2, 16), (3, 16), (0, 1))}
+    found = {case: settle(config, json_of(*case)).engine.taps for case in ((0, 16), (2, 16), (3, 16), (0, 1))}
     assert found == {(0, 16): "sequential", (2, 16): "sequential", (3, 16): "batched", (0, 1): "batched"}
+
+
+@CPU_ALONE
+def test_a_cpu_has_no_second_stream():
+    with pytest.raises(UserError, match=r"--engine\.teacher_stream is for a GPU"):
+        settle(parse(["--preset", "demo", "--engine.teacher_stream"]), {})
 
 
 def test_outcomes_come_in_order_and_once():

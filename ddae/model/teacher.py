@@ -116,6 +116,20 @@ class Teacher(MovingAverage):
     module: Encoder
 
     only_masked = True  # the last block works on masked patches alone: the same targets with less work
+    stream: torch.cuda.Stream | None = None  # where start() runs
+
+    def start(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> tuple[Tensor, torch.cuda.Event | None]:
+        """targets() beside what comes next on the current stream, and what that has to wait for before it reads them.
+        The arguments must live until it has waited."""
+        if self.stream is None:
+            return self.targets(patches, taps, mask), None
+        self.stream.wait_stream(torch.cuda.current_stream())  # patches, and the last step's follow()
+        with torch.cuda.stream(self.stream):
+            targets = self.targets(patches, taps, mask)
+        ready = torch.cuda.Event()
+        ready.record(self.stream)
+        targets.record_stream(torch.cuda.current_stream())  # not to be freed for the next ones while they are read
+        return targets, ready
 
     @torch.no_grad()
     def targets(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> Tensor:
