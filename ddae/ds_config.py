@@ -5,6 +5,7 @@ owns what changes the loss curve; those keys are written here, and a JSON that s
 """
 
 import base64
+import difflib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,9 +21,14 @@ FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the 
     **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),
     **dict.fromkeys(("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"), "--engine.precision"),
     **dict.fromkeys(("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"), GUARD),
-    **dict.fromkeys(("compression_training", "curriculum_learning", "data_efficiency"), "nothing"),
-    **dict.fromkeys(("progressive_layer_drop", "gradient_predivide_factor", "prescale_gradients"), "nothing"),
 }
+HARMLESS = {  # keys that change speed, memory or what is said; of all others this project does not know it
+    *("zero_optimization", "bf16", "fp16", "torch_autocast", "autotuning", "aio", "timers", "comms_logger"),
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
+    *("memory_breakdown", "dump_state", "log_level", "flops_profiler", "tensorboard", "csv_monitor", "wandb"),
+}
+LOSSY = ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 AUTOTUNED = ("train_batch_size", "gradient_accumulation_steps")
 BLOCKS = ("zero_optimization", "bf16", "fp16", "torch_autocast")  # keys that hold a block
 
@@ -69,6 +75,11 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> Resolve
     for key, flag in FOREIGN.items():
         if key in settings or key in said:
             raise UserError(f"the DeepSpeed JSON names {key!r}, which is the config's to say: use {flag} instead")
+    unknown = [key for key in settings if key not in HARMLESS]
+    for key in unknown + [key for key in LOSSY if key in settings.get("zero_optimization", {})]:
+        nearest = difflib.get_close_matches(key, HARMLESS, 1, 0.85)
+        mend = f"write {nearest[0]!r}, or take it out" if nearest else "take it out"
+        raise UserError(f"the DeepSpeed JSON names {key!r}, which may change what is learnt: {mend}")
     if said.get("zero_optimization.offload_optimizer.device") == "nvme":
         raise UserError("the DeepSpeed JSON offloads the optimizer to nvme, where no teacher can follow: use cpu")
     batch = config.data.batch_size

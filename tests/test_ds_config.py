@@ -63,6 +63,10 @@ def test_precision(precision, blocks):
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 1, "to nvme"),
         ({"activation_checkpointing": {"profile": True}}, 1, "--engine.recompute"),
         ({"bf16": {"bf16_optimizer_states": True}}, 1, "bf16_optimizer_states"),
+        ({"managed_gradient_accumulation": False}, 1, "may change what is learnt: take it out"),
+        ({"gradient_allreduce_op": "sum"}, 1, "'gradient_allreduce_op', which may change"),
+        ({"wall_clock_breakdwn": True}, 1, "write 'wall_clock_breakdown'"),
+        ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, 1, "zero_quantized_gradients"),
     ],
 )
 def test_contradictions_are_refused(settings, ranks, words):
