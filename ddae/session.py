@@ -1,6 +1,8 @@
 """One start of a run, whatever it trains: who holds its folder, where it goes on, what it saves, whom it tells, how it
 ends."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,6 +82,13 @@ class Session:
     def look_alive(self, step: int) -> None:
         """Say that this rank lives, where it cannot stop."""
         self._watchdog.beat(step)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation, which looks around more often than steps do."""
+        with self.clock.spending("evaluate"):
+            yield
+        self._stop.changes_pace()
 
     def save(self, step: int) -> None:
         """Leave a checkpoint of the state after `step` steps."""

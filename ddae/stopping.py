@@ -30,7 +30,7 @@ class Stop:
     def __init__(self) -> None:
         self._reason = 0  # of REASONS: what this rank was told
         self._group: Any = None
-        self._checked_step, self._checked_at, self._next_step = 0, time.monotonic(), 0
+        self._checked_step, self._checked_at, self._next_step = -1, 0.0, 0  # -1: the pace is unknown
         for number, reason in ((signal.SIGTERM, 1), (signal.SIGUSR1, 2)):
             signal.signal(number, lambda *_, reason=reason: self._tell(reason))
         if launchers := _launchers():
@@ -48,14 +48,18 @@ class Stop:
             return ""
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
-            self._checked_step = step
-        now = time.monotonic()
-        pace = int((step - self._checked_step) / max(now - self._checked_at, 1e-3))  # steps a second
+        now, pace = time.monotonic(), 1  # steps a second
+        if self._checked_step >= 0:
+            pace = int((step - self._checked_step) / max(now - self._checked_at, 1e-3))
         told = torch.tensor([self._reason, -max(1, pace)])
         dist.all_reduce(told, dist.ReduceOp.MAX, self._group)
         reason, pace = int(told[0]), -int(told[1])
         self._checked_step, self._checked_at, self._next_step = step, now, step + pace
         return REASONS[reason]
+
+    def changes_pace(self) -> None:
+        """What comes next may be slower: all ranks talk before it, and find their pace anew. All of them call this."""
+        self._checked_step, self._next_step = -1, 0
 
     def _tell(self, reason: int) -> None:
         self._reason = self._reason or reason

@@ -117,7 +117,7 @@ def fit(task: Task, config: Experiment, loader: Loader, stop: Stop, ds_json: dic
     def evaluate(step: int) -> None:
         if step in session.measured:
             return
-        with clock.spending("evaluate"):
+        with session.evaluating():
             row = {"step": step, **task.evaluate(lambda: session.look_around(step))}
         say(
             "  ".join(
