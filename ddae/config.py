@@ -100,7 +100,7 @@ class DataConfig(ShardsConfig):
 class StepConfig(EngineConfig):
     """How a step is computed. Nothing here changes what it computes, but for the order of sums."""
 
-    # Decoded at once, or one by one and without keeping GELU's output, for less memory; auto: one by one on a CPU.
+    # Decoded at once or, for less memory, one by one and without GELU's output; auto: so on a CPU where they are large.
     taps: Literal["auto", "batched", "sequential"] = "auto"
     shortcuts: bool = True  # leave out work whose result no loss reads
     recompute_decoders: bool = False  # as recompute, but the encoder keeps its activations

@@ -19,6 +19,8 @@ from ddae.config import Config
 from ddae.data.loader import Batch
 from ddae.distributed import barrier, is_main, rank
 
+KEPT = ("images", "seeds", "samples")  # of a Batch: its mask is the seeds'
+
 
 class Maxima(AbstractContextManager):
     """Within: notes the largest absolute value that every module with weights of its own gives, and of its gradient;
@@ -73,9 +75,7 @@ def add_batches(
     with Maxima(method) as maxima, torch.compiler.set_stance("force_eager"):  # compiled layers call no hooks
         for batch in batches:
             forward(batch)
-    tensors = {
-        f"{number}/{name}": getattr(batch, name).cpu() for number, batch in enumerate(batches) for name in Batch._fields
-    }
+    tensors = {f"{number}/{name}": getattr(batch, name).cpu() for number, batch in enumerate(batches) for name in KEPT}
     save_file(tensors, folder / f"batch_{rank():05d}.safetensors")
     samples = [name_of(sample) for batch in batches for sample in batch.samples.tolist()]
     noted = {"samples": samples, "layers": maxima.by_layer()}

@@ -11,6 +11,7 @@ from typing import Any, cast
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ddae.distributed import barrier, device, rank, sum_over_ranks, world_size
@@ -49,6 +50,8 @@ def start_process_group(patience: float = 600.0) -> None:
                 mend = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (docs/cluster.md says where)"
                 raise UserError(f"the ranks do not reach each other ({reason}): {mend}") from None
             raise
+        # DeepSpeed's own copy of the group would give up after torch's ten minutes, whatever `patience` is.
+        groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=patience))
         barrier()
         _remove_buffers()
 

@@ -32,7 +32,9 @@ class Mask(NamedTuple):
     masked: Tensor  # int64 [B, M]
 
     def to(self, device: torch.device) -> "Mask":
-        return Mask(self.visible.to(device, non_blocking=True), self.masked.to(device, non_blocking=True))
+        """On this device; a GPU takes it from pinned memory, so that the host goes on at once."""
+        pinned = self if device.type == "cpu" else (each.pin_memory() for each in self)
+        return Mask(*(each.to(device, non_blocking=True) for each in pinned))
 
 
 def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int) -> Mask:
@@ -56,9 +58,8 @@ def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int
         score += _rectangles(seeds, grid, covered, max(1, round(60 * patches / 196)))
         shown = (uniform(seeds, 1, SHOWN_STREAM)[:, 0] * (SHOWN_INSIDE + 1)).long().clamp(max=num_visible - 1)
     # Ranks by score, rolled by `shown`: the last few, inside the rectangles, come to stand among the visible.
-    rank = torch.empty_like(score, dtype=torch.int64)
-    rank.scatter_(1, score.argsort(dim=1, stable=True), torch.arange(patches).expand_as(rank))
-    is_masked = (rank + shown[:, None]) % patches >= num_visible
+    last = (torch.arange(patches) + shown[:, None]) % patches >= num_visible
+    is_masked = torch.empty_like(last).scatter_(1, score.argsort(dim=1, stable=True), last)
     visible, masked = ((~is_masked).nonzero()[:, 1], is_masked.nonzero()[:, 1])
     return Mask(visible.view(-1, num_visible), masked.view(-1, num_masked))
 
@@ -74,7 +75,7 @@ def _rectangles(seeds: Tensor, grid: tuple[int, int], target: int, max_block: in
     """Rectangles that cover up to `target` patches of each image: bool [B, N].
 
     Each round draws one rectangle for every image and keeps it where it covers something new, but not too much. In
-    NumPy, whose calls on small arrays cost a fifth of torch's: a step of training waits for this.
+    NumPy, whose calls on small arrays cost a fifth of torch's.
     """
     height, width = grid
     min_block = max(1, round(16 * height * width / 196))

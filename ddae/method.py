@@ -113,9 +113,10 @@ def _set_up(method: Method, config: Config) -> None:
     for module in method.modules():
         if isinstance(module, Encoder | Decoder | ClsBranch):
             module.recompute = engine.recompute or (engine.recompute_decoders and isinstance(module, Decoder))
+            for part in module.modules():
+                if isinstance(part, Mlp):  # within a block that is run again its hooks would keep more, not less
+                    part.keeps_gelu = module.recompute or engine.taps != "sequential"
         if isinstance(module, Decoder):
             module.enter_once = module.leave_masked = engine.shortcuts
         if isinstance(module, DecoderBranch):
             module.one_by_one = engine.taps == "sequential"
-        if isinstance(module, Mlp):
-            module.keeps_gelu = engine.taps != "sequential"

@@ -1,7 +1,7 @@
 """Whether steps were applied: the device decides it, and the host learns it without making the device wait."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -24,12 +24,13 @@ class Outcomes:
         event.record()
         self._coming.append((step, there, event))
 
-    def known(self, everything: bool = False) -> Iterator[tuple[int, bool]]:
-        """Steps and whether they were applied, each once, in order; with `everything` a GPU's last step, too."""
+    def known(self, wait: Callable[[], bool] = lambda: False) -> Iterator[tuple[int, bool]]:
+        """Steps and whether they were applied, each once, in order; a GPU's last step, too, where wait() says so after
+        those before it."""
         while self._coming:
             step, flag, event = self._coming[0]
             if event is not None:
-                if len(self._coming) == 1 and not everything:
+                if len(self._coming) == 1 and not wait():
                     return
                 if not event.query():  # the device is a whole step behind: it has enough to do meanwhile
                     event.synchronize()

@@ -14,7 +14,7 @@ from ddae.checkpoint import STATE
 from ddae.config import Config, beta_names
 from ddae.data.loader import Batch
 from ddae.distributed import device
-from ddae.dump import Maxima
+from ddae.dump import KEPT, Maxima
 from ddae.errors import UserError
 from ddae.method import Losses, Method, build_method
 from ddae.model.teacher import Teacher
@@ -88,7 +88,7 @@ def build_teacher(dump: Path, config: Config, engine: Bare) -> Teacher | Tokeniz
 def _batches(file: Path, on: torch.device) -> list[Batch]:
     with safe_open(file, "pt") as opened:
         numbers = sorted({int(key.split("/")[0]) for key in opened.keys()})  # noqa: SIM118 - it is no dict
-        batches = [Batch(*(opened.get_tensor(f"{n}/{name}") for name in Batch._fields)) for n in numbers]
+        batches = [Batch(*(opened.get_tensor(f"{n}/{name}") for name in KEPT)) for n in numbers]
     return [batch._replace(images=batch.images.to(on)) for batch in batches]
 
 

@@ -30,12 +30,12 @@ from ddae.data.loader import Batch, Loader
 from ddae.data.reader import Part
 from ddae.distributed import device
 from ddae.engine import Engine, start_process_group
-from ddae.masks import masked_distance, sample_mask
+from ddae.masks import masked_distance
 from ddae.method import build_method
 from ddae.model.teacher import MovingAverage, Teacher
 from ddae.naive import NaiveEncoder, NaiveMethod, follow, to_pixels
 from ddae.optim import build_optimizer
-from ddae.step import build_teacher, compile_parts, forward, loss_kernels, settle
+from ddae.step import build_teacher, compile_parts, forward, loss_kernels, mask_drawer, settle
 
 LR, MOMENTUM = 1e-4, 0.999
 WAITS = {
@@ -62,7 +62,7 @@ class OwnStep:
         applied = self.engine.update(LR)
         self.betas.step(LR, applied)
         if isinstance(self.teacher, Teacher):
-            self.teacher.follow(self.engine.masters(self.engine.module.encoder), MOMENTUM, applied)
+            self.teacher.follow(MOMENTUM, applied)
         return losses.total.detach()
 
 
@@ -96,7 +96,7 @@ class NaiveStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         config, module, low = self.config, self.engine.module, self.config.engine.precision != "fp32"
-        mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(device())
+        mask = (batch.mask or mask_drawer(config)(batch.seeds)).to(device())
         distance = masked_distance(mask, config.grid, "reference")
         tokens = None
         if self.teacher is not None:
@@ -110,7 +110,7 @@ class NaiveStep:
             applied = self.engine.update(LR)
             self.betas.step(LR, applied)
             if self.teacher is not None:
-                self.average.follow(self.engine.masters(module.encoder), MOMENTUM, applied)
+                self.average.follow(MOMENTUM, applied)
             return loss.detach()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = LR
@@ -131,13 +131,15 @@ def batches(config: Config) -> Iterator[Batch]:
     """Of the loader, or, without data, the same random images again and again."""
     size, count = config.model.image_size, config.data.batch_size
     if config.data.train:
-        loader = Loader(config.data, size, config.train.seed, Part(count, count, 0, 1), device())
+        part = Part(count, count, 0, 1)
+        loader = Loader(config.data, size, config.train.seed, part, device(), None, mask_drawer(config))
         loader.settle()
         yield from loader.batches(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device())
     numbers = torch.arange(count)
+    mask = mask_drawer(config)(numbers)  # by readers, as the images
     while True:
-        yield Batch(images, numbers, numbers)
+        yield Batch(images, numbers, numbers, mask)
 
 
 def synchronise() -> None:
@@ -213,7 +215,8 @@ def host_waits(step: Callable[[], object]) -> int:
         above = event
         while above is not None and not above.name.startswith("Optimizer.step"):
             above = above.cpu_parent
-        found += event.name in WAITS[device().type] and above is None
+        copied = event.name.startswith("Memcpy") and "Pageable -> Device" in event.name  # the host waits for it, too
+        found += (event.name in WAITS[device().type] or copied) and above is None
     return found - torch.cuda.is_available()  # the one that ends the profile
 
 

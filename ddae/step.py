@@ -1,6 +1,7 @@
 """What a step of pretraining is made of: settings for this machine, the teacher, the forward pass, schedules."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from ddae.betas import Betas
 from ddae.branches import Inputs
 from ddae.config import Config
 from ddae.data.loader import Batch
+from ddae.data.reader import DrawMask
 from ddae.distributed import device
 from ddae.engine import Engine
 from ddae.errors import UserError
@@ -58,6 +60,11 @@ def loss_kernels(config: Config) -> str:
         raise UserError(f"--engine.kernels {config.engine.kernels}: {error}") from None
 
 
+def mask_drawer(config: Config) -> DrawMask:
+    """Masks by seeds, as the config has them."""
+    return partial(sample_mask, config.mask.kind, grid=config.grid, num_masked=config.num_masked)
+
+
 def forward(
     config: Config,
     engine: Engine,
@@ -69,7 +76,7 @@ def forward(
     batch: Batch,
 ) -> Losses:
     """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
-    mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(engine.device)
+    mask = (batch.mask or mask_drawer(config)(batch.seeds)).to(engine.device)
     distance = masked_distance(mask, config.grid, kernels)
     targets = ready = codes = None
     patches = None if config.mask.replaced else cut(batch.images, mask, config, engine.dtype)

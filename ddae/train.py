@@ -26,7 +26,16 @@ from ddae.outcomes import Outcomes
 from ddae.report import NUM_IMAGES, show_run, summary, update_card
 from ddae.session import Session
 from ddae.slices import Saved, Unchanged
-from ddae.step import build_teacher, build_tokenizer, compile_parts, forward, loss_kernels, schedules, settle
+from ddae.step import (
+    build_teacher,
+    build_tokenizer,
+    compile_parts,
+    forward,
+    loss_kernels,
+    mask_drawer,
+    schedules,
+    settle,
+)
 from ddae.stopping import Stop
 from ddae.system import system_metrics
 from ddae.weights import export_encoder
@@ -57,7 +66,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     settled = settle(config, resolved.json)
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
-    loader = Loader(config.data, config.model.image_size, config.train.seed, part, device())
+    loader = Loader(config.data, config.model.image_size, config.train.seed, part, device(), None, mask_drawer(config))
     folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)
     run_folder.check(config)
     preview = preview_images(config.data, config.model.image_size, NUM_IMAGES)
@@ -116,7 +125,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
                 kept[step].append(batch)
         betas.step(now.lr, applied)
         if isinstance(teacher, Teacher):
-            teacher.follow(engine.masters(engine.module.encoder), now.momentum, applied)
+            teacher.follow(now.momentum, applied)
         clock.count_step()
 
         done = step + 1
@@ -124,7 +133,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
             say(f"compiled: the first step took {clock.seconds():.0f} s")
         outcomes.add(step, applied)
         # With one step left to go until the run ends, no further one is made on top of what may be dumped.
-        for number, good in outcomes.known(done == steps or lost == MOST_LOST - 1):
+        for number, good in outcomes.known(lambda: done == steps or lost == MOST_LOST - 1):  # noqa: B023 - at once
             lost = 0 if good else lost + 1
             if lost:
                 say(f"step {number + 1}: a gradient is no number, nothing is updated ({lost} in a row)")
@@ -163,7 +172,7 @@ def measure(probe: OnlineProbe, engine: Engine, session: Session, step: int) -> 
     """Log what the encoder knows after `step` steps, unless an earlier start of the run has."""
     if step in session.measured:
         return
-    with session.clock.spending("evaluate"):
+    with session.evaluating():
         row = probe.measure(engine, partial(session.look_around, step))
     say("  ".join([f"step {step}", *(f"{name} {value:.3g}" for name, value in row.items())]))
     session.log({"step": step, **row})

@@ -52,7 +52,7 @@ def measure(words: list[str]) -> dict[str, int]:
         del losses
         if step == 0:
             engine.update(1e-4)
-            teacher.follow(engine.masters(engine.module.encoder), 0.99)
+            teacher.follow(0.99)
     gc.collect()
     left = {address: size for address, size in storages().items() if address not in before}
     parameters = list(engine.module.parameters())

@@ -90,7 +90,7 @@ def follow(engine: Engine, teacher) -> float:
     for fragment, goal in zip(fragments, goals, strict=True):
         fragment.values.copy_(goal)
     for _ in range(steps):
-        teacher.follow(engine.masters(engine.module.encoder), momentum)
+        teacher.follow(momentum)
     error = travelled = 0.0
     for start, goal, master in zip(starts, goals, teacher.masters, strict=True):
         exact = goal.double() + (start - goal.double()) * momentum**steps

@@ -10,11 +10,14 @@ import ranks
 PROGRAM = """
 import json, sys
 import torch
+from deepspeed.utils import groups
 from ddae.distributed import device
 from ddae.engine import Engine, start_process_group, stop_process_group
 
 stage, precision = int(sys.argv[1]), sys.argv[2]
-start_process_group()
+start_process_group(patience=77)
+for group in (torch.distributed.group.WORLD, groups._get_data_parallel_group()):  # DeepSpeed's, too
+    assert group._get_backend(device()).options._timeout.total_seconds() == 77
 
 def build():
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import threading
+from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -26,23 +27,32 @@ from ddae.data.sampling import Order, cut
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import open_shards
 from ddae.errors import UserError
+from ddae.masks import sample_mask
 from ddae.sharding.verification import check, mark_bad
 
 CPU = torch.device("cpu")
+DRAW_MASK = partial(sample_mask, "bootmae_block", grid=(4, 4), num_masked=12)
 
 
 def loader_of(shards, backend, part=None, **options):
     part = part or Part(16, 16, 0, 1)
     config = DataConfig(train=str(shards), batch_size=part.batch_size, backend=backend, **{"workers": 0} | options)
-    return Loader(config, 32, 0, part, CPU)
+    return Loader(config, 32, 0, part, CPU, None, DRAW_MASK)
 
 
 def stream(shards, backend, step=0, count=4, part=None, **options):
     loader = loader_of(shards, backend, part, **options)
     try:
-        return list(itertools.islice(loader.batches(step), count))
+        batches = list(itertools.islice(loader.batches(step), count))
     finally:
         loader.close()
+    for batch in batches:  # whoever reads, and whatever stands in for a bad sample
+        assert all(map(torch.equal, batch.mask, DRAW_MASK(batch.seeds)))
+    return batches
+
+
+def same(one, other):
+    return all(map(torch.equal, (*one[:3], *one.mask), (*other[:3], *other.mask)))
 
 
 @pytest.mark.parametrize("backend", ["pillow", "dali"])
@@ -55,7 +65,7 @@ def test_batches_do_not_depend_on_workers_or_where_one_begins(shards, backend):
     ):
         for a, b in zip(alone, other, strict=True):
             if b is not None:
-                assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+                assert same(a, b)
 
 
 def test_the_ranks_see_the_global_batch_between_them(shards):
@@ -250,6 +260,7 @@ def test_a_bad_sample_is_passed_over_named_and_counted(shards, tmp_path, monkeyp
     for ours, theirs, plain in zip(*streams.values(), whole, strict=True):
         assert torch.equal(ours.samples, theirs.samples)
         assert torch.equal(ours.seeds, theirs.seeds)
+        assert all(map(torch.equal, (*ours.mask, *theirs.mask), 2 * DRAW_MASK(ours.seeds)))
         assert (ours.images.int() - theirs.images.int()).abs().float().mean((1, 2, 3)).max() <= 0.5
         assert ours.samples.tolist() == [stand_in.get(number, number) for number in plain.samples.tolist()]
         kept = torch.tensor([number not in BAD for number in plain.samples.tolist()])
@@ -333,7 +344,7 @@ def test_shards_at_urls_give_the_same_batches(shards, tmp_path, backend, what):
     with served(shards) as (url, asked):
         options = {"workers": 2, "cache": str(tmp_path / "cache")}
         for ours, theirs in zip(local, stream(url + what, backend, count=8, **options), strict=True):
-            assert all(torch.equal(x, y) for x, y in zip(ours, theirs, strict=True))
+            assert same(ours, theirs)
         assert sum(path.endswith(".tar") for path in asked) == 3  # each shard once
         stream(url + what, backend, count=8, **options)
         assert sum(path.endswith(".tar") for path in asked) == 3

@@ -126,17 +126,19 @@ def test_teacher_follows_as_float64_does(momentum, half_life):
     parameters = dict(encoder.named_parameters())
     fragments = [Fragment(name, 0, p.detach().clone().flatten()) for name, p in parameters.items()]
     teacher = Teacher(build(), fragments, sharded=False)
-    moved = [f._replace(values=f.values * 1.01 + 1e-4) for f in fragments]
-    exact = [f.values.double() for f in fragments]
+    starts = [f.values.clone() for f in fragments]
+    for f in fragments:
+        f.values.mul_(1.01).add_(1e-4)
+    exact = [start.double() for start in starts]
     for _ in range(1000):
-        teacher.follow(moved, momentum)
-        exact = [momentum * e + (1 - momentum) * f.values.double() for e, f in zip(exact, moved, strict=True)]
+        teacher.follow(momentum)
+        exact = [momentum * e + (1 - momentum) * f.values.double() for e, f in zip(exact, fragments, strict=True)]
     wrong = torch.cat([(m.double() - e).abs() for m, e in zip(teacher.masters, exact, strict=True)]).sum()
-    travelled = torch.cat([(e - f.values.double()).abs() for e, f in zip(exact, fragments, strict=True)]).sum()
+    travelled = torch.cat([(e - start.double()).abs() for e, start in zip(exact, starts, strict=True)]).sum()
     assert travelled > 0
     assert wrong / travelled < 1e-3
     expected = 1 - 0.5 ** (1000 / half_life)
-    step = torch.cat([f.values - g.values for f, g in zip(moved, fragments, strict=True)]).abs().sum()
+    step = torch.cat([f.values - start for f, start in zip(fragments, starts, strict=True)]).abs().sum()
     assert travelled / step == pytest.approx(expected, rel=0.01)
 
 
@@ -182,6 +184,8 @@ def test_teacher_runs_its_masters_and_takes_no_gradient(part, monkeypatch):
         expected = torch.stack([gather_tokens(t[:, 1:], masked) for t in encoder.features(images, (1, 3))])
         torch.testing.assert_close(targets, expected, rtol=1e-4, atol=1e-5)
         before = [p.clone() for p in teacher.module.parameters()]
-        teacher.follow([f._replace(values=f.values + 1) for f in pieces], 0.5)
+        for piece in pieces:
+            piece.values.add_(1)
+        teacher.follow(0.5)
         for parameter, old in zip(teacher.module.parameters(), before, strict=True):
             torch.testing.assert_close(parameter, old + 0.5)

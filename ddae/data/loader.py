@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddae.data.choice import can_decode_regions, check_installed, choose
-from ddae.data.reader import Augment, Micro, Part, Reader, SyntheticReader
+from ddae.data.reader import Augment, DrawMask, MaskingReader, Micro, Part, Reader, SyntheticReader
 from ddae.data.remote import Cache, is_url
 from ddae.data.rescue import RescuingDecoder
 from ddae.data.sampling import Order, cut
@@ -32,6 +32,7 @@ from ddae.data.shards import Shards, open_shards
 from ddae.distributed import from_main, gather, is_main, rank
 from ddae.errors import UserError
 from ddae.experiment import ShardsConfig
+from ddae.masks import Mask
 
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
@@ -46,6 +47,7 @@ class Batch(NamedTuple):
     images: Tensor  # uint8 [B, 3, S, S]
     seeds: Tensor  # int64 [B]: counters of the samples in their epochs; masks are drawn from them
     samples: Tensor  # int64 [B]: numbers of the samples in the data set
+    mask: Mask | None = None  # where a reader has drawn it already; on the CPU
 
 
 class Loader:
@@ -61,9 +63,12 @@ class Loader:
         part: Part,
         device: torch.device,
         augment: Augment | None = None,
+        draw_mask: DrawMask | None = None,
     ):
-        """augment: what becomes of each image after its crop, which Pillow's reader processes see to alone."""
+        """augment: what becomes of each image after its crop, which Pillow's reader processes see to alone. draw_mask
+        makes masks while earlier micro-batches are used."""
         self.config, self.part, self.device, self.size, self.augment = config, part, device, size, augment
+        self.draw_mask = draw_mask
         backend = "pillow" if augment is not None and config.backend == "auto" else config.backend
         self.backend = check_installed(backend)  # "auto" until settle() has chosen
         self.shards: Shards | None = None
@@ -162,7 +167,7 @@ class Loader:
                 images = micro.images.to(self.device, non_blocking=True)
                 if micro.images.is_cuda:  # of the decoder's stream: not to be given away before this one has used it
                     images.record_stream(torch.cuda.current_stream(self.device))
-                yield Batch(images, micro.drawn.seeds, micro.drawn.samples)
+                yield Batch(images, micro.drawn.seeds, micro.drawn.samples, micro.mask)
         except UserError as error:
             if not is_main():  # which is the one that speaks, and may know nothing of it
                 print(f"ddae: rank {rank()}: {error}", file=sys.stderr, flush=True)
@@ -188,8 +193,9 @@ class Loader:
     def _processes(self, first: int) -> Generator[Micro, None, None]:
         """Micro-batches from this number on, read and decoded by processes."""
         workers = 0 if self.shards is None else self.config.workers
+        reader = self._reader()
         loader = DataLoader(
-            self._reader(),
+            reader if self.draw_mask is None else MaskingReader(reader, self.draw_mask),
             batch_size=None,
             sampler=itertools.count(first),  # type: ignore[arg-type]
             num_workers=workers,
@@ -225,8 +231,13 @@ class Loader:
         reader = self._reader()
         assert isinstance(reader, Reader)
         decoder = RescuingDecoder(reader, new_decoder)
+
+        def decode() -> Micro:
+            micro = decoder.decode(next(files))
+            return micro if self.draw_mask is None else micro._replace(mask=self.draw_mask(micro.drawn.seeds))
+
         try:
-            yield from in_order(itertools.repeat(lambda: decoder.decode(next(files))), 1, AHEAD)
+            yield from in_order(itertools.repeat(decode), 1, AHEAD)
         finally:
             files.close()
 

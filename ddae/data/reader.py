@@ -19,8 +19,10 @@ from ddae.data.jpeg import is_cut
 from ddae.data.sampling import Crops, Cut, Order
 from ddae.data.shards import Shards
 from ddae.errors import UserError
+from ddae.masks import Mask
 
 T = TypeVar("T")
+DrawMask = Callable[[Tensor], Mask]  # int64 [B], seeds -> their masks
 Augment = Callable[[np.ndarray, int], np.ndarray]  # uint8 [3, S, S] and the sample's seed -> uint8 [3, S, S]
 IN_A_ROW = 100  # samples that may be bad one after another before the data set is taken to be broken
 
@@ -62,6 +64,7 @@ class Micro(NamedTuple):
     bad: list[tuple[int, str]]  # samples that could not be used, and why; others stand in for them
     seconds: float  # that it took
     mistake: str = ""  # of the user's, where there is no micro-batch: a process cannot raise it as it is
+    mask: Mask | None = None  # drawn from the seeds, where it was asked for
 
 
 class Reader(Dataset):
@@ -167,6 +170,17 @@ def check_whole(file: bytes | memoryview) -> None:
     """ValueError where a JPEG's end is missing, which one decoder would forgive and another not."""
     if is_cut(file):
         raise ValueError("its end is missing")
+
+
+class MaskingReader(Dataset):
+    """Another reader's micro-batches, with masks."""
+
+    def __init__(self, reader: Dataset, draw_mask: DrawMask):
+        self.reader, self.draw_mask = reader, draw_mask
+
+    def __getitem__(self, number: int) -> Micro:
+        micro = self.reader[number]
+        return micro._replace(mask=self.draw_mask(micro.drawn.seeds))
 
 
 class SyntheticReader(Dataset):

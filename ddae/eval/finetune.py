@@ -106,7 +106,7 @@ class Finetune:
 
     def updated(self) -> None:
         if self.average is not None:
-            self.average.follow(self.engine.masters(self.engine.module), self.config.tune.ema)
+            self.average.follow(self.config.tune.ema)
 
     def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
         """Top-1 and top-5 in per cent and the cross-entropy, of the weights and of their average, if there is one."""

@@ -19,7 +19,8 @@ PART = 2**22  # numbers that follow at a time: what that needs besides is small,
 
 
 class MovingAverage:
-    """A module that follows another slowly, over fragments; `sharded` says that each element belongs to one rank alone.
+    """A module that follows another slowly, over fragments of that one's masters, views that live as long as the run;
+    `sharded` says that each element belongs to one rank alone.
 
     The module given becomes the average that runs forward.
     """
@@ -27,6 +28,7 @@ class MovingAverage:
     def __init__(self, module: nn.Module, fragments: list[Fragment], sharded: bool):
         self.module = module.eval().requires_grad_(False)
         self._places = [(fragment.name, fragment.start) for fragment in fragments]
+        self._followed = [fragment.values for fragment in fragments]
         self.sharded = sharded
         parameters = dict(module.named_parameters())
         first = next(iter(parameters.values()))
@@ -49,18 +51,17 @@ class MovingAverage:
         self.publish()
 
     @torch.no_grad()
-    def follow(self, fragments: list[Fragment], momentum: float, applied: Tensor | None = None) -> None:
+    def follow(self, momentum: float, applied: Tensor | None = None) -> None:
         """masters <- momentum * masters + (1 - momentum) * student, with Kahan's compensation.
 
         A plain fp32 average at m = 0.99999 rounds a fifth of the way away; what an addition loses is kept and given
         to the next. applied: [], 1 where the student has made its step; with 0 the masters stay where they are.
         """
-        if fragments:  # with many ranks some own none of the encoder
+        if self.masters:  # with many ranks some own none of the encoder
             rate = torch.full((), 1 - momentum, device=self.masters[0].device)
             rate = rate if applied is None else rate * applied.to(rate.device)
-            values = [fragment.values for fragment in fragments]
             for part in self._parts:
-                _follow(values[part], self.masters[part], self.rounding[part], rate)
+                _follow(self._followed[part], self.masters[part], self.rounding[part], rate)
         self.publish()
 
     @torch.no_grad()
@@ -116,7 +117,17 @@ class Teacher(MovingAverage):
     module: Encoder
 
     only_masked = True  # the last block works on masked patches alone: the same targets with less work
-    stream: torch.cuda.Stream | None = None  # where start() runs
+    stream: torch.cuda.Stream | None = None  # where start() and publish() run
+
+    def publish(self) -> None:
+        """As the average's; on a stream of its own beside what the next step begins with, until start() or the next
+        publish()."""
+        if self.stream is None:
+            super().publish()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            super().publish()
 
     def start(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> tuple[Tensor, torch.cuda.Event | None]:
         """targets() beside what comes next on the current stream, and what that has to wait for before it reads them.
