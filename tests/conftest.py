@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ranks
 import torch
 from PIL import Image
 
@@ -48,6 +49,14 @@ def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
         start += count
     write_manifest(folder, entries, classes=list("abcde"))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_rank_is_left():
+    """What ranks.py has started ends with the tests."""
+    yield
+    if ranks.forks.cache_info().currsize:
+        ranks.forks().close()
 
 
 @pytest.fixture(scope="session")

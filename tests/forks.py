@@ -1,24 +1,25 @@
 """A process that has imported everything and forks a rank whenever it is asked to: starting one takes no seconds.
 
-    {"words": [...], "env": {"RANK": "0", ...}, "kill_at": 7, "log": "FILE"} -> the process id of a new rank
-    {"wait": 1234} -> its exit code, when it has ended
+    {"command": ["launch/pretrain.py", ...], "stdin": "FILE", "env": {"RANK": "0", ...}, "kill_at": 7, "log": "FILE"}
+                      -> the process id of a new rank
+    {"ended": 1234}   -> its exit code, null while it runs
 
-kill_at: the rank is killed (SIGKILL) when it is about to touch the disk for the n-th time in saving; 0: never.
+command: as of Python itself, a file or -c and a program. kill_at: the rank is killed (SIGKILL) when it is about to
+touch the disk for the n-th time in saving; 0: never.
 """
 
 import json
 import os
+import runpy
 import signal
 import sys
 import traceback
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - of the engine's start: torch's compiler, seconds
+import evaluations  # noqa: F401 - all that a rank imports, and more
 
-import ddae.replay  # noqa: F401 - all that a rank imports, and more
-from ddae import checkpoint, train
-from ddae.cli import parse
-from ddae.engine import stop_process_group
-from ddae.errors import UserError
+import ddae.replay  # noqa: F401
+from ddae import checkpoint
 
 
 def kill_at(count: int) -> None:
@@ -48,18 +49,22 @@ def kill_at(count: int) -> None:
 
 def run(task: dict) -> int:
     """The rank's exit code."""
+    os.dup2(os.open(task["stdin"], os.O_RDONLY), 0)
     log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdin = os.fdopen(0, closefd=False)  # nothing of the tasks that this process has read ahead
     os.environ.update(task["env"])
     if task["kill_at"]:
         kill_at(task["kill_at"])
+    program, *words = task["command"]
     try:
-        train.pretrain(parse(task["words"]))
-        stop_process_group()
-    except UserError as error:
-        print(f"ddae: {error}", flush=True)
-        return 2
+        if program == "-c":
+            sys.argv = [program, *words[1:]]
+            exec(compile(words[0], "-c", "exec"), {"__name__": "__main__"})
+        else:
+            sys.argv = [program, *words]
+            runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         return int(end.code or 0)
     except BaseException:
@@ -72,13 +77,14 @@ if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        if "wait" in task:
-            _, status = os.waitpid(task["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+        if "ended" in task:
+            process, status = os.waitpid(task["ended"], os.WNOHANG)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if process else None), flush=True)
             continue
         child = os.fork()
         if child == 0:
             code = run(task)
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
         print(child, flush=True)

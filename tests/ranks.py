@@ -3,13 +3,17 @@
 As a program it is one rank: it reads lists of words from its standard input, one a line, and pretrains with each.
 """
 
+import functools
 import glob
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -22,9 +26,6 @@ NANO = (  # a model that takes milliseconds a step
     "--data.batch_size 16 --data.workers 0 --data.backend pillow --tracker.kind jsonl --train.no_report "
     "--train.log_every 1 --train.save_every 12 --optim.warmup_epochs 1 --engine.precision bf16"
 ).split()
-
-
-THREADS = os.environ.get("OMP_NUM_THREADS", "2")  # of a rank that is alone
 
 
 def words(shards, run_dir, stage: int, *more: str) -> list[str]:
@@ -46,7 +47,7 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}",
-        "OMP_NUM_THREADS": THREADS if count == 1 else "1",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2") if count == 1 else "1",
     }
     ranks = []
     for rank in range(count):
@@ -64,69 +65,89 @@ def run_all(count: int, runs: list[list[str]], timeout: int = 900) -> str:
 
 def run_program(count: int, command: list[str], runs: list[list[str]], timeout: int = 900) -> str:
     """Run a program that reads lists of words from its standard input on `count` ranks; what rank 0 said."""
-    ranks = start(count, command)
-    try:
-        for rank in ranks:
-            rank.stdin.write("\n".join(json.dumps(run) for run in runs))
-            rank.stdin.close()
-            rank.stdin = None  # communicate() would close it again
-        with ThreadPoolExecutor(count) as threads:  # all are listened to at once: a full pipe stops its rank
-            said = list(threads.map(lambda rank: rank.communicate(timeout=timeout)[0], ranks))
-    finally:
-        for rank in ranks:
-            rank.kill()
-        clean(ranks[0].port)
-    codes = [rank.returncode for rank in ranks]
-    assert codes == [0] * count, "\n".join(["exit codes", str(codes), *(text[-3000:] for text in said)])
-    return said[0]
+    server = forks()
+    (server.folder / "runs.jsonl").write_text("\n".join(json.dumps(run) for run in runs))
+    started = server.start(command, count, stdin="runs.jsonl")
+    codes = server.wait_all(started, timeout)
+    assert codes == [0] * count, "\n".join(["exit codes", str(codes), *(server.log(i)[-3000:] for i in range(count))])
+    return server.log()
+
+
+def run_command(*command: str, timeout: int = 900) -> tuple[int, str]:
+    """A command, such as launch/pretrain.py and its words, without a launcher: its exit code and what it said."""
+    server = forks()
+    return server.wait(server.start_one(list(command)), timeout), server.log()
+
+
+@functools.cache
+def forks() -> "Forks":
+    """The one that all tests of this process share; conftest.py closes it."""
+    return Forks(Path(tempfile.mkdtemp(prefix="forks_")))
 
 
 class Forks:
     """Ranks that start at once, forked from a process that has imported everything (forks.py)."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        self.folder, self.ports = folder, []
+        own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        own["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not start CUDA before a fork
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, str(ROOT / "tests" / "forks.py")]
-        self.ports: list[str] = []
-        self._server = subprocess.Popen(command, env=os.environ | paths, cwd=ROOT, text=True, **pipes)
+        self._server = subprocess.Popen(command, env=os.environ | own, cwd=ROOT, text=True, **pipes)
         assert any(line == "ready\n" for line in self._server.stdout)
 
-    def __enter__(self) -> "Forks":
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self._server.stdin.close()
         self._server.wait()
+        shutil.rmtree(self.folder)
         for port in self.ports:
             clean(port)  # of ranks that were killed
 
-    def start(self, words: list[str], count: int = 1, kill_at: int = 0) -> list[int]:
-        """Process ids of so many ranks of one run, rank 0's first; each writes into log(its id)."""
-        port = str(free_port())
-        self.ports.append(port)
-        started = []
-        for rank in range(count):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            log = self.folder / f"rank_{rank}.log"
-            task = {"words": words, "env": own, "kill_at": kill_at, "log": str(log)}
-            started.append(self._ask(task))
-        return started
+    def start(self, command: list[str], count: int = 1, kill_at: int = 0, stdin: str = os.devnull) -> list[int]:
+        """Process ids of so many ranks of one run, rank 0's first; each writes into a log of its own (log())."""
+        self.ports.append(str(free_port()))
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.ports[-1], "WORLD_SIZE": str(count)}
+        return [
+            self.start_one(command, rank, meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, kill_at, stdin)
+            for rank in range(count)
+        ]
 
-    def wait(self, process: int) -> int:
-        """Its exit code, when it has ended."""
-        return self._ask({"wait": process})
+    def start_one(
+        self,
+        command: list[str],
+        rank: int = 0,
+        env: dict[str, str] | None = None,
+        kill_at: int = 0,
+        stdin: str = os.devnull,
+    ) -> int:
+        """Process id of one that no launcher has started, or of a rank."""
+        files = {"log": str(self.folder / f"rank_{rank}.log"), "stdin": str(self.folder / stdin)}
+        return self._ask({"command": command, "env": env or {}, "kill_at": kill_at} | files)
+
+    def wait(self, process: int, timeout: float = 900) -> int:
+        """Its exit code, when it has ended; after `timeout` seconds it is killed."""
+        deadline = time.monotonic() + timeout
+        while (code := self._ask({"ended": process})) is None:
+            if time.monotonic() > deadline:
+                os.kill(process, signal.SIGKILL)
+            time.sleep(0.02)
+        return code
+
+    def wait_all(self, started: list[int], timeout: float = 900) -> list[int]:
+        """Exit codes of the ranks of a run, which leaves nothing behind."""
+        codes = [self.wait(process, timeout) for process in started]
+        clean(self.ports[-1])
+        return codes
 
     def log(self, rank: int = 0) -> str:
         """What the rank that was started last has said so far."""
         return (self.folder / f"rank_{rank}.log").read_text()
 
-    def _ask(self, task: dict) -> int:
+    def _ask(self, task: dict) -> int | None:
         self._server.stdin.write(json.dumps(task) + "\n")
         self._server.stdin.flush()
-        return int(self._server.stdout.readline())
+        return json.loads(self._server.stdout.readline())
 
 
 def below(process: int) -> list[psutil.Process]:

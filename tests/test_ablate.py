@@ -2,8 +2,6 @@
 
 import json
 import runpy
-import subprocess
-import sys
 
 import pytest
 import ranks
@@ -121,20 +119,17 @@ def test_nothing_is_claimed_within_noise():
 
 
 def ablate(out, *more):
-    command = [sys.executable, "launch/ablate.py", "--table", "3", "--scale", "nano", "--out", str(out), *more]
-    done = subprocess.run(
-        [*command, "--tracker", "jsonl"], cwd=ranks.ROOT, capture_output=True, text=True, check=False, timeout=600
-    )
-    return done.returncode, done.stdout, done.stderr
+    words = ["--table", "3", "--scale", "nano", "--out", str(out), *more, "--tracker", "jsonl"]
+    return ranks.run_command("launch/ablate.py", *words)
 
 
 def test_a_table_is_run_and_gone_on_with(tmp_path):
-    code, said, errors = ablate(tmp_path / "t", "--only", "DDS-MAE")
-    assert code == 0, errors[-2000:]
+    code, said = ablate(tmp_path / "t", "--only", "DDS-MAE")
+    assert code == 0, said[-2000:]
     first = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in first] == [True, True, True, False]
-    code, said, errors = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
-    assert code == 0, errors[-2000:]
+    code, said = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
+    assert code == 0, said[-2000:]
     assert "row_3_seed_0 is complete: 60 of 60 steps" in said
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, True, False]
@@ -145,8 +140,8 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
     assert (tmp_path / "t" / "table.md").read_text() in said
     assert "<td>DDS-MAE</td>" in (tmp_path / "t" / "table.html").read_text()
     more = "--seeds 1 2 --parallel 2 --steps 30 --only MAE".split()
-    code, said, errors = ablate(tmp_path / "t", *more)
-    assert code == 0, errors[-2000:]
+    code, said = ablate(tmp_path / "t", *more)
+    assert code == 0, said[-2000:]
     shorter = json.loads((tmp_path / "t" / "results.json").read_text())
     assert [list(row["seeds"]) for row in shorter["rows"]] == [["1", "2"], [], [], []]
     assert shorter["left_out"] == ["row_0_seed_0", "row_3_seed_0"]
@@ -181,9 +176,9 @@ def test_mistakes_are_told(words, message, tmp_path, monkeypatch):
 
 
 def test_a_mistake_is_one_sentence(tmp_path):
-    code, _, errors = ablate(tmp_path / "t", "--table", "5")
+    code, said = ablate(tmp_path / "t", "--table", "5")
     assert code == 2
-    (line,) = [line for line in errors.splitlines() if line.startswith("ablate:")]
+    (line,) = [line for line in said.splitlines() if line.startswith("ablate:")]
     assert "there is no table '5': the nearest is" in line
 
 

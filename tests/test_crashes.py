@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from ddae.tracker import read_metrics
 
 FP32 = ("--engine.precision", "fp32")
+PRETRAIN = "launch/pretrain.py"
 
 
-@pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    with ranks.Forks(tmp_path_factory.mktemp("forks")) as server:
-        yield server
+@pytest.fixture
+def forks():
+    return ranks.forks()
 
 
 def runs_on(process, seconds=120, since=None):
@@ -62,13 +62,13 @@ def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
     """kill -9 at 20 instants, every other one inside a save: the same command goes on to the unbroken run's weights."""
     steps, saves = 700, 7
     options = (*FP32, "--train.steps", str(steps), "--train.save_every", str(saves), "--train.hang_after", "20")
-    whole = forks.start(ranks.words(shards, tmp_path / "whole", 2, *options), count)
+    whole = forks.start([PRETRAIN, *ranks.words(shards, tmp_path / "whole", 2, *options)], count)
     assert [forks.wait(rank) for rank in whole] == [0] * count, forks.log()
     words, chance, inside = ranks.words(shards, tmp_path / "killed", 2, *options), random.Random(count), 0
     for kill in range(20):
         before = len(rows(tmp_path / "killed"))
         kill_at = chance.randrange(1, 30) if kill % 2 else 0
-        started = forks.start(words, count, kill_at)
+        started = forks.start([PRETRAIN, *words], count, kill_at)
         if not kill_at:
             since = time.monotonic()
             while len(rows(tmp_path / "killed")) <= before and runs_on(started[0], since=since):
@@ -82,7 +82,7 @@ def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
         assert "holds only broken" not in forks.log()
         inside += bool(kill_at)
     left = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
-    started = forks.start(words, count)
+    started = forks.start([PRETRAIN, *words], count)
     assert [forks.wait(rank) for rank in started] == [0] * count, forks.log()
     assert "passing over" not in forks.log()  # nothing half-written ever had a checkpoint's name
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps)
@@ -96,7 +96,7 @@ def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     """One of two ranks is killed, or hangs (SIGSTOP), hang_after 15 s: the other ends by itself, and both go on."""
     options = (*FP32, "--train.steps", "4000", "--train.save_every", "50", "--train.hang_after", "15")
     words = ranks.words(shards, tmp_path / "run", 1, *options)
-    started, since = forks.start(words, 2), time.monotonic()
+    started, since = forks.start([PRETRAIN, *words], 2), time.monotonic()
     while len(rows(tmp_path / "run")) < 60:
         assert runs_on(started[0], since=since), forks.log()
         time.sleep(0.05)
@@ -116,7 +116,7 @@ def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     else:  # the kernel closes a dead rank's connections; where nobody tells, it is as with one that hangs
         assert (code == 1 and "by peer" in forks.log()) or code == 70, forks.log()
     forks.wait(started[1])
-    started, since = forks.start(words, 2), time.monotonic()
+    started, since = forks.start([PRETRAIN, *words], 2), time.monotonic()
     while "steps" not in forks.log():
         assert runs_on(started[0], since=since), forks.log()
         time.sleep(0.05)
@@ -173,7 +173,7 @@ def test_damage_is_seen(damage, saved, tmp_path, forks, tell):
     shutil.copytree(run, tmp_path / "run")
     DAMAGE[damage](tmp_path / "run" / "checkpoints")
     words = [str(tmp_path / "run") if word == str(run) else word for word in words]
-    started = forks.start(words, 2)
+    started = forks.start([PRETRAIN, *words], 2)
     codes = [forks.wait(rank) for rank in started]
     said = forks.log()
     if damage.startswith("all"):
@@ -220,7 +220,7 @@ def test_another_runs_checkpoint_is_refused(more, refusal, saved, tmp_path, fork
         at = words.index("--data.train")
         words = words[:at] + words[at + 2 :]
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
-    started = forks.start([*words, *(each.format(other=tmp_path / "other") for each in more)], 2)
+    started = forks.start([PRETRAIN, *words, *(each.format(other=tmp_path / "other") for each in more)], 2)
     assert [forks.wait(rank) for rank in started] == [2, 2], forks.log()
     assert refusal in forks.log()
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
@@ -231,7 +231,7 @@ def test_another_runs_checkpoint_is_refused(more, refusal, saved, tmp_path, fork
 def test_three_hundred_steps_keep_nothing(shards, tmp_path, forks, tell):
     """300 steps with a save every 10: resident memory, open files and shared memory stay flat."""
     options = ("--train.steps", "400", "--train.save_every", "10", "--data.workers", "1", *FP32)
-    started = forks.start(ranks.words(shards, tmp_path / "run", 2, *options), 2)
+    started = forks.start([PRETRAIN, *ranks.words(shards, tmp_path / "run", 2, *options)], 2)
     process, seen = psutil.Process(started[0]), {}
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         step = len(rows(tmp_path / "run"))
@@ -265,7 +265,7 @@ def test_what_a_save_costs(shards, tmp_path, forks, tell):
     size = "--preset ddae_vit_s16_100e --model.image_size 32 --data.batch_size 4 --data.backend pillow --data.workers 0"
     own = "--tracker.kind jsonl --train.no_report --train.log_every 1".split()
     kept = words[words.index("--data.train") :]
-    started = forks.start([*size.split(), *own, *kept], 2)
+    started = forks.start([PRETRAIN, *size.split(), *own, *kept], 2)
     assert [forks.wait(rank) for rank in started] == [0, 0], forks.log()
     seconds = sorted(row["time/save"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if row["time/save"])
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")

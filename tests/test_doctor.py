@@ -1,8 +1,5 @@
 """launch/doctor.py: what works is told, what does not is told too, by exit codes as well."""
 
-import subprocess
-import sys
-
 import pytest
 import ranks
 
@@ -15,10 +12,9 @@ def test_two_ranks_are_well(tmp_path):
     """With a JSON of the run's own batch, which is not the doctor's to mind."""
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 64}')
     words = ["--folder", str(tmp_path / "runs"), "--ds_config", str(tmp_path / "ds.json")]
-    both = ranks.start(2, ["launch/doctor.py", *words])
-    said = [rank.communicate(timeout=300)[0] for rank in both]
-    ranks.clean(both[0].port)
-    assert [rank.returncode for rank in both] == [0, 0], said
+    forks = ranks.forks()
+    assert forks.wait_all(forks.start(["launch/doctor.py", *words], 2), 300) == [0, 0], forks.log()
+    said = forks.log(0), forks.log(1)
     for name in TRIED:
         assert f"\n{name:12}" in said[0], name
         assert f"\n{name:12}" not in said[1]
@@ -54,8 +50,7 @@ def test_what_fails_is_named(tmp_path, monkeypatch, capsys):
     ],
 )
 def test_its_mistakes_are_one_sentence(words, message, tmp_path):
-    command = [sys.executable, "launch/doctor.py", "--folder", str(tmp_path), *words]
-    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    code, said = ranks.run_command("launch/doctor.py", "--folder", str(tmp_path), *words)
+    assert code == 2
+    assert message in said
+    assert "Traceback" not in said

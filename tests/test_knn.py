@@ -4,7 +4,6 @@ import io
 import json
 import math
 import runpy
-import subprocess
 import sys
 
 import pytest
@@ -157,9 +156,7 @@ def test_ranks_probe_together(probed):
 
 def test_shards_without_a_held_out_split_are_told(shards, tmp_path):
     words = ranks.words(shards, tmp_path, 1, "--probe_every", "1")
-    done = subprocess.run(
-        [sys.executable, "launch/pretrain.py", *words], cwd=ranks.ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "--probe_every wants a split to hold out" in done.stderr
+    code, said = ranks.run_command("launch/pretrain.py", *words)
+    assert code == 2
+    assert "--probe_every wants a split to hold out" in said
     assert not list(tmp_path.iterdir())

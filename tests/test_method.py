@@ -13,6 +13,7 @@ from ddae.cli import parse
 from ddae.config import beta_names
 from ddae.masks import masked_distance, sample_mask
 from ddae.method import build_method
+from ddae.model.vit import Mlp
 from ddae.patches import NORMALISATIONS
 from ddae.presets import METHODS, names, preset
 from ddae.schedules import ramp
@@ -244,3 +245,20 @@ def test_cross_attention_sees_what_the_block_left():
     block.cross.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     method.branches["feature"].predict(tokens, mask)
     assert torch.equal(seen[0], torch.cat([tokens.raw[tap] for tap in (2, 4, 6, 8)]))
+
+
+@pytest.mark.parametrize(
+    "words, encoders, decoders",
+    [
+        ("--engine.taps batched", True, True),
+        ("--engine.taps sequential", False, False),
+        ("--engine.taps sequential --engine.recompute", True, True),
+        ("--engine.taps sequential --engine.recompute_decoders", False, True),
+    ],
+)
+def test_a_block_that_runs_again_keeps_its_input_alone(words, encoders, decoders):
+    """Hooks of its MLP, which leave out GELU's output elsewhere, would take the place of the checkpoint's."""
+    method = build_method(parse(["--preset", "demo", *words.split()]))
+    keeps = lambda module: {each.keeps_gelu for each in module.modules() if isinstance(each, Mlp)}  # noqa: E731
+    assert keeps(method.encoder) == {encoders}
+    assert keeps(method.branches) == {decoders}

@@ -70,7 +70,10 @@ def test_the_makefiles_targets_are_the_promised_ones():
 def test_the_kernels_example_trains_without_the_rest_of_the_project():
     """Their README's toy model, in a Python that finds `ddae_kernels` and no `ddae`."""
     (code,) = re.findall(r"```python\n(.*?)```", (ranks.ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
-    first, last = rows_of("import sys; sys.path.insert(0, 'kernels'); sys.modules['ddae'] = None\n" + code)
+    alone = "import sys; sys.path.insert(0, 'kernels'); sys.modules['ddae'] = None\n"
+    command = [sys.executable, "-I", "-c", alone + code]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
+    first, last = rows_in(done.stdout)
     assert max(last[:2]) < 0.7 * min(first[:2])  # both taps' errors
     assert max(last[2:]) < -0.6  # both betas have left -0.5
 
@@ -78,8 +81,7 @@ def test_the_kernels_example_trains_without_the_rest_of_the_project():
 def test_the_example_of_somebodys_own_loop_trains():
     """With what is marked as new, and as it was before, when it is a masked autoencoder of the last block."""
     (code,) = re.findall(r"```python\n(import ddae_kernels.*?)```", README, re.DOTALL)
-    paths = "import sys; sys.path[:0] = ['kernels', '.']\n"
-    first, last = rows_of(paths + code)
+    first, last = rows_in(ranks.run_command("-c", code)[1])
     assert last[0] < 0.5 * first[0]
     assert all(abs(beta + 0.5) > 0.01 for beta in last[1:])
     before = []
@@ -91,13 +93,12 @@ def test_the_example_of_somebodys_own_loop_trains():
         if "# new" not in line:
             before.append(line.replace(", beta {beta.tolist()}", ""))
     assert len(before) == len(code.splitlines()) - 3
-    first, last = rows_of(paths + "\n".join(before))
+    first, last = rows_in(ranks.run_command("-c", "\n".join(before))[1])
     assert last[0] < 0.5 * first[0]
 
 
-def rows_of(code: str) -> tuple[list[float], list[float]]:
-    """The numbers of the first and the last line that it prints."""
-    command = [sys.executable, "-I", "-c", code]
-    said = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True).stdout
-    rows = [[float(number) for number in re.findall(r"-?\d\.\d+", line)] for line in said.splitlines()]
+def rows_in(said: str) -> tuple[list[float], list[float]]:
+    """The numbers of the first and the last line that were printed."""
+    lines = [line for line in said.splitlines() if line.startswith("step")]
+    rows = [[float(number) for number in re.findall(r"-?\d\.\d+", line)] for line in lines]
     return rows[0], rows[-1]

@@ -4,8 +4,6 @@ squares."""
 import io
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -516,15 +514,8 @@ def test_a_mistake_of_a_reader_process_is_one_sentence(scenes, encoder_folder, t
     write_manifest(bad, entries, classes=["red", "green", "blue"])
     more = ("--train.steps", "1", "--val", str(bad), "--data.workers", "2")
     command = words(scenes, encoder_folder, tmp_path / "run", *more)
-    done = subprocess.run(
-        [sys.executable, "launch/segment.py", *command[1:]],
-        cwd=ranks.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 2, done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if "ddae" in line]
+    code, said = ranks.run_command("launch/segment.py", *command[1:], timeout=240)
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if "image and mask of" in line]
     assert line.startswith("ddae: image and mask of ")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
