@@ -1,7 +1,8 @@
 """The DeepSpeed JSON, joined with what the config owns.
 
 The JSON says what may only change speed or memory: ZeRO stage, buckets, overlap, offload, the micro-batch. The config
-owns what changes the loss curve; those keys are written here, and a JSON that says otherwise is refused.
+owns what changes the loss curve; those keys are written here, and a JSON that says otherwise is refused, or one with a
+key that is not known here.
 """
 
 import base64
@@ -26,7 +27,8 @@ HARMLESS = {  # keys that change speed, memory or what is said; of all others th
     *("zero_optimization", "bf16", "fp16", "torch_autocast", "autotuning", "aio", "timers", "comms_logger"),
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "steps_per_print", "wall_clock_breakdown"),
-    *("memory_breakdown", "dump_state", "log_level", "flops_profiler", "tensorboard", "csv_monitor", "wandb"),
+    *("memory_breakdown", "dump_state", "log_level", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet"),
+    "disable_python_gc",
 }
 LOSSY = ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 AUTOTUNED = ("train_batch_size", "gradient_accumulation_steps")
@@ -80,6 +82,8 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> Resolve
         nearest = difflib.get_close_matches(key, HARMLESS, 1, 0.85)
         mend = f"write {nearest[0]!r}, or take it out" if nearest else "take it out"
         raise UserError(f"the DeepSpeed JSON names {key!r}, which may change what is learnt: {mend}")
+    if said.get("zero_optimization.offload_optimizer.super_offload"):
+        raise UserError("the DeepSpeed JSON says super_offload, whose averages no checkpoint finds: take it out")
     if said.get("zero_optimization.offload_optimizer.device") == "nvme":
         raise UserError("the DeepSpeed JSON offloads the optimizer to nvme, where no teacher can follow: use cpu")
     batch = config.data.batch_size

@@ -50,7 +50,7 @@ def start_process_group(patience: float = 600.0) -> None:
                 mend = "name the network that joins the nodes in GLOO_SOCKET_IFNAME (docs/cluster.md says where)"
                 raise UserError(f"the ranks do not reach each other ({reason}): {mend}") from None
             raise
-        # DeepSpeed's own copy of the group would give up after torch's ten minutes, whatever `patience` is.
+        # DeepSpeed's copy of the group, which reduces and gathers, would give up after torch's ten minutes.
         groups._WORLD_GROUP = dist.new_group(timeout=timedelta(seconds=patience))
         barrier()
         _remove_buffers()

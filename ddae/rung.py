@@ -210,14 +210,14 @@ def host_waits(step: Callable[[], object]) -> int:
     """How often the host waits for the device in a step. On a CPU: how often it looks at a number that a GPU would have
     to deliver; AdamW's own count of its steps is no such number."""
     synchronise()
-    found = 0
+    waits = copies = 0
     for event in profiled(step).events() or ():
         above = event
         while above is not None and not above.name.startswith("Optimizer.step"):
             above = above.cpu_parent
-        copied = event.name.startswith("Memcpy") and "Pageable -> Device" in event.name  # the host waits for it, too
-        found += (event.name in WAITS[device().type] or copied) and above is None
-    return found - torch.cuda.is_available()  # the one that ends the profile
+        waits += event.name in WAITS[device().type] and above is None
+        copies += "Pageable -> Device" in event.name  # for which the host waits, whether or not it says so as well
+    return max(waits - torch.cuda.is_available(), copies)  # less the one that ends the profile
 
 
 def table(seen: profile) -> str:

@@ -33,6 +33,7 @@ class Session:
         self.parts: dict[str, Saved] = {}
         self.measured: set[float] = set()  # steps after which an earlier start has measured
         self._stop, self._looks, self._saved_step = stop, 0, -1
+        stop.patience = config.train.hang_after + 60
         agree(backend=loader.backend, samples=loader.num_samples)
         run_folder.lock(config)
         self._watchdog = Watchdog(self.folder, config.train.hang_after)
@@ -85,7 +86,8 @@ class Session:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Around an evaluation, which looks around more often than steps do."""
+        """Around an evaluation, which looks around more or less often than steps do."""
+        self._stop.changes_pace()
         with self.clock.spending("evaluate"):
             yield
         self._stop.changes_pace()

@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -29,6 +30,7 @@ class Stop:
 
     def __init__(self) -> None:
         self._reason = 0  # of REASONS: what this rank was told
+        self.patience = 600.0  # seconds that this rank waits for the others; the watchdog's come first
         self._group: Any = None
         self._checked_step, self._checked_at, self._next_step = -1, 0.0, 0  # -1: the pace is unknown
         for number, reason in ((signal.SIGTERM, 1), (signal.SIGUSR1, 2)):
@@ -47,7 +49,7 @@ class Stop:
         if step < self._next_step:
             return ""
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.patience))
         now, pace = time.monotonic(), 1  # steps a second
         if self._checked_step >= 0:
             pace = int((step - self._checked_step) / max(now - self._checked_at, 1e-3))
@@ -58,7 +60,8 @@ class Stop:
         return REASONS[reason]
 
     def changes_pace(self) -> None:
-        """What comes next may be slower: all ranks talk before it, and find their pace anew. All of them call this."""
+        """What comes next may be slower or faster: at the next look all ranks talk, and find their pace anew. All of
+        them call this."""
         self._checked_step, self._next_step = -1, 0
 
     def _tell(self, reason: int) -> None:

@@ -17,6 +17,7 @@ import traceback
 
 import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - of the engine's start: torch's compiler, seconds
 import evaluations  # noqa: F401 - all that a rank imports, and more
+import torch
 
 import ddae.replay  # noqa: F401
 from ddae import checkpoint
@@ -57,6 +58,8 @@ def run(task: dict) -> int:
     os.environ.update(task["env"])
     if task["kill_at"]:
         kill_at(task["kill_at"])
+    elif torch.cuda.is_available():  # which a fork cannot use: it becomes a Python that starts anew
+        os.execv(sys.executable, [sys.executable, *task["command"]])
     program, *words = task["command"]
     try:
         if program == "-c":
@@ -83,8 +86,5 @@ if __name__ == "__main__":
             continue
         child = os.fork()
         if child == 0:
-            code = run(task)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            sys.exit(run(task))  # with all that a process does when it ends
         print(child, flush=True)

@@ -90,6 +90,7 @@ class Forks:
 
     def __init__(self, folder: Path):
         self.folder, self.ports = folder, []
+        self._running: set[int] = set()
         own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
         own["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not start CUDA before a fork
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -98,6 +99,7 @@ class Forks:
         assert any(line == "ready\n" for line in self._server.stdout)
 
     def close(self) -> None:
+        self._end_all()
         self._server.stdin.close()
         self._server.wait()
         shutil.rmtree(self.folder)
@@ -122,8 +124,14 @@ class Forks:
         stdin: str = os.devnull,
     ) -> int:
         """Process id of one that no launcher has started, or of a rank."""
-        files = {"log": str(self.folder / f"rank_{rank}.log"), "stdin": str(self.folder / stdin)}
-        return self._ask({"command": command, "env": env or {}, "kill_at": kill_at} | files)
+        if rank == 0:
+            self._end_all()  # of a test that has failed
+        log = self.folder / f"rank_{rank}.log"
+        log.unlink(missing_ok=True)
+        files = {"log": str(log), "stdin": str(self.folder / stdin)}
+        process = self._ask({"command": command, "env": env or {}, "kill_at": kill_at} | files)
+        self._running.add(process)
+        return process
 
     def wait(self, process: int, timeout: float = 900) -> int:
         """Its exit code, when it has ended; after `timeout` seconds it is killed."""
@@ -132,7 +140,13 @@ class Forks:
             if time.monotonic() > deadline:
                 os.kill(process, signal.SIGKILL)
             time.sleep(0.02)
+        self._running.discard(process)
         return code
+
+    def _end_all(self) -> None:
+        for process in list(self._running):
+            os.kill(process, signal.SIGKILL)
+            self.wait(process)
 
     def wait_all(self, started: list[int], timeout: float = 900) -> list[int]:
         """Exit codes of the ranks of a run, which leaves nothing behind."""

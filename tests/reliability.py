@@ -11,11 +11,16 @@ import xml.etree.ElementTree as ElementTree
 from importlib import metadata
 from pathlib import Path
 
+from ddae.run_folder import git
+
 GROUPS = {
     "test_crashes": "Crashes, damage, hosts, long lives",
     "test_signals": "Signals and launchers",
     "test_elastic": "Other ranks, stages and accumulation",
     "test_numerics": "Gradients and the teacher",
+    "test_engine": "Clipping and steps that are left out, against torch alone",
+    "test_step": "The step against the one written first",
+    "test_compile": "torch.compile",
     "test_plan": "The plan's memory model",
     "test_tracker": "MLflow",
     "test_training": "Numbers that go wrong, disks that are full",
@@ -46,7 +51,8 @@ def table(results: list[Path]) -> str:
         "# What was tried, and what happened",
         "",
         "Made by `make test-faults` from its own results; not to be edited by hand. "
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}, {pins}.",
+        f"{time.strftime('%Y-%m-%d')}, commit {git('rev-parse', '--short', 'HEAD')}, {os.cpu_count()} cores, no GPU, "
+        f"Python {platform.python_version()}, {pins}.",
     ]
     for name, rows in groups.items():
         lines += ["", f"## {GROUPS.get(name, name)}", "", "| tried | what happened | s |", "|---|---|--:|", *rows]

@@ -67,6 +67,7 @@ def test_precision(precision, blocks):
         ({"gradient_allreduce_op": "sum"}, 1, "'gradient_allreduce_op', which may change"),
         ({"wall_clock_breakdwn": True}, 1, "write 'wall_clock_breakdown'"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, 1, "zero_quantized_gradients"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, 1, "says super_offload"),
     ],
 )
 def test_contradictions_are_refused(settings, ranks, words):

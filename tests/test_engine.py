@@ -68,6 +68,7 @@ stop_process_group()
     "stage", [0, pytest.param(1, marks=pytest.mark.faults), 2, pytest.param(3, marks=pytest.mark.faults)]
 )
 def test_clipping_and_lost_steps_are_torchs(stage, precision):
+    """Clipping, the gradients' norm, and steps without numbers: as torch alone has them."""
     command = [sys.executable, "-c", PROGRAM, str(stage), precision]
     done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -81,7 +81,9 @@ def test_the_kernels_example_trains_without_the_rest_of_the_project():
 def test_the_example_of_somebodys_own_loop_trains():
     """With what is marked as new, and as it was before, when it is a masked autoencoder of the last block."""
     (code,) = re.findall(r"```python\n(import ddae_kernels.*?)```", README, re.DOTALL)
-    first, last = rows_in(ranks.run_command("-c", code)[1])
+    exit_code, said = ranks.run_command("-c", code)
+    assert exit_code == 0, said
+    first, last = rows_in(said)
     assert last[0] < 0.5 * first[0]
     assert all(abs(beta + 0.5) > 0.01 for beta in last[1:])
     before = []
@@ -93,7 +95,9 @@ def test_the_example_of_somebodys_own_loop_trains():
         if "# new" not in line:
             before.append(line.replace(", beta {beta.tolist()}", ""))
     assert len(before) == len(code.splitlines()) - 3
-    first, last = rows_in(ranks.run_command("-c", "\n".join(before))[1])
+    exit_code, said = ranks.run_command("-c", "\n".join(before))
+    assert exit_code == 0, said
+    first, last = rows_in(said)
     assert last[0] < 0.5 * first[0]
 
 

@@ -224,7 +224,7 @@ def test_two_streams_are_one(precision, compiled):
         betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
 
         def after_a_while(*inputs, targets=teacher.targets):
-            torch.cuda._sleep(20_000_000)  # about 10 ms: longer than the student takes
+            torch.cuda._sleep(400_000_000)  # a fifth of a second: longer than the host takes for the student
             return targets(*inputs)
 
         teacher.targets, found[name] = after_a_while, []

@@ -117,17 +117,7 @@ class Teacher(MovingAverage):
     module: Encoder
 
     only_masked = True  # the last block works on masked patches alone: the same targets with less work
-    stream: torch.cuda.Stream | None = None  # where start() and publish() run
-
-    def publish(self) -> None:
-        """As the average's; on a stream of its own beside what the next step begins with, until start() or the next
-        publish()."""
-        if self.stream is None:
-            super().publish()
-            return
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            super().publish()
+    stream: torch.cuda.Stream | None = None  # where start() runs
 
     def start(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> tuple[Tensor, torch.cuda.Event | None]:
         """targets() beside what comes next on the current stream, and what that has to wait for before it reads them.
