@@ -51,8 +51,8 @@ def table(results: list[Path]) -> str:
         "# What was tried, and what happened",
         "",
         "Made by `make test-faults` from its own results; not to be edited by hand. "
-        f"{time.strftime('%Y-%m-%d')}, commit {git('rev-parse', '--short', 'HEAD')}, {os.cpu_count()} cores, no GPU, "
-        f"Python {platform.python_version()}, {pins}.",
+        f"{time.strftime('%Y-%m-%d')}, the last run at commit {git('rev-parse', '--short', 'HEAD')}, "
+        f"{os.cpu_count()} cores, no GPU, Python {platform.python_version()}, {pins}.",
     ]
     for name, rows in groups.items():
         lines += ["", f"## {GROUPS.get(name, name)}", "", "| tried | what happened | s |", "|---|---|--:|", *rows]
