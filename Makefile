@@ -52,7 +52,7 @@ bench-step: $(READY)
 bench-loader: .simd
 	$(BIN)/python launch/benchmark.py loader --data $(DATA) --simd .simd $(BENCH)
 
-# What only a GPU can show, into gpu-check.json: about eight minutes; with DATA=shards the loader, too. Where there is a
+# What only a GPU can show, into gpu-check.json, meant to take eight minutes; with DATA=shards the loader, too. Where there is a
 # Python with everything but this project: make gpu-check PY=python3
 gpu-check:
 	PYTHONPATH=kernels:. $(PY) tests/gpu_check.py gpu-check.json $(DATA)

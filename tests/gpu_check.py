@@ -1,5 +1,5 @@
-"""What only a GPU can show, in one go of about eight minutes: tests, times of the losses, the ladder of the step, the
-loader. Everything that was measured is in one file, and kept from part to part.
+"""What only a GPU can show, in one go meant to take eight minutes: tests, times of the losses, the
+ladder of the step, the loader. Everything that was measured is in one file, and kept from part to part.
 
     PYTHONPATH=kernels:. python tests/gpu_check.py gpu-check.json [SHARDS]
 """
