@@ -37,7 +37,7 @@ def relative_slope(distance: np.ndarray, beta: float, rescale_grad: str) -> np.n
     return relative_weights(distance, beta) * (growth - anchor)
 
 
-def dynamic_loss(pred, target, distance, beta, tap_weight, rescale_grad="full"):
+def dynamic_loss(pred, target, distance, beta, tap_weight, rescale_grad="full", patch_weight=1.0):
     """loss, tap_loss [K], gradient of pred, gradient of beta [K], sum of that gradient's absolute terms [K]."""
     taps, images, patches, width = pred.shape
     target = np.broadcast_to(target, pred.shape)
@@ -45,11 +45,11 @@ def dynamic_loss(pred, target, distance, beta, tap_weight, rescale_grad="full"):
     for k in range(taps):
         difference = pred[k] - target[k]
         error = (difference**2).mean(-1)
-        relative = relative_weights(distance, beta[k])
+        relative = patch_weight * relative_weights(distance, beta[k])
         share = tap_weight[k] / (images * patches)
         tap_loss[k] = (relative * error).sum() / (images * patches)
         pred_grad[k] = share * relative[..., None] * 2 * difference / width
-        terms = share * error * relative_slope(distance, beta[k], rescale_grad)
+        terms = share * error * patch_weight * relative_slope(distance, beta[k], rescale_grad)
         beta_grad[k], beta_terms[k] = terms.sum(), np.abs(terms).sum()
     return (tap_weight * tap_loss).sum(), tap_loss, pred_grad, beta_grad, beta_terms
 
@@ -72,6 +72,20 @@ def weight_norm_slope(distance, beta):
 def layer_norm(tokens, eps=1e-6):
     centred = tokens - tokens.mean(-1, keepdims=True)
     return centred / np.sqrt((centred**2).mean(-1, keepdims=True) + eps)
+
+
+def feature_target(tokens, norm, eps=1e-6, standardise_eps=1e-5):
+    """[K, B, M, D]: the teacher's masked tokens, normalised channel by channel and token by token."""
+    if norm == "none":
+        return tokens
+    tokens = np.array(tokens, float)
+    for k in range(len(tokens)):
+        groups = [slice(None)] if norm == "batch_layer" else [slice(b, b + 1) for b in range(tokens.shape[1])]
+        for images in groups if norm != "layer" else ():
+            for channel in range(tokens.shape[3]):
+                values = tokens[k, images, :, channel]
+                tokens[k, images, :, channel] = (values - values.mean()) / np.sqrt(values.var() + standardise_eps)
+    return layer_norm(tokens, eps)
 
 
 def pixel_target(images_u8, masked, patch, mean, std, norm, unbiased, eps):

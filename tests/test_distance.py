@@ -32,6 +32,17 @@ def test_a_corner_seen_from_the_other():
     assert distance[0, -1] == torch.tensor(2 * 13.0**2).sqrt()
 
 
+def test_distances_over_the_largest_by_hand():
+    """One visible corner of 2 x 3 patches: 0 1 2 / 1 sqrt2 sqrt5, over sqrt5; one masked patch is the farthest."""
+    masked = torch.tensor([[False, True, True, True, True, True], [False, False, True, False, False, False]])
+    found = dk.patch_distance(masked, (2, 3), norm="max")
+    root = 5**0.5
+    wanted = [[0, 1 / root, 2 / root, 1 / root, (2 / 5) ** 0.5, 1], [0, 0, 1, 0, 0, 0]]
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="norm is 'mean': choose one of none, max"):
+        dk.patch_distance(masked, (2, 3), norm="mean")
+
+
 @pytest.mark.parametrize(
     "masked, grid, word",
     [

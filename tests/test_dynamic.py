@@ -120,14 +120,74 @@ def test_pixel_target_is_made_from_the_images(norm, unbiased, eps):
     assert by_index.loss == dk.dynamic_pixel_mse(*arguments, patch=8, mean=MEAN, std=STD, norm=norm).loss
 
 
+TARGET_NORMS = ["layer", "instance_layer", "batch_layer", "none"]
+
+
 @pytest.mark.parametrize("norm_pred", [True, False])
-def test_feature_loss_normalises_first(norm_pred):
-    (pred, target, distance, tap_weight), tensors = problem("random", 4, dtype=torch.float64)
+@pytest.mark.parametrize("target_norm", TARGET_NORMS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_feature_loss_normalises_first(shared, target_norm, norm_pred):
+    (pred, target, distance, tap_weight), tensors = problem("random", 4, shared=shared, dtype=torch.float64)
+    wanted = equations.feature_target(target[None] if shared else target, target_norm)
     loss, *_ = equations.dynamic_loss(
-        equations.layer_norm(pred) if norm_pred else pred, equations.layer_norm(target), distance, BETAS, tap_weight
+        equations.layer_norm(pred) if norm_pred else pred, wanted, distance, BETAS, tap_weight
     )
     arguments = (*tensors[:3], torch.tensor(BETAS, dtype=torch.float64), tensors[3])
-    np.testing.assert_allclose(dk.dynamic_feature_mse(*arguments, norm_pred=norm_pred).loss.item(), loss, rtol=1e-10)
+    found = dk.dynamic_feature_mse(*arguments, norm_pred=norm_pred, target_norm=target_norm)
+    np.testing.assert_allclose(found.loss.item(), loss, rtol=1e-10)
+
+
+def test_target_norms_by_hand():
+    """Two images, two masked tokens, two channels; a prediction of zero makes the loss the target's mean square.
+
+    Image 0 has tokens (1, 10) and (3, 10), image 1 (5, 20) and (5, 40). LayerNorm of two channels: (-1, 1) or (1, -1).
+    Standardised over an image's tokens: (-1, 0), (1, 0) and (0, -1), (0, 1), whose LayerNorm is (-1, 1), (1, -1) and
+    (1, -1), (-1, 1). Nothing: squares 1, 100, 9, 100 and 25, 400, 25, 1600.
+    """
+    target = torch.tensor([[[1.0, 10], [3, 10]], [[5, 20], [5, 40]]], dtype=torch.float64)
+    ones = torch.ones(2, 2, dtype=torch.float64)
+
+    def loss(target_norm, pred):
+        pred = torch.tensor(pred, dtype=torch.float64).expand(1, 2, 2, 2)
+        zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+        return dk.dynamic_feature_mse(pred, target, ones, zero, one, norm_pred=False, target_norm=target_norm).loss
+
+    assert loss("none", [0, 0]) == pytest.approx((1 + 100 + 9 + 100 + 25 + 400 + 25 + 1600) / 8)
+    assert loss("layer", [-1, 1]) == pytest.approx(0, abs=1e-6)  # every token's second channel is the larger one
+    assert loss("instance_layer", [-1, 1]) == pytest.approx(2, abs=1e-3)  # of half the tokens it is: errors 0 and 4
+    # Over both images: means 3.5 and 20, variances 2.75 and 150; (-2.5, -10), (-0.5, -10), (1.5, 0), (1.5, 20) become
+    # (-1.51, -0.82), (-0.30, -0.82), (0.90, 0), (0.90, 1.63): the second channel is larger in tokens 1 and 4.
+    assert loss("batch_layer", [-1, 1]) == pytest.approx(2, abs=1e-3)
+    assert loss("batch_layer", [[[-1, 1], [1, -1]], [[1, -1], [-1, 1]]]) == pytest.approx(0, abs=1e-3)
+
+
+def test_patch_weights_by_hand():
+    """Errors 4 and 1 at weights 1.5 and 2 in one image of two patches at distance 1: (1.5 * 4 + 2 * 1) / 2 = 4."""
+    pred = torch.tensor([[[[2.0], [1.0]]]], requires_grad=True)
+    one = torch.ones(1)
+    arguments = pred, torch.zeros(1, 2, 1), torch.ones(1, 2), torch.zeros(1), one
+    result = dk.dynamic_mse(*arguments, patch_weight=torch.tensor([[1.5, 2.0]]))
+    result.loss.backward()
+    assert result.loss == 4
+    assert result.token_error.flatten().tolist() == [4, 1]  # unweighted
+    assert pred.grad.flatten().tolist() == [3, 2]  # 2 * weight * pred / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("target_norm", TARGET_NORMS)
+@pytest.mark.parametrize("patches", [1, 9])
+def test_a_target_without_variance_gives_finite_losses_and_gradients(patches, target_norm, dtype):
+    """One token, or tokens that are all alike, of alike channels or not; a prediction that is constant, too."""
+    for target in (torch.full((48,), 5.3), torch.linspace(-3, 9, 48)):
+        pred = torch.full((2, 3, patches, 48), 0.7, dtype=dtype, requires_grad=True)
+        beta = torch.tensor([-0.5, 0.0], requires_grad=True)
+        target = target.to(dtype).expand(3, patches, 48)
+        arguments = target, torch.ones(3, patches), beta, torch.ones(2)
+        result = dk.dynamic_feature_mse(pred, *arguments, target_norm=target_norm, norm_pred=target_norm != "none")
+        result.loss.backward()
+        assert all(each.isfinite().all() for each in (result.loss, pred.grad, beta.grad))
+        if target_norm in ("instance_layer", "batch_layer"):
+            assert result.loss == 0  # both sides are 0, not rounding errors brought to unit variance
 
 
 def test_low_precision_inputs_are_computed_in_fp32_and_left_alone():
@@ -151,7 +211,7 @@ def call(**changes):
         "beta": torch.zeros(4),
         "tap_weight": torch.ones(4),
     } | changes
-    options = {k: arguments.pop(k) for k in ("rescale_grad", "impl") if k in arguments}
+    options = {k: arguments.pop(k) for k in ("rescale_grad", "impl", "patch_weight") if k in arguments}
     return dk.dynamic_mse(*arguments.values(), **options)
 
 
@@ -168,6 +228,8 @@ def call(**changes):
         ({"beta": torch.zeros(3)}, "beta is"),
         ({"beta": torch.tensor([0, 0, torch.nan, 0])}, "beta holds"),
         ({"tap_weight": torch.ones(3)}, "tap_weight is"),
+        ({"patch_weight": torch.ones(2, 4)}, "patch_weight"),
+        ({"patch_weight": torch.full((2, 5), torch.nan)}, "patch_weight holds a value that is not finite"),
         ({"rescale_grad": "half"}, "rescale_grad is"),
         ({"impl": "cuda"}, "impl is"),
         ({"pred": torch.zeros(4, 2, 5, 0), "target": torch.zeros(2, 5, 0)}, "pred is"),

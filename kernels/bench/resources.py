@@ -88,14 +88,17 @@ def calls() -> dict[str, Any]:
     named["distance 64x64"] = lambda: operators.patch_distance(torch.zeros(B, 4096).bool(), 64, 64)
     for width in WIDTHS:
         named[f"mse D={width}"] = loss_call(width, "shared")
-        named[f"feature D={width}"] = loss_call(width, "per_tap", norm="token", norm_pred=True, eps=1e-6)
+        named[f"feature D={width}"] = loss_call(width, "per_tap", norm="layer", norm_pred=True, eps=1e-6)
+    standardised = {"norm": "instance_layer", "norm_pred": True, "eps": 1e-6, "standardise_eps": 1e-5}
+    for width in WIDTHS:
+        named[f"feature standardised D={width}"] = loss_call(width, "per_tap", **standardised)
     for norm in ("per_channel", "joint", "none"):
         named[f"pixel {norm} D={3 * PATCH**2}"] = loss_call(3 * PATCH**2, "pixels", norm=norm)
     for norm, unbiased in (("per_channel", True), ("joint", True)):
         options = {"norm": norm, "unbiased": unbiased, "rescale_grad": "detach"}
         named[f"pixel {norm} unbiased detach D={3 * PATCH**2}"] = loss_call(3 * PATCH**2, "pixels", **options)
     for dtype in (torch.float32, torch.float16):
-        options = {"dtype": dtype, "rescale_grad": "detach", "norm": "token", "norm_pred": True, "eps": 1e-6}
+        options = {"dtype": dtype, "rescale_grad": "detach", "norm": "layer", "norm_pred": True, "eps": 1e-6}
         named[f"feature {str(dtype)[6:]} detach D=768"] = loss_call(768, "shared", **options)
     return named
 

@@ -12,10 +12,14 @@ from torch import Tensor
 from ddae_kernels.implementation import choose, values_are_checked
 
 
-def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") -> Tensor:
-    """Distance of every patch to the nearest visible patch, in patch units, 0 where visible (paper section 3.1).
+DISTANCE_NORMS = ("none", "max")
 
-    masked: bool [B, N], True where a patch is masked; grid: (H, W) with H * W = N. Returns float32 [B, N].
+
+def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto", norm: str = "none") -> Tensor:
+    """Distance of every patch to the nearest visible patch, 0 where visible (paper section 3.1).
+
+    masked: bool [B, N], True where a patch is masked; grid: (H, W) with H * W = N. norm: "none" gives patch units, "max"
+    divides by the image's largest distance, so that it becomes 1 (caption of Fig. 2). Returns float32 [B, N].
     Raises ValueError for another shape or dtype, and (values: CPU or DDAE_CHECK=1) for an image without a visible
     patch; unchecked, the distances of such an image are infinite.
     """
@@ -28,15 +32,18 @@ def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto") ->
         raise ValueError(f"masked is {masked.dtype}: expected bool, True where a patch is masked")
     if values_are_checked(masked) and bool(masked.all(1).any()):
         raise ValueError("masked has an image without a visible patch: its distances are undefined")
+    if norm not in DISTANCE_NORMS:
+        raise ValueError(f"norm is {norm!r}: choose one of {', '.join(DISTANCE_NORMS)}")
     if choose(impl, masked.device) == "triton":
         from ddae_kernels import operators  # at need: it imports Triton, which may not be there
 
-        return operators.patch_distance(masked, *grid)
+        return operators.patch_distance(masked, *grid, norm == "max")
     cost = torch.zeros(masked.shape, device=masked.device).masked_fill_(masked, torch.inf).view(-1, height, width)
     cost = (cost[:, :, None, :] + _squared_offsets(width, cost)).amin(-1)  # nearest within the row
     cost = (cost[:, None, :, :] + _squared_offsets(height, cost)[:, :, None]).amin(2)  # nearest over the rows
     # Rounded from fp64: the fp32 root of CPU builds is an ulp off for some integers, and equal d^2 must stay equal.
-    return cost.double().sqrt().float().flatten(1)
+    distance = cost.double().sqrt().float().flatten(1)
+    return distance / distance.amax(1, keepdim=True) if norm == "max" else distance
 
 
 def _squared_offsets(length: int, like: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ from ddae_kernels import reference
 from ddae_kernels.implementation import choose, values_are_checked
 
 RESCALE_GRADS = ("full", "detach")
+TARGET_NORMS = ("layer", "instance_layer", "batch_layer", "none")  # of features
+STANDARDISE_EPS = 1e-5  # added to a channel's variance over tokens, as torch's instance_norm does
 PATCH_NORMS = {"per_channel": (False, 1e-5), "joint": (True, 1e-6), "none": (False, 0.0)}  # norm -> unbiased, eps
 
 
@@ -53,22 +55,23 @@ def dynamic_mse(
     tap_weight: Tensor,
     *,
     rescale_grad: str = "full",
+    patch_weight: Tensor | None = None,
     impl: str = "auto",
 ) -> DynamicLoss:
     """Distance-weighted mean squared error over K taps (paper Eqs. 3 and 5).
 
-        loss = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * mean_d (pred - target)^2
+        loss = sum_k tap_weight_k * mean_b (1/M) sum_i c_bi r_kbi * mean_d (pred - target)^2
 
     pred [K, B, M, D]; target [B, M, D], shared by the taps, or [K, B, M, D]; distance [B, M] of the masked patches in
     patch units; beta [K]; tap_weight [K]. Differentiable in pred and beta; inputs are never written to. Computed in
-    fp32, in fp64 for fp64 inputs. rescale_grad: "full" differentiates through the re-scale's maximum, "detach" not.
+    fp32, in fp64 for fp64 inputs. patch_weight [B, M]: the fixed weights c, 1 where None. rescale_grad: "full" differentiates through the re-scale's maximum, "detach" not.
     impl: "auto" is Triton for CUDA tensors and the reference elsewhere; "triton" never falls back to the reference.
     Triton allows one backward a call, and copies inputs that are not contiguous first.
     Raises ValueError for shapes, dtypes, devices that do not fit, and for values (CPU, or DDAE_CHECK=1).
     """
-    _check_loss(pred, distance, beta, tap_weight, rescale_grad)
+    _check_loss(pred, distance, beta, tap_weight, rescale_grad, patch_weight)
     _check_target(pred, target)
-    weights = distance, beta, tap_weight, rescale_grad
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight
     if choose(impl, pred.device, pred.dtype, target.dtype) == "triton":
         return _in_triton(pred, target, *weights)
     return _detached(*reference.weighted_mse(pred, target, *weights))
@@ -89,6 +92,7 @@ def dynamic_pixel_mse(
     unbiased: bool | None = None,
     eps: float | None = None,
     rescale_grad: str = "full",
+    patch_weight: Tensor | None = None,
     impl: str = "auto",
 ) -> DynamicLoss:
     """`dynamic_mse` against the images' own masked patches, normalised patch by patch.
@@ -99,7 +103,7 @@ def dynamic_pixel_mse(
     unbiased (variance over n - 1) and eps (added to the variance, in units after mean and std) default to each
     norm's published form: per_channel False, 1e-5 (BootMAE); joint True, 1e-6 (MAE).
     """
-    _check_loss(pred, distance, beta, tap_weight, rescale_grad)
+    _check_loss(pred, distance, beta, tap_weight, rescale_grad, patch_weight)
     if norm not in PATCH_NORMS:
         raise ValueError(f"norm is {norm!r}: choose one of {', '.join(PATCH_NORMS)}")
     _check_images(pred, images_u8, patch, mean, std)
@@ -107,7 +111,7 @@ def dynamic_pixel_mse(
     _check_device(pred, images_u8=images_u8, masked=masked)
     unbiased = PATCH_NORMS[norm][0] if unbiased is None else unbiased
     eps = PATCH_NORMS[norm][1] if eps is None else eps
-    weights = distance, beta, tap_weight, rescale_grad
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight
     if choose(impl, pred.device, pred.dtype) == "triton":
         how = {"masked": masked, "patch": patch, "mean": mean, "std": std}
         return _in_triton(pred, images_u8, *weights, norm=norm, unbiased=unbiased, eps=eps, **how)
@@ -124,37 +128,54 @@ def dynamic_feature_mse(
     tap_weight: Tensor,
     *,
     norm_pred: bool = True,
+    target_norm: str = "layer",
     eps: float = 1e-6,
     rescale_grad: str = "full",
+    patch_weight: Tensor | None = None,
     impl: str = "auto",
 ) -> DynamicLoss:
-    """`dynamic_mse` against features that pass a LayerNorm without affine first (paper Eq. 5), as does the
-    prediction where norm_pred. Shapes as in `dynamic_mse`."""
-    _check_loss(pred, distance, beta, tap_weight, rescale_grad)
+    """`dynamic_mse` against normalised features (paper Eq. 5, which states no normalisation).
+
+    target_norm: "layer" is a LayerNorm of each token without affine (BootMAE); "instance_layer" standardises each
+    channel over the masked tokens of an image first (data2vec 2.0), "batch_layer" over those of all images of the call;
+    "none" leaves the target as it is. norm_pred: the prediction passes the same LayerNorm, and no other normalisation.
+    eps: of the LayerNorm; a channel's variance over tokens has STANDARDISE_EPS. A channel or a token of zero variance
+    becomes 0. Shapes as in `dynamic_mse`.
+    """
+    if target_norm not in TARGET_NORMS:
+        raise ValueError(f"target_norm is {target_norm!r}: choose one of {', '.join(TARGET_NORMS)}")
+    _check_loss(pred, distance, beta, tap_weight, rescale_grad, patch_weight)
     _check_target(pred, target)
-    weights = distance, beta, tap_weight, rescale_grad
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight
     if choose(impl, pred.device, pred.dtype, target.dtype) == "triton":
-        return _in_triton(pred, target, *weights, norm="token", eps=eps, norm_pred=norm_pred)
+        how = {"norm": target_norm, "eps": eps, "norm_pred": norm_pred, "standardise_eps": STANDARDISE_EPS}
+        return _in_triton(pred, target, *weights, **how)
     dtype = reference.compute_dtype(pred, target)
-    target = reference.plain_layer_norm(target, eps, dtype)
+    target = reference.feature_target(target, target_norm, eps, STANDARDISE_EPS, dtype)
     pred = reference.plain_layer_norm(pred, eps, dtype) if norm_pred else pred
     return _detached(*reference.weighted_mse(pred, target, *weights))
 
 
 def dynamic_error(
-    token_error: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, *, rescale_grad: str = "full"
+    token_error: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    *,
+    rescale_grad: str = "full",
+    patch_weight: Tensor | None = None,
 ) -> DynamicLoss:
     """Distance-weighted mean over K taps of an error of your own, one number a masked patch (cross-entropy, say).
 
-        loss = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * token_error_kbi
+        loss = sum_k tap_weight_k * mean_b (1/M) sum_i c_bi r_kbi * token_error_kbi
 
     token_error [K, B, M]; the rest as in `dynamic_mse`. Differentiable in token_error and beta, by autograd: what it
     works on is small. The other losses are this one of a squared error.
     """
     if token_error.ndim != 3:
         raise ValueError(f"token_error is {_shape(token_error)}: expected [K, B, M], one number a masked patch")
-    _check_loss(token_error[..., None], distance, beta, tap_weight, rescale_grad)
-    return _detached(*reference.weighted_error(token_error, distance, beta, tap_weight, rescale_grad))
+    _check_loss(token_error[..., None], distance, beta, tap_weight, rescale_grad, patch_weight)
+    return _detached(*reference.weighted_error(token_error, distance, beta, tap_weight, rescale_grad, patch_weight))
 
 
 def _in_triton(*arguments, **options) -> DynamicLoss:
@@ -192,7 +213,14 @@ def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str) -> None:
         raise ValueError("beta holds a value that is not finite")
 
 
-def _check_loss(pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str) -> None:
+def _check_loss(
+    pred: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    rescale_grad: str,
+    patch_weight: Tensor | None = None,
+) -> None:
     _check_weights(distance, beta, rescale_grad)
     if pred.ndim != 4 or 0 in pred.shape or not pred.is_floating_point():
         raise ValueError(f"pred is {pred.dtype} {_shape(pred)}: expected floats [K, B, M, D], none of them 0")
@@ -206,6 +234,16 @@ def _check_loss(pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor
         raise ValueError("tap_weight holds a value that is not finite")
     _check_device(pred, distance=distance, beta=beta, tap_weight=tap_weight)
     _check_constant(distance=distance, tap_weight=tap_weight)
+    if patch_weight is None:
+        return
+    if patch_weight.shape != distance.shape or not patch_weight.is_floating_point():
+        raise ValueError(
+            f"patch_weight is {patch_weight.dtype} {_shape(patch_weight)}: expected floats {_shape(distance)}, as distance"
+        )
+    if values_are_checked(patch_weight) and not bool(patch_weight.isfinite().all()):
+        raise ValueError("patch_weight holds a value that is not finite")
+    _check_device(pred, patch_weight=patch_weight)
+    _check_constant(patch_weight=patch_weight)
 
 
 def _check_target(pred: Tensor, target: Tensor) -> None:

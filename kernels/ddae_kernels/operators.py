@@ -5,6 +5,7 @@ weights, ramps and 1 / accumulation into `tap_weight`, and backward has nothing 
 and M alone; nothing is tuned at run time. Shape letters: B images, M masked patches, K taps, D numbers of a patch.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,20 +20,20 @@ ROWS = 4  # masked patches a program takes: few, for an even end; more than one,
 
 
 @torch.library.custom_op("ddae_kernels::patch_distance", mutates_args=())
-def patch_distance(masked: Tensor, height: int, width: int) -> Tensor:
+def patch_distance(masked: Tensor, height: int, width: int, over_max: bool = False) -> Tensor:
     """distance.py's patch_distance: bool [B, height * width] -> float32 [B, height * width]."""
     distance = torch.empty(masked.shape, device=masked.device)
     block_h, block_w = _block(height), _block(width)
     warps = _warps(block_w * max(block_h, block_w), 512)
     with torch.cuda.device_of(masked):
         kernels.distance_kernel[(len(masked),)](
-            masked.contiguous(), distance, height, width, block_h, block_w, num_warps=warps
+            masked.contiguous(), distance, height, width, over_max, block_h, block_w, num_warps=warps
         )
     return distance
 
 
 @patch_distance.register_fake
-def _(masked, height, width):
+def _(masked, height, width, over_max=False):
     return torch.empty(masked.shape, device=masked.device)
 
 
@@ -43,11 +44,13 @@ def dynamic_loss(
     beta: Tensor,
     tap_weight: Tensor,
     rescale_grad: str,
+    patch_weight: Tensor | None = None,
     *,
     norm: str = "none",
     unbiased: bool = False,
     eps: float = 0.0,
     norm_pred: bool = False,
+    standardise_eps: float = 0.0,
     masked: Tensor | None = None,
     patch: int = 0,
     mean: Sequence[float] = (),
@@ -55,18 +58,56 @@ def dynamic_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], tap_loss [K] and token_error [K, B, M], the first differentiable in pred and beta.
 
-    target: floats [B, M, D] or [K, B, M, D], normalised where norm is "token"; or uint8 images [B, 3, H, W] with the
+    target: floats [B, M, D] or [K, B, M, D], norm one of dynamic.py's TARGET_NORMS; or uint8 images [B, 3, H, W] with the
     positions `masked` [B, M], the side of a `patch`, mean and std, and norm "none", "per_channel" or "joint". norm_pred
     standardises the prediction too. Arguments that are not contiguous are copied first.
     """
     vectors = [tensor.float().contiguous() for tensor in (distance, beta, tap_weight)]
+    weight = patch_weight if patch_weight is None else patch_weight.float().contiguous()
+    target, statistics = target.contiguous(), (None, None)
+    if norm in ("instance_layer", "batch_layer"):
+        statistics, norm = _mean_and_scale(target, norm == "batch_layer", standardise_eps), "standardised_layer"
     affine = [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]  # from bytes
     loss, tap_loss, token_error, _, _ = _dynamic_loss(
-        *(pred.contiguous(), target.contiguous(), masked if masked is None else masked.contiguous(), *vectors),
+        *(pred.contiguous(), target, masked if masked is None else masked.contiguous(), *vectors, weight, *statistics),
         *(norm, unbiased, eps, norm_pred, patch, affine, rescale_grad == "full"),
         torch.is_grad_enabled() and pred.requires_grad,
     )
     return loss, tap_loss, token_error
+
+
+def _mean_and_scale(target: Tensor, over_batch: bool, eps: float) -> tuple[Tensor, Tensor]:
+    """Each channel's mean over the masked tokens and 1 / sqrt(variance + eps): [.., B, M, D] -> twice [taps, images, D],
+    of one image where they are over the batch, of one tap where the taps share the target."""
+    means, variances = _statistics(target)
+    if over_batch:
+        mean = means[:, :1] + (means - means[:, :1]).mean(1, keepdim=True)  # exact where all means are equal
+        variances = (variances + (means - mean).square()).mean(1, keepdim=True)  # as many tokens in each image
+        means = mean
+    return means.contiguous(), (variances + eps).rsqrt()
+
+
+@torch.library.custom_op("ddae_kernels::token_statistics", mutates_args=())
+def _statistics(target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over an image's tokens: [B, M, D] or [K, B, M, D] -> twice [K, B, D]."""
+    mean, variance = _empty_statistics(target)
+    tokens, width = target.shape[-2:]
+    block_d = min(128, _block(width))
+    with torch.cuda.device_of(target):
+        kernels.statistics_kernel[(target.shape[:-2].numel(), _ceil(width, block_d))](
+            *(target, mean, variance, tokens), D=width, BLOCK_M=16, BLOCK_D=block_d, num_warps=4
+        )
+    return mean, variance
+
+
+@_statistics.register_fake
+def _(target):
+    return _empty_statistics(target)
+
+
+def _empty_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
+    shape = (target.shape[0] if target.ndim == 4 else 1, target.shape[-3], target.shape[-1])
+    return torch.empty(shape, device=target.device), torch.empty(shape, device=target.device)
 
 
 @torch.library.custom_op("ddae_kernels::dynamic_loss", mutates_args=())
@@ -77,6 +118,9 @@ def _dynamic_loss(
     distance: Tensor,
     beta: Tensor,
     tap_weight: Tensor,
+    patch_weight: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
     norm: str,
     unbiased: bool,
     eps: float,
@@ -96,7 +140,7 @@ def _dynamic_loss(
     partial = torch.empty(2, num_taps, programs, device=pred.device)
     with torch.cuda.device_of(pred):
         kernels.loss_kernel[(programs,)](
-            *(pred, target, masked, distance, beta, tap_weight, token_error, grad, partial),
+            *(pred, target, masked, distance, beta, tap_weight, patch_weight, mean, scale, token_error, grad, partial),
             *(num_images, num_masked, num_taps, height, width, eps, 2 * _lift(pred) / pred[0].numel()),
             D=numbers,
             PATCH=patch,
@@ -104,7 +148,9 @@ def _dynamic_loss(
             PER_TAP=not patch and target.ndim == 4,
             NORM=norm,
             SPARE=int(unbiased),
+            OVER_BATCH=mean is not None and mean.shape[1] < num_images,
             NORM_PRED=norm_pred,
+            WEIGHTED=patch_weight is not None,
             FULL=full,
             WITH_GRAD=with_grad,
             ROWS=ROWS,
@@ -123,8 +169,8 @@ def _dynamic_loss(
 
 
 @_dynamic_loss.register_fake
-def _(pred, target, masked, distance, beta, tap_weight, norm, unbiased, eps, norm_pred, patch, affine, full, with_grad):
-    return _outputs(pred, with_grad)
+def _(pred, *arguments):
+    return _outputs(pred, with_grad=arguments[-1])
 
 
 def _outputs(pred: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -163,13 +209,14 @@ def _keep(ctx, inputs, output) -> None:
 def _backward(ctx, upstream: Tensor, *_):
     """The stored gradients themselves, scaled in place: autograd refuses a second backward over them."""
     if upstream is None:
-        return (None,) * 14
+        return (None,) * NUM_INPUTS
     grad, beta_grad = ctx.saved_tensors
     _scale_gradients(grad, beta_grad, upstream, ctx.unit)
     wants_pred, *_, wants_beta = ctx.needs_input_grad[:5]
-    return (grad if wants_pred else None, *[None] * 3, beta_grad if wants_beta else None, *[None] * 9)
+    return (grad if wants_pred else None, *[None] * 3, beta_grad if wants_beta else None, *[None] * (NUM_INPUTS - 5))
 
 
+NUM_INPUTS = len(inspect.signature(_dynamic_loss._init_fn).parameters)
 _dynamic_loss.register_autograd(_backward, setup_context=_keep)
 
 

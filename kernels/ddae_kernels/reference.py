@@ -9,7 +9,9 @@ For a masked patch i of image b at distance d_bi from the nearest visible patch,
 
 and for predictions p and targets t (paper Eqs. 3 and 5, reduced as METHOD.md says):
 
-    loss  = sum_k tap_weight_k * mean_b (1/M) sum_i r_kbi * mean_d (p_kbid - t_kbid)^2
+    loss  = sum_k tap_weight_k * mean_b (1/M) sum_i c_bi r_kbi * mean_d (p_kbid - t_kbid)^2
+
+where c is a fixed weight of each patch, 1 unless one is given.
 
 Everything is computed in fp32; in fp64 where a prediction or its target (for the weights: a distance or beta) is fp64.
 """
@@ -52,21 +54,33 @@ def weight_norm(distance: Tensor, beta: Tensor, ref_batch: float) -> Tensor:
 
 
 def weighted_mse(
-    pred: Tensor, target: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str
+    pred: Tensor,
+    target: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    rescale_grad: str,
+    patch_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss [], tap_loss [K] and token_error [K, B, M] of the file's head; pred [K, B, M, D]."""
+    """loss [], tap_loss [K] and token_error [K, B, M] of the file's head; pred [K, B, M, D], patch_weight [B, M]."""
     dtype = compute_dtype(pred, target)
-    return weighted_error(
-        (pred.to(dtype) - target.to(dtype)).square().mean(-1), distance, beta, tap_weight, rescale_grad
-    )
+    token_error = (pred.to(dtype) - target.to(dtype)).square().mean(-1)
+    return weighted_error(token_error, distance, beta, tap_weight, rescale_grad, patch_weight)
 
 
 def weighted_error(
-    token_error: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str
+    token_error: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    rescale_grad: str,
+    patch_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same of errors [K, B, M] of whatever kind, one a patch."""
     dtype = compute_dtype(token_error)
     relative = relative_weights(distance.to(dtype), beta.to(dtype), rescale_grad)
+    if patch_weight is not None:
+        relative = relative * patch_weight.to(dtype)
     tap_loss = (relative * token_error.to(dtype)).mean((1, 2))
     return (tap_weight.to(dtype) * tap_loss).sum(), tap_loss, token_error
 
@@ -116,3 +130,31 @@ def pixel_target(
 def plain_layer_norm(tokens: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """LayerNorm over the last axis without scale and shift."""
     return F.layer_norm(tokens.to(dtype), tokens.shape[-1:], eps=eps)
+
+
+def feature_target(target: Tensor, norm: str, eps: float, standardise_eps: float, dtype: torch.dtype) -> Tensor:
+    """Normalise the teacher's tokens [.., B, M, D], which have no gradient.
+
+    norm "layer" is a LayerNorm of each token. "instance_layer" first standardises each channel over the M masked tokens
+    of an image, "batch_layer" over those of all images: (t - mean) / sqrt(variance + standardise_eps), with the biased
+    variance. "none" leaves the tokens as they are.
+    """
+    target = target.to(dtype)
+    if norm in ("instance_layer", "batch_layer"):
+        mean, variance = token_statistics(target, over_batch=norm == "batch_layer")
+        target = (target - mean) / (variance + standardise_eps).sqrt()
+    return target if norm == "none" else plain_layer_norm(target, eps, dtype)
+
+
+def token_statistics(target: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel over the masked tokens of an image, or of all images: [.., B, M, D] ->
+    twice [.., B, 1, D] or [.., 1, 1, D].
+
+    Differences from the first token are averaged: the variance of tokens that are all alike is then exactly 0, where
+    that of a rounded mean would be noise, which the division would amplify.
+    """
+    over = (-3, -2) if over_batch else (-2,)
+    first = target[..., :1, :1, :] if over_batch else target[..., :1, :]
+    shifted = target - first
+    mean = shifted.mean(over, keepdim=True)
+    return first + mean, (shifted - mean).square().mean(over, keepdim=True)

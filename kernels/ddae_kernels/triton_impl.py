@@ -3,7 +3,8 @@
 Forward is two launches. `loss_kernel`: a program is one warp with ROWS masked patches of one image; for each it reads
 or makes the target once, and then meets the K taps one after the other: error, weight, gradient of the prediction. What
 it adds to the loss and to beta's gradient it writes down; `sum_kernel`, one program, adds those shares in a fixed
-order, so that equal runs give equal bits. Backward is one launch, `scale_kernel`: it multiplies the stored gradient by
+order, so that equal runs give equal bits. `statistics_kernel` comes before them where channels of the target are
+standardised over tokens. Backward is one launch, `scale_kernel`: it multiplies the stored gradient by
 the upstream gradient, which it reads on the device, and returns at once where that is 1, as in training.
 
 Computed in fp32, addressed in int64. Launched by operators.py. Shape letters: B images, M masked patches, K taps, D
@@ -25,6 +26,7 @@ def distance_kernel(
     distance_ptr,  # fp32 [B, H * W]
     H: tl.constexpr,
     W: tl.constexpr,
+    OVER_MAX: tl.constexpr,  # in units of the image's largest distance
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -39,7 +41,10 @@ def distance_kernel(
         within = tl.min(tl.where(masked[None, :], FAR, between), 1)
         squared = tl.minimum(squared, (y - row) * (y - row) + within[None, :])
     distance = tl.where(squared < FAR, tl.sqrt_rn(squared.to(tl.float32)), float("inf"))
-    tl.store(distance_ptr + first + y * W + x[None, :], distance, mask=(y < H) & (x[None, :] < W))
+    inside = (y < H) & (x[None, :] < W)
+    if OVER_MAX:
+        distance = tl.div_rn(distance, tl.max(tl.max(tl.where(inside, distance, 0.0), 1), 0))
+    tl.store(distance_ptr + first + y * W + x[None, :], distance, mask=inside)
 
 
 @triton.jit
@@ -75,11 +80,52 @@ def _standardise(x, own, count, eps):
     return centred * scale, scale
 
 
+@triton.jit(do_not_specialize=["M"])
+def statistics_kernel(
+    target_ptr,  # [images, M, D]
+    mean_ptr,  # fp32 [images, D]
+    variance_ptr,  # fp32 [images, D]
+    M,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Mean and biased variance of BLOCK_D channels over the tokens of one image a program.
+
+    Of differences from the image's first token, as in reference.py; the second pass finds the tokens in the cache.
+    """
+    image = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    row = tl.arange(0, BLOCK_M)
+    own = column < D
+    start = target_ptr + image * M * D + column
+    first = tl.load(start, mask=own, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, M, BLOCK_M):
+        i = begin + row
+        inside = (i < M)[:, None] & own[None, :]
+        tokens = tl.load(start[None, :] + i[:, None] * D, mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(tl.where(inside, tokens - first[None, :], 0.0), 0)
+    shift = total / M
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, M, BLOCK_M):
+        i = begin + row
+        inside = (i < M)[:, None] & own[None, :]
+        tokens = tl.load(start[None, :] + i[:, None] * D, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, tokens - first[None, :] - shift[None, :], 0.0)
+        total += tl.sum(centred * centred, 0)
+    tl.store(mean_ptr + image * D + column, first + shift, mask=own)
+    tl.store(variance_ptr + image * D + column, total / M, mask=own)
+
+
 @triton.jit
-def _features(target_ptr, at, own, eps, D: tl.constexpr, NORM: tl.constexpr):
-    """A target that is given, standardised token by token where NORM says so."""
+def _features(target_ptr, at, mean_ptr, scale_ptr, stat, own, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """A target that is given, [BLOCK_D], normalised as NORM says; channel means and scales are at `stat`."""
     target = tl.load(target_ptr + at, mask=own, other=0.0).to(tl.float32)
-    if NORM == "token":
+    if NORM == "standardised_layer":
+        mean = tl.load(mean_ptr + stat, mask=own, other=0.0)
+        target = (target - mean) * tl.load(scale_ptr + stat, mask=own, other=0.0)
+    if NORM != "none":
         target, _ = _standardise(target, own, D, eps)
     return target
 
@@ -148,6 +194,9 @@ def loss_kernel(
     distance_ptr,  # fp32 [B, M]
     beta_ptr,  # fp32 [K]
     tap_weight_ptr,  # fp32 [K]
+    patch_weight_ptr,  # fp32 [B, M], where WEIGHTED
+    mean_ptr,  # fp32 [taps, images, D], where NORM is "standardised_layer"; taps and images may be 1
+    scale_ptr,  # fp32, as mean
     error_ptr,  # fp32 [K, B, M]
     grad_ptr,  # [K, B, M, D], as pred
     partial_ptr,  # fp32 [2, K, programs]
@@ -164,7 +213,9 @@ def loss_kernel(
     PER_TAP: tl.constexpr,
     NORM: tl.constexpr,
     SPARE: tl.constexpr,
+    OVER_BATCH: tl.constexpr,  # channel means and scales are of all images, otherwise of each
     NORM_PRED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     FULL: tl.constexpr,
     WITH_GRAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -191,18 +242,22 @@ def loss_kernel(
         log_distance = tl.log2(tl.load(distance_ptr + token))
         power = tl.exp2(beta * log_distance)
         relative = tl.exp(power - top)
+        if WEIGHTED:
+            relative *= tl.load(patch_weight_ptr + token)
         if PATCH:
             place = tl.load(place_ptr + token)
             image_ptr = target_ptr + image * 3 * height * width
             target = _patch(image_ptr, place, column, own, height, width, eps, PATCH, AFFINE, NORM, SPARE)
         elif not PER_TAP:
-            target = _features(target_ptr, token * D + column, own, eps, D, NORM)
+            stat = (0 if OVER_BATCH else image) * D + column
+            target = _features(target_ptr, token * D + column, mean_ptr, scale_ptr, stat, own, eps, D, NORM)
         errors = tl.zeros([BLOCK_K], tl.float32)
         for tap in range(K):
             here = (tap * tokens + token) * D + column
             pred = tl.load(pred_ptr + here, mask=own, other=0.0).to(tl.float32)
             if PER_TAP:
-                target = _features(target_ptr, here, own, eps, D, NORM)
+                stat = (tap if OVER_BATCH else tap * num_images + image) * D + column
+                target = _features(target_ptr, here, mean_ptr, scale_ptr, stat, own, eps, D, NORM)
             if NORM_PRED:
                 pred, scale = _standardise(pred, own, D, eps)
             difference = tl.where(own, pred - target, 0.0)
