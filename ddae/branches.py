@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
     codes: Tensor | None = None  # int64 [B, M]: of the masked patches, by the token branch's tokenizer
     patches: Tensor | None = None  # normalised [B, N, P], visible ones first, where somebody has cut them already
     teacher_ready: torch.cuda.Event | None = None  # to wait for before teacher_tokens are read: another stream's
+    patch_weight: Tensor | None = None  # float32 [B, M]: fixed weights of the masked patches; None: all 1
 
 
 class Tokens(NamedTuple):
@@ -163,11 +164,16 @@ class PixelBranch(DecoderBranch):
             std=self.std,
             norm=self.norm,
             rescale_grad=self.rescale_grad,
+            patch_weight=inputs.patch_weight,
             impl=inputs.kernels,
         )
 
 
 class FeatureBranch(DecoderBranch):
+    def __init__(self, *decoding, target_norm: str, **options):
+        super().__init__(*decoding, **options)
+        self.target_norm = target_norm
+
     def loss(self, pred: Tensor, inputs: Inputs, places: slice) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
             raise ValueError("the feature branch needs the teacher's tokens")
@@ -180,7 +186,10 @@ class FeatureBranch(DecoderBranch):
             inputs.distance,
             beta[places],
             (tap_weight * inputs.feature_weight)[places],
+            norm_pred=self.target_norm != "none",
+            target_norm=self.target_norm,
             rescale_grad=self.rescale_grad,
+            patch_weight=inputs.patch_weight,
             impl=inputs.kernels,
         )
 
@@ -195,7 +204,8 @@ class TokenBranch(Branch):
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         beta, tap_weight = self.weights(inputs)
         token_error = cross_entropy(self.head, [tokens.normed[tap] for tap in self.taps], inputs)
-        return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight, rescale_grad=self.rescale_grad)
+        weighing = {"rescale_grad": self.rescale_grad, "patch_weight": inputs.patch_weight}
+        return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight, **weighing)
 
 
 class ClsBranch(Branch):

@@ -5,7 +5,7 @@ what it is.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, Self
 
 from ddae.errors import UserError
 from ddae.experiment import ANY, RANGES, TINY, EngineConfig, Experiment, ShardsConfig, check_ranges
@@ -21,12 +21,16 @@ class ModelConfig:
     positions: Literal["rowfirst", "colfirst", "none"] = "rowfirst"  # what fills the first half of a position
     relative_positions: Literal["none", "shared", "each"] = "none"  # of attention: one table for all blocks, or each's
     layer_scale: float = 0.0  # where learnable factors of what a block adds begin; 0: there are none
+    # Initial weights: Xavier-uniform with queries, keys and values as three matrices (BootMAE, MoCo v3) or as one (MAE),
+    # or a truncated normal whose residual layers shrink with depth (BEiT).
+    init: Literal["bootmae", "mae", "beit"] = "bootmae"
 
 
 @dataclass(frozen=True)
 class MaskConfig:
     kind: Literal["bootmae_block", "beit_block", "random"] = "bootmae_block"  # how masked patches are chosen
     ratio: float = 0.75  # share of patches that is masked
+    neighbour_weight: bool = False  # weigh a masked patch by 1 + the masked share of the 3 x 3 around it (BootMAE)
     replaced: bool = False  # the encoder sees a mask token in a masked patch's place (BEiT), instead of nothing (MAE)
 
 
@@ -40,6 +44,7 @@ class PixelConfig:
     decoder_width: int = 512  # decoder width
     decoder_heads: int = 16  # decoder attention heads
     norm: Literal["per_channel", "joint", "none"] = "per_channel"  # how a target patch is normalised
+    decoder_positions: Literal["all", "masked"] = "all"  # tokens that get positions: all (MAE), mask tokens (BootMAE)
     cross_attention: bool = False  # decoder blocks look at the visible patches as block 1 left them (BootMAE)
     own_norms: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
     own_heads: bool = False  # each tap has a last layer of its own
@@ -54,7 +59,11 @@ class FeatureConfig:
     decoder_depth: int = 2  # decoder blocks
     decoder_width: int = 768  # decoder width
     decoder_heads: int = 12  # decoder attention heads
+    # How the teacher's tokens are normalised: a LayerNorm of each (BootMAE), the same after each channel is standardised
+    # over an image's masked tokens, or over those of the batch; or not at all.
+    target_norm: Literal["layer", "instance_layer", "batch_layer", "none"] = "instance_layer"
     ramp: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
+    decoder_positions: Literal["all", "masked"] = "all"  # tokens that get positions: all (MAE), mask tokens (BootMAE)
     cross_attention: bool = False  # decoder blocks look at the visible patches as the tap left them (BootMAE)
     own_norms: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
     own_heads: bool = False  # each tap has a last layer of its own
@@ -78,6 +87,7 @@ class DynamicConfig:
     beta_init: tuple[float, ...] = (-0.5,)  # where the betas begin: one number for all taps, or one a tap
     learnable: bool = True  # betas learn; otherwise they stay where they begin
     shared: bool = True  # one beta a tap for all branches; otherwise each branch has its own
+    distance_norm: Literal["none", "max"] = "none"  # distances in patches, or over the image's largest (Fig. 2)
     rescale_grad: Literal["full", "detach"] = "full"  # gradient through the re-scale's maximum, or not
     norm_weight: float = 0.5  # weight of the norm of the weights (Eq. 6)
     norm_batch: float = 1.0  # images over which that norm is taken: 1 a single one, 256 a flattened batch
@@ -88,7 +98,9 @@ class DynamicConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    momentum: float | Literal["schedule"] = "schedule"  # a constant, or the paper's schedule by epoch
+    # A constant, or by epoch: "schedule" is BootMAE's (0.999, 0.9999 at epoch 100, 0.99999 at 400), "linear" one line
+    # from 0.999 to 0.99999 at epoch 400 (the paper's appendix A as printed).
+    momentum: float | Literal["schedule", "linear"] = "schedule"
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,11 @@ class Config(Experiment):
         *("probe_every", "token.tokenizer"),
         *("engine.taps", "engine.shortcuts", "engine.recompute_decoders", "engine.compile", "engine.teacher_stream"),
     }
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Self:
+        """Return what to_dict() gave; a run from before feature.target_norm existed had "layer"."""
+        return super().from_dict(tree | {"feature": {"target_norm": "layer"} | tree.get("feature", {})})
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class OptimConfig:
     min_lr: float = 1e-4  # learning rate at the end of the cosine
     warmup_epochs: float = 20.0  # linear warm-up
     weight_decay: float = 0.05  # decoupled; biases, norms, cls and mask tokens are exempt
+    decay_mask_tokens: bool = False  # mask tokens decay, too (BootMAE)
     adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors
     clip_grad: float = 0.0  # largest gradient norm; 0 does not clip
 

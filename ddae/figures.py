@@ -68,7 +68,7 @@ def reconstructions(method: Method, config: Config, images: Tensor, betas: dict[
     by_row = [sample_mask(k, s[None], config.grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)]
     mask = Mask(*(torch.cat(positions).to(images.device) for positions in zip(*by_row, strict=True)))
     rebuilt = reconstruct(method, images, mask)
-    return reconstruction_grid(images, mask, kinds, config.model.patch_size, rebuilt, betas)
+    return reconstruction_grid(images, mask, kinds, config.model.patch_size, rebuilt, betas, config.dynamic.distance_norm)
 
 
 def betas_of_pixels(config: Config, by_name: dict[str, float]) -> dict[int, float]:
@@ -85,12 +85,18 @@ def on_grid(values: Tensor, mask: Mask, grid: tuple[int, int]) -> np.ndarray:
 
 
 def reconstruction_grid(
-    images: Tensor, mask: Mask, kinds: list[str], patch: int, rebuilt: dict[int, Tensor], betas: dict[int, float]
+    images: Tensor,
+    mask: Mask,
+    kinds: list[str],
+    patch: int,
+    rebuilt: dict[int, Tensor],
+    betas: dict[int, float],
+    distance_norm: str = "none",
 ) -> Figure:
     """Rows: images, each with the kind of its mask. Columns: input, visible patches, each tap's reconstruction,
     distances, each tap's weights."""
     grid = images.shape[2] // patch, images.shape[3] // patch
-    distance = masked_distance(mask, grid)
+    distance = masked_distance(mask, grid, norm=distance_norm)
     pictures = [("input", images.float() / 255), ("visible", hide(images, mask, patch))]
     pictures += [(f"block {tap}", picture) for tap, picture in rebuilt.items()]
     maps: list[tuple[str, np.ndarray, tuple[int, int] | None]] = [("distance", on_grid(distance, mask, grid), None)]
@@ -136,14 +142,16 @@ def curves(rows: list[dict[str, float]], groups: dict[str, list[str]], title: st
     return figure
 
 
-def weight_by_distance(betas: dict[str, float], farthest: float) -> Figure:
-    """The weight r of a patch at each distance, one line a beta (an image whose nearest masked patch is at 1)."""
+def weight_by_distance(betas: dict[str, float], farthest: float, distance_norm: str = "none") -> Figure:
+    """The weight r of a patch at each distance in patches, one line a beta, in an image whose masked patches lie at
+    distances from 1 to `farthest`."""
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
-    distance = torch.linspace(1, max(2.0, farthest), 100)[None]
+    patches = torch.linspace(1, max(2.0, farthest), 100)[None]
+    distance = patches / patches.max() if distance_norm == "max" else patches
     for (name, beta), colour in zip(betas.items(), COLOURS * 3, strict=False):
         weight = dk.distance_weights(distance, torch.tensor([beta]))[0, 0]
-        axis.plot(distance[0], weight, color=colour, linewidth=1.6, label=f"{name}: β={beta:.2f}")
-    axis.set_xlabel("distance to the nearest visible patch")
+        axis.plot(patches[0], weight, color=colour, linewidth=1.6, label=f"{name}: β={beta:.2f}")
+    axis.set_xlabel("distance to the nearest visible patch, in patches")
     axis.set_ylabel("weight")
     axis.set_ylim(0, 1.05)
     axis.grid(alpha=0.25)

@@ -14,15 +14,18 @@ from typing import NamedTuple
 import ddae_kernels as dk
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddae.counter import uniform
 
 KINDS = ("bootmae_block", "beit_block", "random")
-ROUNDS = 64  # rectangles tried for an image; what they leave open is filled at random
+ROUNDS = 64  # rectangles drawn for an image at a time
+FAILURES = 10  # beit_block: rectangles that may fail in a row before the rest is filled at random
 LOG_ASPECT = math.log(1 / 0.3)  # sides of a rectangle relate as 0.3 to 1/0.3
 SHOWN_INSIDE = 3  # bootmae_block: at most so many visible patches come from inside the rectangles
 FILL_STREAM, SHOWN_STREAM = ROUNDS, ROUNDS + 1
+RECTANGLE_STREAMS = (0, *range(2 * ROUNDS, 1000 - ROUNDS, ROUNDS))  # first stream of each ROUNDS; crops begin at 1000
 
 
 class Mask(NamedTuple):
@@ -52,7 +55,7 @@ def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int
     shown = torch.zeros(len(seeds), dtype=torch.int64)
     num_visible = patches - num_masked
     if kind == "beit_block":
-        score += _rectangles(seeds, grid, num_masked, num_masked)
+        score += _rectangles(seeds, grid, num_masked, num_masked, FAILURES)
     elif kind == "bootmae_block":
         covered = min(round(120 * patches / 196), num_masked)
         score += _rectangles(seeds, grid, covered, max(1, round(60 * patches / 196)))
@@ -64,41 +67,68 @@ def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int
     return Mask(visible.view(-1, num_visible), masked.view(-1, num_masked))
 
 
-def masked_distance(mask: Mask, grid: tuple[int, int], kernels: str = "reference") -> Tensor:
-    """Distance of each masked patch to the nearest visible one, in patch units: float32 [B, M]."""
+def masked_distance(mask: Mask, grid: tuple[int, int], kernels: str = "reference", norm: str = "none") -> Tensor:
+    """Distance of each masked patch to the nearest visible one: float32 [B, M].
+
+    norm: "none" for patch units, "max" for units of the image's largest distance.
+    """
+    return dk.patch_distance(_is_masked(mask, grid), grid, impl=kernels, norm=norm).gather(1, mask.masked)
+
+
+def neighbour_weight(mask: Mask, grid: tuple[int, int]) -> Tensor:
+    """1 + the masked share of the 3 x 3 patches around each masked patch, which count as visible outside the image:
+    float32 [B, M] (BootMAE's --weight_mask)."""
+    is_masked = _is_masked(mask, grid).float()
+    share = F.avg_pool2d(is_masked.view(-1, 1, *grid), 3, stride=1, padding=1).flatten(1)
+    return 1 + share.gather(1, mask.masked)
+
+
+def _is_masked(mask: Mask, grid: tuple[int, int]) -> Tensor:
+    """bool [B, N]."""
     is_masked = torch.ones(len(mask.visible), grid[0] * grid[1], dtype=torch.bool, device=mask.visible.device)
-    is_masked.scatter_(1, mask.visible, False)
-    return dk.patch_distance(is_masked, grid, impl=kernels).gather(1, mask.masked)
+    return is_masked.scatter_(1, mask.visible, False)
 
 
-def _rectangles(seeds: Tensor, grid: tuple[int, int], target: int, max_block: int) -> Tensor:
+def _rectangles(
+    seeds: Tensor, grid: tuple[int, int], target: int, max_block: int, most_failures: int | None = None
+) -> Tensor:
     """Rectangles that cover up to `target` patches of each image: bool [B, N].
 
-    Each round draws one rectangle for every image and keeps it where it covers something new, but not too much. In
-    NumPy, whose calls on small arrays cost a fifth of torch's.
+    Each round draws one rectangle for every unfinished image and keeps it where it covers something new, but not too
+    much. most_failures: an image is finished, too, where so many in a row were not kept. In NumPy, whose calls on small
+    arrays cost a fifth of torch's.
     """
     height, width = grid
     min_block = max(1, round(16 * height * width / 196))
     rows, columns = np.arange(height), np.arange(width)
-    draws = uniform(seeds, 4, streams=ROUNDS).permute(1, 2, 0).numpy()
     covered = np.zeros((len(seeds), height, width), dtype=bool)
     missing = np.full(len(seeds), target)
-    for draw in draws:
-        unfinished = missing.nonzero()[0]
-        if not len(unfinished):
+    failures = np.zeros(len(seeds), dtype=int)
+    for stream in RECTANGLE_STREAMS:
+        first = missing.nonzero()[0]  # those that this stream's rounds begin with
+        if not len(first):
             break
-        draw, room = draw[:, unfinished], missing[unfinished].clip(max=max_block)
-        area = min_block + draw[0] * (room - min_block)  # downwards where less room is left: needed to finish
-        aspect = np.exp((2 * draw[1] - 1) * LOG_ASPECT)
-        tall = np.sqrt((area * aspect).clip(min=0)).round().astype(int)
-        wide = np.sqrt((area / aspect).clip(min=0)).round().astype(int)
-        top = (draw[2] * (height - tall + 1)).astype(int)[:, None]
-        left = (draw[3] * (width - wide + 1)).astype(int)[:, None]
-        in_rows = (rows >= top) & (rows < top + tall[:, None])
-        in_columns = (columns >= left) & (columns < left + wide[:, None])
-        inside = in_rows[:, :, None] & in_columns[:, None, :] & ~covered[unfinished]
-        gained = inside.sum((1, 2))
-        kept = (tall <= max(1, height - 1)) & (wide <= max(1, width - 1)) & (gained > 0) & (gained <= room)
-        covered[unfinished[kept]] |= inside[kept]
-        missing[unfinished[kept]] -= gained[kept]
+        draws = uniform(seeds[first], 4, stream, ROUNDS).permute(1, 2, 0).numpy()
+        for draw in draws:
+            open_ = missing[first] > 0
+            unfinished = first[open_]
+            if not len(unfinished):
+                break
+            draw, room = draw[:, open_], missing[unfinished].clip(max=max_block)
+            area = min_block + draw[0] * (room - min_block)  # downwards where less room is left: needed to finish
+            aspect = np.exp((2 * draw[1] - 1) * LOG_ASPECT)
+            tall = np.sqrt((area * aspect).clip(min=0)).round().astype(int)
+            wide = np.sqrt((area / aspect).clip(min=0)).round().astype(int)
+            top = (draw[2] * (height - tall + 1)).astype(int)[:, None]
+            left = (draw[3] * (width - wide + 1)).astype(int)[:, None]
+            in_rows = (rows >= top) & (rows < top + tall[:, None])
+            in_columns = (columns >= left) & (columns < left + wide[:, None])
+            inside = in_rows[:, :, None] & in_columns[:, None, :] & ~covered[unfinished]
+            gained = inside.sum((1, 2))
+            kept = (tall <= max(1, height - 1)) & (wide <= max(1, width - 1)) & (gained > 0) & (gained <= room)
+            covered[unfinished[kept]] |= inside[kept]
+            missing[unfinished[kept]] -= gained[kept]
+            if most_failures is not None:
+                failures[unfinished] = np.where(kept, 0, failures[unfinished] + 1)
+                missing[failures >= most_failures] = 0
     return torch.from_numpy(covered).flatten(1)

@@ -60,7 +60,7 @@ class Method(nn.Module):
 def build_method(config: Config) -> Method:
     """The whole method of this experiment, initialised from train.seed."""
     method = assemble(config)
-    initialise(method, torch.Generator().manual_seed(config.train.seed))
+    initialise(method, torch.Generator().manual_seed(config.train.seed), config.model.init)
     return method
 
 
@@ -74,6 +74,7 @@ def assemble(config: Config) -> Method:
         heads = len(branch.taps) if branch.own_heads else 1
         crosses = branch.cross_attention
         decoder = Decoder(model.width, *shape, out_width, config.grid, model.positions, heads, crosses)
+        decoder.places_visible = branch.decoder_positions == "all"
         norms = [LayerNorm(model.width) for _ in branch.taps[:-1]] if branch.own_norms else []
         arguments = branch.taps, branch.tap_weights, config.dynamic.rescale_grad
         return decoder, *arguments, norms, context if crosses else None
@@ -87,7 +88,9 @@ def assemble(config: Config) -> Method:
             normalisation=config.data.normalisation,
         )
     if config.feature.enabled:
-        branches["feature"] = FeatureBranch(*decoding(config.feature, model.width, context=0))
+        branches["feature"] = FeatureBranch(
+            *decoding(config.feature, model.width, context=0), target_norm=config.feature.target_norm
+        )
     encoder = Encoder(model)
     if config.token.enabled:
         token = config.token

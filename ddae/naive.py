@@ -132,7 +132,12 @@ class NaiveMethod(nn.Module):
                     weight = tap_weight
                 else:
                     assert teacher_tokens is not None
-                    target = F.layer_norm(teacher_tokens[tap - 1][:, 1:].to(wide), (config.model.width,), eps=1e-6)
+                    target = teacher_tokens[tap - 1][:, 1:].to(wide)
+                    if branch.target_norm == "instance_layer":  # type: ignore[union-attr]
+                        hidden = gather(target, masked)
+                        deviation = (hidden.var(dim=1, keepdim=True, unbiased=False) + 1e-5) ** 0.5
+                        target = (target - hidden.mean(dim=1, keepdim=True)) / deviation
+                    target = F.layer_norm(target, (config.model.width,), eps=1e-6)
                     prediction = F.layer_norm(prediction, (config.model.width,), eps=1e-6)
                     weight = feature_weight * tap_weight
                 error = ((prediction - target) ** 2).mean(dim=-1).gather(1, masked)

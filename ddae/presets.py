@@ -56,15 +56,22 @@ def bootmae(size: str, epochs: int) -> Config:
     """BootMAE: both branches at the last block, not dynamic; decoders look at what early blocks left. Paper Table 1:
     ViT-B 83.0 (100 epochs)."""
     config = ddae(size, epochs)
-    last = {"taps": config.pixel.taps[-1:], "tap_weights": (1.0,), "dynamic": False, "cross_attention": True}
-    return replace(config, pixel=replace(config.pixel, **last), feature=replace(config.feature, **last))
+    last = {"taps": config.pixel.taps[-1:], "tap_weights": (1.0,), "dynamic": False}
+    last |= {"cross_attention": True, "decoder_positions": "masked"}
+    return replace(
+        config,
+        mask=replace(config.mask, neighbour_weight=True),
+        pixel=replace(config.pixel, **last),
+        feature=replace(config.feature, **last, target_norm="layer"),
+        optim=replace(config.optim, decay_mask_tokens=True),
+    )
 
 
 def mae(size: str, epochs: int) -> Config:
     """MAE: pixels from the last block, an 8-block decoder, random masks. Paper Table 2: ViT-B 82.9 (300 epochs)."""
     width, depth, heads, patch = SIZES[size]
     return Config(
-        model=ModelConfig(width=width, depth=depth, heads=heads, patch_size=patch, positions="colfirst"),
+        model=ModelConfig(width=width, depth=depth, heads=heads, patch_size=patch, positions="colfirst", init="mae"),
         mask=MaskConfig(kind="random"),
         pixel=PixelConfig(taps=(depth,), tap_weights=(1.0,), dynamic=False, decoder_depth=8, norm="joint"),
         feature=FeatureConfig(enabled=False),
@@ -98,7 +105,12 @@ def beitv2(size: str, epochs: int) -> Config:
     width, depth, heads, patch = SIZES[size]
     return Config(
         model=ModelConfig(
-            *(width, depth, heads), patch_size=patch, positions="none", relative_positions="shared", layer_scale=0.1
+            *(width, depth, heads),
+            patch_size=patch,
+            positions="none",
+            relative_positions="shared",
+            layer_scale=0.1,
+            init="beit",
         ),
         mask=MaskConfig(kind="beit_block", ratio=75 / 196, replaced=True),
         pixel=PixelConfig(enabled=False),

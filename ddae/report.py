@@ -71,7 +71,7 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
     if by_name:
         drawn["betas"] = figures.curves(rows, {"betas": figures.metric_names(rows, "beta/")}, "")
         farthest = float(max(config.grid) - 1) / 2
-        drawn["weights"] = figures.weight_by_distance(by_name, farthest)
+        drawn["weights"] = figures.weight_by_distance(by_name, farthest, config.dynamic.distance_norm)
     if probed := figures.metric_names([row for row in everything if any(n.startswith("health/") for n in row)], ""):
         groups = {f"{of}": [n for n in probed if n.startswith(of)] for of in ("knn/", "health/rank/", "health/spread/")}
         words = {"knn/": "k-NN accuracy in %", "health/rank/": "effective rank", "health/spread/": "spread"}

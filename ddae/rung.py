@@ -97,7 +97,7 @@ class NaiveStep:
     def __call__(self, batch: Batch) -> Tensor:
         config, module, low = self.config, self.engine.module, self.config.engine.precision != "fp32"
         mask = (batch.mask or mask_drawer(config)(batch.seeds)).to(device())
-        distance = masked_distance(mask, config.grid, "reference")
+        distance = masked_distance(mask, config.grid, "reference", config.dynamic.distance_norm)
         tokens = None
         if self.teacher is not None:
             pixels = to_pixels(batch.images, config.data.normalisation)

@@ -2,7 +2,8 @@
 
 import math
 
-TEACHER_MOMENTUM = ((0, 0.999), (100, 0.9999), (400, 0.99999))  # (epoch, m), linear between; paper appendix, BootMAE
+TEACHER_MOMENTUM = ((0, 0.999), (100, 0.9999), (400, 0.99999))  # (epoch, m), linear between; BootMAE
+TEACHER_LINE = ((0, 0.999), (400, 0.99999))  # the paper's appendix A as printed
 TEACHER_BATCH = 4096  # the batch that the table above is meant for
 
 
@@ -22,12 +23,12 @@ def warmup_linear(step: int, steps: int, warmup_steps: float, peak: float, floor
     return line * (1 - (1 - step / warmup_steps) * (1 - 1e-6)) if step < warmup_steps else line
 
 
-def teacher_momentum(epoch: float, batch_size: int) -> float:
-    """The paper's schedule, linear in m between its points, adapted to the batch: m ^ (batch / 4096).
+def teacher_momentum(epoch: float, batch_size: int, points: tuple[tuple[float, float], ...] = TEACHER_MOMENTUM) -> float:
+    """A schedule by (epoch, m), linear in m between its points, adapted to the batch: m ^ (batch / 4096).
 
     A half-life counted in samples is what the exponent keeps (METHOD.md).
     """
-    (start, momentum), *later = TEACHER_MOMENTUM
+    (start, momentum), *later = points
     for end, target in later:
         if epoch < end:
             momentum += (target - momentum) * (epoch - start) / (end - start)

@@ -16,16 +16,17 @@ from ddae.data.reader import DrawMask
 from ddae.distributed import device
 from ddae.engine import Engine
 from ddae.errors import UserError
-from ddae.masks import Mask, masked_distance, sample_mask
+from ddae.masks import Mask, masked_distance, neighbour_weight, sample_mask
 from ddae.method import Losses, Method
 from ddae.model.decoder import Decoder
 from ddae.model.teacher import Teacher
 from ddae.model.tokenizer import Tokenizer
 from ddae.model.vit import Encoder
 from ddae.patches import gather_tokens, normalise_patches, patchify
-from ddae.schedules import ramp, teacher_momentum, warmup_cosine
+from ddae.schedules import TEACHER_LINE, TEACHER_MOMENTUM, ramp, teacher_momentum, warmup_cosine
 from ddae.weights import load_tokenizer
 
+POINTS = {"schedule": TEACHER_MOMENTUM, "linear": TEACHER_LINE}  # of teacher.momentum
 LARGE = 2**24  # numbers: 64 MiB in fp32
 
 
@@ -33,6 +34,13 @@ def settle(config: Config, ds_json: dict[str, Any]) -> Config:
     """`engine.taps` without auto; UserError where the ZeRO stage or the device does not allow what `engine` says."""
     if config.engine.teacher_stream and device().type == "cpu":
         raise UserError("--engine.teacher_stream is for a GPU, a CPU has no streams: leave it out")
+    if config.feature.enabled and config.feature.target_norm == "batch_layer":
+        micro = ds_json["train_micro_batch_size_per_gpu"]
+        if micro != config.data.batch_size:
+            raise UserError(
+                f"feature.target_norm batch_layer takes statistics over the whole batch of {config.data.batch_size} "
+                f"images, and a rank sees {micro} at a time: use one rank without accumulation, or instance_layer"
+            )
     stage_3, taps = ds_json.get("zero_optimization", {}).get("stage", 0) == 3, config.engine.taps
     if stage_3 and taps == "sequential":
         raise UserError(
@@ -77,7 +85,8 @@ def forward(
 ) -> Losses:
     """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
     mask = (batch.mask or mask_drawer(config)(batch.seeds)).to(engine.device)
-    distance = masked_distance(mask, config.grid, kernels)
+    distance = masked_distance(mask, config.grid, kernels, config.dynamic.distance_norm)
+    patch_weight = neighbour_weight(mask, config.grid) if config.mask.neighbour_weight else None
     targets = ready = codes = None
     patches = None if config.mask.replaced else cut(batch.images, mask, config, engine.dtype)
     if isinstance(teacher, Tokenizer):
@@ -88,9 +97,8 @@ def forward(
             targets, ready = teacher.start(patches, config.feature.taps, mask)
     betas.add_norm(distance)
     weight = torch.full((), feature_weight, device=engine.device)
-    return engine(
-        Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes, patches, ready)
-    )
+    inputs = Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes, patches, ready)
+    return engine(inputs._replace(patch_weight=patch_weight))
 
 
 def cut(images: Tensor, mask: Mask, config: Config, dtype: torch.dtype) -> Tensor:
@@ -151,7 +159,7 @@ def schedules(config: Config, step: int, steps: int, epoch_samples: int) -> Sche
     return Schedules(
         epoch,
         warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr),
-        teacher_momentum(epoch, config.data.batch_size) if isinstance(momentum, str) else momentum,
+        teacher_momentum(epoch, config.data.batch_size, POINTS[momentum]) if isinstance(momentum, str) else momentum,
         ramp(step, config.feature.ramp * steps),
     )
 

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 import torch
 
-from ddae.masks import KINDS, Mask, masked_distance, sample_mask
+from ddae.masks import FAILURES, KINDS, Mask, _rectangles, masked_distance, neighbour_weight, sample_mask
 
 GRID = (14, 14)
 SEEDS = torch.arange(4096) * 7919
@@ -45,6 +46,53 @@ def test_distances_are_spread_as_in_the_published_generators(kind):
     assert (distance > 2).float().mean() == pytest.approx(beyond_two, abs=0.01)
 
 
+def one_by_one(target, grid, generator):
+    """A mask as BEiT's description has it, image by image: rectangles until `target` patches are covered or ten in a row
+    do not fit."""
+    covered = np.zeros(grid, bool)
+    while (missing := target - covered.sum()) > 0:
+        for _ in range(10):
+            area = 16 + generator.random() * (missing - 16)
+            aspect = np.exp((2 * generator.random() - 1) * np.log(1 / 0.3))
+            tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if tall >= grid[0] or wide >= grid[1]:
+                continue
+            top, left = generator.integers(grid[0] - tall + 1), generator.integers(grid[1] - wide + 1)
+            fresh = ~covered[top : top + tall, left : left + wide]
+            if 0 < fresh.sum() <= missing:
+                covered[top : top + tall, left : left + wide] = True
+                break
+        else:
+            break
+    return covered.sum()
+
+
+@pytest.mark.parametrize("target, published", [(75, 0.665), (147, 0.635)])
+def test_beit_gives_up_after_ten_rectangles(target, published):
+    """As often as the sequential generator, and as often as 2,000 draws of the published one did."""
+    assert FAILURES == 10
+    found = _rectangles(SEEDS, GRID, target, target, FAILURES).sum(1)
+    generator = np.random.default_rng(0)
+    counts = np.array([one_by_one(target, GRID, generator) for _ in range(2000)])
+    complete = float((found == target).float().mean())
+    assert complete == pytest.approx((counts == target).mean(), abs=0.04)  # three standard errors
+    assert complete == pytest.approx(published, abs=0.04)
+    assert float(found.float().mean()) == pytest.approx(counts.mean(), rel=0.01)
+
+
+def test_bootmae_does_not_give_up():
+    assert (_rectangles(SEEDS, GRID, 120, 60).sum(1) == 120).all()
+
+
+def test_neighbour_weights_by_hand():
+    """On 3 x 3 patches with the left column masked: the middle one has 3 masked of 9 around it, the corners 2."""
+    masked = torch.tensor([[0, 3, 6]])
+    mask = Mask(torch.tensor([[1, 2, 4, 5, 7, 8]]), masked)
+    torch.testing.assert_close(neighbour_weight(mask, (3, 3)), torch.tensor([[1 + 2 / 9, 1 + 3 / 9, 1 + 2 / 9]]))
+    mean = neighbour_weight(sample_mask("bootmae_block", SEEDS, GRID, 147), GRID).mean()
+    assert mean == pytest.approx(1.8, abs=0.05)  # what it makes the losses larger by
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_patch_is_always_or_never_masked(kind):
     masked = sample_mask(kind, SEEDS, GRID, 75 if kind == "beit_block" else 147).masked
@@ -59,6 +107,8 @@ def test_no_patch_is_always_or_never_masked(kind):
 def test_distance_is_read_at_the_masked_patches():
     mask = Mask(visible=torch.tensor([[0]]), masked=torch.tensor([[1, 2, 3, 4, 5]]))
     assert masked_distance(mask, (2, 3)).square().round().tolist() == [[1, 4, 1, 2, 5]]
+    over_max = masked_distance(mask, (2, 3), norm="max")
+    torch.testing.assert_close(over_max.square(), torch.tensor([[1, 4, 1, 2, 5]]) / 5)
 
 
 @pytest.mark.parametrize(

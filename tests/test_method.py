@@ -50,12 +50,12 @@ def exact_terms(config, method, pixels, mask, distance, betas, teacher):
         "pixel": equations.pixel_target(
             pixels.numpy(), mask.masked.numpy(), config.model.patch_size, mean, std, "per_channel", False, 1e-5
         ),
-        "feature": equations.layer_norm(teacher.astype(float)),
+        "feature": equations.feature_target(teacher.astype(float), config.feature.target_norm),
     }
     terms = {}
     for name, branch in method.branches.items():
         pred = branch.predict(tokens, mask).detach().double().numpy()
-        pred = equations.layer_norm(pred) if name == "feature" else pred
+        pred = equations.layer_norm(pred) if name == "feature" and config.feature.target_norm != "none" else pred
         beta = [betas.detach().double().numpy()[place] for place in branch.beta_places] or np.zeros(len(branch.taps))
         terms[name] = equations.dynamic_loss(
             pred, targets[name], distance.astype(float), beta, np.array(branch.tap_weights)

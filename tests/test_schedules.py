@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from ddae.schedules import ramp, teacher_momentum, warmup_cosine, warmup_linear
+from ddae.schedules import TEACHER_LINE, ramp, teacher_momentum, warmup_cosine, warmup_linear
 
 
 def test_learning_rate():
@@ -34,6 +34,11 @@ def test_a_peak_below_the_floor_is_never_exceeded():
 )
 def test_teacher_momentum_is_the_papers(epoch, momentum):
     assert teacher_momentum(epoch, 4096) == pytest.approx(momentum, abs=1e-12)
+
+
+@pytest.mark.parametrize("epoch, momentum", [(0, 0.999), (100, 0.9992475), (200, 0.999495), (400, 0.99999), (799, 0.99999)])
+def test_the_line_of_appendix_a(epoch, momentum):
+    assert teacher_momentum(epoch, 4096, TEACHER_LINE) == pytest.approx(momentum, abs=1e-12)
 
 
 def test_teacher_momentum_keeps_its_half_life_in_samples():

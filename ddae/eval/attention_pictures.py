@@ -27,7 +27,7 @@ def distance_maps(grid: tuple[int, int], kinds: Sequence[str] = KINDS) -> Figure
         for axis, ratio in zip(row, RATIOS, strict=True):
             mask = sample_mask(kind, torch.tensor([7]), grid, round(ratio * grid[0] * grid[1]))
             distance = masked_distance(mask, grid)
-            shares = on_grid(distance / distance.max(), mask, grid)[0]
+            shares = on_grid(masked_distance(mask, grid, norm="max"), mask, grid)[0]
             picture = axis.imshow(shares, cmap="cividis_r", vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -123,7 +123,7 @@ class Tokenizing:
         tokenizer = Tokenizer(self.config.model, vq.codes, vq.code_width)
         decoder = vq.decoder_depth, vq.decoder_width, vq.decoder_heads
         module = Quantizer(tokenizer, self.teacher.width, *decoder, vq.decay, vq.dead)
-        initialise(module, torch.Generator().manual_seed(self.config.train.seed))
+        initialise(module, torch.Generator().manual_seed(self.config.train.seed), self.config.model.init)
         self.engine = self.learner = Engine(module, build_optimizer(module, self.config.optim), ds_json)
         self.about = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
         self._codebook = Codebook(self.engine.module)

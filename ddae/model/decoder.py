@@ -74,6 +74,7 @@ class Decoder(nn.Module):
         # The same outputs with less work: mask tokens enter the first block once a step, where they are alike in all
         # images, and only masked patches leave the last one.
         self.enter_once, self.leave_masked = True, True
+        self.places_visible = True  # visible tokens get positions, too; otherwise mask tokens alone (BootMAE)
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed: Tensor
@@ -101,9 +102,10 @@ class Decoder(nn.Module):
         places: of the heads that the taps have, where each has its own.
         """
         positions, num_masked = self.pos_embed[0].to(tokens.dtype), masked.shape[1]
-        shown = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], 1)  # cls has the table's first row
         tokens = self.embed(tokens)
-        tokens = (tokens.unflatten(0, (-1, len(shown))) + F.embedding(shown, positions)).flatten(0, 1)
+        if self.places_visible:
+            shown = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], 1)  # cls has the table's first row
+            tokens = (tokens.unflatten(0, (-1, len(shown))) + F.embedding(shown, positions)).flatten(0, 1)
         to_come: MaskTokens | None = MaskTokens(self.mask_token[0] + positions[1:], masked)
         if not self.enter_once:
             tokens, to_come = to_come.after(tokens), None

@@ -48,6 +48,7 @@ class Parts(nn.Linear):
 
 
 QUERIES, KEYS_AND_VALUES = range(2)
+TOKEN_STD = 0.02  # of cls and mask tokens, and of BEiT's matrices
 
 
 class MaskTokens(NamedTuple):
@@ -145,27 +146,44 @@ def run_block(block: nn.Module, recompute: bool, *inputs: object, chance: bool =
     return block(*inputs)
 
 
-def initialise(module: nn.Module, generator: torch.Generator) -> None:
-    """Every parameter of `module`: Xavier-uniform matrices, zero biases, unit norms, tokens of deviation 0.02; a layer
-    scale stays as it was built, relative positions begin at zero.
+def initialise(module: nn.Module, generator: torch.Generator, kind: str = "bootmae") -> None:
+    """Set every parameter of `module`: zero biases, unit norms, tokens of standard deviation 0.02, zero relative
+    positions; a layer scale stays as it was built. Matrices by kind (ModelConfig.init):
 
-    The query, key and value parts of a qkv matrix count as three square matrices (BEiT, BootMAE).
+    bootmae  Xavier-uniform; queries, keys and values count as three matrices; cls token of 1e-6 (MoCo v3, BootMAE)
+    mae      Xavier-uniform; qkv counts as one matrix (MAE)
+    beit     normal of 0.02, truncated at one standard deviation; attn.proj and mlp.fc2 of block l over sqrt(2 l) (BEiT)
     """
-    for name, parameter in module.named_parameters():
-        with torch.no_grad():
+    cls_std = 1e-6 if kind == "bootmae" else TOKEN_STD
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
             if name.endswith(("cls_token", "mask_token")):
-                parameter.normal_(std=0.02, generator=generator)
+                parameter.normal_(std=cls_std if name.endswith("cls_token") else TOKEN_STD, generator=generator)
             elif name.endswith("gamma"):
                 continue
             elif parameter.ndim >= 2 and not name.endswith("relative_position_bias_table"):
+                if kind == "beit":
+                    nn.init.trunc_normal_(parameter, 0, TOKEN_STD, -TOKEN_STD, TOKEN_STD, generator)
+                    continue
                 fan_out, fan_in = parameter.flatten(1).shape
-                fan_out = fan_in if name.endswith("qkv.weight") else fan_out
+                fan_out = fan_in if kind == "bootmae" and name.endswith("qkv.weight") else fan_out
                 bound = math.sqrt(6 / (fan_in + fan_out))
                 parameter.uniform_(-bound, bound, generator=generator)
             elif name.endswith("weight"):
                 parameter.fill_(1)
             else:
                 parameter.zero_()
+        if kind == "beit":
+            _shrink_with_depth(module)
+
+
+def _shrink_with_depth(module: nn.Module) -> None:
+    """Divide what block l adds by sqrt(2 l), l counted from 1; blocks that follow an early one count on from it."""
+    for part in module.modules():
+        if isinstance(blocks := getattr(part, "blocks", None), nn.ModuleList):
+            for number, block in enumerate(blocks, 1 + getattr(part, "early", 0)):
+                block.attn.proj.weight /= math.sqrt(2 * number)  # type: ignore[union-attr,operator]
+                block.mlp.fc2.weight /= math.sqrt(2 * number)  # type: ignore[union-attr,operator]
 
 
 class PatchProjection(nn.Module):
