@@ -2,8 +2,9 @@
 
 python launch/knn.py --encoder runs/demo --data data/imagenet
 
-The training split is the bank and the validation split asks. Prints a table, and leaves results.json and pictures in
-the run's folder knn/, and in its report.html.
+The training split is the bank and the validation split asks; which block and pooling, a part of the training split
+chooses. Prints the accuracy beside untrained weights, raw pixels and chance, and leaves results.json and pictures in the
+run's folder knn/, and in its report.html.
 """
 
 import argparse
@@ -22,13 +23,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=4, help="processes that decode")
     parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where the numbers go, too")
     parser.add_argument("--out", type=Path, help="folder of the results; left out: knn in the encoder's run")
+    parser.add_argument("--grey", action="store_true", help="images in grey, of equal mean and contrast")
+    parser.add_argument("--untrained_seed", type=int, default=0, help="of the untrained encoder beside it")
     words = parser.parse_args()
-    from ddae.eval.knn import evaluate, show  # seconds to import
+    from ddae.eval.knn import Settings, evaluate, show  # seconds to import
     from ddae.eval.recipes import task_folder
 
     out = words.out or Path(task_folder(words.encoder, "knn"))
-    amounts = words.k, words.temperature, words.batch, words.workers
-    print(show(evaluate(words.encoder, words.data, out, *amounts, words.tracker)))
+    settings = Settings(**{name: getattr(words, name) for name in Settings._fields})
+    print(show(evaluate(words.encoder, words.data, out, settings, words.tracker)))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,16 @@ import math
 import runpy
 import sys
 
+import numpy as np
 import pytest
 import ranks
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
+from ddae.eval import baselines
 from ddae.eval.examples import ExampleReader, batches
 from ddae.eval.features import effective_rank, extract, spread
 from ddae.eval.knn import accuracy, vote
@@ -32,6 +35,17 @@ def test_votes_are_what_the_words_say():
         assert nearest[row].tolist() == sorted(range(50), key=lambda n: -similar[n])[:7]
     with pytest.raises(ValueError, match="k is 51: the bank has 50 images"):
         vote(bank, labels, queries, k=51)
+
+
+def test_votes_are_scikit_learns():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(300, 12, generator=generator), torch.randn(200, 12, generator=generator)
+    labels = (bank[:, :3] + 0.5 * torch.randn(300, 3, generator=generator)).argmax(1)
+    theirs = KNeighborsClassifier(20, weights=lambda far: np.exp((1 - far) / 0.07), metric="cosine", algorithm="brute")
+    theirs.fit(bank.numpy(), labels.numpy())
+    votes = vote(bank, labels, queries).votes
+    np.testing.assert_allclose(votes / votes.sum(1, keepdim=True), theirs.predict_proba(queries.numpy()), atol=1e-4)
+    assert (votes.argmax(1).numpy() == theirs.predict(queries.numpy())).all()
 
 
 def test_accuracy():
@@ -57,7 +71,8 @@ def test_features_are_the_encoders(digits, encoder_folder):
 
     encoder = load_encoder(encoder_folder)
     reader = ExampleReader(str(digits), "val", 32)
-    found = extract(encoder, batches(reader, 100, 0, torch.device("cpu")), [2, 4])
+    found, pixels = extract([encoder], batches(reader, 100, 0, torch.device("cpu")), [2, 4])
+    assert pixels.by_name["pixels"].shape == (397, 3 * 32 * 32)
     assert found.labels.tolist() == load_digits().target[1400:].tolist()
     images = torch.stack([torch.from_numpy(reader[n][0]) for n in (0, 150, 396)])
     pixels = (images / 255 - 0.5) / 0.5
@@ -84,10 +99,14 @@ def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert (results["bank"], results["queries"], results["width"], results["k"]) == (1400, 397, 64, 20)
     assert list(results["features"]) == [f"block {layer} {pool}" for layer in (1, 2, 3, 4) for pool in ("cls", "mean")]
-    assert results["top1"] > 50  # even random features tell digits apart better than one in ten
-    assert results["features"][results["best"]]["top1"] == results["top1"]
+    assert results["accuracy"] > 50  # even random features tell digits apart better than one in ten
+    assert results["features"][results["best"]]["top1"] == pytest.approx(results["accuracy"])
     assert f"{results['best']:18}" in said
-    assert said.count("<-- best") == 1
+    assert said.count("<-- chosen on a part of train") == 1
+    assert 5 < results["chance"] < 15 < results["raw_pixels"] < 100
+    assert results["untrained"] > 50
+    assert results["gain"] == pytest.approx(results["accuracy"] - results["untrained"])
+    assert said.splitlines()[0] == baselines.verdict(results, "k-NN top-1")
     page = (tmp_path / "report.html").read_text()
     for name in ("blocks", "neighbours", "confusion"):
         assert f'<img alt="{name}"' in page
@@ -113,17 +132,24 @@ def test_mistakes_are_one_sentence(change, message, digits, encoder_folder, monk
     assert said.count("\n") == 1
 
 
-def test_shards_without_classes_are_told(encoder_folder, tmp_path, monkeypatch, capsys):
+def test_shards_without_classes_show_what_needs_none(encoder_folder, tmp_path, monkeypatch, capsys):
     entries = {}
     for split in ("train", "val"):
-        file = io.BytesIO()
-        Image.new("RGB", (40, 40)).save(file, "JPEG")
-        entries[f"{split}-000000.tar"] = write_shard(
-            tmp_path / f"{split}-000000.tar", [Sample("a", file.getvalue(), None, 40, 40)]
-        )
+        samples = []
+        for number in range(12):
+            file = io.BytesIO()
+            Image.new("RGB", (40, 40), (20 * number, 100, 0)).save(file, "JPEG")
+            samples.append(Sample(f"{number}", file.getvalue(), None, 40, 40))
+        entries[f"{split}-000000.tar"] = write_shard(tmp_path / f"{split}-000000.tar", samples)
     write_manifest(tmp_path, entries, classes=[])
-    assert knn(["--encoder", encoder_folder, "--data", tmp_path, "--k", "1"], monkeypatch) == 2
-    assert "these shards have no classes" in capsys.readouterr().err
+    out = tmp_path / "knn"
+    words = ["--encoder", encoder_folder, "--data", tmp_path, "--k", "1", "--workers", "0", "--tracker", "jsonl"]
+    assert knn([*words, "--out", out], monkeypatch) == 0
+    said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    assert said.splitlines()[0] == f"{tmp_path} has no classes, which accuracies need: shard it with a class for each image"
+    assert set(results["features"]["block 4 mean"]) == {"effective_rank", "spread"}
+    assert results["accuracy"] is None
+    assert '<img alt="neighbours"' in (out / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")

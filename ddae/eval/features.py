@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddae.eval.baselines import pixel_features
 from ddae.eval.examples import Examples
 from ddae.model.vit import Encoder
 from ddae.patches import normalise
@@ -40,20 +41,31 @@ def pooled(encoder: Encoder, pixels: Tensor, layers: Sequence[int]) -> dict[str,
     return found
 
 
+RAW = "pixels"  # the one feature of raw pixels
+
+
 @torch.inference_mode()
-def extract(encoder: Encoder, examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False) -> Features:
-    """Both poolings of the tokens after each block (counted from 1), in one pass over the images. autocast: products in
-    bf16."""
-    named: dict[str, list[Tensor]] = defaultdict(list)
+def extract(
+    encoders: Sequence[Encoder], examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False
+) -> list[Features]:
+    """Features of each encoder, then raw pixels, in one pass over the images.
+
+    An encoder's are both poolings of the tokens after each block of `layers` (counted from 1). autocast: products in
+    bf16.
+    """
+    named: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in range(len(encoders) + 1)]
     labels = []
     for batch in examples:
-        pixels = normalise(batch.images, encoder.normalisation, torch.float32)
-        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
-            found = pooled(encoder, pixels, layers)
-        for name, values in found.items():
-            named[name].append(values.float().cpu())
+        for parts, encoder in zip(named, encoders, strict=False):
+            pixels = normalise(batch.images, encoder.normalisation, torch.float32)
+            with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
+                found = pooled(encoder, pixels, layers)
+            for name, values in found.items():
+                parts[name].append(values.float().cpu())
+        named[-1][RAW].append(pixel_features(batch.images).cpu())
         labels.append(batch.labels.cpu())
-    return Features({name: torch.cat(parts) for name, parts in named.items()}, torch.cat(labels))
+    classes = torch.cat(labels)
+    return [Features({name: torch.cat(parts) for name, parts in each.items()}, classes) for each in named]
 
 
 def effective_rank(features: Tensor) -> float:

@@ -4,6 +4,7 @@ Exact. N bank images, Q queries, D width, C classes.
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ from torch import Tensor
 from ddae import report
 from ddae.distributed import device
 from ddae.errors import UserError
-from ddae.eval.examples import ExampleReader, batches
+from ddae.eval import baselines
+from ddae.eval.baselines import Measured
+from ddae.eval.examples import ExampleReader, Examples, batches
 from ddae.eval.features import Features, effective_rank, extract, quarters, spread
 from ddae.eval.pictures import by_block, confusion_matrix, neighbours
-from ddae.experiment import TrackerConfig
+from ddae.experiment import ShardsConfig, TrackerConfig
 from ddae.tracker import run_id_of, start_tracker
 from ddae.weights import load_encoder
 
@@ -55,65 +58,124 @@ def accuracy(votes: Tensor, labels: Tensor, top: int = 1) -> float:
     return 100 * float((best == labels[:, None]).any(1).float().mean())
 
 
-def evaluate(
-    encoder_path: str, data: str, out: Path, k: int, temperature: float, batch: int, workers: int, tracker: str
-) -> dict[str, Any]:
-    """Top-1 and top-5 of every quarter's block and both poolings, and the features' health; written into `out`, with
-    pictures.
+class Settings(NamedTuple):
+    """How neighbours are asked, apart from the encoder and the data."""
 
-    UserError where the encoder or the shards cannot be read, the shards have no classes, or k is more than they hold.
+    k: int = 20
+    temperature: float = 0.07
+    batch: int = 256
+    workers: int = 4
+    grey: bool = False  # images in grey, of equal mean and contrast
+    untrained_seed: int = 0  # of the untrained encoder's weights
+
+
+def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracker: str) -> dict[str, Any]:
+    """Measure every quarter's block with both poolings: accuracies, and effective rank and spread, which need no class.
+
+    The feature is chosen on a part of the training split and reported on the validation split, beside untrained
+    weights, raw pixels and chance. Results and pictures are written into `out`. Shards without classes get what needs
+    none. UserError where the encoder or the shards cannot be read, or k is more than they hold.
     """
     encoder = load_encoder(encoder_path).to(device())
-    layers = quarters(encoder.shape.depth)
-    readers = {split: ExampleReader(data, split, encoder.shape.image_size) for split in ("train", "val")}
-    if not 1 <= k <= len(readers["train"]):
-        raise UserError(f"--k is {k}: the bank of {data} has {len(readers['train'])} images")
+    layers, k = quarters(encoder.shape.depth), settings.k
+    readers = {s: ExampleReader(data, s, encoder.shape.image_size, labelled=False) for s in ("train", "val")}
+    most = int((~baselines.selection_part(len(readers["train"]))).sum())
+    if not 1 <= k <= most:
+        raise UserError(f"--k is {k}: the bank of {data} has {most} images while the feature is chosen")
+    labelled = all(len(reader.labels) for reader in readers.values())
+    untrained = baselines.untrained_encoder(encoder, settings.untrained_seed).to(device())
+    protocol = {"task": "knn", **settings._asdict(), "data": [each.shards.fingerprint for each in readers.values()]}
+    known = baselines.recall(cache_folder(), untrained, protocol) if labelled else None
     train, val = (
-        extract(encoder, batches(reader, batch, workers, device()), layers, device().type == "cuda")
-        for reader in readers.values()
+        extract([encoder] if known else [encoder, untrained], _images(r, settings), layers, device().type == "cuda")
+        for r in readers.values()
     )
-    found = {name: vote(bank, train.labels, val.by_name[name], k, temperature) for name, bank in train.by_name.items()}
-    rows = {name: measure(votes.votes, val, name) for name, votes in found.items()}
-    best = max(rows, key=lambda name: rows[name]["top1"])
-    about = {"task": "knn", "encoder": encoder_path, "data": data, "k": k, "temperature": temperature}
-    counts = {"bank": len(train.labels), "queries": len(val.labels), "width": encoder.shape.width}
-    results = about | counts | {"best": best, "top1": rows[best]["top1"], "features": rows}
+    about = {"task": "knn", "encoder": encoder_path, "data": data, "images": "grey" if settings.grey else "as stored"}
+    about |= {"k": k, "temperature": settings.temperature, "untrained_seed": settings.untrained_seed}
+    counts = {"bank": len(readers["train"]), "queries": len(readers["val"]), "width": encoder.shape.width}
+    rows = {name: {"effective_rank": effective_rank(f), "spread": spread(f)} for name, f in val[0].by_name.items()}
+    names, drawn = [str(name) for name in readers["train"].shards.classes] if labelled else [], {}
+    if labelled:
+        ours = by_neighbours(train[0], val[0], settings)
+        baseline = known or by_neighbours(train[1], val[1], settings)
+        baselines.remember(cache_folder(), untrained, protocol, baseline)
+        raw = by_neighbours(*(centred(each[-1], train[-1]) for each in (train, val)), settings)
+        chance = baselines.chance(train[0].labels, val[0].labels)
+        compared = baselines.compare(ours.right, baseline.right, raw.accuracy, chance)
+        best, told = ours.feature, compared.results() | {"best": ours.feature, "untrained_best": baseline.feature}
+        for name, row in rows.items():
+            votes, _ = vote(train[0].by_name[name], train[0].labels, val[0].by_name[name], k, settings.temperature)
+            row |= {"top1": accuracy(votes, val[0].labels), "top5": accuracy(votes, val[0].labels, 5)}
+    else:
+        best, told = f"block {layers[-1]} mean", {name: None for name in (*baselines.Compared._fields, "best")}
+    results = about | counts | told | {"features": rows}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    names = [str(name) for name in readers["train"].shards.classes]
-    pairs = val.labels * found[best].votes.shape[1] + found[best].votes.argmax(1)
-    confusion = pairs.bincount(minlength=found[best].votes.shape[1] ** 2).view(found[best].votes.shape[1], -1)
-    queries = torch.randperm(len(val.labels), generator=torch.Generator().manual_seed(0))[:SHOWN].tolist()
-    shown = [(n, found[best].nearest[n, :NEAR].tolist()) for n in queries]
-    drawn = {
-        "blocks": by_block({name: row["top1"] for name, row in rows.items()}, "top-1 in %"),
-        "neighbours": neighbours(shown, readers["val"], readers["train"], names),
-        "confusion": confusion_matrix(confusion, names),
-    }
+
+    found = vote(train[0].by_name[best], train[0].labels, val[0].by_name[best], k, settings.temperature)
+    queries = torch.randperm(len(val[0].labels), generator=torch.Generator().manual_seed(0))[:SHOWN].tolist()
+    shown = [(n, found.nearest[n, :NEAR].tolist()) for n in queries]
+    drawn["neighbours"] = neighbours(shown, readers["val"], readers["train"], names)
+    if labelled:
+        classes = found.votes.shape[1]
+        pairs = val[0].labels * classes + found.votes.argmax(1)
+        confusion = pairs.bincount(minlength=classes**2).view(classes, -1)
+        tops = {name: row["top1"] for name, row in rows.items()}
+        drawn["blocks"] = by_block(tops, "top-1 in %", baselines.lines(results))
+        drawn["confusion"] = confusion_matrix(confusion, names)
     files = report.add_evaluation(out, drawn)
-    told = start_tracker(TrackerConfig(kind=tracker), out, -1, about, parent=run_id_of(Path(encoder_path)))  # type: ignore[arg-type]
-    told.log(
-        {"step": 0, **{f"{of}/{name.replace(' ', '_')}": v for name, row in rows.items() for of, v in row.items()}}
-    )
-    told.finish(files)
+    log = start_tracker(TrackerConfig(kind=tracker), out, -1, about, parent=run_id_of(Path(encoder_path)))  # type: ignore[arg-type]
+    numbers = {name: results[name] for name in baselines.Compared._fields if results[name] is not None}
+    by_feature = {f"{of}/{name.replace(' ', '_')}": v for name, row in rows.items() for of, v in row.items()}
+    log.log({"step": 0, **numbers, **by_feature})
+    log.finish(files)
     return results
 
 
-def measure(votes: Tensor, val: Features, name: str) -> dict[str, float]:
-    """Accuracies in per cent of one kind of features, and their health."""
-    features = val.by_name[name]
-    tops = {"top1": accuracy(votes, val.labels), "top5": accuracy(votes, val.labels, 5)}
-    return tops | {"effective_rank": effective_rank(features), "spread": spread(features)}
+def cache_folder() -> str:
+    """Where results of untrained encoders are remembered."""
+    return ShardsConfig().cache
+
+
+def _images(reader: ExampleReader, settings: Settings) -> Iterator[Examples]:
+    for examples in batches(reader, settings.batch, settings.workers, device()):
+        yield examples._replace(images=baselines.grey(examples.images)) if settings.grey else examples
+
+
+def centred(features: Features, bank: Features) -> Features:
+    """Features less the bank's mean, without which cosines of raw pixels compare brightness alone."""
+    return features._replace(by_name={n: each - bank.by_name[n].mean(0) for n, each in features.by_name.items()})
+
+
+def by_neighbours(train: Features, val: Features, settings: Settings) -> Measured:
+    """Choose the feature that is best on the selection part of `train`, and measure it on `val`, with all of `train` as
+    the bank."""
+    held, k, temperature = baselines.selection_part(len(train.labels)), settings.k, settings.temperature
+    feature, *_ = train.by_name
+    if len(train.by_name) > 1 and held.any():
+        chosen_by = {}
+        for name, bank in train.by_name.items():
+            votes, _ = vote(bank[~held], train.labels[~held], bank[held], k, temperature)
+            chosen_by[name] = accuracy(votes, train.labels[held])
+        feature = max(chosen_by, key=lambda name: chosen_by[name])
+    votes, _ = vote(train.by_name[feature], train.labels, val.by_name[feature], k, temperature)
+    right = votes.argmax(1) == val.labels
+    return Measured(feature, 100 * float(right.float().mean()), right)
 
 
 def show(results: dict[str, Any]) -> str:
-    """The results as text."""
-    lines = [
-        f"{results['queries']} images asked {results['bank']} for their {results['k']} nearest neighbours",
-        f"{'features':18}{'top-1':>8}{'top-5':>8}{'rank':>8}{'spread':>8}",
-    ]
+    """The results as text; the first line has the accuracy beside its baselines."""
+    labelled = results["accuracy"] is not None
+    missing = f"{results['data']} has no classes, which accuracies need: shard it with a class for each image"
+    lines = [baselines.verdict(results, "k-NN top-1") if labelled else missing]
+    lines.append(
+        f"{results['queries']} images asked {results['bank']} for their {results['k']} nearest neighbours"
+        + (", in grey of equal contrast" if results["images"] == "grey" else "")
+    )
+    columns = {"top1": ("top-1", "8.2f"), "top5": ("top-5", "8.2f")} if labelled else {}
+    columns |= {"effective_rank": ("rank", "8.1f"), "spread": ("spread", "8.2f")}
+    lines.append(f"{'features':18}" + "".join(f"{head:>8}" for head, _ in columns.values()))
     for name, row in results["features"].items():
-        mark = "  <-- best" if name == results["best"] else ""
-        numbers = f"{row['top1']:8.2f}{row['top5']:8.2f}{row['effective_rank']:8.1f}{row['spread']:8.2f}"
-        lines.append(f"{name:18}{numbers}{mark}")
+        mark = "  <-- chosen on a part of train" if name == results["best"] else ""
+        lines.append(f"{name:18}" + "".join(f"{row[of]:{form}}" for of, (_, form) in columns.items()) + mark)
     return "\n".join(lines)

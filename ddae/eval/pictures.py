@@ -100,20 +100,22 @@ def _short(name: str) -> str:
     return name if len(name) <= 18 else name[:17] + "…"
 
 
-def by_block(values: dict[str, float], what: str) -> Figure:
-    """{"block 12 cls": 60.3, ...} -> one line a pooling over the blocks."""
+def by_block(values: dict[str, float], what: str, baselines: dict[str, float]) -> Figure:
+    """{"block 12 cls": 60.3, ...} -> one line a pooling over the blocks; baselines by name as dashed lines."""
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
     poolings = list(dict.fromkeys(name.split()[2] for name in values))
     for pooling, colour in zip(poolings, COLOURS, strict=False):
         points = [(int(name.split()[1]), value) for name, value in values.items() if name.endswith(pooling)]
         label = "cls token" if pooling == "cls" else "mean of patches"
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=1.4, label=label)
+    for number, (name, value) in enumerate(baselines.items()):
+        axis.axhline(value, color="#777", linewidth=1, linestyle=("--", "-.", ":")[number % 3], label=name)
     axis.set_xticks(sorted({int(name.split()[1]) for name in values}))
     axis.set_xlabel("block")
     axis.set_ylabel(what)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
@@ -121,7 +123,8 @@ def by_block(values: dict[str, float], what: str) -> Figure:
 def neighbours(
     rows: Sequence[tuple[int, Sequence[int]]], queries: ExampleReader, bank: ExampleReader, names: Sequence[str]
 ) -> Figure:
-    """Each row: a query and the images of the bank that are nearest to it, by their numbers."""
+    """Each row: a query and the images of the bank that are nearest to it, by their numbers; with their classes, where
+    these have names."""
     columns = 1 + len(rows[0][1])
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.35 * columns, 1.6 * len(rows)), squeeze=False)
     for axis_row, (query, near) in zip(axes, rows, strict=True):
@@ -130,8 +133,9 @@ def neighbours(
         for axis, (picture, number) in zip(axis_row, shown, strict=True):
             axis.set_axis_off()
             axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-            axis.set_title(_name(names, number), fontsize=7, color=RIGHT if number == label else WRONG)
-        axis_row[0].set_title(_name(names, label), fontsize=7, color="black", fontweight="bold")
+            if names:
+                axis.set_title(_name(names, number), fontsize=7, color=RIGHT if number == label else WRONG)
+        axis_row[0].set_title(_name(names, label) if names else "query", fontsize=7, color="black", fontweight="bold")
     figure.tight_layout(pad=0.4)
     return figure
 

@@ -1,0 +1,169 @@
+"""What an accuracy is compared with: chance, nearest neighbours of raw pixels, and the same encoder untrained.
+
+An accuracy alone says little: features of random weights, or the pixels themselves, may give the same. C classes,
+N images, S pixels a side.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddae.counter import permutation
+from ddae.model.vit import Encoder, initialise
+
+RESAMPLES = 10_000  # of the bootstrap
+ERRORS = 2.0  # standard errors within which two accuracies are reported as no difference
+SELECTION = 10_000  # most training images that choose between features; at most every tenth one
+RAW_SIDE = 32  # images are reduced to so many pixels a side, at most, for the neighbours of raw pixels
+FORMAT = 1  # of a cached result
+
+
+class Measured(NamedTuple):
+    """The accuracy of one encoder, by the feature that was chosen on a part of the training split."""
+
+    feature: str
+    accuracy: float  # on the validation split, in per cent
+    right: Tensor  # bool [N]: of each validation image
+
+
+class Compared(NamedTuple):
+    """An accuracy with what it is compared with, in per cent on the same validation images: entries of results.json."""
+
+    accuracy: float
+    untrained: float | None  # None where it was not measured
+    raw_pixels: float  # by nearest neighbours
+    chance: float
+    gain: float | None  # over untrained weights, in points
+    standard_error: float | None  # of the gain
+
+    def results(self) -> dict[str, Any]:
+        return self._asdict()
+
+
+def compare(right: Tensor, untrained: Tensor | None, raw_pixels: float, chance: float) -> Compared:
+    """Compare which validation images are right, bool [N], with those of untrained weights."""
+    accuracy = 100 * float(right.float().mean())
+    if untrained is None:
+        return Compared(accuracy, None, raw_pixels, chance, None, None)
+    baseline = 100 * float(untrained.float().mean())
+    return Compared(accuracy, baseline, raw_pixels, chance, accuracy - baseline, paired_error(right, untrained))
+
+
+def paired_error(right: Tensor, baseline: Tensor) -> float:
+    """Standard error of the difference of two accuracies on the same images, in points: bootstrap over the images.
+
+    An image contributes +1, 0 or -1 to the difference, so that resampling images is drawing from a multinomial.
+    """
+    difference = right.int() - baseline.int()
+    counts = np.array([int((difference == value).sum()) for value in (1, -1, 0)])
+    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), RESAMPLES)
+    return float(100 * (drawn[:, 0] - drawn[:, 1]).std() / len(difference))
+
+
+def is_gain(results: dict[str, Any]) -> bool:
+    """Whether results.json reports an accuracy above that of untrained weights by more than ERRORS standard errors."""
+    return results["gain"] is not None and results["gain"] > ERRORS * results["standard_error"]
+
+
+def verdict(results: dict[str, Any], what: str) -> str:
+    """Return the first line of a report, from results.json's entries: the accuracy beside its baselines."""
+    accuracy, gain, error = results["accuracy"], results["gain"], results["standard_error"]
+    others = f"raw pixels {results['raw_pixels']:.1f} %, chance {results['chance']:.1f} %"
+    if gain is None:
+        return f"{what} {accuracy:.1f} %; untrained weights not measured, {others}"
+    untrained = f"untrained weights {results['untrained']:.1f} %"
+    if abs(gain) <= ERRORS * error:
+        return f"no difference from untrained weights: {what} {accuracy:.1f} %, {untrained} (difference {gain:+.1f} ± {error:.1f} points), {others}"
+    word = "above" if gain > 0 else "BELOW"
+    return f"{what} {accuracy:.1f} %, {abs(gain):.1f} ± {error:.1f} points {word} untrained weights; {untrained}, {others}"
+
+
+def lines(results: dict[str, Any]) -> dict[str, float]:
+    """The baselines of results.json, by the names that figures have for them."""
+    names = {"untrained": "untrained weights", "raw_pixels": "raw pixels", "chance": "chance"}
+    return {word: results[name] for name, word in names.items() if results.get(name) is not None}
+
+
+def chance(train: Tensor, val: Tensor) -> float:
+    """Accuracy, in per cent, of always answering the training split's most frequent class: int64 [N] classes each."""
+    return 100 * float((val == train.bincount().argmax()).float().mean())
+
+
+def untrained_encoder(like: Encoder, seed: int = 0) -> Encoder:
+    """Return an encoder of the same architecture and pixels with the initial weights of this seed, frozen."""
+    encoder = Encoder(like.shape)
+    initialise(encoder, torch.Generator().manual_seed(seed), like.shape.init)
+    encoder.normalisation = like.normalisation
+    return encoder.eval().requires_grad_(False)
+
+
+def selection_part(count: int) -> Tensor:
+    """Which of the training images choose between features, and are held out meanwhile: bool [N]."""
+    held = torch.zeros(count, dtype=torch.bool)
+    held[permutation(count, count)[: min(SELECTION, count // 10)]] = True
+    return held
+
+
+def pixel_features(images: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] -> float32 [B, 3 * side * side]: averaged down to RAW_SIDE pixels a side, at most.
+
+    The mean image of the bank is to be subtracted before cosines are taken.
+    """
+    side = min(RAW_SIDE, images.shape[-1])
+    return F.adaptive_avg_pool2d(images.float(), side).flatten(1)
+
+
+def grey(images: Tensor) -> Tensor:
+    """uint8 [B, 3, S, S] -> the same size in grey, each image of mean 128 and standard deviation 64, so that colour,
+    brightness and contrast tell nothing."""
+    luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    shade = torch.einsum("bchw,c->bhw", images.float(), luma)[:, None]
+    centred = shade - shade.mean((2, 3), keepdim=True)
+    deviation = centred.square().mean((2, 3), keepdim=True).sqrt()
+    return (64 * centred / (deviation + 1e-3) + 128).clamp(0, 255).round().to(torch.uint8).expand_as(images)
+
+
+def recall(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Measured | None:
+    """What remember() kept of an untrained encoder of this architecture under this protocol; None where it kept nothing.
+
+    The protocol holds all else that the numbers depend on, the seed and the data sets' fingerprints included.
+    """
+    try:
+        entry = json.loads(_file(folder, encoder, protocol).read_text())
+        right = torch.tensor([digit == "1" for digit in entry["right"]])
+        return Measured(entry["feature"], entry["accuracy"], right)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def remember(folder: str | Path, encoder: Encoder, protocol: dict[str, Any], measured: Measured) -> None:
+    """Keep the result for recall(); where the folder cannot be written, print so and go on."""
+    file = _file(folder, encoder, protocol)
+    right = "".join(map(str, measured.right.int().tolist()))
+    entry = {"feature": measured.feature, "accuracy": measured.accuracy, "right": right, "of": protocol}
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(json.dumps(entry) + "\n")
+        unfinished.replace(file)
+    except OSError as error:
+        again = "the untrained encoder is measured again next time"
+        print(f"{file} cannot be written ({error.strerror}): {again}", flush=True)
+
+
+def _file(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Path:
+    known = {"format": FORMAT, "encoder": asdict(encoder.shape), "normalisation": encoder.normalisation, **protocol}
+    weights = hashlib.sha256()  # of the initial weights, which another version may draw otherwise
+    for values in encoder.state_dict().values():
+        weights.update(values.cpu().numpy().tobytes())
+    known["weights"] = weights.hexdigest()
+    key = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:24]
+    return Path(folder) / "baselines" / f"{key}.json"
