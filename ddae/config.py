@@ -134,7 +134,7 @@ class Config(Experiment):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: StepConfig = field(default_factory=StepConfig)
-    probe_every: float = 0.0  # epochs between k-NN probes of the encoder on the split val of data.train; 0: never
+    probe_every: float = 0.0  # epochs between k-NN probes on the split val of data.train, from step 0 on; 0: never
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
         *("probe_every", "token.tokenizer"),

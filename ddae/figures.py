@@ -19,6 +19,7 @@ from ddae.method import Method
 from ddae.patches import NORMALISATIONS, patchify, unpatchify
 
 GREY = 0.82  # of hidden patches
+BASELINES = ("raw_pixels", "chance")  # metrics that do not depend on the encoder
 COLOURS = ("#0b6e99", "#d1495b", "#edae49", "#66a182", "#7a5195", "#444444", "#8d6e63", "#c2185b")
 
 
@@ -131,6 +132,8 @@ def curves(rows: list[dict[str, float]], groups: dict[str, list[str]], title: st
         for name, colour in zip(names, COLOURS * 3, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
             style = {"color": colour, "linewidth": 1.4, "marker": "o" if len(points) < 3 else None}
+            if name.endswith(BASELINES):
+                style |= {"color": "#777", "linewidth": 1, "linestyle": "--" if name.endswith(BASELINES[0]) else ":"}
             axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("step")

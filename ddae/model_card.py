@@ -18,9 +18,6 @@ tokens = encoder.forward_features(images)  # [B, 3, {size}, {size}] normalised -
 }
 
 
-MEASURES = {"top1": "top-1", "miou": "mIoU"}
-
-
 def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: str, source: Path) -> None:
     """Write README.md into an export. shape: as ModelConfig has it; source: the run that the encoder is of, or a file.
 
@@ -53,25 +50,37 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     lines = ["# " + (config.get("preset") or source.stem), "", "Label-free pretrained encoder, written by ddae.", ""]
     lines += _table(("", ""), rows.items())
     if found := _evaluations(source):
-        lines += ["", "## What it knows", "", *_table(("evaluation", "result", "value"), found)]
+        head = ("evaluation", "of", "result", "untrained weights", "raw pixels", "chance")
+        lines += ["", "## What it knows", "", *_table(head, found)]
     use = USE.get(form, USE["ddae"]).format(folder=folder.name, size=size, width=width)
     lines += ["", "## Use", "", "```python", use, "```", ""]
     (folder / "README.md").write_text("\n".join(lines))
 
 
-def _evaluations(run: Path) -> list[tuple[str, str, str]]:
-    """Task, best of what, and the number, of each evaluation that is finished."""
+def _evaluations(run: Path) -> list[tuple[str, ...]]:
+    """Task, of what the number is, the number and its baselines, of each evaluation that is finished."""
     rows = []
     for file in sorted(run.glob("*/results.json")):
         results = _read(file)
         task = results.get("task", file.parent.name)
-        if "last" in results:
-            measure = "miou" if task == "segment" else "top1"
-            found = {when: results[when][measure] for when in ("last", "best")}
-            rows += [(task, f"{when} epoch, {MEASURES[measure]}", f"{value:.2f} %") for when, value in found.items()]
-        elif "top1" in results:
-            rows.append((task, f"{results['best']}, top-1", f"{results['top1']:.2f} %"))
+        if task == "segment":
+            chance = results.get("chance", {}).get("miou")
+            rows += [
+                (task, f"{when}, mIoU", _percent(results[when]["miou"]), "not measured", "", _percent(chance))
+                for when in ("last", "best")
+            ]
+        elif results.get("accuracy") is not None:
+            of = results["best"] if isinstance(results.get("best"), str) else "last epoch"
+            value = _percent(results["accuracy"])
+            if results.get("gain") is not None:
+                value += f" ({results['gain']:+.1f} ± {results['standard_error']:.1f})"
+            others = [_percent(results.get(name)) for name in ("untrained", "raw_pixels", "chance")]
+            rows.append((task, f"{of}, top-1", value, *others))
     return rows
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f} %"
 
 
 def _table(head: tuple[str, ...], rows: Any) -> list[str]:

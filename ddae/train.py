@@ -108,7 +108,7 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     gc.disable()  # from here on it runs at log steps, on all ranks at once
     for step in range(start, steps):
         session.look_around(step)
-        if probe is not None and step and step % probe_steps == 0:
+        if probe is not None and step % probe_steps == 0:
             measure(probe, engine, session, step)
         now = schedules(config, step, steps, loader.epoch_samples)
         forward_one = partial(forward, config, engine, teacher, betas, now.ramp, 1 / part.accumulation, kernels)
@@ -174,8 +174,15 @@ def measure(probe: OnlineProbe, engine: Engine, session: Session, step: int) -> 
         return
     with session.evaluating():
         row = probe.measure(engine, partial(session.look_around, step))
-    say("  ".join([f"step {step}", *(f"{name} {value:.3g}" for name, value in row.items())]))
+    first = next((row for row in session.rows() if row["step"] == 0), {})
+    words = [f"{name} {value:.3g}{_beside(first.get(name))}" for name, value in row.items()]
+    say("  ".join([f"step {step}", *words]))
     session.log({"step": step, **row})
+
+
+def _beside(untrained: float | None) -> str:
+    """What the untrained encoder gave, behind what a trained one gives."""
+    return "" if untrained is None else f" (untrained {untrained:.3g})"
 
 
 def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> list[Path]:

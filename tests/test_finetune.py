@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddae.config import ModelConfig
 from ddae.errors import UserError
-from ddae.eval import examples
+from ddae.eval import baselines, examples
 from ddae.eval.augment import Mixer, Policy, posterize
 from ddae.eval.classifier import Classifier, layer_groups
 from ddae.eval.finetune import scores
@@ -27,7 +27,8 @@ QUIET = "--preset demo --tracker.kind jsonl --train.log_every 1 --data.workers 0
 def words(digits, encoder, run_dir, *more):
     zero = str(ranks.ROOT / "ds_configs" / "zero1.json")
     named = ["--ds_config", zero, "--encoder", str(encoder), "--data.train", str(digits), "--run_dir", str(run_dir)]
-    return ["finetune", *QUIET, *named, *more]
+    alone = [] if "--tune.untrained" in more else ["--tune.no_untrained"]
+    return ["finetune", *QUIET, *named, *alone, *more]
 
 
 def classifier(pool="mean", depth=12, width=64):
@@ -158,11 +159,14 @@ def runs(digits, encoder_folder, tmp_path_factory):
     small = ("--train.steps", "4", "--engine.precision", "bf16", "--tune.ema", "0.5", "--tune.pool", "cls")
     mixed = ("--augment.mixup", "0.8", "--augment.cutmix", "1.0", "--augment.erase", "0.25")
     three = str(ranks.ROOT / "ds_configs" / "zero3.json")
+    compared = ("--train.steps", "6", "--tune.untrained", "--data.cache", str(folder / "cache"))
     empty = folder / "encoder" / "encoder"
     shutil.copytree(encoder_folder, empty)
     made = [
         words(digits, folder / "encoder", folder / "encoder" / "finetune", *plain),
         words(digits, empty, folder / "zero3", *small, *mixed, "--ds_config", three),
+        words(digits, empty, folder / "compared", *compared),
+        words(digits, empty, folder / "again", *compared),
         words(digits, empty, folder / "odd", *mixed, "--data.batch_size", "35"),
         words(digits, "nowhere", folder / "none"),
         words(digits, empty, folder / "none", "--data.train", str(empty)),
@@ -196,6 +200,21 @@ def test_it_learns(runs):
     assert (results["classes"], results["images"]) == (10, {"train": 1400, "val": 397})
     tops = [row["val/top1"] for row in ranks.metrics(run) if "val/top1" in row]
     assert len(tops) == 5
+
+
+def test_it_is_compared_with_untrained_weights(runs):
+    """Trained once by the same recipe, and remembered for the next run; the other baselines are always there."""
+    folder, said = runs
+    first, again = (json.loads((folder / name / "results.json").read_text()) for name in ("compared", "again"))
+    alone = json.loads((folder / "compared" / "untrained" / "results.json").read_text())
+    assert first["accuracy"] == pytest.approx(first["last"]["top1"])
+    assert first["untrained"] == pytest.approx(alone["accuracy"]) == again["untrained"]
+    assert not (folder / "again" / "untrained").exists()
+    assert 5 < first["chance"] < 15 < first["raw_pixels"] < 100
+    assert baselines.verdict(first, "fine-tuned top-1") in said
+    plain = json.loads((folder / "encoder" / "finetune" / "results.json").read_text())
+    assert plain["untrained"] is None
+    assert baselines.verdict(plain, "fine-tuned top-1") in said
 
 
 def test_resumed_is_unbroken(runs):

@@ -358,7 +358,8 @@ def test_a_card_goes_with_an_export(run_folder, tmp_path, monkeypatch):
     (run_folder / "metrics.jsonl").write_text('{"step": 8, "epoch": 1.5}\n{"step": 8, "val/top1": 3}\n')
     (run_folder / "environment.json").write_text('{"commit": "abc", "dirty": true, "versions": {"torch": "2.14"}}')
     (run_folder / "knn").mkdir()
-    results = {"task": "knn", "best": "block 8 cls", "top1": 71.5}
+    baselines = {"untrained": 60.25, "raw_pixels": 40.0, "chance": 9.0, "gain": 11.25, "standard_error": 1.5}
+    results = {"task": "knn", "best": "block 8 cls", "accuracy": 71.5} | baselines
     (run_folder / "knn" / "results.json").write_text(json.dumps(results))
     words = ["export.py", "--encoder", str(run_folder), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
@@ -371,7 +372,7 @@ def test_a_card_goes_with_an_export(run_folder, tmp_path, monkeypatch):
         "demo: pixel and feature branch, bootmae_block masks of 75%",
         "8 steps of 32 images, 1.5 epochs",
         "commit abc, with changes",
-        "| knn | block 8 cls, top-1 | 71.50 % |",
+        "| knn | block 8 cls, top-1 | 71.50 % (+11.2 ± 1.5) | 60.25 % | 40.00 % | 9.00 % |",
         'timm.create_model("local-dir:out"',
     ):
         assert words in card

@@ -2,14 +2,24 @@
 
 import json
 
+from dataclasses import replace
+
 import pytest
 import ranks
 import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
+from ddae import load_encoder
+from ddae.data.loader import Batch
 from ddae.data.sampling import central_crops, clamped_crops
 from ddae.errors import UserError
+from ddae.eval import baselines
+from ddae.eval.examples import ExampleReader, Labels
 from ddae.eval.heads import Heads, Trainer
+from ddae.eval.linear_probe import LinearProbe
 from ddae.eval.recipes import probe_recipe
 from ddae.schedules import warmup_cosine
 
@@ -69,6 +79,45 @@ def test_a_head_is_batch_norm_and_a_linear_layer_and_alone():
     torch.testing.assert_close(heads(features(9))[1], one(features(9)[1:2])[0])
 
 
+def test_a_head_that_has_converged_is_scikit_learns():
+    """Logistic regression on standardised features of digits: the same answers, but for a few."""
+    data = load_digits()
+    x, labels = torch.from_numpy(data.data).float(), torch.from_numpy(data.target)
+    theirs = LogisticRegression(C=1e4, max_iter=2000).fit(StandardScaler().fit_transform(x[:1200]), labels[:1200])
+    heads = Heads(1, 64, 10, seed=0)
+    trainer = Trainer(heads, 0.9, 0.0, 1, CPU)
+    for step in range(300):
+        trainer.backward(F.cross_entropy(heads(x[None, :1200])[0], labels[:1200]))
+        trainer.update(warmup_cosine(step, 300, 10, 30.0, 0.0))
+    heads.eval()
+    ours = heads(x[None, 1200:])[0].argmax(1).numpy()
+    found = theirs.predict(StandardScaler().fit(x[:1200]).transform(x[1200:]))
+    truth = labels[1200:].numpy()
+    assert (ours == found).mean() > 0.93
+    assert (ours == truth).mean() > (found == truth).mean() - 0.02
+
+
+def test_the_held_out_part_does_not_train(digits, encoder_folder):
+    """Another class for a held-out image changes neither the loss nor a gradient; for another one it does."""
+    config = probe_recipe("demo")
+    config = replace(config, data=replace(config.data, train=str(digits)))
+    encoder = load_encoder(encoder_folder)
+    val = ExampleReader(str(digits), "val", 32)
+    numbers = torch.from_numpy(ExampleReader(str(digits), "train", 32).shards.labels()).long()
+    losses = []
+    for changed in (None, True, False):
+        task = LinearProbe(config.settled(4), encoder, Labels(numbers.clone(), list("0123456789")), val, 1)
+        if changed is not None:
+            number = int((task.held == changed).nonzero()[3])
+            labels = numbers.clone()
+            labels[number] = (labels[number] + 1) % 10
+            task = LinearProbe(config.settled(4), encoder, Labels(labels, list("0123456789")), val, 1)
+        task._tables["train"] = torch.randn(1400, 20, 64, generator=torch.Generator().manual_seed(0))[:, : len(task._all_names())]
+        task.build({})
+        losses.append(float(task.loss(Batch(torch.empty(0), torch.empty(0), torch.arange(1400)), 0)))
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_accumulation_is_one_batch_and_lost_gradients_change_nothing():
     heads = Heads(2, 6, 4, seed=0)
     trainer = Trainer(heads, 0.9, 0.0, 2, CPU)
@@ -124,6 +173,7 @@ def runs(digits, encoder_folder, tmp_path_factory):
         words(digits, encoder_folder, folder / "kept", *short),
         words(digits, encoder_folder, folder / "images", *images),
         words(digits, encoder_folder, folder / "micro", *short, "--probe.micro_batch", "50"),
+        words(digits, encoder_folder, folder / "alone", *short, "--probe.no_untrained"),
         words(digits, encoder_folder, folder / "none", "--data.crop", "random"),
         words(digits, encoder_folder, folder / "none", "--probe.layers", "2", "9"),
         words(digits, encoder_folder, folder / "none", "--probe.micro_batch", "30"),
@@ -147,8 +197,13 @@ def test_it_learns(runs):
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
     results = json.loads((folder / "cached" / "results.json").read_text())
     assert list(results["heads"]) == [f"block {n} {pool}" for n in (1, 2, 3, 4) for pool in ("cls", "mean")]
-    assert results["top1"] == max(row["top1"] for row in results["heads"].values()) > 70
-    assert results["heads"][results["best"]]["top1"] == results["top1"]
+    assert results["accuracy"] > 70
+    assert results["heads"][results["best"]]["top1"] == pytest.approx(results["accuracy"])
+    assert 5 < results["chance"] < 15 < results["raw_pixels"] < 100
+    assert results["untrained"] > 50
+    last = [row for row in ranks.metrics(folder / "cached") if "val/top1/untrained/block_4_mean" in row][-1]
+    untrained = [last[f"val/top1/untrained/{name.replace(' ', '_')}"] for name in results["heads"]]
+    assert any(value == pytest.approx(results["untrained"]) for value in untrained)
     assert all(row["top5"] >= row["top1"] for row in results["heads"].values())
 
 
@@ -175,7 +230,12 @@ def test_two_ranks_learn_what_one_does_with_the_same_micro_batches(runs):
 
 
 def test_what_it_leaves_to_look_at(runs):
-    folder, _ = runs
+    folder, said = runs
+    results = json.loads((folder / "cached" / "results.json").read_text())
+    assert baselines.verdict(results, "linear probe top-1") in said
+    alone = json.loads((folder / "alone" / "results.json").read_text())
+    assert alone["untrained"] is None
+    assert baselines.verdict(alone, "linear probe top-1") in said
     page = (folder / "cached" / "report.html").read_text()
     for name in ("curves", "blocks", "confusion"):
         assert (folder / "cached" / "figures" / f"{name}.png").stat().st_size > 5000

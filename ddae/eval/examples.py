@@ -32,16 +32,23 @@ class Examples(NamedTuple):
 class ExampleReader(Dataset):
     """The samples of a split, each with its class.
 
-    most: so many of them, evenly over the split; all where it is 0. UserError where the shards have no classes, unless
+    most: so many of them, evenly over the split; all where it is 0. samples: these alone, int64. UserError where the shards have no classes, unless
     they need not be labelled: `labels` is empty then, and every class is 0.
     """
 
     def __init__(
-        self, where: str, split: str, size: int, cache: Cache | None = None, labelled: bool = True, most: int = 0
+        self,
+        where: str,
+        split: str,
+        size: int,
+        cache: Cache | None = None,
+        labelled: bool = True,
+        most: int = 0,
+        samples: Tensor | None = None,
     ):
         self.shards, self.size = open_shards(where, cache or cache_of(ShardsConfig()), split), size
         count = min(most or len(self.shards), len(self.shards))
-        self.samples = torch.arange(count) * len(self.shards) // count
+        self.samples = torch.arange(count) * len(self.shards) // count if samples is None else samples
         self.labels = torch.empty(0, dtype=torch.int64)
         try:
             self.labels = torch.from_numpy(self.shards.labels(self.samples.numpy()))

@@ -6,6 +6,7 @@ B images, C classes.
 import json
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,19 @@ from torch.nn import functional as F
 from ddae import ds_config, report, run_folder
 from ddae.data.loader import Batch, Loader, cache_of
 from ddae.data.reader import Part
-from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
+from ddae.data.shards import open_shards
+from ddae.distributed import device, from_main, is_main, rank, say, sum_over_ranks, world_size
 from ddae.engine import Engine
 from ddae.errors import UserError
+from ddae.eval import baselines
 from ddae.eval.augment import Mixer, Policy
 from ddae.eval.classifier import Classifier, build_optimizer
 from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
 from ddae.eval.fit import fit
+from ddae.eval.knn import raw_pixels
 from ddae.eval.pictures import confusion_matrix, predictions
 from ddae.eval.recipes import FinetuneConfig
+from ddae.experiment import flatten
 from ddae.figures import curves
 from ddae.model.teacher import MovingAverage
 from ddae.model.vit import Encoder
@@ -37,18 +42,28 @@ from ddae.tracker import run_id_of
 from ddae.weights import load_encoder, write_timm
 
 SHOWN = 18  # images with their predictions
+RIGHT = "val_right.txt"  # 1 for each validation image that is classified right at the end, else 0
 
 
 def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then write results, pictures and the classifier.
 
-    SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
+    With tune.untrained an encoder of untrained weights is trained before by the same recipe, in the folder untrained/,
+    unless its result is remembered: the results then compare with it. SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
     read, shards have no classes, or those of the two splits do not fit.
     """
     stop = stop or Stop()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
     config = config.settled(encoder.shape.width)
     run_folder.check(config)
+    untrained = None
+    if config.tune.untrained:
+        untrained = _untrained(config, baselines.untrained_encoder(encoder, config.train.seed), stop)
+    _fit(config, encoder, untrained, stop)
+
+
+def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: Stop) -> None:
+    """untrained: bool [N], which validation images an untrained encoder got right by the same recipe."""
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     size, normalisation = encoder.shape.image_size, encoder.normalisation
@@ -57,7 +72,36 @@ def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
     if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
         raise UserError(f"a micro-batch of {resolved.micro_batch} cannot be mixed in pairs: choose an even one")
-    fit(Finetune(config, encoder, labels_of(loader, val), val), config, loader, stop, resolved.json, part)
+    task = Finetune(config, encoder, labels_of(loader, val), val, untrained)
+    fit(task, config, loader, stop, resolved.json, part)
+
+
+def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
+    """Which validation images an untrained encoder gets right after this recipe: bool [N], remembered or trained now."""
+    val = open_shards(held_out(config.data.train, config.val), cache_of(config.data), "val")
+    train = open_shards(config.data.train, cache_of(config.data), "train")
+    recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}
+    protocol = {"task": "finetune", "recipe": recipe, "data": [train.fingerprint, val.fingerprint]}
+    if known := from_main(lambda: baselines.recall(config.data.cache, encoder, protocol)):
+        return known.right
+    folder = Path(config.folder) / "untrained"
+    say(f"{folder}: untrained weights, trained by the same recipe to compare with")
+    alone = replace(
+        config,
+        run_dir=str(folder),
+        encoder="untrained weights",
+        train=replace(config.train, report=False),
+        tune=replace(config.tune, untrained=False),
+    )
+    _fit(alone, deepcopy(encoder), None, stop)
+
+    def result() -> Tensor:
+        right = torch.tensor([digit == "1" for digit in (folder / RIGHT).read_text()])
+        measured = baselines.Measured("fine-tuned", 100 * float(right.float().mean()), right)
+        baselines.remember(config.data.cache, encoder, protocol, measured)
+        return right
+
+    return from_main(result)
 
 
 class Finetune:
@@ -68,7 +112,15 @@ class Finetune:
     learner: Engine
     about: str
 
-    def __init__(self, config: FinetuneConfig, encoder: Encoder, labels: Labels, val: ExampleReader):
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        encoder: Encoder,
+        labels: Labels,
+        val: ExampleReader,
+        untrained: Tensor | None = None,
+    ):
+        self.untrained = untrained  # bool [N]: which validation images an untrained encoder got right
         self.config, self.encoder, self.labels, self.val = config, encoder, labels, val
         self.evaluate_every = config.tune.evaluate_every
         self.folder = Path(config.folder)
@@ -77,6 +129,7 @@ class Finetune:
         self._mixer = Mixer(config.augment, self.labels.count, device())
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # images, labels and logits of the last evaluation
         self._confusion = torch.zeros(self.labels.count, self.labels.count)
+        self._right = torch.zeros(0)  # bool [N]: of the validation images
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
         tune, encoder = self.config.tune, self.encoder
@@ -115,7 +168,8 @@ class Finetune:
         confusion = torch.zeros_like(self._confusion, device=self.engine.device)
         self.engine.module.eval()
         micro = self.config.data.batch_size // world_size()
-        self._seen = None
+        right = torch.zeros(len(self.val), device=self.engine.device)
+        place, self._seen = rank(), None
         with torch.no_grad():
             for examples in batches_of_rank(self.val, min(micro, 128), self.config.data.workers, self.engine.device):
                 look_around()
@@ -128,11 +182,14 @@ class Finetune:
                     if name == "":
                         pairs = examples.labels[counted] * self.labels.count + logits[counted].argmax(1)
                         confusion += pairs.bincount(minlength=self.labels.count**2).view_as(confusion)
+                        places = place + torch.arange(len(pairs), device=right.device) * world_size()
+                        right[places] = (logits.argmax(1) == examples.labels)[counted].float()
+                        place += len(pairs) * world_size()
                         if self._seen is None:
                             shown = examples.images, examples.labels, logits
                             self._seen = tuple(each[counted].cpu() for each in shown)  # type: ignore[assignment]
         self.engine.module.train()
-        self._confusion = sum_over_ranks(confusion).cpu()
+        self._confusion, self._right = sum_over_ranks(confusion).cpu(), sum_over_ranks(right).cpu() > 0
         row = {}
         for name, values in sums.items():
             count, right, near, loss = sum_over_ranks(values).tolist()
@@ -144,11 +201,14 @@ class Finetune:
         weights = self.engine.weights(self.engine.module)
         if self._seen is None:  # evaluated by an earlier start
             self.evaluate(look_alive)
+        where = held_out(self.config.data.train, self.config.val)
+        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, look_alive)
         if not is_main():
             return []
         assert self._seen is not None
         rows = session.rows()
-        results = self._results(rows)
+        results = self._results(rows, raw)
+        (self.folder / RIGHT).write_text("".join(map(str, self._right.int().tolist())))
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         self._export({name: values.contiguous() for name, values in weights.items()})
         if not self.config.train.report:
@@ -168,8 +228,11 @@ class Finetune:
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
         lines = [
-            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % at best (epoch {best['epoch']})"
+            baselines.verdict(results, "fine-tuned top-1"),
+            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % at best (epoch {best['epoch']})",
         ]
+        if results["untrained"] is None:
+            lines.append("--tune.untrained trains untrained weights by the same recipe, to compare with")
         if "ema_top1" in last:
             lines.append(f"averaged weights: {last['ema_top1']:.2f} %, {best['ema_top1']:.2f} % at best")
         return "\n".join([*lines, f"classifier:           {self.folder / 'classifier'}"])
@@ -189,8 +252,9 @@ class Finetune:
         pool = {"mean": "avg", "cls": "token"}[self.config.tune.pool]
         write_timm(encoder, self.folder / "classifier", head, pool, self.labels.names)
 
-    def _results(self, rows: list[dict[str, float]]) -> dict[str, Any]:
-        """Of the last evaluation, and the best of every number."""
+    def _results(self, rows: list[dict[str, float]], raw: float) -> dict[str, Any]:
+        """Of the last evaluation, and the best of every number; raw: accuracy of raw pixels."""
+        chance = baselines.chance(self.labels.numbers, self.val.labels)
         measured = [row for row in rows if "val/top1" in row]
         epoch = self.config.data.batch_size / len(self.labels.numbers)
         last = {name.removeprefix("val/"): value for name, value in measured[-1].items() if name.startswith("val/")}
@@ -203,6 +267,7 @@ class Finetune:
             "data": self.config.to_dict()["data"]["train"],
             "classes": self.labels.count,
             "images": {"train": len(self.labels.numbers), "val": len(self.val)},
+            **baselines.compare(self._right, self.untrained, raw, chance).results(),
             "last": last | {"epoch": round(measured[-1]["step"] * epoch, 2)},
             "best": best | {"epoch": round(finest["step"] * epoch, 2)},
         }

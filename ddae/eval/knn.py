@@ -4,7 +4,7 @@ Exact. N bank images, Q queries, D width, C classes.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddae import report
-from ddae.distributed import device
+from ddae.data.loader import cache_of
+from ddae.distributed import device, rank, sum_over_ranks, world_size
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.baselines import Measured
-from ddae.eval.examples import ExampleReader, Examples, batches
-from ddae.eval.features import Features, effective_rank, extract, quarters, spread
+from ddae.eval.examples import ExampleReader, Examples, batches, batches_of_rank
+from ddae.eval.features import RAW, Features, effective_rank, extract, quarters, spread
 from ddae.eval.pictures import by_block, confusion_matrix, neighbours
 from ddae.experiment import ShardsConfig, TrackerConfig
 from ddae.tracker import run_id_of, start_tracker
 from ddae.weights import load_encoder
 
 CHUNK = 1024  # queries at a time: as many rows of N similarities
+MOST = 20_000  # images of train whose raw pixels are the bank beside a linear probe or a fine-tuning
 SHOWN, NEAR = 8, 6  # queries in the picture, and neighbours of each
 
 
@@ -135,6 +137,28 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
 def cache_folder() -> str:
     """Where results of untrained encoders are remembered."""
     return ShardsConfig().cache
+
+
+def raw_pixels(data: ShardsConfig, val: str, size: int, look_around: Callable[[], None]) -> float:
+    """Accuracy, in per cent, of the nearest neighbours of raw pixels: MOST images of train for each image of val.
+
+    All ranks share the reading. The result is of crops as evaluations see them, whatever training does to images.
+    """
+    tables = []
+    for where, split, most in ((data.train, "train", MOST), (val, "val", 0)):
+        reader = ExampleReader(where, split, size, cache_of(data), most=most)
+        table, place = torch.empty(0), rank()
+        for examples in batches_of_rank(reader, 128, data.workers, device()):
+            look_around()
+            features = baselines.pixel_features(examples.images)[examples.labels >= 0]
+            if not len(table):
+                table = torch.zeros(len(reader), features.shape[1], device=device())
+            table[place + torch.arange(len(features), device=device()) * world_size()] = features
+            place += len(features) * world_size()
+        tables.append(Features({RAW: sum_over_ranks(table).cpu()}, reader.labels))
+    bank, queries = (centred(table, tables[0]) for table in tables)
+    settings = Settings(k=min(Settings().k, len(bank.labels)))
+    return by_neighbours(bank, queries, settings).accuracy
 
 
 def _images(reader: ExampleReader, settings: Settings) -> Iterator[Examples]:

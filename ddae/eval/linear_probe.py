@@ -1,12 +1,13 @@
 """Linear probes of a frozen encoder: heads on several blocks and both poolings, trained in one pass over the data
 (docs/evaluation.md; paper, appendix "Linear probing").
 
-B images, H heads, C classes, D width.
+The same heads learn on an untrained encoder of the same architecture beside it. A part of the training images is held
+out to choose between heads. B images, H heads of all encoders, C classes, D width.
 """
 
 import itertools
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from ddae.data.loader import Batch, Loader, cache_of
 from ddae.data.reader import Part
 from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
 from ddae.errors import UserError
+from ddae.eval import baselines
 from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
 from ddae.eval.features import pooled
 from ddae.eval.fit import fit
+from ddae.eval.knn import raw_pixels
 from ddae.eval.heads import Heads, Trainer
 from ddae.eval.pictures import by_block, confusion_matrix
 from ddae.eval.recipes import ProbeConfig
@@ -36,6 +39,7 @@ from ddae.tracker import run_id_of
 from ddae.weights import load_encoder
 
 BATCH = 128  # images of an evaluation at a time
+IGNORED = -100  # the class of training images that are held out
 
 
 def linear_probe(config: ProbeConfig, stop: Stop | None = None) -> None:
@@ -84,21 +88,28 @@ class LinearProbe:
 
     def __init__(self, config: ProbeConfig, encoder: Encoder, labels: Labels, val: ExampleReader, accumulation: int):
         self.config, self.encoder, self.labels, self.val = config, encoder.to(device()), labels, val
+        self.encoders = [self.encoder]
+        if config.probe.untrained:
+            self.encoders.append(baselines.untrained_encoder(encoder, config.train.seed).to(device()))
         self.evaluate_every, self.parent = config.probe.evaluate_every, run_id_of(Path(config.encoder))
         self.folder = Path(config.folder)
         layers = config.probe.layers
         self.names = [f"block {layer} {pool}" for layer in layers for pool in ("cls", "mean")]
+        self.held = baselines.selection_part(len(labels.numbers))  # bool [N]: those that choose between heads
+        self._learnt = labels.numbers.masked_fill(self.held, IGNORED)
         self._accumulation = accumulation
         self._tables: dict[str, Tensor] = {}  # by split, where features are kept: float32 [N, H, D]
         self._confusion: Tensor | None = None
+        self._right: Tensor | None = None  # bool [H, N]: of the validation images
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
         optim, width = self.config.optim, self.encoder.shape.width
-        self.heads = Heads(len(self.names), width, self.labels.count, self.config.train.seed)
+        count = len(self.encoders) * len(self.names)
+        self.heads = Heads(count, width, self.labels.count, self.config.train.seed)
         momentum = self.config.probe.momentum
         self.learner = Trainer(self.heads, momentum, optim.weight_decay, self._accumulation, device())
         products = "bf16" if self._autocast else "fp32"
-        self.about = f"{len(self.names)} heads on features in {products}"
+        self.about = f"{count} heads on features in {products}"
         return {"heads": self.learner}
 
     @property
@@ -111,65 +122,113 @@ class LinearProbe:
             features = self._kept("train")[batch.samples].to(device())
         else:
             features = self.features(batch.images)
-        labels = self.labels.numbers[batch.samples.cpu()].to(device())
+        labels = self._learnt[batch.samples.cpu()].to(device())
         logits = self.heads(features.transpose(0, 1))
-        return sum((F.cross_entropy(each, labels) for each in logits), torch.zeros((), device=device()))
+        count = (labels != IGNORED).sum().clamp(min=1)
+        summed = (F.cross_entropy(each, labels, ignore_index=IGNORED, reduction="sum") for each in logits)
+        return sum(summed, torch.zeros((), device=device())) / count
 
     def updated(self) -> None:
         """Nothing follows the heads."""
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32 [B, H, D]: the last block's under the encoder's norm, earlier ones' under one
-        without affine (BootMAE)."""
+        """uint8 [B, 3, S, S] -> float32 [B, H, D], one encoder after the other: the last block's under the encoder's norm,
+        earlier ones' under one without affine (BootMAE)."""
         pixels = normalise(images, self.encoder.normalisation, torch.float32)
-        with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-            found = pooled(self.encoder, pixels, self.config.probe.layers)
         last, width = f"block {self.encoder.shape.depth} ", self.encoder.shape.width
-        normed = [
-            found[name].float() if name.startswith(last) else F.layer_norm(found[name].float(), (width,), eps=1e-6)
-            for name in self.names
-        ]
+        normed = []
+        for encoder in self.encoders:
+            with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self._autocast):
+                found = pooled(encoder, pixels, self.config.probe.layers)
+            normed += [
+                found[name].float() if name.startswith(last) else F.layer_norm(found[name].float(), (width,), eps=1e-6)
+                for name in self.names
+            ]
         return torch.stack(normed, 1)
 
     @torch.no_grad()
     def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
-        """Top-1 and top-5 of every head, in per cent."""
-        right = torch.zeros(2, len(self.names), device=device())
-        confusion = torch.zeros(len(self.names), self.labels.count**2, device=device())
-        self.heads.eval()
-        for features, labels in self._of_val(look_around):
-            logits = self.heads(features.transpose(0, 1))
-            near = logits.topk(min(5, self.labels.count), -1).indices == labels[None, :, None]
-            right += torch.stack([near[..., 0].sum(1), near.any(-1).sum(1)])
+        """Top-1 and top-5 of every head, in per cent; `untrained/` before the names of those of the untrained encoder."""
+        count, heads = self.labels.count, len(self.heads.weights)
+        right = torch.zeros(2, heads, len(self.val), device=device())  # top-1 and top-5
+        confusion = torch.zeros(heads, count**2, device=device())
+        place = rank()
+        for logits, labels in self._logits(self._of_val(look_around)):
+            near = logits.topk(min(5, count), -1).indices == labels[None, :, None]
+            places = place + torch.arange(len(labels), device=device()) * world_size()
+            right[:, :, places] = torch.stack([near[..., 0], near.any(-1)]).float()
+            place += len(labels) * world_size()
             for counts, guesses in zip(confusion, logits.argmax(-1), strict=True):
-                counts += (labels * self.labels.count + guesses).bincount(minlength=self.labels.count**2)
-        self.heads.train()
-        shares = 100 * sum_over_ranks(right).cpu() / len(self.val)
-        self._confusion = sum_over_ranks(confusion).cpu()
-        tops = {"top1": shares[0], "top5": shares[1]}
+                counts += (labels * count + guesses).bincount(minlength=count**2)
+        right = sum_over_ranks(right).cpu()
+        self._right, self._confusion = right[0] > 0, sum_over_ranks(confusion).cpu()
+        names = [self._metric(name) for name in self._all_names()]
+        shares = 100 * right.mean(2)
         return {
-            f"val/{top}/{name.replace(' ', '_')}": float(share)
-            for top, values in tops.items()
-            for name, share in zip(self.names, values, strict=True)
+            f"val/{top}/{name}": float(share)
+            for top, values in zip(("top1", "top5"), shares, strict=True)
+            for name, share in zip(names, values, strict=True)
         }
+
+    @torch.no_grad()
+    def select(self, look_around: Callable[[], None]) -> list[str]:
+        """The head of each encoder that is best on the held-out part of the training images; all ranks call it."""
+        numbers = self.held.nonzero()[:, 0]
+        if not len(numbers):
+            return [self.names[-1]] * len(self.encoders)
+        right = torch.zeros(len(self.heads.weights), device=device())
+        data, size = self.config.data, self.encoder.shape.image_size
+        if self.config.probe.cache:
+            mine = self._kept("train")[numbers][rank() :: world_size()].to(device())
+            parts = zip(mine.split(BATCH), self._labels_of(numbers[rank() :: world_size()]).split(BATCH), strict=True)
+        else:
+            reader = ExampleReader(data.train, "train", size, cache_of(data), samples=numbers)
+            parts = self._of(reader, look_around)
+        for logits, labels in self._logits(parts):
+            right += (logits.argmax(-1) == labels).sum(1)
+        right = sum_over_ranks(right).view(len(self.encoders), -1)
+        return [self.names[best] for best in right.argmax(1).tolist()]
+
+    def _logits(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits [H, B, C] and classes of features [B, H, D] and classes, the heads not learning meanwhile."""
+        self.heads.eval()
+        for features, labels in parts:
+            yield self.heads(features.transpose(0, 1)), labels
+        self.heads.train()
+
+    def _labels_of(self, numbers: Tensor) -> Tensor:
+        return self.labels.numbers[numbers].to(device())
+
+    def _all_names(self) -> list[str]:
+        """Of all heads, in order."""
+        return [*self.names, *(f"untrained/{name}" for name in self.names if len(self.encoders) > 1)]
+
+    @staticmethod
+    def _metric(name: str) -> str:
+        return name.replace(" ", "_")
 
     def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
         if self._confusion is None:  # evaluated by an earlier start
             self.evaluate(look_alive)
+        chosen = self.select(look_alive)
+        where = held_out(self.config.data.train, self.config.val)
+        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, look_alive)
         if not is_main():
             return []
         assert self._confusion is not None
         rows = session.rows()
-        results = self._results([row for row in rows if any(name.startswith("val/") for name in row)])
+        results = self._results([row for row in rows if any(name.startswith("val/") for name in row)], chosen, raw)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         if not self.config.train.report:
             return []
-        tops = [f"val/top1/{name.replace(' ', '_')}" for name in self.names]
+        tops = [f"val/top1/{self._metric(name)}" for name in self.names]
         best = self._confusion[self.names.index(results["best"])].view(self.labels.count, -1)
         drawn = {
             "curves": curves(rows, {"sum of the heads' losses": ["loss/total"], "validation top-1 in %": tops}, ""),
-            "blocks": by_block({name: row["top1"] for name, row in results["heads"].items()}, "top-1 in %"),
+            "blocks": by_block(
+                {name: row["top1"] for name, row in results["heads"].items()}, "top-1 in %", baselines.lines(results)
+            ),
             "confusion": confusion_matrix(best, self.labels.names),
         }
         return report.add_evaluation(self.folder, drawn)
@@ -177,9 +236,9 @@ class LinearProbe:
     def summary(self) -> str:
         """The results in words."""
         results = json.loads((self.folder / "results.json").read_text())
-        lines = [f"{'features':18}{'top-1':>8}{'top-5':>8}"]
+        lines = [baselines.verdict(results, "linear probe top-1"), f"{'features':18}{'top-1':>8}{'top-5':>8}"]
         for name, row in results["heads"].items():
-            mark = "  <-- best" if name == results["best"] else ""
+            mark = "  <-- chosen on a part of train" if name == results["best"] else ""
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")
         return "\n".join(lines)
 
@@ -190,7 +249,7 @@ class LinearProbe:
             if split == "train":
                 data, size = self.config.data, self.encoder.shape.image_size
                 reader = ExampleReader(data.train, "train", size, cache_of(data))
-            table = torch.zeros(len(reader), len(self.names), self.encoder.shape.width, device=device())
+            table = torch.zeros(len(reader), len(self._all_names()), self.encoder.shape.width, device=device())
             place = rank()
             for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):
                 look_around()
@@ -208,19 +267,27 @@ class LinearProbe:
             labels = self.val.labels[rank() :: world_size()]
             yield from zip(mine.to(device()).split(BATCH), labels.to(device()).split(BATCH), strict=True)
             return
-        for examples in batches_of_rank(self.val, BATCH, self.config.data.workers, device()):
+        yield from self._of(self.val, look_around)
+
+    def _of(self, reader: ExampleReader, look_around: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """This rank's share of a reader's images: features [B, H, D] and classes int64 [B]."""
+        for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):
             look_around()
             counted = examples.labels >= 0
             yield self.features(examples.images)[counted], examples.labels[counted]
 
-    def _results(self, measured: list[dict[str, float]]) -> dict[str, Any]:
-        last = measured[-1]
+    def _results(self, measured: list[dict[str, float]], chosen: list[str], raw: float) -> dict[str, Any]:
+        """chosen: a head of each encoder; raw: accuracy of raw pixels."""
+        last, best, names = measured[-1], chosen[0], self._all_names()
         heads = {
-            name: {top: last[f"val/{top}/{name.replace(' ', '_')}"] for top in ("top1", "top5")} for name in self.names
+            name: {top: last[f"val/{top}/{self._metric(name)}"] for top in ("top1", "top5")} for name in self.names
         }
-        best = max(heads, key=lambda name: heads[name]["top1"])
+        assert self._right is not None
+        untrained = self._right[names.index(f"untrained/{chosen[1]}")] if len(chosen) > 1 else None
+        chance = baselines.chance(self.labels.numbers, self.val.labels)
+        compared = baselines.compare(self._right[names.index(best)], untrained, raw, chance)
         about = {"encoder": self.config.encoder, "recipe": self.config.preset}
         about["data"] = self.config.to_dict()["data"]["train"]
         images = {"train": len(self.labels.numbers), "val": len(self.val)}
-        found = {"best": best, "top1": heads[best]["top1"], "heads": heads}
+        found = {**compared.results(), "best": best, "heads": heads}
         return {"task": "linear_probe", **about, "classes": self.labels.count, "images": images, **found}

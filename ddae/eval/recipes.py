@@ -43,6 +43,7 @@ class TuneConfig:
     head_std: float = 2e-5  # deviation of the head's weights at the start
     ema: float = 0.0  # momentum of a second, averaged set of weights, which is reported beside; 0: none
     evaluate_every: float = 1.0  # epochs between evaluations
+    untrained: bool = False  # first train an untrained encoder by the same recipe, to compare with: as long again
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class FinetuneConfig(Evaluation):
 
     TASK = "finetune"
     UNUSED = frozenset({"engine.kernels"})
+    FREE_ON_RESUME = Evaluation.FREE_ON_RESUME | {"tune.untrained"}
 
     def settled(self, width: int) -> "FinetuneConfig":
         """With what the paper says for an encoder of this width where nothing else is said."""
@@ -87,6 +89,7 @@ class HeadsConfig:
     layers: tuple[int, ...] = ()  # blocks, counted from 1; empty: every quarter's, and five sixths as BootMAE
     micro_batch: int = 512  # images of a GPU at a time, over which its batch norm goes
     momentum: float = 0.9  # LARS's
+    untrained: bool = True  # train the same heads on an untrained encoder, too, in the same pass over the images
     cache: bool = False  # read each image once, without augmentation, and train on what is kept of it
     evaluate_every: float = 5.0  # epochs between evaluations
 
@@ -159,7 +162,7 @@ def demo() -> FinetuneConfig:
         data=replace(config.data, batch_size=64, workers=1),
         optim=replace(config.optim, lr=2e-3, warmup_epochs=1),
         train=replace(config.train, epochs=6, log_every=5),
-        tune=replace(config.tune, layer_decay=0.75, head_std=0.02),
+        tune=replace(config.tune, layer_decay=0.75, head_std=0.02, untrained=True),
         augment=replace(config.augment, erase=0.0, mixup=0.0, cutmix=0.0),
         engine=EngineConfig(precision="fp32"),
     )

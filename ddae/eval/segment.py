@@ -164,7 +164,9 @@ class Segmentation:
         last, best = results["last"], results["best"]
         return (
             f"mIoU {last['miou']:.2f} % at the end, {best['miou']:.2f} % at best (step {best['step']}); "
-            f"{last['pixel_accuracy']:.2f} % of the pixels are right\n"
+            f"{last['pixel_accuracy']:.2f} % of the pixels are right; "
+            f"always the most frequent class: mIoU {results['chance']['miou']:.2f} %, "
+            f"{results['chance']['pixel_accuracy']:.2f} % of the pixels; untrained weights not measured\n"
             f"segmenter:            {self.folder / 'segmenter'}"
         )
 
@@ -200,6 +202,7 @@ class Segmentation:
             "pixels": int(confusion.sum()),
             "last": last | {"step": measured[-1]["step"]},
             "best": best | {"step": finest["step"]},
+            "chance": constant_answer(confusion),
             "iou": {name: float(iou) for name, iou in zip(self.classes, ious, strict=True) if iou.isfinite()},
         }
 
@@ -244,6 +247,14 @@ def intersection_over_union(confusion: Tensor) -> Tensor:
     """float [C, C] -> [C]; NaN for a class that is neither there nor guessed."""
     right = confusion.diagonal()
     return right / (confusion.sum(0) + confusion.sum(1) - right)
+
+
+def constant_answer(confusion: Tensor) -> dict[str, float]:
+    """scores() of the answer that is the most frequent class everywhere: [C, C] -> per cent."""
+    pixels = confusion.sum(1)
+    answer = torch.zeros_like(confusion)
+    answer[:, pixels.argmax()] = pixels
+    return scores(answer)
 
 
 def scores(confusion: Tensor) -> dict[str, float]:
