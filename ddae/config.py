@@ -21,8 +21,8 @@ class ModelConfig:
     positions: Literal["rowfirst", "colfirst", "none"] = "rowfirst"  # what fills the first half of a position
     relative_positions: Literal["none", "shared", "each"] = "none"  # of attention: one table for all blocks, or each's
     layer_scale: float = 0.0  # where learnable factors of what a block adds begin; 0: there are none
-    # Initial weights: Xavier-uniform with queries, keys and values as three matrices (BootMAE, MoCo v3) or as one (MAE),
-    # or a truncated normal whose residual layers shrink with depth (BEiT).
+    # Initial weights: Xavier-uniform with queries, keys and values as three matrices (BootMAE, MoCo v3) or as one
+    # (MAE), or a truncated normal whose residual layers shrink with depth (BEiT).
     init: Literal["bootmae", "mae", "beit"] = "bootmae"
 
 
@@ -59,8 +59,8 @@ class FeatureConfig:
     decoder_depth: int = 2  # decoder blocks
     decoder_width: int = 768  # decoder width
     decoder_heads: int = 12  # decoder attention heads
-    # How the teacher's tokens are normalised: a LayerNorm of each (BootMAE), the same after each channel is standardised
-    # over an image's masked tokens, or over those of the batch; or not at all.
+    # Normalisation of the teacher's tokens: a LayerNorm of each (BootMAE), the same after each channel is standardised
+    # over an image's masked tokens (data2vec 2.0) or over those of the batch, or none.
     target_norm: Literal["layer", "instance_layer", "batch_layer", "none"] = "instance_layer"
     ramp: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
     decoder_positions: Literal["all", "masked"] = "all"  # tokens that get positions: all (MAE), mask tokens (BootMAE)

@@ -69,7 +69,9 @@ def reconstructions(method: Method, config: Config, images: Tensor, betas: dict[
     by_row = [sample_mask(k, s[None], config.grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)]
     mask = Mask(*(torch.cat(positions).to(images.device) for positions in zip(*by_row, strict=True)))
     rebuilt = reconstruct(method, images, mask)
-    return reconstruction_grid(images, mask, kinds, config.model.patch_size, rebuilt, betas, config.dynamic.distance_norm)
+    return reconstruction_grid(
+        images, mask, kinds, config.model.patch_size, rebuilt, betas, config.dynamic.distance_norm
+    )
 
 
 def betas_of_pixels(config: Config, by_name: dict[str, float]) -> dict[int, float]:

@@ -23,7 +23,9 @@ def warmup_linear(step: int, steps: int, warmup_steps: float, peak: float, floor
     return line * (1 - (1 - step / warmup_steps) * (1 - 1e-6)) if step < warmup_steps else line
 
 
-def teacher_momentum(epoch: float, batch_size: int, points: tuple[tuple[float, float], ...] = TEACHER_MOMENTUM) -> float:
+def teacher_momentum(
+    epoch: float, batch_size: int, points: tuple[tuple[float, float], ...] = TEACHER_MOMENTUM
+) -> float:
     """A schedule by (epoch, m), linear in m between its points, adapted to the batch: m ^ (batch / 4096).
 
     A half-life counted in samples is what the exponent keeps (METHOD.md).

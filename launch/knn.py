@@ -2,9 +2,9 @@
 
 python launch/knn.py --encoder runs/demo --data data/imagenet
 
-The training split is the bank and the validation split asks; which block and pooling, a part of the training split
-chooses. Prints the accuracy beside untrained weights, raw pixels and chance, and leaves results.json and pictures in the
-run's folder knn/, and in its report.html.
+The training split is the bank and the validation split asks; a part of the training split chooses block and pooling.
+Prints the accuracy beside untrained weights, raw pixels and chance, and leaves results.json and pictures in the run's
+folder knn/, and in its report.html.
 """
 
 import argparse

@@ -9,7 +9,7 @@ import ranks
 from ddae.ablations import SCALES, TABLES, rows
 from ddae.config import check
 from ddae.errors import UserError
-from ddae.eval.tables import best, markdown
+from ddae.eval.tables import best, markdown, page
 from ddae.experiment import flatten
 
 DIFFERENCES = {  # from each table's base, as METHOD.md's reading of the tables has them
@@ -116,6 +116,16 @@ def test_nothing_is_claimed_within_noise():
     assert best([row("a", 50.0, 50.0), row("b", 50.0, 50.0)]).startswith("none")
     results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a", "left_out": []}
     assert "| a | 50.00 ± 0.20 | 3 | 78.7 |" in markdown(results)
+    assert "| untrained weights | not measured |  |  |" in markdown(results)
+    results["baselines"] = {
+        "untrained": {"mean": 40.0, "deviation": 0.5, "runs": 3},
+        "raw_pixels": {"mean": 30.0, "deviation": 0.0, "runs": 3},
+        "chance": {"mean": 10.0, "deviation": 0.0, "runs": 3},
+    }
+    for text in (markdown(results), page(results).replace("</td><td>", " | ")):
+        assert "untrained weights | 40.00 ± 0.50 | 3" in text
+        assert "raw pixels, nearest neighbours | 30.00 | 3" in text
+        assert "chance | 10.00 | 3" in text
 
 
 def ablate(out, *more):
@@ -127,6 +137,7 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
     code, said = ablate(tmp_path / "t", "--only", "DDS-MAE")
     assert code == 0, said[-2000:]
     first = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
+    assert "| untrained weights | " in said
     assert [row["mean"] is None for row in first] == [True, True, True, False]
     code, said = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
     assert code == 0, said[-2000:]

@@ -9,6 +9,7 @@ from ddae.eval import baselines
 from ddae.eval.baselines import Measured, chance, compare, grey, paired_error, untrained_encoder, verdict
 from ddae.model.vit import Encoder
 
+SAME = "no difference from untrained weights"
 SMALL = ModelConfig(width=32, depth=2, heads=2, image_size=16, patch_size=8)
 
 
@@ -18,8 +19,8 @@ def test_chance_is_the_most_frequent_class():
 
 
 def test_the_error_is_that_of_a_paired_difference():
-    """Of 1000 images 300 are right in both, 120 in the first alone, 80 in the second alone: differences of mean 0.04 and
-    variance 0.2 - 0.0016, so 1.409 points for their mean; unpaired it would be 2.2."""
+    """Of 1000 images 300 are right in both, 120 in the first alone, 80 in the second alone: differences of mean 0.04
+    and variance 0.2 - 0.0016, so 1.409 points for their mean; unpaired it would be 2.2."""
     first = torch.tensor([True] * 420 + [False] * 580)
     second = torch.tensor([True] * 300 + [False] * 120 + [True] * 80 + [False] * 500)
     assert paired_error(first, second) == pytest.approx(100 * ((0.2 - 0.0016) / 1000) ** 0.5, rel=0.03)
@@ -32,8 +33,8 @@ def test_the_error_is_that_of_a_paired_difference():
 @pytest.mark.parametrize(
     "extra, words",
     [
-        (0, "no difference from untrained weights: k-NN 40.0 %, untrained weights 40.0 % (difference +0.0 ± 0.0 points)"),
-        (20, "no difference from untrained weights: k-NN 42.0 %, untrained weights 40.0 % (difference +2.0 ± "),
+        (0, f"{SAME}: k-NN 40.0 %, untrained weights 40.0 % (difference +0.0 ± 0.0 points)"),
+        (20, f"{SAME}: k-NN 42.0 %, untrained weights 40.0 % (difference +2.0 ± "),
         (150, "k-NN 55.0 %, 15.0 ± "),
         (-150, "k-NN 25.0 %, 15.0 ± "),
     ],

@@ -146,7 +146,10 @@ def test_shards_without_classes_show_what_needs_none(encoder_folder, tmp_path, m
     words = ["--encoder", encoder_folder, "--data", tmp_path, "--k", "1", "--workers", "0", "--tracker", "jsonl"]
     assert knn([*words, "--out", out], monkeypatch) == 0
     said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
-    assert said.splitlines()[0] == f"{tmp_path} has no classes, which accuracies need: shard it with a class for each image"
+    assert (
+        said.splitlines()[0]
+        == f"{tmp_path} has no classes, which accuracies need: shard it with a class for each image"
+    )
     assert set(results["features"]["block 4 mean"]) == {"effective_rank", "spread"}
     assert results["accuracy"] is None
     assert '<img alt="neighbours"' in (out / "report.html").read_text()

@@ -1,7 +1,6 @@
 """Linear probes: LARS and the heads against transcriptions, and the whole of it on digits."""
 
 import json
-
 from dataclasses import replace
 
 import pytest
@@ -112,7 +111,9 @@ def test_the_held_out_part_does_not_train(digits, encoder_folder):
             labels = numbers.clone()
             labels[number] = (labels[number] + 1) % 10
             task = LinearProbe(config.settled(4), encoder, Labels(labels, list("0123456789")), val, 1)
-        task._tables["train"] = torch.randn(1400, 20, 64, generator=torch.Generator().manual_seed(0))[:, : len(task._all_names())]
+        task._tables["train"] = torch.randn(1400, 20, 64, generator=torch.Generator().manual_seed(0))[
+            :, : len(task._all_names())
+        ]
         task.build({})
         losses.append(float(task.loss(Batch(torch.empty(0), torch.empty(0), torch.arange(1400)), 0)))
     assert losses[0] == losses[1] != losses[2]

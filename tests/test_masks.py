@@ -47,8 +47,7 @@ def test_distances_are_spread_as_in_the_published_generators(kind):
 
 
 def one_by_one(target, grid, generator):
-    """A mask as BEiT's description has it, image by image: rectangles until `target` patches are covered or ten in a row
-    do not fit."""
+    """A mask as BEiT's description has it: rectangles until `target` patches are covered or ten in a row do not fit."""
     covered = np.zeros(grid, bool)
     while (missing := target - covered.sum()) > 0:
         for _ in range(10):

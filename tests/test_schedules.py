@@ -36,7 +36,9 @@ def test_teacher_momentum_is_the_papers(epoch, momentum):
     assert teacher_momentum(epoch, 4096) == pytest.approx(momentum, abs=1e-12)
 
 
-@pytest.mark.parametrize("epoch, momentum", [(0, 0.999), (100, 0.9992475), (200, 0.999495), (400, 0.99999), (799, 0.99999)])
+@pytest.mark.parametrize(
+    "epoch, momentum", [(0, 0.999), (100, 0.9992475), (200, 0.999495), (400, 0.99999), (799, 0.99999)]
+)
 def test_the_line_of_appendix_a(epoch, momentum):
     assert teacher_momentum(epoch, 4096, TEACHER_LINE) == pytest.approx(momentum, abs=1e-12)
 

@@ -36,6 +36,7 @@ from ddae.train import pretrain
 from ddae.weights import load_tokenizer
 
 JUDGED = {"nano": "probe", "micro": "probe", "tiny": "probe", "paper": "finetune"}  # by what
+BASELINES = ("untrained", "raw_pixels", "chance")  # of results.json, as tables have them below their rows
 OPENED = 30.0  # seconds within which MLflow may open the table's own run
 
 
@@ -96,6 +97,7 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
         file.write_text(text)
     assert tracker is not None
     means = {f"top1/{row['row']}": row["mean"] for row in results["rows"] if row["mean"] is not None}
+    means |= {f"top1/{name}": values["mean"] for name, values in results["baselines"].items()}
     tracker.log({"step": 0, **{re.sub(r"[^\w/. -]", "_", name): mean for name, mean in means.items()}})
     tracker.finish(files)
     return results
@@ -224,27 +226,38 @@ def _results(table: list[Row], out: Path, settings: Settings) -> dict[str, Any]:
     """Of all seeds that have been run, now or before, for as many steps and on the same data; others are named."""
     task = "linear_probe" if JUDGED[settings.scale] == "probe" else FinetuneConfig.TASK
     found, unlike, where = [], [], os.path.abspath(settings.data or out / "digits")
+    beside: dict[str, list[float]] = {name: [] for name in BASELINES}
     for number, row in enumerate(table):
         by_seed = {}
         for file in sorted(out.glob(f"row_{number}_seed_*/{task}/results.json")):
             results, run = json.loads(file.read_text()), json.loads((file.parents[1] / "config.json").read_text())
-            if run["train"]["steps"] != row.config.train.steps or os.path.abspath(run["data"]["train"]) != where:
+            other = run["train"]["steps"] != row.config.train.steps or os.path.abspath(run["data"]["train"]) != where
+            if other or "accuracy" not in results:  # which an earlier version did not compare with baselines
                 unlike.append(file.parents[1].name)
                 continue
-            top = results["top1"] if "top1" in results else results["last"]["top1"]
-            by_seed[file.parents[1].name.rpartition("_")[2]] = top
+            by_seed[file.parents[1].name.rpartition("_")[2]] = results["accuracy"]
+            for name, values in beside.items():
+                values += [results[name]] if results[name] is not None else []
         values = list(by_seed.values())
         mean = statistics.mean(values) if values else None
         deviation = statistics.stdev(values) if len(values) > 1 else None
         found.append({"row": row.name, "paper": row.paper, "mean": mean, "deviation": deviation, "seeds": by_seed})
+    known = {
+        name: {"mean": statistics.mean(values), "deviation": statistics.pstdev(values), "runs": len(values)}
+        for name, values in beside.items()
+        if values
+    }
     return {
         "task": "ablation",
         "table": settings.table,
         "scale": settings.scale,
-        "judged": "linear probe, best of its heads, top-1 in %" if task == "linear_probe" else "fine-tuned, top-1 in %",
+        "judged": "linear probe, head chosen on a part of train, top-1 in %"
+        if task == "linear_probe"
+        else "fine-tuned, top-1 in %",
         "steps": table[0].config.train.steps,
         "data": settings.data or "digits",
         "rows": found,
+        "baselines": known,
         "best": best(found),
         "left_out": unlike,  # of other steps or on other data
     }

@@ -81,9 +81,12 @@ def verdict(results: dict[str, Any], what: str) -> str:
         return f"{what} {accuracy:.1f} %; untrained weights not measured, {others}"
     untrained = f"untrained weights {results['untrained']:.1f} %"
     if abs(gain) <= ERRORS * error:
-        return f"no difference from untrained weights: {what} {accuracy:.1f} %, {untrained} (difference {gain:+.1f} ± {error:.1f} points), {others}"
+        difference = f"(difference {gain:+.1f} ± {error:.1f} points)"
+        return f"no difference from untrained weights: {what} {accuracy:.1f} %, {untrained} {difference}, {others}"
     word = "above" if gain > 0 else "BELOW"
-    return f"{what} {accuracy:.1f} %, {abs(gain):.1f} ± {error:.1f} points {word} untrained weights; {untrained}, {others}"
+    return (
+        f"{what} {accuracy:.1f} %, {abs(gain):.1f} ± {error:.1f} points {word} untrained weights; {untrained}, {others}"
+    )
 
 
 def lines(results: dict[str, Any]) -> dict[str, float]:
@@ -132,7 +135,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 def recall(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Measured | None:
-    """What remember() kept of an untrained encoder of this architecture under this protocol; None where it kept nothing.
+    """What remember() kept of an untrained encoder of this architecture under this protocol, or None.
 
     The protocol holds all else that the numbers depend on, the seed and the data sets' fingerprints included.
     """

@@ -32,8 +32,8 @@ class Examples(NamedTuple):
 class ExampleReader(Dataset):
     """The samples of a split, each with its class.
 
-    most: so many of them, evenly over the split; all where it is 0. samples: these alone, int64. UserError where the shards have no classes, unless
-    they need not be labelled: `labels` is empty then, and every class is 0.
+    most: so many of them, evenly over the split; all where it is 0. samples: these alone, int64. UserError where the
+    shards have no classes, unless they need not be labelled: `labels` is empty then, and every class is 0.
     """
 
     def __init__(

@@ -4,14 +4,15 @@ B images, N patches, D width.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ddae.distributed import device, rank, sum_over_ranks, world_size
 from ddae.eval.baselines import pixel_features
-from ddae.eval.examples import Examples
+from ddae.eval.examples import ExampleReader, Examples, batches_of_rank
 from ddae.model.vit import Encoder
 from ddae.patches import normalise
 
@@ -41,6 +42,7 @@ def pooled(encoder: Encoder, pixels: Tensor, layers: Sequence[int]) -> dict[str,
     return found
 
 
+BATCH = 128  # images of a rank at a time
 RAW = "pixels"  # the one feature of raw pixels
 
 
@@ -66,6 +68,27 @@ def extract(
         labels.append(batch.labels.cpu())
     classes = torch.cat(labels)
     return [Features({name: torch.cat(parts) for name, parts in each.items()}, classes) for each in named]
+
+
+@torch.no_grad()
+def table_of(
+    reader: ExampleReader, workers: int, make: Callable[[Tensor], dict[str, Tensor]], look_around: Callable[[], None]
+) -> dict[str, Tensor]:
+    """What `make` gives for each image of a reader, by name: float32 [N, ..] on the CPU, whole on every rank.
+
+    Each image is read once, by one of the ranks. make: uint8 [B, 3, S, S] -> {name: [B, ..]}. look_around is called at
+    every batch.
+    """
+    tables, place = {}, rank()
+    for examples in batches_of_rank(reader, BATCH, workers, device()):
+        look_around()
+        counted = place + torch.arange(len(examples.labels), device=device()) * world_size() < len(reader)
+        for name, values in make(examples.images).items():
+            table = tables.setdefault(name, torch.zeros(len(reader), *values.shape[1:], device=device()))
+            places = place + torch.arange(int(counted.sum()), device=device()) * world_size()
+            table[places] = values[counted].float()
+        place += len(examples.labels) * world_size()
+    return {name: sum_over_ranks(table).cpu() for name, table in tables.items()}
 
 
 def effective_rank(features: Tensor) -> float:

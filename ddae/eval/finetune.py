@@ -49,8 +49,9 @@ def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then write results, pictures and the classifier.
 
     With tune.untrained an encoder of untrained weights is trained before by the same recipe, in the folder untrained/,
-    unless its result is remembered: the results then compare with it. SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
-    read, shards have no classes, or those of the two splits do not fit.
+    unless its result is remembered: the results then compare with it. SystemExit with code 75 where the run is told to
+    stop before. UserError where the encoder or the shards cannot be read, shards have no classes, or those of the two
+    splits do not fit.
     """
     stop = stop or Stop()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
@@ -77,7 +78,7 @@ def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, sto
 
 
 def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
-    """Which validation images an untrained encoder gets right after this recipe: bool [N], remembered or trained now."""
+    """Which validation images an untrained encoder gets right by this recipe: bool [N], remembered or trained now."""
     val = open_shards(held_out(config.data.train, config.val), cache_of(config.data), "val")
     train = open_shards(config.data.train, cache_of(config.data), "train")
     recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}

@@ -4,24 +4,26 @@ Exact. N bank images, Q queries, D width, C classes.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddae import report
 from ddae.data.loader import cache_of
-from ddae.distributed import device, rank, sum_over_ranks, world_size
+from ddae.distributed import device
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.baselines import Measured
-from ddae.eval.examples import ExampleReader, Examples, batches, batches_of_rank
-from ddae.eval.features import RAW, Features, effective_rank, extract, quarters, spread
+from ddae.eval.examples import ExampleReader, Examples, batches
+from ddae.eval.features import RAW, Features, effective_rank, extract, quarters, spread, table_of
 from ddae.eval.pictures import by_block, confusion_matrix, neighbours
 from ddae.experiment import ShardsConfig, TrackerConfig
+from ddae.model.vit import Encoder
 from ddae.tracker import run_id_of, start_tracker
 from ddae.weights import load_encoder
 
@@ -79,91 +81,106 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     none. UserError where the encoder or the shards cannot be read, or k is more than they hold.
     """
     encoder = load_encoder(encoder_path).to(device())
-    layers, k = quarters(encoder.shape.depth), settings.k
     readers = {s: ExampleReader(data, s, encoder.shape.image_size, labelled=False) for s in ("train", "val")}
     most = int((~baselines.selection_part(len(readers["train"]))).sum())
-    if not 1 <= k <= most:
-        raise UserError(f"--k is {k}: the bank of {data} has {most} images while the feature is chosen")
-    labelled = all(len(reader.labels) for reader in readers.values())
-    untrained = baselines.untrained_encoder(encoder, settings.untrained_seed).to(device())
-    protocol = {"task": "knn", **settings._asdict(), "data": [each.shards.fingerprint for each in readers.values()]}
-    known = baselines.recall(cache_folder(), untrained, protocol) if labelled else None
-    train, val = (
-        extract([encoder] if known else [encoder, untrained], _images(r, settings), layers, device().type == "cuda")
-        for r in readers.values()
-    )
+    if not 1 <= settings.k <= most:
+        raise UserError(f"--k is {settings.k}: the bank of {data} has {most} images while the feature is chosen")
     about = {"task": "knn", "encoder": encoder_path, "data": data, "images": "grey" if settings.grey else "as stored"}
-    about |= {"k": k, "temperature": settings.temperature, "untrained_seed": settings.untrained_seed}
-    counts = {"bank": len(readers["train"]), "queries": len(readers["val"]), "width": encoder.shape.width}
-    rows = {name: {"effective_rank": effective_rank(f), "spread": spread(f)} for name, f in val[0].by_name.items()}
-    names, drawn = [str(name) for name in readers["train"].shards.classes] if labelled else [], {}
+    about |= {"k": settings.k, "temperature": settings.temperature, "untrained_seed": settings.untrained_seed}
+    about |= {"bank": len(readers["train"]), "queries": len(readers["val"]), "width": encoder.shape.width}
+    measured: dict[str, Any] = dict.fromkeys((*baselines.Compared._fields, "best"))
+    labelled = all(len(reader.labels) for reader in readers.values())
     if labelled:
-        ours = by_neighbours(train[0], val[0], settings)
-        baseline = known or by_neighbours(train[1], val[1], settings)
-        baselines.remember(cache_folder(), untrained, protocol, baseline)
-        raw = by_neighbours(*(centred(each[-1], train[-1]) for each in (train, val)), settings)
-        chance = baselines.chance(train[0].labels, val[0].labels)
-        compared = baselines.compare(ours.right, baseline.right, raw.accuracy, chance)
-        best, told = ours.feature, compared.results() | {"best": ours.feature, "untrained_best": baseline.feature}
-        for name, row in rows.items():
-            votes, _ = vote(train[0].by_name[name], train[0].labels, val[0].by_name[name], k, settings.temperature)
-            row |= {"top1": accuracy(votes, val[0].labels), "top5": accuracy(votes, val[0].labels, 5)}
+        (train, val), measured = _compared(encoder, readers, settings)
     else:
-        best, told = f"block {layers[-1]} mean", {name: None for name in (*baselines.Compared._fields, "best")}
-    results = about | counts | told | {"features": rows}
+        train, val = (each[0] for each in _features([encoder], readers, settings))
+    rows = _rows(train, val, settings, labelled)
+    results: dict[str, Any] = about | measured | {"features": rows}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-
-    found = vote(train[0].by_name[best], train[0].labels, val[0].by_name[best], k, settings.temperature)
-    queries = torch.randperm(len(val[0].labels), generator=torch.Generator().manual_seed(0))[:SHOWN].tolist()
-    shown = [(n, found.nearest[n, :NEAR].tolist()) for n in queries]
-    drawn["neighbours"] = neighbours(shown, readers["val"], readers["train"], names)
-    if labelled:
-        classes = found.votes.shape[1]
-        pairs = val[0].labels * classes + found.votes.argmax(1)
-        confusion = pairs.bincount(minlength=classes**2).view(classes, -1)
-        tops = {name: row["top1"] for name, row in rows.items()}
-        drawn["blocks"] = by_block(tops, "top-1 in %", baselines.lines(results))
-        drawn["confusion"] = confusion_matrix(confusion, names)
-    files = report.add_evaluation(out, drawn)
+    files = report.add_evaluation(out, _drawn(results, train, val, readers, settings))
     log = start_tracker(TrackerConfig(kind=tracker), out, -1, about, parent=run_id_of(Path(encoder_path)))  # type: ignore[arg-type]
-    numbers = {name: results[name] for name in baselines.Compared._fields if results[name] is not None}
+    numbers = {name: float(results[name]) for name in baselines.Compared._fields if results[name] is not None}
     by_feature = {f"{of}/{name.replace(' ', '_')}": v for name, row in rows.items() for of, v in row.items()}
-    log.log({"step": 0, **numbers, **by_feature})
+    log.log({"step": 0.0} | numbers | by_feature)
     log.finish(files)
     return results
 
 
-def cache_folder() -> str:
-    """Where results of untrained encoders are remembered."""
-    return ShardsConfig().cache
+def _compared(
+    encoder: Encoder, readers: dict[str, ExampleReader], settings: Settings
+) -> tuple[tuple[Features, Features], dict[str, Any]]:
+    """The encoder's features of train and val, and the entries of results.json that compare its accuracy."""
+    cache, fingerprints = ShardsConfig().cache, [reader.shards.fingerprint for reader in readers.values()]
+    untrained = baselines.untrained_encoder(encoder, settings.untrained_seed).to(device())
+    protocol = {"task": "knn", **settings._asdict(), "data": fingerprints, "batch": None, "workers": None}
+    known = baselines.recall(cache, untrained, protocol)
+    train, val = _features([encoder] if known else [encoder, untrained], readers, settings)
+    ours = by_neighbours(train[0], val[0], settings)
+    baseline = known or by_neighbours(train[1], val[1], settings)
+    baselines.remember(cache, untrained, protocol, baseline)
+    raw = by_neighbours(centred(train[-1], train[-1]), centred(val[-1], train[-1]), settings)
+    chance = baselines.chance(train[0].labels, val[0].labels)
+    compared = baselines.compare(ours.right, baseline.right, raw.accuracy, chance)._asdict()
+    return (train[0], val[0]), compared | {"best": ours.feature, "untrained_best": baseline.feature}
+
+
+def _features(
+    encoders: Sequence[Encoder], readers: dict[str, ExampleReader], settings: Settings
+) -> tuple[list[Features], list[Features]]:
+    """Features of train and of val: each encoder's, then raw pixels."""
+    layers = quarters(encoders[0].shape.depth)
+
+    def images(reader: ExampleReader) -> Iterator[Examples]:
+        for examples in batches(reader, settings.batch, settings.workers, device()):
+            yield examples._replace(images=baselines.grey(examples.images)) if settings.grey else examples
+
+    train, val = (extract(encoders, images(each), layers, device().type == "cuda") for each in readers.values())
+    return train, val
+
+
+def _rows(train: Features, val: Features, settings: Settings, labelled: bool) -> dict[str, dict[str, float]]:
+    """Accuracies in per cent of each kind of features, where there are classes, and the features' health."""
+    rows = {}
+    for name, queries in val.by_name.items():
+        rows[name] = {"effective_rank": effective_rank(queries), "spread": spread(queries)}
+        if labelled:
+            votes = vote(train.by_name[name], train.labels, queries, settings.k, settings.temperature).votes
+            rows[name] |= {"top1": accuracy(votes, val.labels), "top5": accuracy(votes, val.labels, 5)}
+    return rows
+
+
+def _drawn(
+    results: dict[str, Any], train: Features, val: Features, readers: dict[str, ExampleReader], settings: Settings
+) -> dict[str, Figure]:
+    """Neighbours by the chosen feature, or the last one; where there are classes, also accuracies and confusions."""
+    labelled, feature = results["accuracy"] is not None, results["best"] or list(val.by_name)[-1]
+    names = [str(name) for name in readers["train"].shards.classes] if labelled else []
+    found = vote(train.by_name[feature], train.labels, val.by_name[feature], settings.k, settings.temperature)
+    queries = torch.randperm(len(val.labels), generator=torch.Generator().manual_seed(0))[:SHOWN].tolist()
+    shown = [(number, found.nearest[number, :NEAR].tolist()) for number in queries]
+    drawn = {"neighbours": neighbours(shown, readers["val"], readers["train"], names)}
+    if labelled:
+        classes = found.votes.shape[1]
+        confusion = (val.labels * classes + found.votes.argmax(1)).bincount(minlength=classes**2).view(classes, -1)
+        tops = {name: row["top1"] for name, row in results["features"].items()}
+        drawn["blocks"] = by_block(tops, "top-1 in %", baselines.lines(results))
+        drawn["confusion"] = confusion_matrix(confusion, names)
+    return drawn
 
 
 def raw_pixels(data: ShardsConfig, val: str, size: int, look_around: Callable[[], None]) -> float:
     """Accuracy, in per cent, of the nearest neighbours of raw pixels: MOST images of train for each image of val.
 
-    All ranks share the reading. The result is of crops as evaluations see them, whatever training does to images.
+    All ranks share the reading. The images are cropped as evaluations see them, whatever training does to them.
     """
     tables = []
     for where, split, most in ((data.train, "train", MOST), (val, "val", 0)):
         reader = ExampleReader(where, split, size, cache_of(data), most=most)
-        table, place = torch.empty(0), rank()
-        for examples in batches_of_rank(reader, 128, data.workers, device()):
-            look_around()
-            features = baselines.pixel_features(examples.images)[examples.labels >= 0]
-            if not len(table):
-                table = torch.zeros(len(reader), features.shape[1], device=device())
-            table[place + torch.arange(len(features), device=device()) * world_size()] = features
-            place += len(features) * world_size()
-        tables.append(Features({RAW: sum_over_ranks(table).cpu()}, reader.labels))
+        pixels = table_of(reader, data.workers, lambda images: {RAW: baselines.pixel_features(images)}, look_around)
+        tables.append(Features(pixels, reader.labels))
     bank, queries = (centred(table, tables[0]) for table in tables)
-    settings = Settings(k=min(Settings().k, len(bank.labels)))
-    return by_neighbours(bank, queries, settings).accuracy
-
-
-def _images(reader: ExampleReader, settings: Settings) -> Iterator[Examples]:
-    for examples in batches(reader, settings.batch, settings.workers, device()):
-        yield examples._replace(images=baselines.grey(examples.images)) if settings.grey else examples
+    return by_neighbours(bank, queries, Settings(k=min(Settings().k, len(bank.labels)))).accuracy
 
 
 def centred(features: Features, bank: Features) -> Features:

@@ -22,10 +22,10 @@ from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
-from ddae.eval.features import pooled
+from ddae.eval.features import pooled, table_of
 from ddae.eval.fit import fit
-from ddae.eval.knn import raw_pixels
 from ddae.eval.heads import Heads, Trainer
+from ddae.eval.knn import raw_pixels
 from ddae.eval.pictures import by_block, confusion_matrix
 from ddae.eval.recipes import ProbeConfig
 from ddae.figures import curves
@@ -133,8 +133,8 @@ class LinearProbe:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32 [B, H, D], one encoder after the other: the last block's under the encoder's norm,
-        earlier ones' under one without affine (BootMAE)."""
+        """uint8 [B, 3, S, S] -> float32 [B, H, D], one encoder after the other: the last block's under the encoder's
+        norm, earlier ones' under one without affine (BootMAE)."""
         pixels = normalise(images, self.encoder.normalisation, torch.float32)
         last, width = f"block {self.encoder.shape.depth} ", self.encoder.shape.width
         normed = []
@@ -149,7 +149,7 @@ class LinearProbe:
 
     @torch.no_grad()
     def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
-        """Top-1 and top-5 of every head, in per cent; `untrained/` before the names of those of the untrained encoder."""
+        """Top-1 and top-5 of every head, in per cent; names of the untrained encoder's begin with `untrained/`."""
         count, heads = self.labels.count, len(self.heads.weights)
         right = torch.zeros(2, heads, len(self.val), device=device())  # top-1 and top-5
         confusion = torch.zeros(heads, count**2, device=device())
@@ -249,15 +249,8 @@ class LinearProbe:
             if split == "train":
                 data, size = self.config.data, self.encoder.shape.image_size
                 reader = ExampleReader(data.train, "train", size, cache_of(data))
-            table = torch.zeros(len(reader), len(self._all_names()), self.encoder.shape.width, device=device())
-            place = rank()
-            for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):
-                look_around()
-                features = self.features(examples.images)[examples.labels >= 0]
-                places = torch.arange(len(features), device=device()) * world_size() + place
-                table[places] = features
-                place += len(features) * world_size()
-            self._tables[split] = sum_over_ranks(table).cpu()
+            made = table_of(reader, self.config.data.workers, lambda images: {"": self.features(images)}, look_around)
+            self._tables[split] = made[""]
         return self._tables[split]
 
     def _of_val(self, look_around: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
@@ -269,7 +262,9 @@ class LinearProbe:
             return
         yield from self._of(self.val, look_around)
 
-    def _of(self, reader: ExampleReader, look_around: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _of(
+        self, reader: ExampleReader, look_around: Callable[[], None]
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's share of a reader's images: features [B, H, D] and classes int64 [B]."""
         for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):
             look_around()

@@ -7,22 +7,20 @@ D width.
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ddae.config import DataConfig, tap_name
 from ddae.data.loader import cache_of
-from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
+from ddae.distributed import is_main
 from ddae.engine import Engine
 from ddae.errors import UserError
 from ddae.eval import baselines
-from ddae.eval.examples import ExampleReader, batches_of_rank, held_out
-from ddae.eval.features import RAW, effective_rank, pooled, quarters, spread
+from ddae.eval.examples import ExampleReader, held_out
+from ddae.eval.features import RAW, effective_rank, pooled, quarters, spread, table_of
 from ddae.eval.knn import accuracy, vote
 from ddae.patches import normalise
 
 MOST = {"train": 20_000, "val": 5_000}  # images of each split, evenly over it
-BATCH = 128
 K = 20
 
 
@@ -69,21 +67,14 @@ class OnlineProbe:
                 row |= {f"health/rank/{tap}": effective_rank(queries), f"health/spread/{tap}": spread(queries)}
         return row | self._fixed
 
-    @torch.no_grad()
     def _features(self, engine: Engine, split: str, look_around: Callable[[], None]) -> dict[str, Tensor]:
-        """Features of a split by name, whole, on the CPU."""
-        encoder, reader, place = engine.module.encoder, self.readers[split], rank()
-        layers, tables = quarters(encoder.shape.depth), {}
-        for examples in batches_of_rank(reader, BATCH, self._workers, device()):
-            look_around()
+        """Features of a split by name, whole, on the CPU; raw pixels among them in the first measurement of a start."""
+        encoder = engine.module.encoder
+        layers = quarters(encoder.shape.depth)
+
+        def make(images: Tensor) -> dict[str, Tensor]:
             with engine.autocast():
-                found = pooled(encoder, normalise(examples.images, self._normalisation, engine.dtype), layers)
-            if self._first:
-                found[RAW] = baselines.pixel_features(examples.images)
-            places = torch.arange(len(examples.labels), device=device()) * world_size() + place
-            place += len(places) * world_size()
-            counted = places < len(reader)
-            for name, values in found.items():
-                table = tables.setdefault(name, torch.zeros(len(reader), values.shape[1], device=device()))
-                table[places[counted]] = values[counted].float()
-        return {name: sum_over_ranks(table).cpu() for name, table in tables.items()}
+                found = pooled(encoder, normalise(images, self._normalisation, engine.dtype), layers)
+            return found | ({RAW: baselines.pixel_features(images)} if self._first else {})
+
+        return table_of(self.readers[split], self._workers, make, look_around)

@@ -29,12 +29,25 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["row"], measured, str(len(row["seeds"])), "" if row["paper"] is None else f"{row['paper']:.1f}"]
 
 
+def _baseline_cells(results: dict[str, Any]) -> list[list[str]]:
+    """A line for each baseline, below the rows."""
+    names = {"untrained": "untrained weights", "raw_pixels": "raw pixels, nearest neighbours", "chance": "chance"}
+    lines = []
+    for name, words in names.items():
+        if values := results.get("baselines", {}).get(name):
+            spread = f" ± {values['deviation']:.2f}" if values["deviation"] >= 0.005 else ""
+            lines.append([words, f"{values['mean']:.2f}{spread}", str(values["runs"]), ""])
+        else:
+            lines.append([words, "not measured", "", ""])
+    return lines
+
+
 HEAD = ("row", "here", "seeds", "paper (ImageNet, fine-tuned)")
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The table, and what may be said of it."""
-    lines = [HEAD, ("---", "--:", "--:", "--:"), *map(_cells, results["rows"])]
+    lines = [HEAD, ("---", "--:", "--:", "--:"), *map(_cells, results["rows"]), *_baseline_cells(results)]
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}, mean ± standard deviation over seeds"
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     more = (
@@ -47,7 +60,7 @@ def page(results: dict[str, Any]) -> str:
     """The same as a page."""
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in (HEAD, *map(_cells, results["rows"]))
+        for line in (HEAD, *map(_cells, results["rows"]), *_baseline_cells(results))
     )
     title = html.escape(f"Table {results['table']}, {results['scale']}: {results['judged']}")
     style = "body{font:15px system-ui,sans-serif;margin:2em}td{padding:3px 14px 3px 0;border-bottom:1px solid #ddd}"

@@ -11,15 +11,14 @@ from torch import Tensor
 
 from ddae_kernels.implementation import choose, values_are_checked
 
-
 DISTANCE_NORMS = ("none", "max")
 
 
 def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto", norm: str = "none") -> Tensor:
     """Distance of every patch to the nearest visible patch, 0 where visible (paper section 3.1).
 
-    masked: bool [B, N], True where a patch is masked; grid: (H, W) with H * W = N. norm: "none" gives patch units, "max"
-    divides by the image's largest distance, so that it becomes 1 (caption of Fig. 2). Returns float32 [B, N].
+    masked: bool [B, N], True where a patch is masked; grid: (H, W) with H * W = N. norm: "none" gives patch units,
+    "max" divides by the image's largest distance, so that it becomes 1 (caption of Fig. 2). Returns float32 [B, N].
     Raises ValueError for another shape or dtype, and (values: CPU or DDAE_CHECK=1) for an image without a visible
     patch; unchecked, the distances of such an image are infinite.
     """

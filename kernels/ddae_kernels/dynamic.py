@@ -64,7 +64,8 @@ def dynamic_mse(
 
     pred [K, B, M, D]; target [B, M, D], shared by the taps, or [K, B, M, D]; distance [B, M] of the masked patches in
     patch units; beta [K]; tap_weight [K]. Differentiable in pred and beta; inputs are never written to. Computed in
-    fp32, in fp64 for fp64 inputs. patch_weight [B, M]: the fixed weights c, 1 where None. rescale_grad: "full" differentiates through the re-scale's maximum, "detach" not.
+    fp32, in fp64 for fp64 inputs. patch_weight [B, M]: the fixed weights c, 1 where None. rescale_grad: "full"
+    differentiates through the re-scale's maximum, "detach" not.
     impl: "auto" is Triton for CUDA tensors and the reference elsewhere; "triton" never falls back to the reference.
     Triton allows one backward a call, and copies inputs that are not contiguous first.
     Raises ValueError for shapes, dtypes, devices that do not fit, and for values (CPU, or DDAE_CHECK=1).
@@ -237,9 +238,8 @@ def _check_loss(
     if patch_weight is None:
         return
     if patch_weight.shape != distance.shape or not patch_weight.is_floating_point():
-        raise ValueError(
-            f"patch_weight is {patch_weight.dtype} {_shape(patch_weight)}: expected floats {_shape(distance)}, as distance"
-        )
+        given = f"{patch_weight.dtype} {_shape(patch_weight)}"
+        raise ValueError(f"patch_weight is {given}: expected floats {_shape(distance)}, as distance")
     if values_are_checked(patch_weight) and not bool(patch_weight.isfinite().all()):
         raise ValueError("patch_weight holds a value that is not finite")
     _check_device(pred, patch_weight=patch_weight)

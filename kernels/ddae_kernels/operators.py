@@ -58,9 +58,9 @@ def dynamic_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss [], tap_loss [K] and token_error [K, B, M], the first differentiable in pred and beta.
 
-    target: floats [B, M, D] or [K, B, M, D], norm one of dynamic.py's TARGET_NORMS; or uint8 images [B, 3, H, W] with the
-    positions `masked` [B, M], the side of a `patch`, mean and std, and norm "none", "per_channel" or "joint". norm_pred
-    standardises the prediction too. Arguments that are not contiguous are copied first.
+    target: floats [B, M, D] or [K, B, M, D], norm one of dynamic.py's TARGET_NORMS; or uint8 images [B, 3, H, W] with
+    the positions `masked` [B, M], the side of a `patch`, mean and std, and norm "none", "per_channel" or "joint".
+    norm_pred standardises the prediction, too. Arguments that are not contiguous are copied first.
     """
     vectors = [tensor.float().contiguous() for tensor in (distance, beta, tap_weight)]
     weight = patch_weight if patch_weight is None else patch_weight.float().contiguous()
@@ -69,7 +69,8 @@ def dynamic_loss(
         statistics, norm = _mean_and_scale(target, norm == "batch_layer", standardise_eps), "standardised_layer"
     affine = [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]  # from bytes
     loss, tap_loss, token_error, _, _ = _dynamic_loss(
-        *(pred.contiguous(), target, masked if masked is None else masked.contiguous(), *vectors, weight, *statistics),
+        *(pred.contiguous(), target, masked if masked is None else masked.contiguous()),
+        *(*vectors, weight, *statistics),
         *(norm, unbiased, eps, norm_pred, patch, affine, rescale_grad == "full"),
         torch.is_grad_enabled() and pred.requires_grad,
     )
@@ -77,8 +78,10 @@ def dynamic_loss(
 
 
 def _mean_and_scale(target: Tensor, over_batch: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """Each channel's mean over the masked tokens and 1 / sqrt(variance + eps): [.., B, M, D] -> twice [taps, images, D],
-    of one image where they are over the batch, of one tap where the taps share the target."""
+    """Each channel's mean over the masked tokens and 1 / sqrt(variance + eps): [.., B, M, D] -> twice [taps, images, D].
+
+    One image where they are over the batch, one tap where the taps share the target.
+    """
     means, variances = _statistics(target)
     if over_batch:
         mean = means[:, :1] + (means - means[:, :1]).mean(1, keepdim=True)  # exact where all means are equal
@@ -89,7 +92,7 @@ def _mean_and_scale(target: Tensor, over_batch: bool, eps: float) -> tuple[Tenso
 
 @torch.library.custom_op("ddae_kernels::token_statistics", mutates_args=())
 def _statistics(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel over an image's tokens: [B, M, D] or [K, B, M, D] -> twice [K, B, D]."""
+    """Mean and biased variance of each channel over an image's tokens: [.., B, M, D] -> twice [taps, B, D]."""
     mean, variance = _empty_statistics(target)
     tokens, width = target.shape[-2:]
     block_d = min(128, _block(width))
