@@ -11,9 +11,10 @@ from ddae.betas import Betas
 from ddae.branches import Inputs
 from ddae.cli import parse
 from ddae.config import beta_names
-from ddae.masks import masked_distance, sample_mask
+from ddae.masks import masked_distance, neighbour_weight, sample_mask
 from ddae.method import build_method
 from ddae.model.vit import Mlp
+from ddae.optim import build_optimizer
 from ddae.patches import NORMALISATIONS
 from ddae.presets import METHODS, names, preset
 from ddae.schedules import ramp
@@ -191,6 +192,108 @@ def test_mae_has_the_published_structure():
     assert sum(tensor.numel() for tensor in method.state_dict().values()) == 111_907_840
     assert sum(tensor.numel() for tensor in method.encoder.state_dict().values()) == 85_798_656
     assert method.branches["pixel"].decoder.blocks[0].attn.num_heads == 16
+
+
+def initial(name, *words):
+    """Initial weights of a preset of ViT-S by name, and its config."""
+    config = parse(["--preset", name, *words])
+    return {name: each.detach() for name, each in build_method(config).named_parameters()}, config
+
+
+def test_initial_weights_of_mae():
+    """Xavier: standard deviation sqrt(2 / (in + out)), qkv as one matrix: sqrt(2 / (4 x 384)) = 0.0361 in ViT-S's
+    encoder, sqrt(2 / (4 x 512)) = 0.0313 in its decoder; fc1 sqrt(2 / (5 x 384)) = 0.0323; tokens 0.02."""
+    weights, _ = initial("mae_vit_s16_100e")
+    deviations = {
+        "encoder.blocks.3.attn.qkv.weight": 0.03608,
+        "branches.pixel.decoder.blocks.0.attn.qkv.weight": 0.03125,
+        "encoder.blocks.3.mlp.fc1.weight": 0.03227,
+        "encoder.patch_embed.proj.weight": (2 / (768 + 384)) ** 0.5,
+    }
+    for name, deviation in deviations.items():
+        assert float(weights[name].std()) == pytest.approx(deviation, rel=0.01), name
+    assert float(weights["encoder.cls_token"].std()) == pytest.approx(0.02, rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["ddae", "bootmae"])
+def test_initial_weights_of_bootmae(method):
+    """Queries, keys and values are three matrices: sqrt(2 / (2 x 384)) = 0.0510; the cls token begins at 1e-6."""
+    weights, _ = initial(f"{method}_vit_s16_100e")
+    for part in weights["encoder.blocks.3.attn.qkv.weight"].chunk(3):
+        assert float(part.std()) == pytest.approx(0.05103, rel=0.01)
+    assert float(weights["encoder.cls_token"].std()) == pytest.approx(1e-6, rel=0.15)
+    assert float(weights["branches.pixel.decoder.mask_token"].std()) == pytest.approx(0.02, rel=0.15)
+
+
+def test_initial_weights_of_beit():
+    """A normal of 0.02 cut off at one standard deviation has 0.5396 of it: 0.01079. What block l adds is divided by
+    sqrt(2 l): 0.00763 in the first, 0.00220 in the twelfth; the cls blocks come after block 9, the first is the tenth."""
+    weights, _ = initial("beitv2_vit_s16_300e", "--token.tokenizer", "none")
+    assert float(weights["branches.token.head.weight"].abs().max()) <= 0.02
+    deviations = {
+        "encoder.blocks.3.attn.qkv.weight": 0.01079,
+        "branches.token.head.weight": 0.01079,
+        "encoder.blocks.0.attn.proj.weight": 0.00763,
+        "encoder.blocks.11.mlp.fc2.weight": 0.00220,
+        "branches.cls.blocks.0.mlp.fc2.weight": 0.01079 / 20**0.5,
+        "branches.cls.blocks.1.attn.proj.weight": 0.01079 / 22**0.5,
+    }
+    for name, deviation in deviations.items():
+        assert float(weights[name].std()) == pytest.approx(deviation, rel=0.01), name
+
+
+ONE_TAP = [w for b in ("pixel", "feature") for w in (f"--{b}.taps", "1", f"--{b}.tap_weights", "1")]
+
+
+def test_bootmae_as_published():
+    """Its loss weights, decay groups and decoder positions; DDAE and MAE have none of them."""
+    for name, published in {"bootmae": True, "ddae": False, "mae": False}.items():
+        weights, config = initial(f"{name}_vit_s16_100e", "--model.depth", "1", *ONE_TAP)
+        assert config.mask.neighbour_weight is published
+        assert {config.pixel.decoder_positions, config.feature.decoder_positions} == {"masked" if published else "all"}
+        decayed, exempt = (
+            group["params"] for group in build_optimizer(build_method(config), config.optim).param_groups
+        )
+        assert len(decayed) + len(exempt) == len(weights)
+        mask_tokens = [name for name in weights if name.endswith("mask_token")]
+        tokens = [sum(p.ndim == 3 for p in group) for group in (decayed, exempt)]
+        assert tokens == ([len(mask_tokens), 1] if published else [0, len(mask_tokens) + 1])  # and the cls token
+        assert all(p.ndim > 1 for p in decayed)
+    assert preset("bootmae_vit_b16_100e").feature.target_norm == "layer"
+    assert preset("ddae_vit_b16_100e").feature.target_norm == "instance_layer"
+
+
+def test_positions_of_mask_tokens_alone():
+    """Other positions of visible patches change the prediction where all tokens have them, and not where mask tokens
+    do."""
+    for words, moves in (((), True), (("--pixel.decoder_positions", "masked"), False)):
+        method, _, mask, *_ = step(demo(*words), torch.float64, 3, 1.0, 1)
+        decoder = method.branches["pixel"].decoder
+        tokens = torch.randn(3, 1 + mask.visible.shape[1], 96, dtype=torch.float64)
+        before = decoder(tokens, *mask)
+        swapped = mask._replace(visible=mask.visible.flip(1))
+        assert torch.allclose(before, decoder(tokens, *swapped)) is not moves
+
+
+def test_fixed_patch_weights_of_a_step():
+    """Each branch's loss is the mean of weight x relative weight x error; uniform weights of 1.8 make it 1.8 times."""
+    config = parse(["--preset", "bootmae_vit_s16_100e", *SMALL_BOOTMAE])
+    method, pixels, mask, distance, betas, teacher, plain = step(config, torch.float64)
+    weight = neighbour_weight(mask, config.grid).double()
+    arguments = pixels, mask, torch.tensor(distance), betas, torch.tensor(teacher), torch.tensor(1.0), 1.0, "reference"
+    weighed = method(Inputs(*arguments, patch_weight=weight))
+    for name, result in weighed.branches.items():
+        wanted = (weight * plain.branches[name].token_error).mean()
+        assert float(result.loss) == pytest.approx(float(wanted), rel=1e-6)
+    uniform = method(Inputs(*arguments, patch_weight=torch.full_like(weight, 1.8)))
+    assert float(uniform.total) == pytest.approx(1.8 * float(plain.total), rel=1e-6)
+
+
+SMALL_BOOTMAE = "--model.width 32 --model.heads 2 --model.image_size 64 --model.patch_size 8".split() + [
+    word
+    for branch in ("pixel", "feature")
+    for word in (f"--{branch}.decoder_width", "32", f"--{branch}.decoder_heads", "2")
+]
 
 
 def test_the_ramp_takes_a_quarter_of_training():

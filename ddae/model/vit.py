@@ -163,7 +163,9 @@ def initialise(module: nn.Module, generator: torch.Generator, kind: str = "bootm
                 continue
             elif parameter.ndim >= 2 and not name.endswith("relative_position_bias_table"):
                 if kind == "beit":
-                    nn.init.trunc_normal_(parameter, 0, TOKEN_STD, -TOKEN_STD, TOKEN_STD, generator)
+                    inside = math.erf(0.5**0.5)  # share of a normal within one standard deviation
+                    parameter.uniform_(-inside, inside, generator=generator).erfinv_()
+                    parameter.mul_(TOKEN_STD * 2**0.5).clamp_(-TOKEN_STD, TOKEN_STD)
                     continue
                 fan_out, fan_in = parameter.flatten(1).shape
                 fan_out = fan_in if kind == "bootmae" and name.endswith("qkv.weight") else fan_out

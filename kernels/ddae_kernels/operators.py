@@ -78,7 +78,7 @@ def dynamic_loss(
 
 
 def _mean_and_scale(target: Tensor, over_batch: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """Each channel's mean over the masked tokens and 1 / sqrt(variance + eps): [.., B, M, D] -> twice [taps, images, D].
+    """Mean and 1 / sqrt(variance + eps) of each channel over masked tokens: [.., B, M, D] -> twice [taps, images, D].
 
     One image where they are over the batch, one tap where the taps share the target.
     """
