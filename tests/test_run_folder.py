@@ -8,7 +8,7 @@ import pytest
 from ddae.config import Config
 from ddae.errors import UserError
 from ddae.experiment import TrainConfig
-from ddae.run_folder import check_history
+from ddae.run_folder import check, check_history
 
 
 def folder_of(path, last, save_every=10, more=()):
@@ -22,6 +22,17 @@ def folder_of(path, last, save_every=10, more=()):
 
 def test_a_new_run_may_begin(tmp_path):
     check_history(Config(run_dir=str(tmp_path)))
+
+
+def test_a_run_from_before_a_field_existed_has_what_was_done_then(tmp_path):
+    """The feature target was a LayerNorm alone before feature.target_norm: another one is another run."""
+    config = Config(run_dir=str(tmp_path))
+    before = config.to_dict()
+    del before["feature"]["target_norm"]
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"was started with feature\.target_norm = layer, not instance_layer"):
+        check(config)
+    check(replace(config, feature=replace(config.feature, target_norm="layer")))
 
 
 @pytest.mark.parametrize("last", [0, 3, 10])

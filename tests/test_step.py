@@ -23,7 +23,7 @@ from ddae.outcomes import Outcomes
 from ddae.replay import Bare
 from ddae.rung import count_flops
 from ddae.slices import Fragment
-from ddae.step import compile_parts, forward, set_up_teacher, settle
+from ddae.step import compile_parts, forward, schedules, set_up_teacher, settle
 from ddae.work import decoded, work
 
 DDAE = ["--preset", "demo", "--pixel.norm", "per_channel", "--pixel.decoder_depth", "2"]  # one decoder of two blocks
@@ -249,6 +249,24 @@ def test_large_taps_go_one_by_one_where_a_cache_holds_no_batch():
     json_of = lambda stage, images: {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": images}  # noqa: E731
     found = {case: settle(config, json_of(*case)).engine.taps for case in ((0, 16), (2, 16), (3, 16), (0, 1))}
     assert found == {(0, 16): "sequential", (2, 16): "sequential", (3, 16): "batched", (0, 1): "batched"}
+
+
+def test_batch_statistics_of_a_part_of_the_batch_are_refused():
+    words = ["--preset", "demo", "--feature.target_norm", "batch_layer", "--data.batch_size", "16"]
+    settle(parse(words), {"train_micro_batch_size_per_gpu": 16})
+    with pytest.raises(
+        UserError, match="takes statistics over the whole batch of 16 images, and a rank sees 8 at a time"
+    ):
+        settle(parse(words), {"train_micro_batch_size_per_gpu": 8})
+
+
+def test_the_teachers_schedules_by_name():
+    """At epoch 100 with the batch they are meant for: BootMAE's table and the line of appendix A."""
+    found = {}
+    for momentum in ("schedule", "linear", "0.99"):
+        config = parse(["--preset", "ddae_vit_b16_800e", "--teacher.momentum", momentum])
+        found[momentum] = schedules(config, 100, 800, epoch_samples=4096).momentum
+    assert found == pytest.approx({"schedule": 0.9999, "linear": 0.9992475, "0.99": 0.99}, abs=1e-12)
 
 
 @CPU_ALONE

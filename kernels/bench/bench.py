@@ -31,6 +31,7 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 K, PATCH, IMAGE = 4, 16, 224 if CUDA else 64
 GRID = IMAGE // PATCH
 M = round(0.75 * GRID**2)
+LOSSES = ["mse", "feature", "instance", "pixel"]  # instance: features with target_norm instance_layer
 WIDTHS = {"S": 384, "B": 768, "L": 1024} if CUDA else {"nano": 48}
 ROTATED = 600e6 if CUDA else 0  # bytes: an H200's L2 cache holds 60 MB
 ROUNDS = 30 if CUDA else 3
@@ -54,11 +55,12 @@ def build(loss: str, size: str, width: int, batch: int) -> Case:
     torch._dynamo.reset()  # each case is compiled for itself
     width = 3 * PATCH**2 if loss == "pixel" else width
     pred_bytes = K * batch * M * width * 2
-    target_bytes = {"mse": pred_bytes // K, "feature": pred_bytes, "pixel": batch * M * width}[loss]
+    target_bytes = {"mse": pred_bytes // K, "pixel": batch * M * width}.get(loss, pred_bytes)
     sets = [inputs(loss, width, batch) for _ in range(1 + int(ROTATED // (2 * pred_bytes + target_bytes)))]
-    call = {"mse": dk.dynamic_mse, "feature": dk.dynamic_feature_mse, "pixel": dk.dynamic_pixel_mse}[loss]
-
-    how = {"patch": PATCH, "mean": MEAN, "std": STD} if loss == "pixel" else {}
+    call = {"mse": dk.dynamic_mse, "pixel": dk.dynamic_pixel_mse}.get(loss, dk.dynamic_feature_mse)
+    how: dict[str, Any] = {"patch": PATCH, "mean": MEAN, "std": STD} if loss == "pixel" else {}
+    if loss == "instance":
+        how = {"target_norm": "instance_layer"}
 
     def step(impl: str, function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], Any]:
         pred, beta = arguments[0], arguments[-2]
@@ -231,7 +233,8 @@ def step_share(preset: str, batch: int) -> str:
 
     def losses(kernels: str) -> None:
         pixel = dk.dynamic_pixel_mse(pixels, images, mask.masked, *weights, impl=kernels, **how)
-        feature = dk.dynamic_feature_mse(features, features.detach(), *weights, impl=kernels)
+        norm = config.feature.target_norm
+        feature = dk.dynamic_feature_mse(features, features.detach(), *weights, target_norm=norm, impl=kernels)
         torch.autograd.grad(pixel.loss + feature.loss, (pixels, features))
 
     timed = alternating(steps | {f"{kernels} losses": partial(losses, kernels) for kernels in kinds}, 1)
@@ -268,7 +271,7 @@ def main(words: list[str] | None = None) -> None:
         description="Time the losses beside their byte floor, eager torch and torch.compile."
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 512] if CUDA else [2], help="images a call")
-    parser.add_argument("--only", nargs="+", default=["mse", "feature", "pixel"], help="losses to time")
+    parser.add_argument("--only", nargs="+", default=LOSSES, help="losses to time")
     parser.add_argument("--step", metavar="PRESET", help="also time a training step of this preset with either loss")
     parser.add_argument("--out", type=Path, default=RESULTS if CUDA else None, help="CSV file that rows are added to")
     arguments = parser.parse_args(words)

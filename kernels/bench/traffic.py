@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten
 from triton.runtime.interpreter import InterpreterBuilder
 
 K, B, M, PATCH = 4, 1, 12, 16
-FLOOR = {"mse": 4.5, "feature": 6.0, "pixel": 4.25}  # pred read, gradient written, target read once: a tap each, or all
+# pred read, gradient written, target read once: a tap each, or all. instance: features, target_norm instance_layer.
+FLOOR = {"mse": 4.5, "feature": 6.0, "instance": 6.0, "pixel": 4.25}
 
 
 class Operators(TorchDispatchMode):
@@ -84,7 +85,8 @@ def step(loss: str, impl: str) -> tuple[int, int]:
         how: dict[str, Any] = {"patch": PATCH, "mean": (0.5,) * 3, "std": (0.5,) * 3}
     else:
         call = dk.dynamic_mse if loss == "mse" else dk.dynamic_feature_mse
-        middle, how = (torch.randn_like(pred[0] if loss == "mse" else pred),), {}
+        middle = (torch.randn_like(pred[0] if loss == "mse" else pred),)
+        how = {"target_norm": "instance_layer"} if loss == "instance" else {}
     counter = Operators() if impl == "reference" else Kernels()
     with counter:
         call(pred, *middle, *vectors, impl=impl, **how).loss.backward()
@@ -110,7 +112,8 @@ def draw(rows: dict[str, dict[str, float]], path: str) -> None:
         at = [3.6 * (len(rows) - i) - place for i in range(len(rows))]
         bars = axes.barh(at, [row[kind] for row in rows.values()], 0.9, color=colours[kind], label=label)
         axes.bar_label(bars, fmt="%.2f" if kind != "torch" else "%.0f", padding=3, fontsize=9)
-    names = ["dynamic_mse" if name == "mse" else f"dynamic_{name}_mse" for name in rows]
+    calls = {"mse": "dynamic_mse", "instance": "dynamic_feature_mse,\ninstance_layer"}
+    names = [calls.get(name, f"dynamic_{name}_mse") for name in rows]
     axes.set_yticks([3.6 * (len(rows) - i) - 1 for i in range(len(rows))], names)
     axes.set_xlabel("bytes moved for each number of the predictions (bf16, K = 4, forward + backward)")
     axes.spines[["top", "right"]].set_visible(False)
