@@ -20,8 +20,10 @@ $(READY): pyproject.toml constraints.txt
 data/demo/manifest.json: | $(READY)
 	$(BIN)/python data_prep/sample_photos.py --out data/demo
 
+# A tiny DDAE, then its nearest neighbours beside untrained weights, raw pixels and chance, where colour tells nothing.
 demo: $(READY) data/demo/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
+	$(BIN)/python launch/knn.py --encoder runs/demo --data data/demo --grey --workers 2
 
 # Two files of tests at a time: most of what they wait for is Python's own start.
 test: $(READY)

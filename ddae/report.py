@@ -173,7 +173,8 @@ def _evaluation(folder: Path) -> str:
     pictures = sorted(
         (folder / "figures").glob("*.png"), key=lambda file: (list(CAPTIONS).index(_kind(file)), file.stem)
     )
-    return _pictures(pictures, "") + _table(("result", "value"), rows)
+    verdict = f"<p><b>{html.escape(results['verdict'])}</b></p>" if "verdict" in results else ""
+    return verdict + _pictures(pictures, "") + _table(("result", "value"), rows)
 
 
 def _kind(file: Path) -> str:

@@ -1,5 +1,6 @@
 """k-NN and what features say of themselves; digits stand for a labelled data set."""
 
+import html
 import io
 import json
 import math
@@ -15,7 +16,6 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
-from ddae.eval import baselines
 from ddae.eval.examples import ExampleReader, batches
 from ddae.eval.features import effective_rank, extract, spread
 from ddae.eval.knn import accuracy, vote
@@ -106,8 +106,10 @@ def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
     assert 5 < results["chance"] < 15 < results["raw_pixels"] < 100
     assert results["untrained"] > 50
     assert results["gain"] == pytest.approx(results["accuracy"] - results["untrained"])
-    assert said.splitlines()[0] == baselines.verdict(results, "k-NN top-1")
+    assert said.splitlines()[0] == results["verdict"]
+    assert results["verdict"].endswith(f"raw pixels {results['raw_pixels']:.1f} %, chance {results['chance']:.1f} %")
     page = (tmp_path / "report.html").read_text()
+    assert f"<b>{html.escape(results['verdict'])}</b>" in page
     for name in ("blocks", "neighbours", "confusion"):
         assert f'<img alt="{name}"' in page
     (row,) = ranks.metrics(tmp_path)

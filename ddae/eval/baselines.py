@@ -44,8 +44,9 @@ class Compared(NamedTuple):
     gain: float | None  # over untrained weights, in points
     standard_error: float | None  # of the gain
 
-    def results(self) -> dict[str, Any]:
-        return self._asdict()
+    def results(self, what: str) -> dict[str, Any]:
+        """Entries of results.json: the fields and `verdict`, the first line of every report of this accuracy."""
+        return self._asdict() | {"verdict": verdict(self, what)}
 
 
 def compare(right: Tensor, untrained: Tensor | None, raw_pixels: float, chance: float) -> Compared:
@@ -68,18 +69,13 @@ def paired_error(right: Tensor, baseline: Tensor) -> float:
     return float(100 * (drawn[:, 0] - drawn[:, 1]).std() / len(difference))
 
 
-def is_gain(results: dict[str, Any]) -> bool:
-    """Whether results.json reports an accuracy above that of untrained weights by more than ERRORS standard errors."""
-    return results["gain"] is not None and results["gain"] > ERRORS * results["standard_error"]
-
-
-def verdict(results: dict[str, Any], what: str) -> str:
-    """Return the first line of a report, from results.json's entries: the accuracy beside its baselines."""
-    accuracy, gain, error = results["accuracy"], results["gain"], results["standard_error"]
-    others = f"raw pixels {results['raw_pixels']:.1f} %, chance {results['chance']:.1f} %"
-    if gain is None:
+def verdict(compared: Compared, what: str) -> str:
+    """Return a sentence that has the accuracy beside its baselines, and says whether training made a difference."""
+    accuracy, baseline, raw_pixels, by_chance, gain, error = compared
+    others = f"raw pixels {raw_pixels:.1f} %, chance {by_chance:.1f} %"
+    if gain is None or error is None:
         return f"{what} {accuracy:.1f} %; untrained weights not measured, {others}"
-    untrained = f"untrained weights {results['untrained']:.1f} %"
+    untrained = f"untrained weights {baseline:.1f} %"
     if abs(gain) <= ERRORS * error:
         difference = f"(difference {gain:+.1f} ± {error:.1f} points)"
         return f"no difference from untrained weights: {what} {accuracy:.1f} %, {untrained} {difference}, {others}"

@@ -229,7 +229,7 @@ class Finetune:
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
         lines = [
-            baselines.verdict(results, "fine-tuned top-1"),
+            results["verdict"],
             f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % at best (epoch {best['epoch']})",
         ]
         if results["untrained"] is None:
@@ -268,7 +268,7 @@ class Finetune:
             "data": self.config.to_dict()["data"]["train"],
             "classes": self.labels.count,
             "images": {"train": len(self.labels.numbers), "val": len(self.val)},
-            **baselines.compare(self._right, self.untrained, raw, chance).results(),
+            **baselines.compare(self._right, self.untrained, raw, chance).results("fine-tuned top-1"),
             "last": last | {"epoch": round(measured[-1]["step"] * epoch, 2)},
             "best": best | {"epoch": round(finest["step"] * epoch, 2)},
         }

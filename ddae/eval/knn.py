@@ -121,7 +121,7 @@ def _compared(
     baselines.remember(cache, untrained, protocol, baseline)
     raw = by_neighbours(centred(train[-1], train[-1]), centred(val[-1], train[-1]), settings)
     chance = baselines.chance(train[0].labels, val[0].labels)
-    compared = baselines.compare(ours.right, baseline.right, raw.accuracy, chance)._asdict()
+    compared = baselines.compare(ours.right, baseline.right, raw.accuracy, chance).results("k-NN top-1")
     return (train[0], val[0]), compared | {"best": ours.feature, "untrained_best": baseline.feature}
 
 
@@ -208,7 +208,7 @@ def show(results: dict[str, Any]) -> str:
     """The results as text; the first line has the accuracy beside its baselines."""
     labelled = results["accuracy"] is not None
     missing = f"{results['data']} has no classes, which accuracies need: shard it with a class for each image"
-    lines = [baselines.verdict(results, "k-NN top-1") if labelled else missing]
+    lines = [results["verdict"] if labelled else missing]
     lines.append(
         f"{results['queries']} images asked {results['bank']} for their {results['k']} nearest neighbours"
         + (", in grey of equal contrast" if results["images"] == "grey" else "")

@@ -236,7 +236,7 @@ class LinearProbe:
     def summary(self) -> str:
         """The results in words."""
         results = json.loads((self.folder / "results.json").read_text())
-        lines = [baselines.verdict(results, "linear probe top-1"), f"{'features':18}{'top-1':>8}{'top-5':>8}"]
+        lines = [results["verdict"], f"{'features':18}{'top-1':>8}{'top-5':>8}"]
         for name, row in results["heads"].items():
             mark = "  <-- chosen on a part of train" if name == results["best"] else ""
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")
@@ -284,5 +284,5 @@ class LinearProbe:
         about = {"encoder": self.config.encoder, "recipe": self.config.preset}
         about["data"] = self.config.to_dict()["data"]["train"]
         images = {"train": len(self.labels.numbers), "val": len(self.val)}
-        found = {**compared.results(), "best": best, "heads": heads}
+        found = {**compared.results("linear probe top-1"), "best": best, "heads": heads}
         return {"task": "linear_probe", **about, "classes": self.labels.count, "images": images, **found}
