@@ -227,7 +227,7 @@ def test_initial_weights_of_bootmae(method):
 
 def test_initial_weights_of_beit():
     """A normal of 0.02 cut off at one standard deviation has 0.5396 of it: 0.01079. What block l adds is divided by
-    sqrt(2 l): 0.00763 in the first, 0.00220 in the twelfth; the first of the cls blocks, after block 9, is the tenth."""
+    sqrt(2 l): 0.00763 in the first, 0.00220 in the twelfth; the first cls block, after block 9, is the tenth."""
     weights, _ = initial("beitv2_vit_s16_300e", "--token.tokenizer", "none")
     assert float(weights["branches.token.head.weight"].abs().max()) <= 0.02
     deviations = {
