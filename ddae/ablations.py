@@ -182,7 +182,7 @@ def _small(config: Config, width: int, image_size: int, patch_size: int, steps: 
         dynamic=replace(config.dynamic, lr_multiple=4.0, coupled_l2=config.dynamic.coupled_l2 / 5),
         teacher=TeacherConfig(momentum=momentum),
         data=replace(config.data, batch_size=batch, workers=1, backend="pillow"),
-        optim=OptimConfig(lr=lr, min_lr=1e-5, warmup_epochs=0.0),
+        optim=OptimConfig(lr=lr, min_lr=1e-5, warmup_epochs=0.0, decay_mask_tokens=config.optim.decay_mask_tokens),
         train=TrainConfig(steps=steps, log_every=max(1, steps // 100), save_every=steps, keep=1, report=False),
         engine=StepConfig(precision="fp32"),
     )

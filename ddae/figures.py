@@ -127,8 +127,16 @@ def _show(axis, picture: np.ndarray, title: str, **options) -> None:
     axis.set_axis_off()
 
 
-def curves(rows: list[dict[str, float]], groups: dict[str, list[str]], title: str) -> Figure:
-    """Lines over steps, one panel a group of metric names; a metric's last word labels its line."""
+def curves(
+    rows: list[dict[str, float]],
+    groups: dict[str, list[str]],
+    title: str,
+    levels: dict[str, dict[str, float]] | None = None,
+) -> Figure:
+    """Lines over steps, one panel a group of metric names; a metric's last word labels its line.
+
+    levels: {panel: {name: value}}, grey horizontal lines.
+    """
     figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.2), squeeze=False)
     for axis, (heading, names) in zip(axes[0], groups.items(), strict=True):
         for name, colour in zip(names, COLOURS * 3, strict=False):
@@ -137,6 +145,8 @@ def curves(rows: list[dict[str, float]], groups: dict[str, list[str]], title: st
             if name.endswith(BASELINES):
                 style |= {"color": "#777", "linewidth": 1, "linestyle": "--" if name.endswith(BASELINES[0]) else ":"}
             axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
+        for number, (name, value) in enumerate((levels or {}).get(heading, {}).items()):
+            axis.axhline(value, color="#777", linewidth=1, linestyle=("-.", "--", ":")[number % 3], label=name)
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)

@@ -186,4 +186,5 @@ def _shape(weights: dict[str, Tensor], path: Path | str) -> ModelConfig:
         positions="rowfirst" if "pos_embed" in weights else "none",
         relative_positions=relative,
         layer_scale=1.0 if scaled else 0.0,
+        init="beit" if relative != "none" else "mae",  # of an untrained encoder beside it
     )

@@ -95,14 +95,13 @@ class Clock:
         self._steps += 1
 
     def seconds(self) -> float:
-        """Since the last reading."""
-        return time.perf_counter() - self._start
+        """Since the last reading, without checkpoints and evaluations."""
+        return time.perf_counter() - self._start - self._spent["save"] - self._spent["evaluate"]
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Seconds a step without those spent on checkpoints and evaluations, seconds of it spent waiting for data,
         images/s over all ranks, and seconds that checkpoints took in all; then begin anew."""
-        apart = self._spent["save"] + self._spent["evaluate"]
-        seconds, steps = time.perf_counter() - self._start - apart, max(1, self._steps)
+        seconds, steps = self.seconds(), max(1, self._steps)
         row = {
             "rate/images_per_s": batch_size * self._steps / seconds,
             "time/step": seconds / steps,

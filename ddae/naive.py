@@ -98,6 +98,8 @@ class NaiveMethod(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
+        if config.mask.neighbour_weight or config.feature.target_norm not in ("layer", "instance_layer"):
+            raise ValueError("naive.py knows neither mask.neighbour_weight nor the other target norms")
         self.encoder = NaiveEncoder(config)
         branches = {}
         if config.pixel.enabled:

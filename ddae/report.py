@@ -28,10 +28,10 @@ CAPTIONS = {
     "losses": "Error of masked patches by tapped block (squared; of codes cross-entropy): plain means, not weighted.",
     "betas": "The learnable exponents: below 0 a block works on patches near visible ones, above 0 on far ones.",
     "weights": "How much a masked patch counts at each distance, with the betas at the end.",
-    "probes": "What the encoder knew in the course of training: nearest neighbours on the split val, and "
-    "two numbers that need no label.",
+    "probes": "k-NN accuracy on the split val in the course of training, untrained weights at step 0, beside raw "
+    "pixels (dashed) and chance (dotted); two numbers that need no label.",
     "curves": "Loss and learning rate by step, and what was measured in between.",
-    "blocks": "What a linear head makes of each block's features.",
+    "blocks": "Accuracy by block and pooling, beside untrained weights, raw pixels and chance.",
     "confusion": "Where the classes of the validation images went.",
     "examples": "Validation images with the predicted class and its probability; red where it is wrong.",
     "neighbours": "Validation images (left) and the training images whose features are nearest; red where the class "
@@ -169,7 +169,8 @@ def _evaluations(run: Path) -> str:
 
 def _evaluation(folder: Path) -> str:
     results = flatten(json.loads((folder / "results.json").read_text()))
-    rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in results.items()]
+    known = {key: value for key, value in results.items() if value is not None}
+    rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in known.items()]
     pictures = sorted(
         (folder / "figures").glob("*.png"), key=lambda file: (list(CAPTIONS).index(_kind(file)), file.stem)
     )

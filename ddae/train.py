@@ -18,6 +18,7 @@ from ddae.distributed import agree, device, is_main, rank, say, world_size
 from ddae.dump import add_batches
 from ddae.engine import Engine, start_process_group
 from ddae.eval.online import OnlineProbe
+from ddae.figures import BASELINES
 from ddae.meter import Meter, Spikes, print_progress
 from ddae.method import build_method
 from ddae.model.teacher import Teacher
@@ -175,14 +176,14 @@ def measure(probe: OnlineProbe, engine: Engine, session: Session, step: int) -> 
     with session.evaluating():
         row = probe.measure(engine, partial(session.look_around, step))
     first = next((row for row in session.rows() if row["step"] == 0), {})
-    words = [f"{name} {value:.3g}{_beside(first.get(name))}" for name, value in row.items()]
+    words = [f"{name} {value:.3g}{_beside(first.get(name), name)}" for name, value in row.items()]
     say("  ".join([f"step {step}", *words]))
     session.log({"step": step, **row})
 
 
-def _beside(untrained: float | None) -> str:
+def _beside(untrained: float | None, name: str) -> str:
     """What the untrained encoder gave, behind what a trained one gives."""
-    return "" if untrained is None else f" (untrained {untrained:.3g})"
+    return "" if untrained is None or name.endswith(BASELINES) else f" (untrained {untrained:.3g})"
 
 
 def finish(config: Config, engine: Engine, betas: Betas, preview: Preview) -> list[Path]:

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results; left out: knn in the encoder's run")
     parser.add_argument("--grey", action="store_true", help="images in grey, of equal mean and contrast")
     parser.add_argument("--untrained_seed", type=int, default=0, help="of the untrained encoder beside it")
+    parser.add_argument("--cache", default="data/cache", help="folder that remembers results of untrained encoders")
     words = parser.parse_args()
     from ddae.eval.knn import Settings, evaluate, show  # seconds to import
     from ddae.eval.recipes import task_folder

@@ -115,17 +115,13 @@ def test_nothing_is_claimed_within_noise():
     assert best([row("a", 50.0), row("b", 48.0)]).startswith("not said: more than one seed")
     assert best([row("a", 50.0, 50.0), row("b", 50.0, 50.0)]).startswith("none")
     results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a", "left_out": []}
-    assert "| a | 50.00 ± 0.20 | 3 | 78.7 |" in markdown(results)
-    assert "| untrained weights | not measured |  |  |" in markdown(results)
-    results["baselines"] = {
-        "untrained": {"mean": 40.0, "deviation": 0.5, "runs": 3},
-        "raw_pixels": {"mean": 30.0, "deviation": 0.0, "runs": 3},
-        "chance": {"mean": 10.0, "deviation": 0.0, "runs": 3},
-    }
+    assert "| a | 50.00 ± 0.20 | not measured | 3 | 78.7 |" in markdown(results)
+    clear[0] |= {"untrained": 40.0, "untrained_deviation": 0.5}
+    results["baselines"] = {"raw_pixels": 30.0, "chance": 10.0}
     for text in (markdown(results), page(results).replace("</td><td>", " | ")):
-        assert "untrained weights | 40.00 ± 0.50 | 3" in text
-        assert "raw pixels, nearest neighbours | 30.00 | 3" in text
-        assert "chance | 10.00 | 3" in text
+        assert "a | 50.00 ± 0.20 | 40.00 ± 0.50 | 3 | 78.7" in text
+        assert "raw pixels, nearest neighbours | 30.00 |" in text
+        assert "chance | 10.00 |" in text
 
 
 def ablate(out, *more):
@@ -137,7 +133,8 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
     code, said = ablate(tmp_path / "t", "--only", "DDS-MAE")
     assert code == 0, said[-2000:]
     first = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
-    assert "| untrained weights | " in said
+    assert "| chance | " in said
+    assert first[3]["untrained"] > 30
     assert [row["mean"] is None for row in first] == [True, True, True, False]
     code, said = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
     assert code == 0, said[-2000:]
@@ -156,7 +153,7 @@ def test_a_table_is_run_and_gone_on_with(tmp_path):
     shorter = json.loads((tmp_path / "t" / "results.json").read_text())
     assert [list(row["seeds"]) for row in shorter["rows"]] == [["1", "2"], [], [], []]
     assert shorter["left_out"] == ["row_0_seed_0", "row_3_seed_0"]
-    assert "Left out, of other steps or on other data: row_0_seed_0" in said
+    assert "Left out, of other steps, on other data or without baselines: row_0_seed_0" in said
     assert shorter["rows"][0]["deviation"] > 0
     assert "step 30/30" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
 

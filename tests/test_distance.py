@@ -36,6 +36,7 @@ def test_distances_over_the_largest_by_hand():
     """One visible corner of 2 x 3 patches: 0 1 2 / 1 sqrt2 sqrt5, over sqrt5; one masked patch is the farthest."""
     masked = torch.tensor([[False, True, True, True, True, True], [False, False, True, False, False, False]])
     found = dk.patch_distance(masked, (2, 3), norm="max")
+    assert not dk.patch_distance(torch.zeros(1, 6, dtype=torch.bool), (2, 3), norm="max").any()  # nothing is masked
     root = 5**0.5
     wanted = [[0, 1 / root, 2 / root, 1 / root, (2 / 5) ** 0.5, 1], [0, 0, 1, 0, 0, 0]]
     np.testing.assert_allclose(found, wanted, rtol=1e-6)

@@ -179,11 +179,20 @@ def runs(digits, encoder_folder, tmp_path_factory):
         ["forget", str(run), str(resumed), "100"],
         words(digits, folder / "encoder", resumed, *plain),
         words(digits, empty, folder / "one", "--train.steps", "4", "--tune.drop_path", "0"),
+        words(digits, empty, folder / "later", *compared[:2]),
+        words(digits, empty, folder / "later", *compared),  # complete, and compared now
     ]
     said = ranks.run_program(1, [PROGRAM], made)
     ranks.run_program(1, [PROGRAM], later)
     ranks.run_program(
-        2, [PROGRAM], [words(digits, empty, folder / "two", "--train.steps", "4", "--tune.drop_path", "0")]
+        2,
+        [PROGRAM],
+        [
+            words(
+                digits, empty, folder / "both", "--train.steps", "2", "--tune.untrained", *compared[3:4], str(folder)
+            ),
+            words(digits, empty, folder / "two", "--train.steps", "4", "--tune.drop_path", "0"),
+        ],
     )
     return folder, said
 
@@ -212,6 +221,12 @@ def test_it_is_compared_with_untrained_weights(runs):
     assert not (folder / "again" / "untrained").exists()
     assert 5 < first["chance"] < 15 < first["raw_pixels"] < 100
     assert first["verdict"] in said
+    later = json.loads((folder / "later" / "results.json").read_text())
+    assert later["untrained"] == first["untrained"]
+    assert later["verdict"] == first["verdict"]
+    both = json.loads((folder / "both" / "results.json").read_text())  # two ranks
+    assert both["untrained"] is not None
+    assert (folder / "both" / "untrained" / "results.json").exists()
     plain = json.loads((folder / "encoder" / "finetune" / "results.json").read_text())
     assert plain["untrained"] is None
     assert plain["verdict"] in said

@@ -301,7 +301,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "timm, images of 64 pixels, half" in capsys.readouterr().out
     weights = load_file(tmp_path / "timm" / "model.safetensors")
     assert torch.equal(weights["cls_token"], encoder.cls_token)
-    assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["num_heads"] == 3
+    assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["num_heads"] == 6
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
     same(encoder, model, torch.randn(1, 3, 64, 64))
     assert export("--encoder", tmp_path / "nothing", "--out", tmp_path / "x") == 2
@@ -367,10 +367,10 @@ def test_a_card_goes_with_an_export(run_folder, tmp_path, monkeypatch):
         runpy.run_path(str(ranks.ROOT / "launch" / "export.py"), run_name="__main__")
     card = (tmp_path / "out" / "README.md").read_text()
     for words in (
-        "8 blocks of width 96, 3 heads",
+        "8 blocks of width 96, 6 heads",
         "half: mean (0.5, 0.5, 0.5)",
         "demo: pixel and feature branch, bootmae_block masks of 75%",
-        "8 steps of 32 images, 1.5 epochs",
+        "8 steps of 16 images, 1.5 epochs",
         "commit abc, with changes",
         "| knn | block 8 cls, top-1 | 71.50 % (+11.2 ± 1.5) | 60.25 % | 40.00 % | 9.00 % |",
         'timm.create_model("local-dir:out"',

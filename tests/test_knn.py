@@ -17,8 +17,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.eval.examples import ExampleReader, batches
-from ddae.eval.features import effective_rank, extract, spread
-from ddae.eval.knn import accuracy, vote
+from ddae.eval.features import Features, effective_rank, extract, spread
+from ddae.eval.knn import Settings, accuracy, by_neighbours, vote
 
 
 def test_votes_are_what_the_words_say():
@@ -48,6 +48,19 @@ def test_votes_are_scikit_learns():
     assert (votes.argmax(1).numpy() == theirs.predict(queries.numpy())).all()
 
 
+def test_a_feature_is_chosen_on_train_and_reported_on_val():
+    """Feature a tells classes of train, b those of val: a is chosen, and its accuracy on val reported."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(200) % 4
+    told, noise = torch.eye(4)[labels], torch.randn(200, 4, generator=generator)
+    train = Features({"a": told, "b": noise}, labels)
+    val = Features({"a": noise, "b": told}, labels)
+    found = by_neighbours(train, val, Settings())
+    assert found.feature == "a"
+    assert found.accuracy == 100 * float(found.right.float().mean()) < 60
+    assert by_neighbours(Features({"a": noise, "b": told}, labels), val, Settings()).feature == "b"
+
+
 def test_accuracy():
     votes = torch.tensor([[3.0, 1, 0], [0, 1, 2], [0, 2, 1]])
     labels = torch.tensor([0, 1, 0])
@@ -71,8 +84,7 @@ def test_features_are_the_encoders(digits, encoder_folder):
 
     encoder = load_encoder(encoder_folder)
     reader = ExampleReader(str(digits), "val", 32)
-    found, pixels = extract([encoder], batches(reader, 100, 0, torch.device("cpu")), [2, 4])
-    assert pixels.by_name["pixels"].shape == (397, 3 * 32 * 32)
+    (found,) = extract([encoder], batches(reader, 100, 0, torch.device("cpu")), [2, 4])
     assert found.labels.tolist() == load_digits().target[1400:].tolist()
     images = torch.stack([torch.from_numpy(reader[n][0]) for n in (0, 150, 396)])
     pixels = (images / 255 - 0.5) / 0.5
@@ -94,7 +106,13 @@ def knn(words, monkeypatch):
 
 def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
     words = ["--encoder", encoder_folder, "--data", digits, "--workers", "0", "--out", tmp_path, "--tracker", "jsonl"]
+    words += ["--cache", tmp_path / "cache"]
     assert knn(words, monkeypatch) == 0
+    first = (tmp_path / "results.json").read_text()
+    assert len(list((tmp_path / "cache" / "baselines").iterdir())) == 1
+    capsys.readouterr()
+    assert knn(words, monkeypatch) == 0  # from what is remembered of the untrained encoder
+    assert (tmp_path / "results.json").read_text() == first
     results = json.loads((tmp_path / "results.json").read_text())
     said = capsys.readouterr().out
     assert (results["bank"], results["queries"], results["width"], results["k"]) == (1400, 397, 64, 20)
@@ -112,7 +130,7 @@ def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
     assert f"<b>{html.escape(results['verdict'])}</b>" in page
     for name in ("blocks", "neighbours", "confusion"):
         assert f'<img alt="{name}"' in page
-    (row,) = ranks.metrics(tmp_path)
+    *_, row = ranks.metrics(tmp_path)
     assert row["top1/block_4_cls"] == results["features"]["block 4 cls"]["top1"]
 
 
@@ -121,8 +139,8 @@ def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
     [
         ({"--encoder": "nowhere"}, "nowhere is not an export"),
         ({"--data": "nowhere"}, "nowhere"),
-        ({"--k": 5000}, "--k is 5000: the bank of"),
-        ({"--k": 0}, "--k is 0: the bank of"),
+        ({"--k": 5000}, "--k is 5000; expected 1 to 1260, the images of"),
+        ({"--k": 0}, "--k is 0; expected 1 to 1260, the images of"),
     ],
 )
 def test_mistakes_are_one_sentence(change, message, digits, encoder_folder, monkeypatch, capsys):
@@ -145,7 +163,7 @@ def test_shards_without_classes_show_what_needs_none(encoder_folder, tmp_path, m
         entries[f"{split}-000000.tar"] = write_shard(tmp_path / f"{split}-000000.tar", samples)
     write_manifest(tmp_path, entries, classes=[])
     out = tmp_path / "knn"
-    words = ["--encoder", encoder_folder, "--data", tmp_path, "--k", "1", "--workers", "0", "--tracker", "jsonl"]
+    words = ["--encoder", encoder_folder, "--data", tmp_path, "--k", "12", "--workers", "0", "--tracker", "jsonl"]
     assert knn([*words, "--out", out], monkeypatch) == 0
     said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
     assert (

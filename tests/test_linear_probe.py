@@ -102,7 +102,7 @@ def test_the_held_out_part_does_not_train(digits, encoder_folder):
     encoder = load_encoder(encoder_folder)
     val = ExampleReader(str(digits), "val", 32)
     numbers = torch.from_numpy(ExampleReader(str(digits), "train", 32).shards.labels()).long()
-    losses = []
+    losses, gradients = [], []
     for changed in (None, True, False):
         task = LinearProbe(config.settled(4), encoder, Labels(numbers.clone(), list("0123456789")), val, 1)
         if changed is not None:
@@ -114,8 +114,36 @@ def test_the_held_out_part_does_not_train(digits, encoder_folder):
             :, : len(task._all_names())
         ]
         task.build({})
-        losses.append(float(task.loss(Batch(torch.empty(0), torch.empty(0), torch.arange(1400)), 0)))
+        loss = task.loss(Batch(torch.empty(0), torch.empty(0), torch.arange(1400)), 0)
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(task.heads.weights[0].grad)
     assert losses[0] == losses[1] != losses[2]
+    assert torch.equal(gradients[0], gradients[1])
+    assert not torch.equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("good_on_train", [0, 1])
+def test_a_head_is_chosen_on_train(good_on_train, digits, encoder_folder):
+    """One head's features tell classes of train, the other's those of val: the first is chosen."""
+    config = probe_recipe("demo")
+    config = replace(config, data=replace(config.data, train=str(digits)), probe=replace(config.probe, layers=(4,)))
+    reader, val = (ExampleReader(str(digits), split, 32) for split in ("train", "val"))
+    task = LinearProbe(config, load_encoder(encoder_folder), Labels(reader.labels, list("0123456789")), val, 1)
+    task.build({})
+    with torch.no_grad():
+        for weight in task.heads.weights:
+            weight.copy_(torch.eye(10, 64))
+    for split, of in (("train", reader), ("val", val)):
+        table = torch.randn(len(of), 4, 64, generator=torch.Generator().manual_seed(0))
+        table[:, good_on_train if split == "train" else 1 - good_on_train] = 9 * torch.eye(64)[of.labels]
+        task._tables[split] = table
+    assert task.select(lambda: None)[0] == task.names[good_on_train]
+    tops = task.evaluate(lambda: None)
+    assert tops[f"val/top1/{task.names[1 - good_on_train].replace(' ', '_')}"] == 100
+    results = task._results([tops], task.select(lambda: None), 0.0)
+    assert results["accuracy"] == pytest.approx(tops[f"val/top1/{results['best'].replace(' ', '_')}"])
+    assert results["accuracy"] < 50
 
 
 def test_accumulation_is_one_batch_and_lost_gradients_change_nothing():

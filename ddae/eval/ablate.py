@@ -36,7 +36,7 @@ from ddae.train import pretrain
 from ddae.weights import load_tokenizer
 
 JUDGED = {"nano": "probe", "micro": "probe", "tiny": "probe", "paper": "finetune"}  # by what
-BASELINES = ("untrained", "raw_pixels", "chance")  # of results.json, as tables have them below their rows
+BASELINES = ("raw_pixels", "chance")  # of results.json, below a table's rows; untrained weights are each row's own
 OPENED = 30.0  # seconds within which MLflow may open the table's own run
 
 
@@ -97,7 +97,7 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
         file.write_text(text)
     assert tracker is not None
     means = {f"top1/{row['row']}": row["mean"] for row in results["rows"] if row["mean"] is not None}
-    means |= {f"top1/{name}": values["mean"] for name, values in results["baselines"].items()}
+    means |= {f"top1/{name}": value for name, value in results["baselines"].items()}
     tracker.log({"step": 0, **{re.sub(r"[^\w/. -]", "_", name): mean for name, mean in means.items()}})
     tracker.finish(files)
     return results
@@ -177,7 +177,8 @@ def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Setti
     pretrain(config, stop)
     if JUDGED[settings.scale] == "finetune":
         tuning = recipe("beitv2" if config.token.enabled else "paper")
-        tuned = {"data": replace(tuning.data, train=data), "train": replace(tuning.train, seed=seed)}
+        tuned: dict[str, Any] = {"data": replace(tuning.data, train=data), "train": replace(tuning.train, seed=seed)}
+        tuned["tune"] = replace(tuning.tune, untrained=True)  # once an architecture and seed: then it is remembered
         finetune(replace(tuning, **shared, **tuned, encoder=str(folder)), stop)
         return
     linear_probe(probe_of(str(folder), data, seed, tracker), stop)
@@ -207,7 +208,9 @@ def _tokenizer(config: Config, teacher: Path, folder: Path, stop: Stop) -> str:
             train=config.train,
             engine=config.engine,
             tracker=config.tracker,
-            model=replace(config.model, depth=4, positions="rowfirst", relative_positions="none", layer_scale=0.0),
+            model=replace(
+                config.model, depth=4, positions="rowfirst", relative_positions="none", layer_scale=0.0, init="bootmae"
+            ),
             vq=vq,
         ),
         stop,
@@ -226,9 +229,9 @@ def _results(table: list[Row], out: Path, settings: Settings) -> dict[str, Any]:
     """Of all seeds that have been run, now or before, for as many steps and on the same data; others are named."""
     task = "linear_probe" if JUDGED[settings.scale] == "probe" else FinetuneConfig.TASK
     found, unlike, where = [], [], os.path.abspath(settings.data or out / "digits")
-    beside: dict[str, list[float]] = {name: [] for name in BASELINES}
+    beside: dict[str, float] = {}
     for number, row in enumerate(table):
-        by_seed = {}
+        by_seed, untrained = {}, []
         for file in sorted(out.glob(f"row_{number}_seed_*/{task}/results.json")):
             results, run = json.loads(file.read_text()), json.loads((file.parents[1] / "config.json").read_text())
             other = run["train"]["steps"] != row.config.train.steps or os.path.abspath(run["data"]["train"]) != where
@@ -236,17 +239,15 @@ def _results(table: list[Row], out: Path, settings: Settings) -> dict[str, Any]:
                 unlike.append(file.parents[1].name)
                 continue
             by_seed[file.parents[1].name.rpartition("_")[2]] = results["accuracy"]
-            for name, values in beside.items():
-                values += [results[name]] if results[name] is not None else []
+            untrained += [] if results["untrained"] is None else [results["untrained"]]
+            beside |= {name: results[name] for name in BASELINES}  # alike in all rows
         values = list(by_seed.values())
         mean = statistics.mean(values) if values else None
         deviation = statistics.stdev(values) if len(values) > 1 else None
-        found.append({"row": row.name, "paper": row.paper, "mean": mean, "deviation": deviation, "seeds": by_seed})
-    known = {
-        name: {"mean": statistics.mean(values), "deviation": statistics.pstdev(values), "runs": len(values)}
-        for name, values in beside.items()
-        if values
-    }
+        measured = {"row": row.name, "paper": row.paper, "mean": mean, "deviation": deviation, "seeds": by_seed}
+        measured["untrained"] = statistics.mean(untrained) if untrained else None
+        measured["untrained_deviation"] = statistics.stdev(untrained) if len(untrained) > 1 else None
+        found.append(measured)
     return {
         "task": "ablation",
         "table": settings.table,
@@ -257,7 +258,7 @@ def _results(table: list[Row], out: Path, settings: Settings) -> dict[str, Any]:
         "steps": table[0].config.train.steps,
         "data": settings.data or "digits",
         "rows": found,
-        "baselines": known,
+        "baselines": beside,
         "best": best(found),
         "left_out": unlike,  # of other steps or on other data
     }

@@ -61,11 +61,12 @@ def compare(right: Tensor, untrained: Tensor | None, raw_pixels: float, chance: 
 def paired_error(right: Tensor, baseline: Tensor) -> float:
     """Standard error of the difference of two accuracies on the same images, in points: bootstrap over the images.
 
-    An image contributes +1, 0 or -1 to the difference, so that resampling images is drawing from a multinomial.
+    An image contributes +1, 0 or -1 to the difference, so that resampling images is drawing from a multinomial. One
+    image is added to either side (Bonett and Price 2012), or a few images that all agree would have no error.
     """
     difference = right.int() - baseline.int()
-    counts = np.array([int((difference == value).sum()) for value in (1, -1, 0)])
-    drawn = np.random.default_rng(0).multinomial(len(difference), counts / len(difference), RESAMPLES)
+    counts = np.array([int((difference == value).sum()) for value in (1, -1, 0)]) + np.array([1, 1, 0])
+    drawn = np.random.default_rng(0).multinomial(len(difference), counts / counts.sum(), RESAMPLES)
     return float(100 * (drawn[:, 0] - drawn[:, 1]).std() / len(difference))
 
 
@@ -83,6 +84,12 @@ def verdict(compared: Compared, what: str) -> str:
     return (
         f"{what} {accuracy:.1f} %, {abs(gain):.1f} ± {error:.1f} points {word} untrained weights; {untrained}, {others}"
     )
+
+
+def first_line(results: dict[str, Any]) -> str:
+    """Return the sentence of results.json that compares the accuracy with its baselines."""
+    missing = "these results are of an earlier version, without baselines: delete them, or choose another --run_dir"
+    return results.get("verdict", missing)
 
 
 def lines(results: dict[str, Any]) -> dict[str, float]:

@@ -31,7 +31,9 @@ def probe_rates(rounds: int) -> dict[str, list[float]]:
     tasks = {}
     for name, layers in {"one head": (encoder.shape.depth,), "all heads": ()}.items():
         config = probe_recipe("paper")
-        config = replace(config, probe=replace(config.probe, layers=layers)).settled(encoder.shape.depth)
+        config = replace(config, probe=replace(config.probe, layers=layers, untrained=False)).settled(
+            encoder.shape.depth
+        )
         tasks[name] = task = LinearProbe(config, encoder, labels, None, 1)  # type: ignore[arg-type]  # nothing is validated
         if name == "one head":
             task.names = [f"block {encoder.shape.depth} cls"]

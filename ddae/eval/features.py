@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ddae.distributed import device, rank, sum_over_ranks, world_size
-from ddae.eval.baselines import pixel_features
 from ddae.eval.examples import ExampleReader, Examples, batches_of_rank
 from ddae.model.vit import Encoder
 from ddae.patches import normalise
@@ -50,21 +49,20 @@ RAW = "pixels"  # the one feature of raw pixels
 def extract(
     encoders: Sequence[Encoder], examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False
 ) -> list[Features]:
-    """Features of each encoder, then raw pixels, in one pass over the images.
+    """Features of each encoder, in one pass over the images.
 
-    An encoder's are both poolings of the tokens after each block of `layers` (counted from 1). autocast: products in
+    They are both poolings of the tokens after each block of `layers` (counted from 1). autocast: products in
     bf16.
     """
-    named: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in range(len(encoders) + 1)]
+    named: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in encoders]
     labels = []
     for batch in examples:
-        for parts, encoder in zip(named, encoders, strict=False):
+        for parts, encoder in zip(named, encoders, strict=True):
             pixels = normalise(batch.images, encoder.normalisation, torch.float32)
             with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
                 found = pooled(encoder, pixels, layers)
             for name, values in found.items():
                 parts[name].append(values.float().cpu())
-        named[-1][RAW].append(pixel_features(batch.images).cpu())
         labels.append(batch.labels.cpu())
     classes = torch.cat(labels)
     return [Features({name: torch.cat(parts) for name, parts in each.items()}, classes) for each in named]

@@ -3,6 +3,7 @@
 B images, C classes.
 """
 
+import gc
 import json
 from collections.abc import Callable
 from copy import deepcopy
@@ -19,7 +20,7 @@ from ddae.data.loader import Batch, Loader, cache_of
 from ddae.data.reader import Part
 from ddae.data.shards import open_shards
 from ddae.distributed import device, from_main, is_main, rank, say, sum_over_ranks, world_size
-from ddae.engine import Engine
+from ddae.engine import Engine, start_process_group
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.augment import Mixer, Policy
@@ -42,6 +43,8 @@ from ddae.tracker import run_id_of
 from ddae.weights import load_encoder, write_timm
 
 SHOWN = 18  # images with their predictions
+WHAT = "fine-tuned top-1"  # in words
+UNTRAINED = "untrained weights"  # stands for the encoder's path
 RIGHT = "val_right.txt"  # 1 for each validation image that is classified right at the end, else 0
 
 
@@ -59,8 +62,11 @@ def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     run_folder.check(config)
     untrained = None
     if config.tune.untrained:
+        start_process_group(config.train.hang_after + 60)  # the ranks look together for what is remembered
         untrained = _untrained(config, baselines.untrained_encoder(encoder, config.train.seed), stop)
     _fit(config, encoder, untrained, stop)
+    if untrained is not None and is_main():
+        _compare_later(Path(config.folder), untrained)
 
 
 def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: Stop) -> None:
@@ -90,19 +96,40 @@ def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
     alone = replace(
         config,
         run_dir=str(folder),
-        encoder="untrained weights",
+        encoder=UNTRAINED,
         train=replace(config.train, report=False),
         tune=replace(config.tune, untrained=False),
     )
+    run_folder.check(alone)
     _fit(alone, deepcopy(encoder), None, stop)
+    gc.unfreeze()  # what that run kept is not needed any more
+    gc.collect()
 
     def result() -> Tensor:
-        right = torch.tensor([digit == "1" for digit in (folder / RIGHT).read_text()])
+        right = _read_right(folder)
+        if len(right) != len(val):
+            raise UserError(f"{folder} was measured on {len(right)} validation images, not {len(val)}: delete it")
         measured = baselines.Measured("fine-tuned", 100 * float(right.float().mean()), right)
         baselines.remember(config.data.cache, encoder, protocol, measured)
         return right
 
     return from_main(result)
+
+
+def _read_right(folder: Path) -> Tensor:
+    return torch.tensor([digit == "1" for digit in (folder / RIGHT).read_text()])
+
+
+def _compare_later(folder: Path, untrained: Tensor) -> None:
+    """Compare a run that was complete before its untrained counterpart; its results, page and card are rewritten."""
+    results = json.loads((folder / "results.json").read_text())
+    if results.get("untrained") is not None or "raw_pixels" not in results:
+        return
+    compared = baselines.compare(_read_right(folder), untrained, results["raw_pixels"], results["chance"])
+    results |= compared.results(WHAT)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    report.add_evaluation(folder, {})
+    say(results["verdict"])
 
 
 class Finetune:
@@ -214,11 +241,14 @@ class Finetune:
         self._export({name: values.contiguous() for name, values in weights.items()})
         if not self.config.train.report:
             return []
-        tops = [name for name in rows[-1] if name.endswith("top1")]
+        tops, top_1 = [name for name in rows[-1] if name.endswith("top1")], "validation top-1 in %"
         images, labels, logits = self._seen
         some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SHOWN]
         drawn = {
-            "curves": curves(rows, {"loss": ["loss/total"], "validation top-1 in %": tops, "lr": ["lr"]}, ""),
+            "curves": curves(
+                *(rows, {"loss": ["loss/total"], top_1: tops, "lr": ["lr"]}, ""),
+                {top_1: baselines.lines(results)},
+            ),
             "confusion": confusion_matrix(self._confusion, self.labels.names),
             "examples": predictions(images[some], labels[some], logits[some], self.labels.names),
         }
@@ -229,10 +259,11 @@ class Finetune:
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
         lines = [
-            results["verdict"],
-            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % at best (epoch {best['epoch']})",
+            baselines.first_line(results),
+            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % after the best on these images "
+            f"({best['epoch']})",
         ]
-        if results["untrained"] is None:
+        if results.get("untrained") is None and self.config.encoder != UNTRAINED:
             lines.append("--tune.untrained trains untrained weights by the same recipe, to compare with")
         if "ema_top1" in last:
             lines.append(f"averaged weights: {last['ema_top1']:.2f} %, {best['ema_top1']:.2f} % at best")
@@ -268,7 +299,7 @@ class Finetune:
             "data": self.config.to_dict()["data"]["train"],
             "classes": self.labels.count,
             "images": {"train": len(self.labels.numbers), "val": len(self.val)},
-            **baselines.compare(self._right, self.untrained, raw, chance).results("fine-tuned top-1"),
+            **baselines.compare(self._right, self.untrained, raw, chance).results(WHAT),
             "last": last | {"epoch": round(measured[-1]["step"] * epoch, 2)},
             "best": best | {"epoch": round(finest["step"] * epoch, 2)},
         }

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddae import report
 from ddae.data.loader import cache_of
-from ddae.distributed import device
+from ddae.distributed import device, from_main
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.baselines import Measured
@@ -63,7 +63,7 @@ def accuracy(votes: Tensor, labels: Tensor, top: int = 1) -> float:
 
 
 class Settings(NamedTuple):
-    """How neighbours are asked, apart from the encoder and the data."""
+    """The protocol, apart from the encoder and the data."""
 
     k: int = 20
     temperature: float = 0.07
@@ -71,6 +71,7 @@ class Settings(NamedTuple):
     workers: int = 4
     grey: bool = False  # images in grey, of equal mean and contrast
     untrained_seed: int = 0  # of the untrained encoder's weights
+    cache: str = ShardsConfig.cache  # folder in which results of untrained encoders are remembered
 
 
 def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracker: str) -> dict[str, Any]:
@@ -82,16 +83,18 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     """
     encoder = load_encoder(encoder_path).to(device())
     readers = {s: ExampleReader(data, s, encoder.shape.image_size, labelled=False) for s in ("train", "val")}
-    most = int((~baselines.selection_part(len(readers["train"]))).sum())
+    labelled = all(len(reader.labels) for reader in readers.values())
+    held = baselines.selection_part(len(readers["train"])) if labelled else torch.zeros(0, dtype=torch.bool)
+    most = len(readers["train"]) - int(held.sum())
     if not 1 <= settings.k <= most:
-        raise UserError(f"--k is {settings.k}: the bank of {data} has {most} images while the feature is chosen")
+        while_chosen = ", the others choose the feature" if held.any() else ""
+        raise UserError(f"--k is {settings.k}; expected 1 to {most}, the images of {data} that can vote{while_chosen}")
     about = {"task": "knn", "encoder": encoder_path, "data": data, "images": "grey" if settings.grey else "as stored"}
     about |= {"k": settings.k, "temperature": settings.temperature, "untrained_seed": settings.untrained_seed}
     about |= {"bank": len(readers["train"]), "queries": len(readers["val"]), "width": encoder.shape.width}
     measured: dict[str, Any] = dict.fromkeys((*baselines.Compared._fields, "best"))
-    labelled = all(len(reader.labels) for reader in readers.values())
     if labelled:
-        (train, val), measured = _compared(encoder, readers, settings)
+        (train, val), measured = _compared(encoder, data, readers, settings)
     else:
         train, val = (each[0] for each in _features([encoder], readers, settings))
     rows = _rows(train, val, settings, labelled)
@@ -108,27 +111,30 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
 
 
 def _compared(
-    encoder: Encoder, readers: dict[str, ExampleReader], settings: Settings
+    encoder: Encoder, data: str, readers: dict[str, ExampleReader], settings: Settings
 ) -> tuple[tuple[Features, Features], dict[str, Any]]:
     """The encoder's features of train and val, and the entries of results.json that compare its accuracy."""
-    cache, fingerprints = ShardsConfig().cache, [reader.shards.fingerprint for reader in readers.values()]
+    fingerprints = [reader.shards.fingerprint for reader in readers.values()]
     untrained = baselines.untrained_encoder(encoder, settings.untrained_seed).to(device())
-    protocol = {"task": "knn", **settings._asdict(), "data": fingerprints, "batch": None, "workers": None}
-    known = baselines.recall(cache, untrained, protocol)
+    asked = {name: getattr(settings, name) for name in ("k", "temperature", "grey", "untrained_seed")}
+    protocol = {"task": "knn", **asked, "data": fingerprints}
+    known = baselines.recall(settings.cache, untrained, protocol)
     train, val = _features([encoder] if known else [encoder, untrained], readers, settings)
     ours = by_neighbours(train[0], val[0], settings)
     baseline = known or by_neighbours(train[1], val[1], settings)
-    baselines.remember(cache, untrained, protocol, baseline)
-    raw = by_neighbours(centred(train[-1], train[-1]), centred(val[-1], train[-1]), settings)
+    if known is None:
+        baselines.remember(settings.cache, untrained, protocol, baseline)
+    shards = ShardsConfig(train=data, workers=settings.workers)
+    raw = raw_pixels(shards, data, encoder.shape.image_size, lambda: None, settings)
     chance = baselines.chance(train[0].labels, val[0].labels)
-    compared = baselines.compare(ours.right, baseline.right, raw.accuracy, chance).results("k-NN top-1")
+    compared = baselines.compare(ours.right, baseline.right, raw, chance).results("k-NN top-1")
     return (train[0], val[0]), compared | {"best": ours.feature, "untrained_best": baseline.feature}
 
 
 def _features(
     encoders: Sequence[Encoder], readers: dict[str, ExampleReader], settings: Settings
 ) -> tuple[list[Features], list[Features]]:
-    """Features of train and of val: each encoder's, then raw pixels."""
+    """Features of train and of val, of each encoder."""
     layers = quarters(encoders[0].shape.depth)
 
     def images(reader: ExampleReader) -> Iterator[Examples]:
@@ -169,30 +175,34 @@ def _drawn(
     return drawn
 
 
-def raw_pixels(data: ShardsConfig, val: str, size: int, look_around: Callable[[], None]) -> float:
-    """Accuracy, in per cent, of the nearest neighbours of raw pixels: MOST images of train for each image of val.
+def raw_pixels(
+    data: ShardsConfig, val: str, size: int, look_around: Callable[[], None], settings: Settings | None = None
+) -> float:
+    """Accuracy, in per cent, of the nearest neighbours of raw pixels: of MOST images of train for each image of val.
 
     All ranks share the reading. The images are cropped as evaluations see them, whatever training does to them.
     """
-    tables = []
+    protocol, tables = settings or Settings(), []
     for where, split, most in ((data.train, "train", MOST), (val, "val", 0)):
         reader = ExampleReader(where, split, size, cache_of(data), most=most)
-        pixels = table_of(reader, data.workers, lambda images: {RAW: baselines.pixel_features(images)}, look_around)
-        tables.append(Features(pixels, reader.labels))
-    bank, queries = (centred(table, tables[0]) for table in tables)
-    return by_neighbours(bank, queries, Settings(k=min(Settings().k, len(bank.labels)))).accuracy
 
+        def pixels(images: Tensor) -> dict[str, Tensor]:
+            return {RAW: baselines.pixel_features(baselines.grey(images) if protocol.grey else images)}
 
-def centred(features: Features, bank: Features) -> Features:
-    """Features less the bank's mean, without which cosines of raw pixels compare brightness alone."""
-    return features._replace(by_name={n: each - bank.by_name[n].mean(0) for n, each in features.by_name.items()})
+        tables.append(Features(table_of(reader, data.workers, pixels, look_around), reader.labels))
+    bank, queries = tables
+    mean = bank.by_name[RAW].mean(0)  # without it cosines compare brightness alone
+    for table in tables:
+        table.by_name[RAW].sub_(mean)
+    protocol = protocol._replace(k=min(protocol.k, len(bank.labels)))
+    return from_main(lambda: by_neighbours(bank, queries, protocol).accuracy)
 
 
 def by_neighbours(train: Features, val: Features, settings: Settings) -> Measured:
     """Choose the feature that is best on the selection part of `train`, and measure it on `val`, with all of `train` as
     the bank."""
     held, k, temperature = baselines.selection_part(len(train.labels)), settings.k, settings.temperature
-    feature, *_ = train.by_name
+    *_, feature = train.by_name
     if len(train.by_name) > 1 and held.any():
         chosen_by = {}
         for name, bank in train.by_name.items():

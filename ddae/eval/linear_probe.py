@@ -223,9 +223,13 @@ class LinearProbe:
         if not self.config.train.report:
             return []
         tops = [f"val/top1/{self._metric(name)}" for name in self.names]
+        top_1 = "validation top-1 in %"
         best = self._confusion[self.names.index(results["best"])].view(self.labels.count, -1)
         drawn = {
-            "curves": curves(rows, {"sum of the heads' losses": ["loss/total"], "validation top-1 in %": tops}, ""),
+            "curves": curves(
+                *(rows, {"sum of the heads' losses": ["loss/total"], top_1: tops}, ""),
+                {top_1: baselines.lines(results)},
+            ),
             "blocks": by_block(
                 {name: row["top1"] for name, row in results["heads"].items()}, "top-1 in %", baselines.lines(results)
             ),
@@ -236,7 +240,7 @@ class LinearProbe:
     def summary(self) -> str:
         """The results in words."""
         results = json.loads((self.folder / "results.json").read_text())
-        lines = [results["verdict"], f"{'features':18}{'top-1':>8}{'top-5':>8}"]
+        lines = [baselines.first_line(results), f"{'features':18}{'top-1':>8}{'top-5':>8}"]
         for name, row in results["heads"].items():
             mark = "  <-- chosen on a part of train" if name == results["best"] else ""
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")

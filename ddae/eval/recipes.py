@@ -6,7 +6,7 @@ Where each number comes from is in docs/evaluation.md. Batch sizes are global, l
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from ddae.errors import UserError
 from ddae.experiment import (
@@ -105,6 +105,11 @@ class ProbeConfig(Evaluation):
     UNUSED = frozenset(  # LARS on the heads alone, without DeepSpeed
         {"ds_config", "engine.kernels", "engine.recompute", "optim.adam_betas", "optim.clip_grad"}
     )
+
+    @classmethod
+    def from_dict(cls, tree: dict[str, Any]) -> Self:
+        """Return what to_dict() gave; a run from before probe.untrained existed had the encoder's heads alone."""
+        return super().from_dict(tree | {"probe": {"untrained": False} | tree.get("probe", {})})
 
     def settled(self, depth: int) -> "ProbeConfig":
         """With the blocks of an encoder of this depth, where none are named; UserError where they are not its own."""

@@ -161,12 +161,14 @@ class Segmentation:
     def summary(self) -> str:
         """The results in words, and where the segmenter is."""
         results = json.loads((self.folder / "results.json").read_text())
-        last, best = results["last"], results["best"]
+        last, best, chance = results["last"], results["best"], "chance not measured"
+        if "chance" in results:  # else of an earlier version
+            miou, pixels = (results["chance"][name] for name in ("miou", "pixel_accuracy"))
+            chance = f"always the most frequent class: mIoU {miou:.2f} %, {pixels:.2f} % of the pixels"
         return (
             f"mIoU {last['miou']:.2f} % at the end, {best['miou']:.2f} % at best (step {best['step']}); "
             f"{last['pixel_accuracy']:.2f} % of the pixels are right; "
-            f"always the most frequent class: mIoU {results['chance']['miou']:.2f} %, "
-            f"{results['chance']['pixel_accuracy']:.2f} % of the pixels; untrained weights not measured\n"
+            f"{chance}; untrained weights not measured\n"
             f"segmenter:            {self.folder / 'segmenter'}"
         )
 

@@ -24,34 +24,43 @@ def best(found: list[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    spread = "" if row["deviation"] is None else f" ± {row['deviation']:.2f}"
-    measured = "" if row["mean"] is None else f"{row['mean']:.2f}{spread}"
-    return [row["row"], measured, str(len(row["seeds"])), "" if row["paper"] is None else f"{row['paper']:.1f}"]
+    measured = _with_spread(row["mean"], row["deviation"])
+    untrained = _with_spread(row.get("untrained"), row.get("untrained_deviation")) or (
+        "not measured" if measured else ""
+    )
+    return [
+        row["row"],
+        measured,
+        untrained,
+        str(len(row["seeds"])),
+        "" if row["paper"] is None else f"{row['paper']:.1f}",
+    ]
+
+
+def _with_spread(mean: float | None, deviation: float | None) -> str:
+    spread = "" if deviation is None else f" ± {deviation:.2f}"
+    return "" if mean is None else f"{mean:.2f}{spread}"
 
 
 def _baseline_cells(results: dict[str, Any]) -> list[list[str]]:
-    """A line for each baseline, below the rows."""
-    names = {"untrained": "untrained weights", "raw_pixels": "raw pixels, nearest neighbours", "chance": "chance"}
-    lines = []
-    for name, words in names.items():
-        if values := results.get("baselines", {}).get(name):
-            spread = f" ± {values['deviation']:.2f}" if values["deviation"] >= 0.005 else ""
-            lines.append([words, f"{values['mean']:.2f}{spread}", str(values["runs"]), ""])
-        else:
-            lines.append([words, "not measured", "", ""])
-    return lines
+    """A line for each baseline that all rows share, below the rows."""
+    names = {"raw_pixels": "raw pixels, nearest neighbours", "chance": "chance"}
+    known = results.get("baselines", {})
+    return [[words, f"{known[name]:.2f}", "", "", ""] for name, words in names.items() if name in known]
 
 
-HEAD = ("row", "here", "seeds", "paper (ImageNet, fine-tuned)")
+HEAD = ("row", "here", "untrained weights", "seeds", "paper (ImageNet, fine-tuned)")
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The table, and what may be said of it."""
-    lines = [HEAD, ("---", "--:", "--:", "--:"), *map(_cells, results["rows"]), *_baseline_cells(results)]
+    lines = [HEAD, ("---", "--:", "--:", "--:", "--:"), *map(_cells, results["rows"]), *_baseline_cells(results)]
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}, mean ± standard deviation over seeds"
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     more = (
-        f" Left out, of other steps or on other data: {', '.join(results['left_out'])}." if results["left_out"] else ""
+        f" Left out, of other steps, on other data or without baselines: {', '.join(results['left_out'])}."
+        if results["left_out"]
+        else ""
     )
     return f"{title}\n\n{table}\n\nBest: {results['best']}.{more}\n"
 

@@ -42,7 +42,10 @@ def patch_distance(masked: Tensor, grid: tuple[int, int], impl: str = "auto", no
     cost = (cost[:, None, :, :] + _squared_offsets(height, cost)[:, :, None]).amin(2)  # nearest over the rows
     # Rounded from fp64: the fp32 root of CPU builds is an ulp off for some integers, and equal d^2 must stay equal.
     distance = cost.double().sqrt().float().flatten(1)
-    return distance / distance.amax(1, keepdim=True) if norm == "max" else distance
+    if norm == "none":
+        return distance
+    largest = distance.amax(1, keepdim=True)
+    return distance / torch.where(largest > 0, largest, 1)
 
 
 def _squared_offsets(length: int, like: Tensor) -> Tensor:

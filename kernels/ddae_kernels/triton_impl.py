@@ -43,7 +43,8 @@ def distance_kernel(
     distance = tl.where(squared < FAR, tl.sqrt_rn(squared.to(tl.float32)), float("inf"))
     inside = (y < H) & (x[None, :] < W)
     if OVER_MAX:
-        distance = tl.div_rn(distance, tl.max(tl.max(tl.where(inside, distance, 0.0), 1), 0))
+        largest = tl.max(tl.max(tl.where(inside, distance, 0.0), 1), 0)
+        distance = tl.div_rn(distance, tl.where(largest > 0.0, largest, 1.0))
     tl.store(distance_ptr + first + y * W + x[None, :], distance, mask=inside)
 
 
