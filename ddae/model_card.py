@@ -66,7 +66,7 @@ def _evaluations(run: Path) -> list[tuple[str, ...]]:
         if task == "segment":
             chance = results.get("chance", {}).get("miou")
             rows += [
-                (task, f"{when}, mIoU", _percent(results[when]["miou"]), "not measured", "", _percent(chance))
+                (task, f"{when} epoch, mIoU", _percent(results[when]["miou"]), "not measured", "", _percent(chance))
                 for when in ("last", "best")
             ]
         elif results.get("accuracy") is not None:

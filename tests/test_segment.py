@@ -412,6 +412,10 @@ def test_it_learns(runs, scenes):
     assert results["pixels"] == sum((scene(number)[1] != 255).sum() for number in range(40, 47))
     assert results["last"]["miou"] > 50
     assert results["best"]["miou"] >= results["last"]["miou"]
+    assert results["chance"]["pixel_accuracy"] < 60  # the most frequent class everywhere: its share of the pixels
+    assert results["chance"]["miou"] == pytest.approx(
+        results["chance"]["pixel_accuracy"] / results["classes"], rel=0.01
+    )
     assert list(results["iou"]) == ["red", "green", "blue"]
     assert sum(results["iou"].values()) / 3 == pytest.approx(results["last"]["miou"])
     page = (run / "report.html").read_text()
@@ -419,7 +423,8 @@ def test_it_learns(runs, scenes):
         assert (run / "figures" / f"{name}.png").stat().st_size > 5000
         assert f'<img alt="{name}"' in page
     card = (folder / "pretrained" / "encoder" / "README.md").read_text()
-    assert f"| segment | last epoch, mIoU | {results['last']['miou']:.2f} % |" in card
+    values = results["last"]["miou"], results["chance"]["miou"]
+    assert "| segment | last epoch, mIoU | {:.2f} % | not measured |  | {:.2f} % |".format(*values) in card
     assert (run / "finished.json").exists()
 
 
