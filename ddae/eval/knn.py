@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddae import report
@@ -158,8 +157,8 @@ def _rows(train: Features, val: Features, settings: Settings, labelled: bool) ->
 
 def _drawn(
     results: dict[str, Any], train: Features, val: Features, readers: dict[str, ExampleReader], settings: Settings
-) -> dict[str, Figure]:
-    """Neighbours by the chosen feature, or the last one; where there are classes, also accuracies and confusions."""
+) -> dict[str, Any]:
+    """Figures by name: neighbours by the chosen feature, or the last one; with classes, also accuracies and confusions."""
     labelled, feature = results["accuracy"] is not None, results["best"] or list(val.by_name)[-1]
     names = [str(name) for name in readers["train"].shards.classes] if labelled else []
     found = vote(train.by_name[feature], train.labels, val.by_name[feature], settings.k, settings.temperature)
