@@ -10,7 +10,7 @@ from ddae.errors import UserError
 from ddae.presets import preset
 
 DEMO = preset("demo")
-CONFIG = replace(DEMO, engine=replace(DEMO.engine, precision="bf16"))
+CONFIG = replace(DEMO, engine=replace(DEMO.engine, precision="bf16"), data=replace(DEMO.data, batch_size=32))
 SHIPPED = sorted(Path("ds_configs").glob("*.json"))
 
 

@@ -158,7 +158,7 @@ def _rows(train: Features, val: Features, settings: Settings, labelled: bool) ->
 def _drawn(
     results: dict[str, Any], train: Features, val: Features, readers: dict[str, ExampleReader], settings: Settings
 ) -> dict[str, Any]:
-    """Figures by name: neighbours by the chosen feature, or the last one; with classes, also accuracies and confusions."""
+    """Figures by name: neighbours by the chosen feature or the last one; with classes also accuracies, confusions."""
     labelled, feature = results["accuracy"] is not None, results["best"] or list(val.by_name)[-1]
     names = [str(name) for name in readers["train"].shards.classes] if labelled else []
     found = vote(train.by_name[feature], train.labels, val.by_name[feature], settings.k, settings.temperature)
