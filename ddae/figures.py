@@ -143,10 +143,10 @@ def curves(
             points = [(row["step"], row[name]) for row in rows if name in row]
             style = {"color": colour, "linewidth": 1.4, "marker": "o" if len(points) < 3 else None}
             if name.endswith(BASELINES):
-                style |= {"color": "#777", "linewidth": 1, "linestyle": "--" if name.endswith(BASELINES[0]) else ":"}
+                style |= {"color": "#777", "linewidth": 1, "linestyle": "-." if name.endswith(BASELINES[0]) else ":"}
             axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
         for number, (name, value) in enumerate((levels or {}).get(heading, {}).items()):
-            axis.axhline(value, color="#777", linewidth=1, linestyle=("-.", "--", ":")[number % 3], label=name)
+            axis.axhline(value, color="#777", linewidth=1, linestyle=("--", "-.", ":")[number % 3], label=name)
         axis.set_title(heading, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.25)

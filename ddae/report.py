@@ -29,7 +29,7 @@ CAPTIONS = {
     "betas": "The learnable exponents: below 0 a block works on patches near visible ones, above 0 on far ones.",
     "weights": "How much a masked patch counts at each distance, with the betas at the end.",
     "probes": "k-NN accuracy on the split val in the course of training, untrained weights at step 0, beside raw "
-    "pixels (dashed) and chance (dotted); two numbers that need no label.",
+    "pixels (dashes and dots) and chance (dots); two numbers that need no label.",
     "curves": "Loss and learning rate by step, and what was measured in between.",
     "blocks": "Accuracy by block and pooling, beside untrained weights, raw pixels and chance.",
     "confusion": "Where the classes of the validation images went.",
