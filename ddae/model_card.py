@@ -51,7 +51,7 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     lines += _table(("", ""), rows.items())
     if found := _evaluations(source):
         head = ("evaluation", "of", "result", "untrained weights", "raw pixels", "chance")
-        lines += ["", "## What it knows", "", *_table(head, found)]
+        lines += ["", "## Evaluation", "", *_table(head, found)]
     use = USE.get(form, USE["ddae"]).format(folder=folder.name, size=size, width=width)
     lines += ["", "## Use", "", "```python", use, "```", ""]
     (folder / "README.md").write_text("\n".join(lines))

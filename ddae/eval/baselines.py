@@ -59,7 +59,7 @@ def compare(right: Tensor, untrained: Tensor | None, raw_pixels: float, chance: 
 
 
 def paired_error(right: Tensor, baseline: Tensor) -> float:
-    """Standard error of the difference of two accuracies on the same images, in points: bootstrap over the images.
+    """Return the standard error, in points, of the difference of two accuracies on the same images, by bootstrap.
 
     An image contributes +1, 0 or -1 to the difference, so that resampling images is drawing from a multinomial. One
     image is added to either side (Bonett and Price 2012), or a few images that all agree would have no error.
@@ -93,13 +93,13 @@ def first_line(results: dict[str, Any]) -> str:
 
 
 def lines(results: dict[str, Any]) -> dict[str, float]:
-    """The baselines of results.json, by the names that figures have for them."""
+    """Return the baselines of results.json by the names that figures use."""
     names = {"untrained": "untrained weights", "raw_pixels": "raw pixels", "chance": "chance"}
     return {word: results[name] for name, word in names.items() if results.get(name) is not None}
 
 
 def chance(train: Tensor, val: Tensor) -> float:
-    """Accuracy, in per cent, of always answering the training split's most frequent class: int64 [N] classes each."""
+    """Return the accuracy in per cent of always answering the most frequent class of `train`; int64 [N] classes each."""
     return 100 * float((val == train.bincount().argmax()).float().mean())
 
 
@@ -112,7 +112,7 @@ def untrained_encoder(like: Encoder, seed: int = 0) -> Encoder:
 
 
 def selection_part(count: int) -> Tensor:
-    """Which of the training images choose between features, and are held out meanwhile: bool [N]."""
+    """Return which training images are held out to choose between features: bool [N]."""
     held = torch.zeros(count, dtype=torch.bool)
     held[permutation(count, count)[: min(SELECTION, count // 10)]] = True
     return held
@@ -138,7 +138,7 @@ def grey(images: Tensor) -> Tensor:
 
 
 def recall(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Measured | None:
-    """What remember() kept of an untrained encoder of this architecture under this protocol, or None.
+    """Return what remember() stored for an untrained encoder of this architecture under this protocol, or None.
 
     The protocol holds all else that the numbers depend on, the seed and the data sets' fingerprints included.
     """
@@ -151,7 +151,7 @@ def recall(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Me
 
 
 def remember(folder: str | Path, encoder: Encoder, protocol: dict[str, Any], measured: Measured) -> None:
-    """Keep the result for recall(); where the folder cannot be written, print so and go on."""
+    """Store the result for recall(). A folder that cannot be written is reported, and nothing is stored."""
     file = _file(folder, encoder, protocol)
     right = "".join(map(str, measured.right.int().tolist()))
     entry = {"feature": measured.feature, "accuracy": measured.accuracy, "right": right, "of": protocol}

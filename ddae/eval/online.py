@@ -36,7 +36,7 @@ class OnlineProbe:
         except UserError as error:
             raise UserError(f"--probe_every wants a split to hold out: {error}") from None
         self._workers, self._normalisation = config.workers, config.normalisation
-        self._first = True  # raw pixels are asked once a start, on all ranks
+        self._first = True  # raw pixels are measured once per start, on all ranks
         self._fixed: dict[str, float] = {}  # what no step changes: on the main rank
 
     def measure(self, engine: Engine, look_around: Callable[[], None]) -> dict[str, float]:
