@@ -99,7 +99,7 @@ def lines(results: dict[str, Any]) -> dict[str, float]:
 
 
 def chance(train: Tensor, val: Tensor) -> float:
-    """Return the accuracy in per cent of always answering the most frequent class of `train`; int64 [N] classes each."""
+    """Return the accuracy in per cent of always answering train's most frequent class; int64 [N] classes each."""
     return 100 * float((val == train.bincount().argmax()).float().mean())
 
 
