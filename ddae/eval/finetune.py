@@ -260,8 +260,8 @@ class Finetune:
         last, best = results["last"], results["best"]
         lines = [
             baselines.first_line(results),
-            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % after the best on these images "
-            f"({best['epoch']})",
+            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % after epoch {best['epoch']}, "
+            "the best on these images",
         ]
         if results.get("untrained") is None and self.config.encoder != UNTRAINED:
             lines.append("--tune.untrained trains untrained weights by the same recipe, to compare with")
