@@ -104,7 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("data/demo"), help="folder for the shards")
     parser.add_argument("--train_per_photo", type=int, default=230, help="training crops of each photograph")
-    parser.add_argument("--val_per_photo", type=int, help="validation crops of each: 200 unless told, with --masks 24")
+    parser.add_argument("--val_per_photo", type=int, help="validation crops of each (default: 200, with --masks 24)")
     parser.add_argument("--per_shard", type=int, default=500, help="samples of a shard")
     parser.add_argument("--masks", action="store_true", help="a class a pixel instead of one an image")
     parser.add_argument("--seed", type=int, default=0, help="of the crops and their order")

@@ -137,7 +137,7 @@ class Config(Experiment):
     probe_every: float = 0.0  # epochs between k-NN probes on the split val of data.train, from step 0 on; 0: never
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
-        *("probe_every", "token.tokenizer", "model.init"),  # initial weights are of the past
+        *("probe_every", "token.tokenizer", "model.init"),  # a checkpoint replaces initial weights
         *("engine.taps", "engine.shortcuts", "engine.recompute_decoders", "engine.compile", "engine.teacher_stream"),
     }
 

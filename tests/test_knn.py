@@ -52,13 +52,13 @@ def test_a_feature_is_chosen_on_train_and_reported_on_val():
     """Feature a tells classes of train, b those of val: a is chosen, and its accuracy on val reported."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 4
-    told, noise = torch.eye(4)[labels], torch.randn(200, 4, generator=generator)
-    train = Features({"a": told, "b": noise}, labels)
-    val = Features({"a": noise, "b": told}, labels)
+    one_hot, noise = torch.eye(4)[labels], torch.randn(200, 4, generator=generator)
+    train = Features({"a": one_hot, "b": noise}, labels)
+    val = Features({"a": noise, "b": one_hot}, labels)
     found = by_neighbours(train, val, Settings())
     assert found.feature == "a"
     assert found.accuracy == 100 * float(found.right.float().mean()) < 60
-    assert by_neighbours(Features({"a": noise, "b": told}, labels), val, Settings()).feature == "b"
+    assert by_neighbours(Features({"a": noise, "b": one_hot}, labels), val, Settings()).feature == "b"
 
 
 def test_accuracy():

@@ -132,13 +132,13 @@ from ddae.eval import features
 
 whole = features.batches_of_rank
 
-def told(*words):
+def interrupted(*words):
     for number, batch in enumerate(whole(*words)):
         if number == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
 
-features.batches_of_rank = told
+features.batches_of_rank = interrupted
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
 

@@ -90,7 +90,7 @@ class Case:
         options.pop("change", None)
         wanted = [tensor.detach() for tensor in self("reference", **options)]
         assert [tensor.dtype for tensor in found] == [*[torch.float32] * 3, self.dtype, torch.float32]
-        largest = (self.distance.max() ** self.beta).max().item() if self.beta.max() > 0 else 1.0
+        largest = (self.distance[..., None] ** self.beta).max().item()
         relative = FP32 * max(
             1.0, largest
         )  # r = exp(D^beta - max): an error of D^beta is an absolute one of its logarithm
@@ -124,6 +124,16 @@ class Case:
 @pytest.mark.parametrize("seed", range(4))  # each tap meets each beta
 def test_values_and_gradients(kind, rescale_grad, seed):
     Case(kind, seed=seed).check(rescale_grad=rescale_grad)
+
+
+@pytest.mark.parametrize("rescale_grad", ["full", "detach"])
+@pytest.mark.parametrize("kind", ["shared", "pixel", "feature"])
+@pytest.mark.parametrize("seed", range(4))  # each tap meets each beta
+def test_distances_over_the_largest(seed, kind, rescale_grad):
+    """distance_norm max: distances up to 1, which a negative beta raises far above it."""
+    case = Case(kind, seed=seed)
+    case.distance = (case.distance / case.distance.amax(1, keepdim=True)).float().double()
+    case.check(rescale_grad=rescale_grad, **({"call": dk.dynamic_feature_mse} if kind == "feature" else {}))
 
 
 @pytest.mark.parametrize("norm_pred", [True, False])

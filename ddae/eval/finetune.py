@@ -51,10 +51,10 @@ RIGHT = "val_right.txt"  # 1 for each validation image that is classified right 
 def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then write results, pictures and the classifier.
 
-    With tune.untrained an encoder of untrained weights is trained before by the same recipe, in the folder untrained/,
-    unless its result is remembered: the results then compare with it. SystemExit with code 75 where the run is told to
-    stop before. UserError where the encoder or the shards cannot be read, shards have no classes, or those of the two
-    splits do not fit.
+    With tune.untrained the same architecture is first trained from initial weights by the same recipe, in the folder
+    untrained/, unless data.cache holds its result; the results then compare with it. SystemExit with code 75 where a
+    signal stops the run before its end. UserError where the encoder or the shards cannot be read, shards have no
+    classes, or those of the two splits do not fit.
     """
     stop = stop or Stop()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)

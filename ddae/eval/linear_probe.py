@@ -180,8 +180,9 @@ class LinearProbe:
         right = torch.zeros(len(self.heads.weights), device=device())
         data, size = self.config.data, self.encoder.shape.image_size
         if self.config.probe.cache:
-            mine = self._kept("train")[numbers][rank() :: world_size()].to(device())
-            parts = zip(mine.split(BATCH), self._labels_of(numbers[rank() :: world_size()]).split(BATCH), strict=True)
+            mine = numbers[rank() :: world_size()]
+            features, labels = self._kept("train")[mine].to(device()), self.labels.numbers[mine].to(device())
+            parts = zip(features.split(BATCH), labels.split(BATCH), strict=True)
         else:
             reader = ExampleReader(data.train, "train", size, cache_of(data), samples=numbers)
             parts = self._of(reader, look_around)
@@ -191,17 +192,14 @@ class LinearProbe:
         return [self.names[best] for best in right.argmax(1).tolist()]
 
     def _logits(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits [H, B, C] and classes of features [B, H, D] and classes, the heads not learning meanwhile."""
+        """Yield logits [H, B, C] and classes for each (features [B, H, D], classes), with the heads in eval mode."""
         self.heads.eval()
         for features, labels in parts:
             yield self.heads(features.transpose(0, 1)), labels
         self.heads.train()
 
-    def _labels_of(self, numbers: Tensor) -> Tensor:
-        return self.labels.numbers[numbers].to(device())
-
     def _all_names(self) -> list[str]:
-        """Of all heads, in order."""
+        """Return the names of all heads in order, the untrained encoder's last."""
         return [*self.names, *(f"untrained/{name}" for name in self.names if len(self.encoders) > 1)]
 
     @staticmethod
@@ -276,7 +274,7 @@ class LinearProbe:
             yield self.features(examples.images)[counted], examples.labels[counted]
 
     def _results(self, measured: list[dict[str, float]], chosen: list[str], raw: float) -> dict[str, Any]:
-        """chosen: a head of each encoder; raw: accuracy of raw pixels."""
+        """Return results.json. chosen: the name of one head per encoder; raw: accuracy of raw pixels in per cent."""
         last, best, names = measured[-1], chosen[0], self._all_names()
         heads = {
             name: {top: last[f"val/{top}/{self._metric(name)}"] for top in ("top1", "top5")} for name in self.names
