@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: venv demo test test-faults lint bench-kernels bench-loader bench-step gpu-check simd clean
+.PHONY: venv demo test test-slow test-faults lint bench-kernels bench-loader bench-step gpu-check simd clean
 
 venv: $(READY)
 
@@ -29,6 +29,10 @@ demo: $(READY) data/demo/manifest.json
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_loader.py
 	$(BIN)/python -m pytest tests/test_loader.py  # forks readers beside threads: in a process that nothing else has used
+
+# Long sweeps over settings that make test covers with fewer cases.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # The long tests: kills, damage, signals, many ranks, two hosts. docs/reliability.md is made of what they saw.
 test-faults: $(READY)

@@ -1,6 +1,7 @@
 """Small data for every test: shards of generated images that are smooth as photographs are, made once a session."""
 
 import io
+import json
 import os
 import sys
 from pathlib import Path
@@ -26,6 +27,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: threads that wait for
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-golden", action="store_true", help="record tests/golden_curves.json anew")
+
+
 def picture(number: int) -> Image.Image:
     """A smooth picture of its own size; the same number gives the same picture."""
     rng = np.random.default_rng(number)
@@ -41,8 +46,9 @@ def sample(number: int) -> Sample:
 
 
 def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
-    """Shards of these many samples, with indexes and manifest."""
-    entries = {}
+    """Shards of these many samples, with indexes and manifest; those that the folder holds already stay listed."""
+    manifest = folder / "manifest.json"
+    entries = json.loads(manifest.read_text())["shards"] if manifest.exists() else {}
     for number, count in enumerate(counts):
         path = folder / f"{split}-{number:06d}.tar"
         entries[path.name] = write_shard(path, [sample(start + i) for i in range(count)])

@@ -91,7 +91,7 @@ class Forks:
     def __init__(self, folder: Path):
         self.folder, self.ports = folder, []
         self._running: set[int] = set()
-        own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": os.environ.get("DDAE_TEST_THREADS", "1")}
         own["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not start CUDA before a fork
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, str(ROOT / "tests" / "forks.py")]
