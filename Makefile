@@ -37,7 +37,7 @@ test-slow: $(READY)
 # The long tests: kills, damage, signals, many ranks, two hosts. docs/reliability.md is made of what they saw.
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m 'faults or reliability' -o junit_family=xunit1 --junitxml .faults.xml; failed=$$?; \
-		$(BIN)/python tests/reliability.py .faults.xml docs/reliability.md; exit $$failed
+		$(BIN)/python tests/support/reliability.py .faults.xml docs/reliability.md; exit $$failed
 
 lint: $(READY)
 	$(BIN)/ruff check .

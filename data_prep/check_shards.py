@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from ddae.errors import command
-from ddae.sharding.verification import check, mark_bad
+from ddae.sharding.check import check, mark_bad
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from ddae.errors import UserError, command
-from ddae.sharding.devkit import read_devkit
+from ddae.sharding.imagenet_devkit import read_devkit
 from ddae.sharding.sharder import Settings, shard
 from ddae.sharding.sources import UNLABELLED, index
 

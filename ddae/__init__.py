@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddae.weights import load_encoder
+    from ddae.export.encoder import load_encoder
 
 __version__ = "0.1.0"
 __all__ = ["load_encoder"]
@@ -12,7 +12,7 @@ __all__ = ["load_encoder"]
 def __getattr__(name: str) -> Any:
     """`ddae.load_encoder`, resolved when asked for: importing ddae alone imports no torch."""
     if name == "load_encoder":
-        from ddae.weights import load_encoder
+        from ddae.export.encoder import load_encoder
 
         return load_encoder
     raise AttributeError(f"module 'ddae' has no attribute {name!r}")

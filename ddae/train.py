@@ -7,27 +7,30 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from ddae import ds_config, run_folder
-from ddae.betas import Betas
-from ddae.checkpoint import Checkpoints
-from ddae.config import Config, beta_names
+from ddae.config import deepspeed as ds_config
+from ddae.config.pretrain import Config, beta_names
 from ddae.data.loader import Batch, Loader
 from ddae.data.preview import Preview, preview_images
 from ddae.data.reader import Part
-from ddae.distributed import agree, device, is_main, rank, say, world_size
-from ddae.dump import add_batches
-from ddae.engine import Engine, start_process_group
-from ddae.eval.online import OnlineProbe
-from ddae.figures import BASELINES
-from ddae.meter import Meter, Spikes, print_progress
-from ddae.method import build_method
-from ddae.model.teacher import Teacher
-from ddae.optim import build_optimizer
-from ddae.outcomes import Outcomes
-from ddae.report import NUM_IMAGES, show_run, summary, update_card
-from ddae.session import Session
-from ddae.slices import Saved, Unchanged
-from ddae.step import (
+from ddae.distributed.checkpoint import Checkpoints
+from ddae.distributed.checkpoint_format import Saved, Unchanged
+from ddae.distributed.comm import agree, device, is_main, rank, say, world_size
+from ddae.distributed.engine import Engine, start_process_group
+from ddae.distributed.preemption import Stop
+from ddae.eval.online_knn import OnlineProbe
+from ddae.export.encoder import export_encoder
+from ddae.method.betas import Betas
+from ddae.method.model import build_method
+from ddae.method.teacher import Teacher
+from ddae.report.figures import BASELINES
+from ddae.report.html import NUM_IMAGES, show_run, summary, update_card
+from ddae.training import run_dir
+from ddae.training.flops import rates
+from ddae.training.metrics import Meter, Spikes, print_progress, system_metrics
+from ddae.training.nonfinite import Outcomes, add_batches
+from ddae.training.optimizer import build_optimizer
+from ddae.training.run import Session
+from ddae.training.step import (
     build_teacher,
     build_tokenizer,
     compile_parts,
@@ -37,10 +40,6 @@ from ddae.step import (
     schedules,
     settle,
 )
-from ddae.stopping import Stop
-from ddae.system import system_metrics
-from ddae.weights import export_encoder
-from ddae.work import rates
 
 COLLECTED = 100  # most steps between two looks for garbage
 MOST_LOST = 3  # steps in a row whose gradients are no numbers, before the run ends
@@ -69,17 +68,17 @@ def pretrain(config: Config, stop: Stop | None = None) -> None:
     part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
     loader = Loader(config.data, config.model.image_size, config.train.seed, part, device(), None, mask_drawer(config))
     folder, steps = Path(config.folder), config.num_steps(loader.epoch_samples)
-    run_folder.check(config)
+    run_dir.check(config)
     preview = preview_images(config.data, config.model.image_size, NUM_IMAGES)
     probe = OnlineProbe(config.data, config.model.image_size) if config.probe_every else None
     probe_steps = max(1, round(config.probe_every * loader.epoch_samples / config.data.batch_size))
-    if run_folder.finished(config) >= steps:
+    if run_dir.finished(config) >= steps:
         say(f"{folder} is complete: {steps} of {steps} steps\n{summary(config)}")
         return
 
     kernels, tokenizer = loss_kernels(config), build_tokenizer(config) if config.token.enabled else None
     start_process_group(config.train.hang_after + 60)  # the watchdog, which leaves stacks, comes first
-    loader.settle(run_folder.backend_before(config))
+    loader.settle(run_dir.backend_before(config))
     if tokenizer is not None:
         agree(tokenizer=Unchanged("tokenizer", tokenizer).note())
     session = Session(config, loader, stop)

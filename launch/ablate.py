@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where the numbers go, too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's own word
     words = parser.parse_args()
-    from ddae.distributed import say
-    from ddae.engine import stop_process_group
-    from ddae.eval.ablate import Settings, ablate  # seconds to import
-    from ddae.eval.tables import markdown
+    from ddae.ablation.format import markdown
+    from ddae.ablation.run import Settings, ablate  # seconds to import
+    from ddae.distributed.comm import say
+    from ddae.distributed.engine import stop_process_group
 
     given = {name: getattr(words, name) for name in Settings._fields if hasattr(words, name)}
     settings = Settings(**given | {"seeds": tuple(words.seeds), "only": tuple(words.only), "draws": not words.no_table})

@@ -13,8 +13,8 @@ import os
 import platform
 from pathlib import Path
 
-from ddae.benchmark import loader_rates, pixel_differences, sharding_rates, show
 from ddae.errors import UserError, command
+from ddae.tools.bench_data import loader_rates, pixel_differences, sharding_rates, show
 
 
 def main() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         raise UserError(f"{words.what} has no flag {others[0]}")
     about = f"{words.workers} workers, {os.cpu_count()} cores, {platform.machine()}"
     if words.what == "evaluation":
-        from ddae.eval.benchmark import neighbour_seconds, probe_rates  # seconds to import
+        from ddae.tools.bench_eval import neighbour_seconds, probe_rates  # seconds to import
 
         show(probe_rates(words.rounds), "one head", f"a linear probe's step, {os.cpu_count()} cores", words.out)
         print(f"5,000 images find their 20 nearest of 50,000 (width 384) in {neighbour_seconds():.1f} s")
@@ -63,7 +63,7 @@ def main() -> None:
 def measure_step(words: argparse.Namespace, others: list[str]) -> None:
     import torch  # seconds to import
 
-    from ddae.ladder import climb, draw, keep, rungs, show
+    from ddae.tools.bench_step import climb, draw, keep, rungs, show
 
     gpu, rows = torch.cuda.is_available(), []
     known = {rung.name: rung for rung in rungs(gpu)}

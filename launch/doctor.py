@@ -9,7 +9,7 @@ Exit code 0 where everything works, 1 where something does not.
 import argparse
 from pathlib import Path
 
-from ddae.distributed import take_slurm_ranks
+from ddae.distributed.comm import take_slurm_ranks
 from ddae.errors import command
 
 
@@ -20,8 +20,8 @@ def main() -> int:
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON to try a checkpoint with")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's word
     words = parser.parse_args()
-    from ddae.doctor import check, examine  # seconds to import
-    from ddae.engine import stop_process_group
+    from ddae.distributed.engine import stop_process_group
+    from ddae.tools.doctor import check, examine  # seconds to import
 
     check(words.folder, words.ds_config)
     failed = examine(words.folder, words.ds_config)

@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, help="resample the positions to images of this size")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of a file that does not say its own")
     words = parser.parse_args()
-    from ddae.model_card import write_card  # seconds to import
-    from ddae.weights import WRITERS, load_encoder
+    from ddae.export.encoder import WRITERS, load_encoder
+    from ddae.export.model_card import write_card  # seconds to import
 
     encoder = load_encoder(words.encoder, words.image_size, words.normalisation, words.part)
     for what, names in encoder.report.items():

@@ -27,9 +27,9 @@ def main() -> None:
     parser.add_argument("--svg", action="store_true", help="pictures as SVG, too")
     parser.add_argument("--out", type=Path, help="folder; left out: figures of the first run, runs/NAME/gallery")
     words = parser.parse_args()
-    from ddae.eval.gallery import Settings, gallery  # seconds to import
-    from ddae.eval.recipes import task_folder
-    from ddae.report import page_of
+    from ddae.config.evaluation import task_folder
+    from ddae.eval.paper_figures import Settings, gallery  # seconds to import
+    from ddae.report.html import page_of
 
     out = words.out or Path(task_folder(words.encoders[0].rpartition("=")[2], "gallery"))
     amounts = words.block, words.images, words.shown, words.svg, words.masks, words.classes

@@ -4,16 +4,16 @@ deepspeed launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/de
 deepspeed --hostfile hosts launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train /data
 """
 
-from ddae.cli import run
-from ddae.eval.recipes import FINETUNING, FinetuneConfig
-from ddae.stopping import Stop
+from ddae.config.cli import run
+from ddae.config.evaluation import FINETUNING, FinetuneConfig
+from ddae.distributed.preemption import Stop
 
 
 def main(config: FinetuneConfig) -> None:
     stop = Stop()  # listens from here on
 
     # DeepSpeed takes seconds to import; mistakes in the flags are told before.
-    from ddae.engine import stop_process_group
+    from ddae.distributed.engine import stop_process_group
     from ddae.eval.finetune import finetune
 
     finetune(config, stop)

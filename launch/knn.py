@@ -27,8 +27,8 @@ def main() -> None:
     parser.add_argument("--untrained_seed", type=int, default=0, help="of the untrained encoder beside it")
     parser.add_argument("--cache", default="data/cache", help="folder that remembers results of untrained encoders")
     words = parser.parse_args()
+    from ddae.config.evaluation import task_folder
     from ddae.eval.knn import Settings, evaluate, show  # seconds to import
-    from ddae.eval.recipes import task_folder
 
     out = words.out or Path(task_folder(words.encoder, "knn"))
     settings = Settings(**{name: getattr(words, name) for name in Settings._fields})

@@ -4,16 +4,16 @@ deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train 
 deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet
 """
 
-from ddae.cli import run
-from ddae.eval.recipes import PROBING, ProbeConfig
-from ddae.stopping import Stop
+from ddae.config.cli import run
+from ddae.config.evaluation import PROBING, ProbeConfig
+from ddae.distributed.preemption import Stop
 
 
 def main(config: ProbeConfig) -> None:
     stop = Stop()  # listens from here on
 
     # These take seconds to import; mistakes in the flags are told before.
-    from ddae.engine import stop_process_group
+    from ddae.distributed.engine import stop_process_group
     from ddae.eval.linear_probe import linear_probe
 
     linear_probe(config, stop)

@@ -7,10 +7,10 @@ Any flag of launch/pretrain.py may follow: --data.batch_size 2048, --engine.reco
 
 import argparse
 
-from ddae.cli import parse
-from ddae.ds_config import load
+from ddae.config.cli import parse
+from ddae.config.deepspeed import load
 from ddae.errors import command
-from ddae.plan import GPUS, IMAGENET, show
+from ddae.tools.plan import GPUS, IMAGENET, show
 
 
 def main() -> None:

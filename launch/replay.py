@@ -13,7 +13,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", type=Path, help="folder that the run named when it ended")
     words = parser.parse_args()
-    from ddae.replay import replay  # seconds to import
+    from ddae.tools.replay import replay  # seconds to import
 
     return replay(words.dump)
 

@@ -4,17 +4,17 @@ deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/dem
 deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train data/ade20k
 """
 
-from ddae.cli import run
-from ddae.eval.recipes_segment import SEGMENTATION, SegmentConfig
-from ddae.stopping import Stop
+from ddae.config.cli import run
+from ddae.config.segmentation import SEGMENTATION, SegmentConfig
+from ddae.distributed.preemption import Stop
 
 
 def main(config: SegmentConfig) -> None:
     stop = Stop()  # listens from here on
 
     # DeepSpeed takes seconds to import; mistakes in the flags are told before.
-    from ddae.engine import stop_process_group
-    from ddae.eval.segment import segment
+    from ddae.distributed.engine import stop_process_group
+    from ddae.eval.segmentation import segment
 
     segment(config, stop)
     stop_process_group()

@@ -80,9 +80,9 @@ def digits(tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
     """An export of a tiny encoder before any training."""
-    from ddae.config import ModelConfig
-    from ddae.model.vit import Encoder, initialise
-    from ddae.weights import write_export
+    from ddae.config.pretrain import ModelConfig
+    from ddae.export.encoder import write_export
+    from ddae.models.vit import Encoder, initialise
 
     encoder = Encoder(ModelConfig(width=64, depth=4, heads=2, image_size=32, patch_size=8))
     initialise(encoder, torch.Generator().manual_seed(0))

@@ -15,7 +15,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RUNGS = ["naive", "shortcuts", "triton", "compiled", "two streams"]
 PRESETS = ["ddae_vit_s16_100e", "ddae_vit_b16_100e", "mae_vit_b16_100e"]
-TESTS = [f"tests/test_{name}.py" for name in ("triton", "dynamic", "distance", "dali", "engine", "step")]
+TESTS = [
+    *(f"tests/kernels/test_{name}.py" for name in ("triton", "dynamic", "distance")),
+    *("tests/data/test_dali.py", "tests/distributed/test_engine.py", "tests/training/test_step.py"),
+]
 
 
 def main() -> int:

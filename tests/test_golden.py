@@ -12,12 +12,12 @@ import ranks
 import torch
 from conftest import make_shards
 
-from ddae.config import ModelConfig
-from ddae.model.tokenizer import Tokenizer
-from ddae.model.vit import initialise
-from ddae.weights import write_tokenizer
+from ddae.config.pretrain import ModelConfig
+from ddae.export.encoder import write_tokenizer
+from ddae.models.tokenizer import Tokenizer
+from ddae.models.vit import initialise
 
-PROGRAM = str(ranks.ROOT / "tests" / "golden.py")
+PROGRAM = str(ranks.ROOT / "tests" / "support" / "golden.py")
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import sys
 
 import ranks
 
-from ddae.cli import parse
-from ddae.eval.recipes import FINETUNING, PROBING
-from ddae.eval.recipes_segment import SEGMENTATION
-from ddae.eval.recipes_tokenizer import TOKENIZING
-from ddae.presets import METHODS, names
+from ddae.config.cli import parse
+from ddae.config.evaluation import FINETUNING, PROBING
+from ddae.config.presets import METHODS, names
+from ddae.config.segmentation import SEGMENTATION
+from ddae.config.tokenizer import TOKENIZING
 
 README = (ranks.ROOT / "README.md").read_text()
 CLUSTER = (ranks.ROOT / "docs" / "cluster.md").read_text()

@@ -15,7 +15,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
-from ddae.data.resize import resize
+from ddae.data.decode import resize
 
 PROBE_SECONDS = 120  # a child that has not decoded a few images by then hangs
 PROBE_LEVELS = 2.0  # mean difference, of 255, that two ways to decode a GPU's images may have

@@ -15,7 +15,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -23,16 +22,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddae.data.choice import can_decode_regions, check_installed, choose
+from ddae.config.base import ShardsConfig
+from ddae.data.backend import can_decode_regions, check_installed, choose
+from ddae.data.cache import is_url, open_cache
+from ddae.data.dali_fallback import RescuingDecoder
+from ddae.data.masking import Mask
 from ddae.data.reader import Augment, DrawMask, MaskingReader, Micro, Part, Reader, SyntheticReader
-from ddae.data.remote import Cache, is_url
-from ddae.data.rescue import RescuingDecoder
 from ddae.data.sampling import Order, cut
 from ddae.data.shards import Shards, open_shards
-from ddae.distributed import from_main, gather, is_main, rank
+from ddae.distributed.comm import from_main, gather, is_main, rank
 from ddae.errors import UserError
-from ddae.experiment import ShardsConfig
-from ddae.masks import Mask
 
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
@@ -76,7 +75,7 @@ class Loader:
         if self.backend == "synthetic":
             first, self.fingerprint = np.array([0, SYNTHETIC_SAMPLES]), "synthetic"
         else:
-            self.shards = open_shards(config.train, cache_of(config))
+            self.shards = open_shards(config.train, open_cache(config))
             first, self.fingerprint = self.shards.first, self.shards.fingerprint
         self.order = Order(first, seed, whole_batches)
         self.num_samples, self.epoch_samples = self.order.num_samples, self.order.epoch_samples
@@ -265,11 +264,6 @@ def in_order(tasks: Iterator[Callable[[], T]], num_threads: int, ahead: int) -> 
                 yield done
         finally:
             threads.shutdown(cancel_futures=True)
-
-
-def cache_of(config: ShardsConfig) -> Cache:
-    """Where shards from URLs are kept."""
-    return Cache(Path(config.cache), int(config.cache_gib * 2**30))
 
 
 def deaf(worker: int) -> None:

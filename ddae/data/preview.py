@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddae.data import pillow
-from ddae.data.loader import cache_of
+from ddae.config.base import ShardsConfig
+from ddae.data.cache import open_cache
+from ddae.data.decode import decode_crop
 from ddae.data.reader import IN_A_ROW
 from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
-from ddae.experiment import ShardsConfig
 
 
 class Preview(NamedTuple):
@@ -31,7 +31,7 @@ def preview_images(config: ShardsConfig, size: int, count: int) -> Preview:
         return Preview(torch.empty(0, 3, size, size, dtype=torch.uint8), held_out=False)
     folder = Path(config.train)
     split = "val" if folder.is_dir() and any(folder.glob("val-*.tar")) else "train"
-    shards = open_shards(config.train, cache_of(config), split)
+    shards = open_shards(config.train, open_cache(config), split)
     places = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist()
     images = [image for place in places if (image := _central(shards, place, size)) is not None]
     if not images:
@@ -45,9 +45,7 @@ def _central(shards: Shards, sample: int, size: int) -> np.ndarray | None:
         width, height = int(shards.width[each]), int(shards.height[each])
         side = min(width, height)
         try:
-            return pillow.decode(
-                shards.read(each), ((width - side) // 2, (height - side) // 2, side, side), False, size
-            )
+            return decode_crop(shards.read(each), ((width - side) // 2, (height - side) // 2, side, side), False, size)
         except Exception:  # training names what cannot be decoded
             continue
     return None

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddae.data import pillow
-from ddae.data.jpeg import is_cut
+from ddae.data.decode import decode_crop, is_cut
+from ddae.data.masking import Mask
 from ddae.data.sampling import Crops, Cut, Order
 from ddae.data.shards import Shards
 from ddae.errors import UserError
-from ddae.masks import Mask
 
 T = TypeVar("T")
 DrawMask = Callable[[Tensor], Mask]  # int64 [B], seeds -> their masks
@@ -163,7 +162,7 @@ class Reader(Dataset):
         """A sample's crop, by Pillow: uint8 [3, S, S]."""
         file = self.shards.read(sample)
         check_whole(file)
-        return pillow.decode(file, tuple(box), flip, self.size)  # type: ignore[arg-type]
+        return decode_crop(file, tuple(box), flip, self.size)  # type: ignore[arg-type]
 
 
 def check_whole(file: bytes | memoryview) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddae.counter import fold, permutation, uniform
+from ddae.data.rng import fold, permutation, uniform
 
 WINDOW = 16  # shards that are shuffled together: reads stay within this many files
 ATTEMPTS = 10  # random crops tried before a central one is taken

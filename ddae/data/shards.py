@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from ddae.data.remote import Cache, is_url, join, name, parent
+from ddae.data.cache import Cache, is_url, join, name, parent
 from ddae.errors import UserError
 
 FORMAT = "ddae-shards-1"

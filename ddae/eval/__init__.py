@@ -1,0 +1,1 @@
+"""Downstream tasks: k-NN, linear probe, fine-tuning, segmentation, attention, the paper's figures."""

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddae.model.vit import Encoder
-from ddae.patches import normalise
+from ddae.models.patches import normalise
+from ddae.models.vit import Encoder
 
 MASS = 0.6  # share of the cls token's attention that is taken for what it looks at (DINO)
 

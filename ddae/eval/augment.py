@@ -15,9 +15,9 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddae.config.evaluation import AugmentConfig
 from ddae.errors import UserError
-from ddae.eval.recipes import AugmentConfig
-from ddae.patches import NORMALISATIONS
+from ddae.models.patches import NORMALISATIONS
 
 SHIFT = 0.45  # of the side: the largest translation, in timm's training transforms
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddae.counter import permutation
-from ddae.model.vit import Encoder, initialise
+from ddae.data.rng import permutation
+from ddae.models.vit import Encoder, initialise
 
 RESAMPLES = 10_000  # of the bootstrap
 ERRORS = 2.0  # standard errors within which two accuracies are reported as no difference

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddae.distributed import device, rank, sum_over_ranks, world_size
-from ddae.eval.examples import ExampleReader, Examples, batches_of_rank
-from ddae.model.vit import Encoder
-from ddae.patches import normalise
+from ddae.distributed.comm import device, rank, sum_over_ranks, world_size
+from ddae.eval.dataset import ExampleReader, Examples, batches_of_rank
+from ddae.models.patches import normalise
+from ddae.models.vit import Encoder
 
 
 class Features(NamedTuple):

@@ -15,32 +15,57 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddae import ds_config, report, run_folder
-from ddae.data.loader import Batch, Loader, cache_of
+from ddae.config import deepspeed as ds_config
+from ddae.config.base import flatten
+from ddae.config.evaluation import FinetuneConfig
+from ddae.data.cache import open_cache
+from ddae.data.loader import Batch, Loader
 from ddae.data.reader import Part
 from ddae.data.shards import open_shards
-from ddae.distributed import device, from_main, is_main, rank, say, sum_over_ranks, world_size
-from ddae.engine import Engine, start_process_group
+from ddae.distributed.checkpoint_format import Saved
+from ddae.distributed.comm import device, from_main, is_main, rank, say, sum_over_ranks, world_size
+from ddae.distributed.engine import Engine, start_process_group
+from ddae.distributed.preemption import Stop
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.augment import Mixer, Policy
-from ddae.eval.classifier import Classifier, build_optimizer
-from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
-from ddae.eval.fit import fit
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, held_out, labels_of
+from ddae.eval.figures import confusion_matrix, predictions
 from ddae.eval.knn import raw_pixels
-from ddae.eval.pictures import confusion_matrix, predictions
-from ddae.eval.recipes import FinetuneConfig
-from ddae.experiment import flatten
-from ddae.figures import curves
-from ddae.model.teacher import MovingAverage
-from ddae.model.vit import Encoder
-from ddae.patches import normalise
-from ddae.schedules import warmup_cosine
-from ddae.session import Session
-from ddae.slices import Saved
-from ddae.stopping import Stop
-from ddae.tracker import run_id_of
-from ddae.weights import load_encoder, write_timm
+from ddae.export.encoder import load_encoder, write_timm
+from ddae.method.teacher import MovingAverage
+from ddae.models.patches import normalise
+from ddae.models.vit import Encoder, LayerNorm
+from ddae.report import html as report
+from ddae.report.figures import curves
+from ddae.trainer import fit
+from ddae.training import run_dir
+from ddae.training.optimizer import build_layerwise_optimizer
+from ddae.training.run import Session
+from ddae.training.schedules import warmup_cosine
+from ddae.training.tracker import run_id_of
+
+
+class Classifier(nn.Module):
+    """Mean of the patches and a fresh norm, or the cls token and the encoder's norm; then a linear head (BEiT, MAE)."""
+
+    def __init__(self, encoder: Encoder, num_classes: int, pool: str, head_std: float, generator: torch.Generator):
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        self.fc_norm = LayerNorm(encoder.shape.width) if pool == "mean" else nn.Identity()
+        if pool == "mean":
+            encoder.norm = nn.Identity()  # type: ignore[assignment]  # no token is normed but their mean
+        self.head = nn.Linear(encoder.shape.width, num_classes)
+        nn.init.normal_(self.head.weight, std=head_std, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """[B, 3, H, W] -> logits [B, C]; with targets [B, C], whose rows add up to 1, the mean cross-entropy."""
+        (tokens,) = self.encoder(pixels, layers=(self.encoder.shape.depth,))
+        pooled = tokens[:, 1:].mean(1) if self.pool == "mean" else self.encoder.norm(tokens[:, 0])
+        logits = self.head(self.fc_norm(pooled))
+        return logits if targets is None else F.cross_entropy(logits.float(), targets)
+
 
 SHOWN = 18  # images with their predictions
 WHAT = "fine-tuned top-1"  # in words
@@ -59,7 +84,7 @@ def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     stop = stop or Stop()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
     config = config.settled(encoder.shape.width)
-    run_folder.check(config)
+    run_dir.check(config)
     untrained = None
     if config.tune.untrained:
         start_process_group(config.train.hang_after + 60)  # the ranks look together for what is remembered
@@ -76,7 +101,7 @@ def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, sto
     size, normalisation = encoder.shape.image_size, encoder.normalisation
     policy = Policy(config.augment.policy, size, normalisation) if config.augment.policy else None
     loader = Loader(config.data, size, config.train.seed, part, device(), policy)
-    val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
+    val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data))
     if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
         raise UserError(f"a micro-batch of {resolved.micro_batch} cannot be mixed in pairs: choose an even one")
     task = Finetune(config, encoder, labels_of(loader, val), val, untrained)
@@ -85,8 +110,8 @@ def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, sto
 
 def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
     """Which validation images an untrained encoder gets right by this recipe: bool [N], remembered or trained now."""
-    val = open_shards(held_out(config.data.train, config.val), cache_of(config.data), "val")
-    train = open_shards(config.data.train, cache_of(config.data), "train")
+    val = open_shards(held_out(config.data.train, config.val), open_cache(config.data), "val")
+    train = open_shards(config.data.train, open_cache(config.data), "train")
     recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}
     protocol = {"task": "finetune", "recipe": recipe, "data": [train.fingerprint, val.fingerprint]}
     if known := from_main(lambda: baselines.recall(config.data.cache, encoder, protocol)):
@@ -100,7 +125,7 @@ def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
         train=replace(config.train, report=False),
         tune=replace(config.tune, untrained=False),
     )
-    run_folder.check(alone)
+    run_dir.check(alone)
     _fit(alone, deepcopy(encoder), None, stop)
     gc.unfreeze()  # what that run kept is not needed any more
     gc.collect()
@@ -169,7 +194,7 @@ class Finetune:
         module.train().requires_grad_(True)
         copy = deepcopy(module) if tune.ema else None
         assert tune.layer_decay is not None
-        optimizer = build_optimizer(module, encoder.shape.depth, tune.layer_decay, self.config.optim)
+        optimizer = build_layerwise_optimizer(module, encoder.shape.depth, tune.layer_decay, self.config.optim)
         self.engine = Engine(module, optimizer, ds_json)
         self.learner, self.about = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
         parts: dict[str, Saved] = {"engine": self.engine}

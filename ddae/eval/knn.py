@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddae import report
-from ddae.data.loader import cache_of
-from ddae.distributed import device, from_main
+from ddae.config.base import ShardsConfig, TrackerConfig
+from ddae.data.cache import open_cache
+from ddae.distributed.comm import device, from_main
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.baselines import Measured
-from ddae.eval.examples import ExampleReader, Examples, batches
+from ddae.eval.dataset import ExampleReader, Examples, batches
 from ddae.eval.features import RAW, Features, effective_rank, extract, quarters, spread, table_of
-from ddae.eval.pictures import by_block, confusion_matrix, neighbours
-from ddae.experiment import ShardsConfig, TrackerConfig
-from ddae.model.vit import Encoder
-from ddae.tracker import run_id_of, start_tracker
-from ddae.weights import load_encoder
+from ddae.eval.figures import by_block, confusion_matrix, neighbours
+from ddae.export.encoder import load_encoder
+from ddae.models.vit import Encoder
+from ddae.report import html as report
+from ddae.training.tracker import run_id_of, start_tracker
 
 CHUNK = 1024  # queries at a time: as many rows of N similarities
 MOST = 20_000  # images of train whose raw pixels are the bank beside a linear probe or a fine-tuning
@@ -183,7 +183,7 @@ def raw_pixels(
     """
     protocol, tables = settings or Settings(), []
     for where, split, most in ((data.train, "train", MOST), (val, "val", 0)):
-        reader = ExampleReader(where, split, size, cache_of(data), most=most)
+        reader = ExampleReader(where, split, size, open_cache(data), most=most)
 
         def pixels(images: Tensor) -> dict[str, Tensor]:
             return {RAW: baselines.pixel_features(baselines.grey(images) if protocol.grey else images)}

@@ -12,31 +12,121 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from timm.optim.lars import Lars
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddae import report, run_folder
-from ddae.data.loader import Batch, Loader, cache_of
+from ddae.config.evaluation import ProbeConfig
+from ddae.data.cache import open_cache
+from ddae.data.loader import Batch, Loader
 from ddae.data.reader import Part
-from ddae.distributed import device, is_main, rank, sum_over_ranks, world_size
+from ddae.distributed.checkpoint_format import Fragment, Saved
+from ddae.distributed.comm import device, is_main, mean_over_ranks, rank, sum_over_ranks, world_size
+from ddae.distributed.preemption import Stop
 from ddae.errors import UserError
 from ddae.eval import baselines
-from ddae.eval.examples import ExampleReader, Labels, batches_of_rank, held_out, labels_of
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, held_out, labels_of
 from ddae.eval.features import pooled, table_of
-from ddae.eval.fit import fit
-from ddae.eval.heads import Heads, Trainer
+from ddae.eval.figures import by_block, confusion_matrix
 from ddae.eval.knn import raw_pixels
-from ddae.eval.pictures import by_block, confusion_matrix
-from ddae.eval.recipes import ProbeConfig
-from ddae.figures import curves
-from ddae.model.vit import Encoder
-from ddae.patches import normalise
-from ddae.schedules import warmup_cosine
-from ddae.session import Session
-from ddae.slices import Saved
-from ddae.stopping import Stop
-from ddae.tracker import run_id_of
-from ddae.weights import load_encoder
+from ddae.export.encoder import load_encoder
+from ddae.models.patches import normalise
+from ddae.models.vit import Encoder
+from ddae.report import html as report
+from ddae.report.figures import curves
+from ddae.trainer import fit
+from ddae.training import run_dir
+from ddae.training.run import Session
+from ddae.training.schedules import warmup_cosine
+from ddae.training.tracker import run_id_of
+
+EPS = 1e-6  # of the batch norm
+KEPT = 0.9  # of the norm's running mean and variance, a micro-batch
+
+
+class Heads(nn.Module):
+    """Forward: features float32 [H, B, D] -> logits [H, B, C]."""
+
+    def __init__(self, count: int, width: int, num_classes: int, seed: int):
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weight = torch.empty(num_classes, width).normal_(std=0.01, generator=generator)
+        self.weights = nn.ParameterList([nn.Parameter(weight.clone()) for _ in range(count)])
+        self.biases = nn.ParameterList([nn.Parameter(torch.zeros(num_classes)) for _ in range(count)])
+        self.mean: Tensor
+        self.var: Tensor
+        self.register_buffer("mean", torch.zeros(count * width))
+        self.register_buffer("var", torch.ones(count * width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        flat = features.transpose(0, 1).flatten(1)  # every feature of every head is normed over the batch
+        flat = F.batch_norm(flat, self.mean, self.var, training=self.training, momentum=1 - KEPT, eps=EPS)
+        normed = flat.unflatten(1, (len(self.weights), -1)).transpose(0, 1)
+        return torch.baddbmm(torch.stack(list(self.biases))[:, None], normed, torch.stack(list(self.weights)).mT)
+
+
+class Trainer:
+    """What updates the heads: LARS on gradients that are the mean over ranks and micro-batches.
+
+    Running means and variances are the mean over the ranks, too: each norms with its own micro-batch, as DDP does.
+    """
+
+    sharded = False  # every rank has all of it
+
+    def __init__(self, heads: Heads, momentum: float, weight_decay: float, accumulation: int, device: torch.device):
+        self.heads, self.device = heads.to(device), device
+        self._accumulation, self._waiting, self._updates = accumulation, accumulation, 0
+        groups = [
+            {"params": list(heads.weights), "always_adapt": True},
+            {"params": list(heads.biases), "always_adapt": False, "weight_decay": 0.0},
+        ]
+        options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay, "trust_coeff": 0.001}
+        self.optimizer = Lars(groups, lr=0.0, **options)
+        for parameter in heads.parameters():
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, whose loss is a share of the step's."""
+        loss.backward()
+
+    def update(self, lr: float) -> bool:
+        """End a micro-batch; after a step's last one update the heads. Whether they were updated: a gradient that is no
+        number, on whichever rank, keeps all as they were."""
+        self._waiting -= 1
+        if self._waiting:
+            return False
+        self._waiting = self._accumulation
+        parameters = list(self.heads.parameters())
+        tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        tensors += [self.heads.mean, self.heads.var]
+        together = mean_over_ranks(torch.cat([each.flatten() for each in tensors]))
+        for each, values in zip(tensors, together.split([each.numel() for each in tensors]), strict=True):
+            each.copy_(values.view_as(each))
+        applied = bool(together.isfinite().all())
+        if applied:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self._updates += 1
+        self.optimizer.zero_grad()
+        return applied
+
+    def note(self) -> Any:
+        """How often the heads were updated."""
+        return self._updates
+
+    def prepare(self, note: Any) -> None:
+        self._updates = note
+
+    def state(self) -> dict[str, list[Fragment]]:
+        tensors = {"weight": self.heads.state_dict()}
+        momenta = {name: self.optimizer.state[each]["momentum_buffer"] for name, each in self.heads.named_parameters()}
+        tensors["momentum"] = momenta
+        return {of: [Fragment(n, 0, t.detach().view(-1)) for n, t in named.items()] for of, named in tensors.items()}
+
+    def publish(self) -> None:
+        """The heads are their own masters."""
+
 
 BATCH = 128  # images of an evaluation at a time
 IGNORED = -100  # the class of training images that are held out
@@ -51,7 +141,7 @@ def linear_probe(config: ProbeConfig, stop: Stop | None = None) -> None:
     stop = stop or Stop()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
     config = config.settled(encoder.shape.depth)
-    run_folder.check(config)
+    run_dir.check(config)
     batch = config.data.batch_size
     micro = min(config.probe.micro_batch, batch // world_size())
     if micro == 0 or batch % (micro * world_size()):
@@ -62,7 +152,7 @@ def linear_probe(config: ProbeConfig, stop: Stop | None = None) -> None:
     part, size = Part(batch, micro, rank(), world_size()), encoder.shape.image_size
     kind = Numbers if config.probe.cache else Loader
     loader = kind(config.data, size, config.train.seed, part, device())
-    val = ExampleReader(held_out(config.data.train, config.val), "val", size, cache_of(config.data))
+    val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data))
     task = LinearProbe(config, encoder, labels_of(loader, val), val, part.accumulation)
     fit(task, config, loader, stop, {}, part)
 
@@ -184,7 +274,7 @@ class LinearProbe:
             features, labels = self._kept("train")[mine].to(device()), self.labels.numbers[mine].to(device())
             parts = zip(features.split(BATCH), labels.split(BATCH), strict=True)
         else:
-            reader = ExampleReader(data.train, "train", size, cache_of(data), samples=numbers)
+            reader = ExampleReader(data.train, "train", size, open_cache(data), samples=numbers)
             parts = self._of(reader, look_around)
         for logits, labels in self._logits(parts):
             right += (logits.argmax(-1) == labels).sum(1)
@@ -250,7 +340,7 @@ class LinearProbe:
             reader = self.val
             if split == "train":
                 data, size = self.config.data, self.encoder.shape.image_size
-                reader = ExampleReader(data.train, "train", size, cache_of(data))
+                reader = ExampleReader(data.train, "train", size, open_cache(data))
             made = table_of(reader, self.config.data.workers, lambda images: {"": self.features(images)}, look_around)
             self._tables[split] = made[""]
         return self._tables[split]

@@ -9,12 +9,12 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 
-from ddae.distributed import device
+from ddae.distributed.comm import device
 from ddae.errors import UserError
-from ddae.eval.pictures import captioned, painted, palette
-from ddae.eval.scenes import fitting, resized
+from ddae.eval.figures import captioned, painted, palette
+from ddae.eval.segmentation_data import fitting, resized
 from ddae.eval.upernet import classify, load_segmenter
-from ddae.patches import normalise
+from ddae.models.patches import normalise
 
 BEST = 5
 

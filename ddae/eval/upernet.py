@@ -16,11 +16,11 @@ from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddae.config import ModelConfig
+from ddae.config.pretrain import ModelConfig
+from ddae.config.segmentation import SceneConfig
 from ddae.errors import UserError
-from ddae.eval.recipes_segment import SceneConfig
-from ddae.model.vit import Encoder
-from ddae.weights import whole_folder
+from ddae.export.encoder import whole_folder
+from ddae.models.vit import Encoder
 
 FORMAT, WEIGHTS, SETTINGS = 1, "model.safetensors", "config.json"  # of a segmenter
 AT_ONCE = 16  # classes that are brought to an image's own size

@@ -1,0 +1,1 @@
+"""From archives of images to shards: reading, checking and converting images, writing."""

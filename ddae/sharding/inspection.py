@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddae.data.jpeg import is_cut
+from ddae.data.decode import is_cut
 
 MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest has 61
 MAX_BYTES = 1 << 28  # of one image file: 256 MiB

@@ -2,7 +2,7 @@
 
 What goes where is planned before anything is read: the images of a split are permuted by the seed and cut into shards.
 A worker makes one shard at a time: it reads each image once, decodes it, and writes it. The main process brings each
-shard to its place and notes that it is whole (target.py), so that a run begun again makes only what is missing. The
+shard to its place and notes that it is whole (output_dir.py), so that a run begun again makes only what is missing. The
 manifest comes last.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from ddae.data.shard_writer import Sample, put_in_place, write_manifest, write_unfinished
 from ddae.errors import UserError
-from ddae.sharding import target, workers
+from ddae.sharding import output_dir, workers
 from ddae.sharding.inspection import MAX_BYTES, Finding, inspect, thumbnail
 from ddae.sharding.report import OddImage, write_report
 from ddae.sharding.sources import UNLABELLED, Index
@@ -58,10 +58,10 @@ def shard(indexes: list[Index], out: Path, settings: Settings, num_workers: int,
     on_bad="stop".
     """
     identity = {"source": {i.split: _fingerprint(i) for i in indexes}, "settings": asdict(settings)}
-    if target.is_complete(out, identity):
+    if output_dir.is_complete(out, identity):
         return f"{out} is complete; delete it to make it again"
     try:
-        with target.own(out, identity):
+        with output_dir.own(out, identity):
             return _Sharder(indexes, out, settings, num_workers).run(identity, about)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -92,10 +92,10 @@ class _Sharder:
         self.suspects = _suspects(indexes)
 
     def run(self, identity: dict[str, Any], about: dict[str, Any]) -> str:
-        missing = [planned for planned in self.plan if target.noted(self.out, planned.name) is None]
+        missing = [planned for planned in self.plan if output_dir.noted(self.out, planned.name) is None]
         if not self.settings.resize_shorter:  # else their size is not known
             lengths = [self.indexes[planned.split].length[planned.images] for planned in missing]
-            target.check_room(self.out, sum(int(each.sum()) + PER_SAMPLE * len(each) for each in lengths))
+            output_dir.check_room(self.out, sum(int(each.sum()) + PER_SAMPLE * len(each) for each in lengths))
         self.make([(planned, frozenset()) for planned in missing])
         records = self.records()
         copies = self.copies(records)
@@ -118,7 +118,7 @@ class _Sharder:
             return
         for name, record in workers.run(self.write, tasks, self.num_workers, total, done):
             put_in_place(self.out / name)  # here, as it waits for the disk: the workers go on
-            target.note(self.out, name, record)
+            output_dir.note(self.out, name, record)
 
     def write(self, planned: Planned, without: frozenset[int]) -> tuple[str, dict[str, Any]]:
         """Write one shard; its name, and what is to be noted of it. In a worker."""
@@ -160,7 +160,7 @@ class _Sharder:
 
     def records(self) -> dict[str, dict[str, Any]]:
         """What was noted of each shard."""
-        return {planned.name: target.noted(self.out, planned.name) or {} for planned in self.plan}
+        return {planned.name: output_dir.noted(self.out, planned.name) or {} for planned in self.plan}
 
     def copies(self, records: dict[str, dict[str, Any]]) -> dict[Place, Place]:
         """Each exact copy -> the first image with its bytes, which is not one that is left out for another reason."""
@@ -223,7 +223,7 @@ class _Sharder:
         )
         classes = max((index.classes for index in self.indexes), key=len)
         write_manifest(self.out, shards, classes=classes, **identity, **about)
-        target.forget(self.out)
+        output_dir.forget(self.out)
         kinds = Counter(kind for image in odd for kind in image.kinds)
         told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         return f"{self.out}: {written} of {read} images in {len(shards)} shards, {read - written} left out" + (

@@ -9,6 +9,7 @@ Classes are numbered in the order of their names, which for ImageNet is the usua
 """
 
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -21,11 +22,44 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from braceexpand import braceexpand
 
+from ddae.data.shard_writer import KEY_LENGTH
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError
-from ddae.sharding.archives import members, read_at
-from ddae.sharding.devkit import Devkit
-from ddae.sharding.keys import unique_keys
+from ddae.sharding.imagenet_devkit import Devkit
+from ddae.sharding.tar import members, read_at
+
+
+def unique_keys(names: list[str], groups: list[str | int | None], by_folder: bool) -> tuple[list[str], np.ndarray]:
+    """Names and classes of images -> a key for each, and which of them repeat an earlier name: bool [N].
+
+    by_folder: a name stands for an image of its class's folder alone, and the key has the class before it. Else a name
+    that begins with a class, as ImageNet's do, repeats any like it, and another one those of its class. Names that only
+    look alike once they are written as keys get a number too, but are no repetition.
+    """
+    classes = {group for group in groups if isinstance(group, str)}
+    keys, repeated, seen, used = [], [], set(), {}
+    for name, group in zip(names, groups, strict=True):
+        head, underscore, _ = name.partition("_")
+        begins_with_class = bool(underscore) and head in classes
+        identity = (None if begins_with_class and not by_folder else group, name)
+        repeated.append(identity in seen)
+        seen.add(identity)
+        key = plain = _plain(f"{group}_{name}" if by_folder and group is not None and head != group else name)
+        while key in used:
+            used[plain] += 1
+            key = f"{plain}--{used[plain]}"
+        used[key] = 1
+        keys.append(key)
+    return keys, np.array(repeated, bool)
+
+
+def _plain(name: str) -> str:
+    """The name in ASCII letters, digits, _ and -, with room left for a number."""
+    plain = re.sub(r"[^0-9A-Za-z_-]", lambda found: "_" if found[0].isascii() else f"x{ord(found[0]):x}", name)
+    if len(plain) <= KEY_LENGTH - 10:
+        return plain
+    return plain[: KEY_LENGTH - 21] + "-" + hashlib.sha1(name.encode(errors="replace")).hexdigest()[:10]
+
 
 JPEG_ENDINGS = (".jpg", ".jpeg")
 IMAGE_ENDINGS = (*JPEG_ENDINGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

@@ -196,11 +196,12 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
 
 def step_share(preset: str, batch: int) -> str:
     """What share the losses are of a training step: masks' distances, teacher, student forward and backward, AdamW."""
-    from ddae import presets
-    from ddae.branches import Inputs
-    from ddae.masks import masked_distance, sample_mask
-    from ddae.method import build_method
-    from ddae.model.vit import Encoder
+    from ddae.config import presets
+    from ddae.data.masking import sample_mask
+    from ddae.method.branches import Inputs
+    from ddae.method.distance import masked_distance
+    from ddae.method.model import build_method
+    from ddae.models.vit import Encoder
 
     config = presets.preset(preset)
     method, teacher = build_method(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)

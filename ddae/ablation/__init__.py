@@ -1,0 +1,1 @@
+"""The paper's tables as experiments: rows, running them, the resulting table."""

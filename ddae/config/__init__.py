@@ -1,0 +1,1 @@
+"""Every setting: dataclasses, presets and recipes, the DeepSpeed JSON, the command line."""

@@ -1,0 +1,118 @@
+"""Every knob of segmentation that can change a result, and the recipes by name.
+
+Where each number comes from is in docs/evaluation.md.
+"""
+
+from dataclasses import dataclass, field, replace
+
+from ddae.config.base import ANY, RANGES, TINY, EngineConfig, Kind, OptimConfig, ShardsConfig, TrainConfig, check_ranges
+from ddae.config.evaluation import SMALL, Evaluation, check_encoder, named
+from ddae.errors import UserError
+
+ADE20K = 20208  # training images of an epoch's whole batches, by which steps of the reference become epochs
+
+
+@dataclass(frozen=True)
+class SceneConfig:
+    taps: tuple[int, ...] = ()  # blocks, counted from 1, whose tokens become the four scales; empty: 4, 6, 8, 12 of 12
+    channels: int | None = None  # of the decoder; None: 768, of an encoder as wide as ViT-S 512
+    layer_decay: float = 0.65  # learning rate of a block over that of the next
+    drop_path: float = 0.1  # share of images for which the last block is left out
+    dropout: float = 0.1  # of channels before the classes
+    aux_weight: float = 0.4  # of the loss of the head on the third scale
+    relative_positions: bool = True  # give each block relative positions, from zero on, where the encoder has none
+    layer_scale: float = 1.0  # where the factors of what a block adds begin, where the encoder has none; 0: none
+    scale: tuple[float, float] = (0.5, 2.0)  # of an image's shorter side over the crop's, in training
+    max_share: float = 0.75  # of a crop's pixels that one class may have, if another place can be found; 1: all
+    distort: bool = True  # brightness, contrast, saturation and hue, in training
+    stride: float = 2 / 3  # from a window of the test to the next, over the window
+    evaluate_every: float = 16000 * 16 / ADE20K  # epochs between evaluations
+    classes: int = 0  # how many there are, where the shards do not name them
+
+
+@dataclass(frozen=True)
+class SegmentConfig(Evaluation):
+    """A whole segmentation."""
+
+    preset: str = "paper"  # recipe: paper or demo
+    seg: SceneConfig = field(default_factory=SceneConfig)
+
+    TASK = "segment"
+    UNUSED = frozenset({"engine.kernels", "data.crop", "data.crop_scale", "data.hw_decoder_load"})
+
+    def settled(self, width: int, depth: int) -> "SegmentConfig":
+        """With the blocks and channels of an encoder of this size, where none are named; UserError where the blocks are
+        not its own."""
+        taps = self.seg.taps or tuple(max(1, depth * part // 12) for part in (4, 6, 8, 12))
+        if len(taps) != 4 or list(taps) != sorted(taps) or taps[0] < 1 or taps[-1] > depth:
+            raise UserError(f"seg.taps {taps} must name four blocks from 1 to {depth} in ascending order")
+        channels = self.seg.channels or (512 if width <= SMALL else 768)
+        return replace(self, seg=replace(self.seg, taps=taps, channels=channels))
+
+
+def segment_paper() -> SegmentConfig:
+    """The paper's appendix, whose numbers are BootMAE's."""
+    return SegmentConfig(
+        image_size=512,
+        data=ShardsConfig(batch_size=16, remainder="drop"),
+        optim=OptimConfig(
+            lr=4e-4,
+            min_lr=0.0,
+            warmup_epochs=1500 * 16 / ADE20K,
+            weight_decay=0.05,
+            adam_betas=(0.9, 0.999),
+            clip_grad=3.0,
+        ),
+        train=TrainConfig(steps=160_000, log_every=50),
+        engine=EngineConfig(precision="autocast"),
+    )
+
+
+def segment_demo() -> SegmentConfig:
+    """For the encoder of `make demo` on `sample_photos.py --masks`: minutes on two cores."""
+    config = segment_paper()
+    return replace(
+        config,
+        image_size=64,
+        data=replace(config.data, workers=1),
+        optim=replace(config.optim, lr=2e-3, warmup_epochs=1),
+        train=replace(config.train, steps=None, epochs=2, log_every=5),
+        engine=EngineConfig(precision="fp32"),
+        seg=replace(config.seg, channels=32, evaluate_every=1.0, scale=(0.8, 1.25), distort=False),
+    )
+
+
+SEGMENTS = {"paper": segment_paper, "demo": segment_demo}
+
+
+def segment_recipe(name: str) -> SegmentConfig:
+    """The segmentation of that name; UserError with the nearest name where there is none."""
+    return named(name, SEGMENTS)
+
+
+SEGMENT_RANGES = {
+    **RANGES,
+    "image_size": (1, ANY),
+    "seg.channels": (1, ANY),
+    "seg.layer_decay": (0, 1),
+    **dict.fromkeys(("seg.drop_path", "seg.dropout"), (0, 1 - TINY)),
+    **dict.fromkeys(("seg.aux_weight", "seg.layer_scale", "seg.classes"), (0, ANY)),
+    "seg.max_share": (TINY, 1),
+    "seg.stride": (0.25, 1),
+    **dict.fromkeys(("seg.scale", "seg.evaluate_every"), (TINY, ANY)),
+}
+
+
+def check_segment(config: SegmentConfig) -> None:
+    """UserError with the field, its value and the mend, where the fields contradict each other."""
+    check_ranges(config, SEGMENT_RANGES)
+    check_encoder(config)
+    if config.seg.scale[0] > config.seg.scale[1]:
+        raise UserError(f"seg.scale is {config.seg.scale}: give the smaller number first")
+    if config.engine.precision == "bf16":
+        raise UserError("engine.precision is bf16, in which batch norms cannot count: choose autocast, or fp32")
+    if config.data.backend not in ("auto", "pillow"):
+        raise UserError(f"data.backend {config.data.backend} reads no masks: choose --data.backend pillow")
+
+
+SEGMENTATION = Kind(SegmentConfig, segment_recipe, check_segment)

@@ -1,0 +1,1 @@
+"""Encoder weights in and out: own exports, published files, timm, ONNX, model cards."""

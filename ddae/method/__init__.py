@@ -1,0 +1,1 @@
+"""The paper: distances, betas, branches, EMA teacher, the whole pretraining model."""

@@ -1,0 +1,1 @@
+"""Networks: patches, encoder, decoder, tokenizer."""

@@ -1,0 +1,1 @@
+"""Figures of a run, and the HTML page that shows them."""

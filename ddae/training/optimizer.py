@@ -1,0 +1,53 @@
+"""Parameter groups of the encoder and the decoders; the betas have their own optimizer (betas.py)."""
+
+import re
+
+import torch
+from torch import nn
+
+from ddae.config.base import OptimConfig
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW with decoupled decay on matrices only: biases, norms, cls and mask tokens are exempt; mask tokens are not
+    where config.decay_mask_tokens."""
+    decayed, exempt = [], []
+    for name, parameter in module.named_parameters():
+        is_token = name.endswith("cls_token" if config.decay_mask_tokens else ("cls_token", "mask_token"))
+        (exempt if parameter.ndim <= 1 or is_token else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.adam_betas, fused=True)
+
+
+def layer_of(name: str, depth: int) -> int:
+    """0 for what makes tokens, I for block I (counted from 1), depth + 1 for all that comes after (BEiT, BootMAE)."""
+    name = name.removeprefix("encoder.")
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else depth + 1
+
+
+def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
+    """Parameter groups by layer, whose learning rate is layer_decay ^ (depth + 1 - layer) of the step's (`lr_scale`).
+
+    Biases, norms, cls token and positions are exempt from weight decay.
+    """
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in module.named_parameters():
+        layer, decayed = layer_of(name, depth), parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
+        scale = layer_decay ** (depth + 1 - layer)
+        empty = {"params": [], "weight_decay": weight_decay * decayed, "lr_scale": scale}
+        groups.setdefault((layer, decayed), empty)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def build_layerwise_optimizer(
+    module: nn.Module, depth: int, layer_decay: float, optim: OptimConfig
+) -> torch.optim.AdamW:
+    """AdamW with a learning rate a layer."""
+    groups = layer_groups(module, depth, layer_decay, optim.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.adam_betas, fused=True)

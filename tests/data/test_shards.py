@@ -1,0 +1,163 @@
+import gc
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import make_shards, sample
+from PIL import Image
+
+from ddae.data.cache import Cache
+from ddae.data.shards import find_shards, open_shards
+from ddae.errors import UserError
+
+CACHE = Cache(Path("nowhere"), 0)  # for what is not remote
+
+
+def test_every_image_is_found_at_its_place(shards):
+    opened = open_shards(str(shards), CACHE)
+    assert len(opened) == 100
+    for number in (0, 39, 40, 63, 64, 99):
+        assert opened.read(number) == sample(number).jpeg
+        with Image.open(io.BytesIO(opened.read(number))) as image:
+            assert image.size == (opened.width[number], opened.height[number])
+
+
+def test_webdataset_reads_the_shards(shards):
+    read = list(webdataset.WebDataset(find_shards(str(shards)), shardshuffle=False, empty_check=False))
+    assert [record["__key__"] for record in read] == [sample(i).key for i in range(100)]
+    assert read[7]["jpg"] == sample(7).jpeg
+    assert read[7]["cls"] == b"2"
+
+
+def test_dali_makes_the_same_index(shards, tmp_path):
+    wds2idx = pytest.importorskip("wds2idx")
+    shard = Path(find_shards(str(shards))[1])
+    with wds2idx.IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False) as creator:
+        creator.create_index()
+    assert (tmp_path / "theirs.idx").read_text() == shard.with_suffix(".idx").read_text()
+
+
+def test_equal_samples_give_equal_bytes(shards, tmp_path):
+    again = make_shards(tmp_path)
+    for path in shards.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_patterns_and_folders_name_the_same(shards):
+    assert find_shards(str(shards)) == find_shards(str(shards / "train-*.tar"))
+    assert len(find_shards(str(shards / "train-00000[01].tar"))) == 2
+
+
+def spoil(kind, folder):
+    shard = folder / "train-000001.tar"
+    manifest = folder / "manifest.json"
+    match kind:
+        case "cut":
+            shard.write_bytes(shard.read_bytes()[:-1000])
+        case "no index":
+            shard.with_suffix(".idx").unlink()
+        case "short index":
+            lines = shard.with_suffix(".idx").read_text().splitlines(keepends=True)
+            shard.with_suffix(".idx").write_text("".join(lines[:-1]))
+        case "old index":
+            shard.with_suffix(".idx").write_text("v1.1 2\n")
+        case "no manifest":
+            manifest.unlink()
+        case "broken manifest":
+            manifest.write_text(manifest.read_text()[:-20])
+        case "other manifest":
+            manifest.write_text(json.dumps({"format": "else"}))
+        case "one size short":
+            content = json.loads(manifest.read_text())
+            content["shards"][shard.name]["sizes"].pop()
+            manifest.write_text(json.dumps(content))
+        case "binary manifest":
+            manifest.write_bytes(bytes(range(256)))
+        case "garbled index":
+            shard.with_suffix(".idx").write_text("v1.2 24\njpg x y z\n")
+        case "empty index":
+            shard.with_suffix(".idx").write_text("")
+        case "unknown shard":
+            (folder / "train-000009.tar").write_bytes(shard.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    {
+        "cut": "is cut or changed",
+        "no index": "has no index",
+        "short index": "lists 23 samples of 24",
+        "old index": "not an index of version",
+        "no manifest": "is missing",
+        "broken manifest": "is not JSON",
+        "other manifest": "is not a manifest",
+        "one size short": "does not say all",
+        "binary manifest": "is not JSON",
+        "garbled index": "without a jpg's offset",
+        "empty index": "make it again",
+        "unknown shard": "is not in",
+    }.items(),
+)
+def test_damage_is_named(kind, words, tmp_path):
+    make_shards(tmp_path)
+    assert len(open_shards(str(tmp_path), CACHE)) == 100
+    spoil(kind, tmp_path)
+    with pytest.raises(UserError, match=words):
+        open_shards(str(tmp_path), CACHE)
+
+
+@pytest.mark.parametrize("where", ["", "/nowhere", "/nowhere/*.tar"])
+def test_no_shards(where):
+    with pytest.raises(UserError, match="data_prep"):
+        find_shards(where)
+
+
+def test_sample_photos_cuts_both_splits_from_every_photograph(tmp_path):
+    command = [sys.executable, "data_prep/sample_photos.py", "--out", str(tmp_path / "photos")]
+    command += ["--train_per_photo", "3", "--val_per_photo", "2", "--per_shard", "20"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    train, val = (open_shards(str(tmp_path / "photos"), CACHE, split) for split in ("train", "val"))
+    assert len(train) == 33
+    assert len(val) == 22
+    assert "33 training and 22 validation" in first.stdout
+    assert "is complete" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_sample_photos_with_masks_says_what_each_pixel_is(tmp_path):
+    command = [sys.executable, "data_prep/sample_photos.py", "--out", str(tmp_path / "scenes"), "--masks"]
+    command += ["--train_per_photo", "3", "--val_per_photo", "2"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    shards = open_shards(str(tmp_path / "scenes"), CACHE, "val")
+    grounds = []
+    for number, place in enumerate(shards.others("png")):
+        mask = np.asarray(Image.open(io.BytesIO(shards.read_other(number, place))))
+        assert mask.shape == (shards.height[number], shards.width[number])
+        assert 2 <= len(np.unique(mask)) <= 4  # a ground and one to three pieces
+        assert mask.max() < len(shards.classes) == 11
+        grounds.append(mask[0, 0])
+    assert len(np.unique(grounds)) > 5
+
+
+def test_a_missing_shard_is_named(shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "data")
+    (tmp_path / "data" / "train-000001.tar").unlink()
+    with pytest.raises(UserError, match=r"lacks train-000001.tar, which its manifest.json lists"):
+        open_shards(str(tmp_path / "data"), CACHE)
+
+
+def test_threads_leave_no_file_open(shards, tmp_path):
+    gc.collect()
+    opened, before = open_shards(str(shards), CACHE), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(opened.read, range(100)))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before

@@ -1,0 +1,72 @@
+"""Which checkpoint a run resumes from."""
+
+import hashlib
+import json
+
+import pytest
+
+from ddae.distributed.checkpoint import Checkpoints
+from ddae.distributed.checkpoint_format import MANIFEST
+from ddae.errors import UserError
+
+
+def make(folder, step, files=("state.pt", "rank_00000.safetensors")):
+    path = folder / f"step_{step:08d}"
+    path.mkdir(parents=True)
+    for name in files:
+        (path / name).write_bytes(bytes(100))
+    entry = {"bytes": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}
+    (path / MANIFEST).write_text(json.dumps({"step": step, "ranks": 1, "files": dict.fromkeys(files, entry)}))
+    return path
+
+
+def test_a_new_run_has_none(tmp_path):
+    assert Checkpoints(tmp_path / "checkpoints", 3).newest(allow_scratch=False) is None
+
+
+def test_the_newest_is_taken(tmp_path):
+    for step in (5, 100, 20):
+        make(tmp_path, step)
+    (tmp_path / ".unfinished_00000200").mkdir()
+    found = Checkpoints(tmp_path, 3).newest(False)
+    assert (found.step, found.path.name) == (100, "step_00000100")
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
+        (lambda path: (path / "state.pt").write_bytes(bytes(40)), "state.pt has 40 bytes of 100"),
+        (lambda path: (path / "state.pt").write_bytes(bytes(99) + b"\1"), "state.pt has changed"),
+        (lambda path: (path / MANIFEST).unlink(), "manifest cannot be read"),
+        (lambda path: (path / MANIFEST).write_text('{"step": 1'), "manifest cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("[]"), "manifest cannot be read"),
+    ],
+)
+def test_a_broken_one_is_passed_over_and_named(damage, reason, tmp_path, capsys):
+    make(tmp_path, 10)
+    damage(make(tmp_path, 20))
+    assert Checkpoints(tmp_path, 3).newest(False).step == 10
+    said = capsys.readouterr().out
+    assert reason in said
+    assert "step_00000020" in said
+
+
+def test_only_broken_ones_never_mean_a_silent_start(tmp_path):
+    (make(tmp_path, 10) / "state.pt").unlink()
+    checkpoints = Checkpoints(tmp_path, 3)
+    with pytest.raises(UserError, match="--allow_scratch"):
+        checkpoints.newest(allow_scratch=False)
+    assert checkpoints.newest(allow_scratch=True) is None
+
+
+def test_what_people_put_beside_them_is_left_alone(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 1)
+    for name in ("step_00000010_best", "step_x", "steps"):
+        (tmp_path / name).mkdir()
+    make(tmp_path, 10)
+    assert checkpoints.newest(False).step == 10
+    checkpoints.set_aside_beyond(0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("broken_step_00000010", "step_00000010_best", "step_x", "steps")
+    ]

@@ -1,0 +1,82 @@
+"""The engine's own look at the gradients: clipping, the norm, steps that are left out, as torch alone has them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import ranks
+
+PROGRAM = """
+import json, sys
+import torch
+from deepspeed.utils import groups
+from ddae.distributed.comm import device
+from ddae.distributed.engine import Engine, start_process_group, stop_process_group
+
+stage, precision = int(sys.argv[1]), sys.argv[2]
+start_process_group(patience=77)
+for group in (torch.distributed.group.WORLD, groups._get_data_parallel_group()):  # DeepSpeed's, too
+    assert group._get_backend(device()).options._timeout.total_seconds() == 77
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+
+def adam(module):
+    return torch.optim.AdamW(module.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+class Loss(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, x, scale):
+        return self.inner(x.to(self.inner[0].weight)).float().square().mean() * scale
+
+found = {}
+for clip in (0.0, 0.05):
+    plain, module = Loss(build()).to(device()), Loss(build())
+    start = {name: values.detach().cpu().clone() for name, values in plain.named_parameters()}
+    ds_json = {"train_batch_size": 4, "train_micro_batch_size_per_gpu": 4, "gradient_clipping": clip,
+               "zero_optimization": {"stage": stage}, "bf16": {"enabled": precision == "bf16"}}
+    engine, theirs = Engine(module, adam(module), ds_json), adam(plain)
+    norms, applied = [], []
+    for step, scale in enumerate((1.0, 3.0, float("nan"), 0.5, float("inf"), 1.0)):
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        engine.backward(engine(x, scale))
+        applied.append(float(engine.update(0.01)))
+        theirs.zero_grad()
+        plain(x, scale).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip or float("inf"))
+        if norm.isfinite():
+            norms.append((engine.grad_norm(), float(norm)))
+            theirs.param_groups[0]["lr"] = 0.01
+            theirs.step()
+    weights = engine.weights(engine.module)
+    far = {name: values.detach().cpu() - start[name] for name, values in plain.named_parameters()}
+    apart = {name: weights[name] - start[name] - moved for name, moved in far.items()}
+    wrong = max(float(apart[name].abs().max() / moved.abs().max()) for name, moved in far.items())
+    steps = sorted({int(state["step"]) for state in engine.adam.state.values()})
+    found[str(clip)] = {"applied": applied, "norms": norms, "wrong": wrong, "steps": steps}
+print("FOUND", json.dumps(found))
+stop_process_group()
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    "stage", [0, pytest.param(1, marks=pytest.mark.faults), 2, pytest.param(3, marks=pytest.mark.faults)]
+)
+def test_clipping_and_lost_steps_are_torchs(stage, precision):
+    """Clipping, the gradients' norm, and steps without numbers: as torch alone has them."""
+    command = [sys.executable, "-c", PROGRAM, str(stage), precision]
+    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("FOUND"))
+    tolerance = 1e-4 if precision == "fp32" else 0.1  # of how far a weight has moved
+    for seen in json.loads(line.removeprefix("FOUND")).values():
+        assert seen["applied"] == [1, 1, 0, 1, 0, 1]
+        assert seen["steps"] == [4]
+        assert seen["wrong"] < tolerance
+        for ours, theirs in seen["norms"]:
+            assert ours == pytest.approx(theirs, rel=max(tolerance, 1e-5))

@@ -1,0 +1,197 @@
+"""SIGTERM and SIGUSR1, under every launcher and to every process of it: a checkpoint, stopped.json, exit code 75."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ranks
+
+from ddae.training.tracker import read_metrics
+
+LAUNCHERS = {
+    "deepspeed": lambda port: ["deepspeed", "--num_gpus", "2", "--master_port", port],
+    "torchrun": lambda port: ["torchrun", "--nproc_per_node", "2", "--master_port", port],
+    "none": lambda port: [sys.executable],
+}
+
+
+class Job:
+    """A run under a launcher: the launcher's process, and its ranks'."""
+
+    def __init__(self, launcher: str, words: list[str], log: Path):
+        self.port = str(ranks.free_port())
+        environment = os.environ | {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        command = [*LAUNCHERS[launcher](self.port), "launch/pretrain.py", *words]
+        self.log = log
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=out, stderr=out)
+
+    def ranks(self) -> list[psutil.Process]:
+        return ranks.below(self.process.pid)
+
+    def node_launcher(self) -> psutil.Process:
+        """deepspeed's launch.py, between `deepspeed` and the ranks."""
+        return psutil.Process(self.ranks()[0].ppid())
+
+    def until(self, there, seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not there():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                pytest.fail(self.log.read_text()[-3000:])
+            time.sleep(0.05)
+
+    def end(self, seconds: float = 60) -> dict[int, int | None]:
+        """Exit codes of the ranks where the system still tells them, once all are gone."""
+        gone, alive = psutil.wait_procs(self._watched, timeout=seconds)
+        for process in alive:
+            process.kill()
+        assert alive == [], self.log.read_text()[-3000:]
+        self.process.wait(timeout=60)
+        assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"))
+        return {process.pid: process.returncode for process in gone}
+
+    def watch(self) -> None:
+        self._watched = self.ranks()
+
+    def kill(self) -> None:
+        """Whatever of it is left."""
+        with contextlib.suppress(psutil.Error):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                process.kill()
+        self.process.kill()
+
+
+CASES = [
+    ("deepspeed", signal.SIGTERM, "launcher"),
+    ("deepspeed", signal.SIGUSR1, "launcher"),
+    ("deepspeed", signal.SIGTERM, "launch.py"),
+    ("deepspeed", signal.SIGUSR1, "one"),
+    ("deepspeed", signal.SIGTERM, "all"),
+    ("torchrun", signal.SIGTERM, "launcher"),
+    ("torchrun", signal.SIGUSR1, "all"),
+    ("torchrun", signal.SIGTERM, "one"),
+]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher, number, whom", CASES, ids=lambda value: getattr(value, "name", value))
+def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, tell):
+    """A signal under a launcher of two ranks with a data worker each."""
+    options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
+    words = ranks.words(shards, tmp_path / "run", 2, *options, "--data.workers", "1")
+    job = Job(launcher, words, tmp_path / "log")
+    job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 5)
+    job.watch()
+    told = {"launcher": [job.process], "launch.py": [job.node_launcher()], "one": job.ranks()[1:], "all": job.ranks()}
+    for process in told[whom]:
+        process.send_signal(number)
+    since = time.monotonic()
+    job.end()
+    seconds = time.monotonic() - since
+    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert note["reason"] in (number.name, "the launcher is gone")
+    assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == note["step"]
+    tell(f"checkpoint and stopped.json ({note['reason']}), all gone after {seconds:.1f} s")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("when", ["while it builds", "while it exports"])
+def test_a_signal_outside_the_loop(when, shards, tmp_path, tell):
+    """SIGTERM before the first step, or after the last."""
+    options = ("--engine.precision", "fp32", "--train.steps", "20", "--train.report", "--train.save_every", "100")
+    job = Job("none", ranks.words(shards, tmp_path / "run", 2, *options), tmp_path / "log")
+    late = when == "while it exports"
+    job.until((tmp_path / "run" / ("checkpoints/latest" if late else ".lock")).exists)
+    job.process.send_signal(signal.SIGTERM)
+    since = time.monotonic()
+    code = job.process.wait(timeout=60)
+    seconds = time.monotonic() - since
+    if late:
+        assert code == 0, job.log.read_text()[-3000:]
+        assert (tmp_path / "run" / "finished.json").exists()
+        tell(f"the export was finished and the run left with exit code 0 after {seconds:.1f} s")
+        return
+    assert code == 75, job.log.read_text()[-3000:]
+    assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
+    assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()
+    tell(f"checkpoint of step 0, stopped.json, exit code 75 after {seconds:.1f} s")
+
+
+TOLD_WHILE_IT_PROBES = """
+import os, runpy, signal
+from ddae.eval import features
+
+whole = features.batches_of_rank
+
+def interrupted(*words):
+    for number, batch in enumerate(whole(*words)):
+        if number == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield batch
+
+features.batches_of_rank = interrupted
+runpy.run_path("launch/pretrain.py", run_name="__main__")
+"""
+
+
+@pytest.mark.faults
+def test_a_signal_during_an_evaluation(digits, tmp_path, tell):
+    """SIGTERM to one of two ranks while both probe the untrained encoder; then the same command again."""
+    options = ("--engine.precision", "fp32", "--train.steps", "12", "--probe_every", "0.1")
+    words = ranks.words(digits, tmp_path / "run", 2, *options)
+    for command, code in ((["-c", TOLD_WHILE_IT_PROBES], 75), (["launch/pretrain.py"], 0)):
+        since = time.monotonic()
+        started = ranks.start(2, [*command, *words])
+        said = [rank.communicate(timeout=240)[0] for rank in started]
+        ranks.clean(started[0].port)
+        assert [rank.returncode for rank in started] == [code] * 2, "".join(said)
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        probed = [row["step"] for row in rows if "health/rank/tap_02" in row]
+        if code == 75:
+            assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
+            assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()
+            assert probed == []
+            seconds = time.monotonic() - since
+    assert probed == [0, 9, 12]
+    tell(f"checkpoint, stopped.json, exit code 75 ({seconds:.0f} s with the start); then the evaluation was done again")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
+def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, tell):
+    """kill -9 of one of two ranks under a launcher."""
+    options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "20")
+    job = Job(launcher, ranks.words(shards, tmp_path / "run", 2, *options), tmp_path / "log")
+    job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 30)
+    job.watch()
+    job.ranks()[1].kill()
+    since = time.monotonic()
+    job.end(seconds=90)
+    assert job.process.returncode != 0
+    tell(f"the job ended with exit code {job.process.returncode} after {time.monotonic() - since:.1f} s")
+
+
+@pytest.mark.faults
+def test_output_that_nobody_reads_any_longer_stops_the_run(shards, tmp_path, tell):
+    """The reader of a rank's output is gone, as over ssh when `deepspeed --hostfile` is killed."""
+    options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
+    (rank,) = ranks.start(1, ["launch/pretrain.py", *ranks.words(shards, tmp_path / "run", 2, *options)])
+    for line in rank.stdout:
+        if "step 6/" in line:
+            break
+    rank.stdout.close()
+    since = time.monotonic()
+    assert rank.wait(timeout=60) == 75
+    note = json.loads((tmp_path / "run" / "stopped.json").read_text())
+    assert note["reason"] == "the launcher is gone"
+    assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
+    tell(f"checkpoint and stopped.json, exit code 75 after {time.monotonic() - since:.1f} s")

@@ -1,0 +1,526 @@
+"""Segmentation: crops of images with their masks, UperNet, sliding windows, mIoU, and the whole of it on coloured
+squares."""
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import ranks
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from ddae.config.pretrain import ModelConfig
+from ddae.config.segmentation import SceneConfig, segment_recipe
+from ddae.data.shard_writer import Sample, write_manifest, write_shard
+from ddae.data.shards import open_shards
+from ddae.errors import UserError
+from ddae.eval.predict import segment
+from ddae.eval.segmentation import confusion_of, intersection_over_union, scores
+from ddae.eval.segmentation_data import (
+    IGNORED,
+    SceneCrop,
+    SceneReader,
+    class_names,
+    distorted,
+    fitting,
+    read_scene,
+    resized_labels,
+    split_planes,
+)
+from ddae.eval.upernet import Segmenter, classify, prepared, slide, starts
+from ddae.models.vit import Encoder, initialise
+from ddae.training.optimizer import layer_groups
+
+PROGRAM = str(ranks.ROOT / "tests" / "support" / "evaluations.py")
+QUIET = "--preset demo --tracker.kind jsonl --train.log_every 1 --data.workers 0 --data.batch_size 8".split()
+COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]], np.uint8)
+
+
+def png(labels):
+    file = io.BytesIO()
+    Image.fromarray(labels).save(file, "PNG")
+    return file.getvalue()
+
+
+def scene(number, shift=0):
+    """A ground of one colour with a rectangle of another, and the class of each pixel; a border is of no class."""
+    rng = np.random.default_rng(number)
+    height, width = (int(side) for side in rng.integers(40, 70, 2))
+    ground, other = rng.permutation(3)[:2]
+    labels = np.full((height, width), ground, np.uint8)
+    top, left = (int(place) for place in rng.integers(4, 16, 2))
+    labels[top : top + 20, left : left + 20] = other
+    image = np.clip(COLOURS[labels] + rng.integers(-15, 16, (height, width, 3)), 0, 255).astype(np.uint8)
+    labels[:2] = 255
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95)
+    known = labels != 255
+    labels[known] += shift
+    return file.getvalue(), labels, image
+
+
+def write_scenes(folder, classes=("red", "green", "blue"), counts=(40, 7), shift=0, cut=0, wide=False):
+    folder.mkdir(exist_ok=True)
+    entries = {}
+    for split, first, last in (("train", 0, counts[0]), ("val", counts[0], sum(counts))):
+        samples = []
+        for number in range(first, last):
+            data, labels, image = scene(number, shift)
+            if wide:
+                labels = np.where(labels == 255, IGNORED, labels.astype(np.uint16) * 300).astype(np.uint16)
+            labels = labels[cut:]
+            samples.append(Sample(f"s{number:04d}", data, None, image.shape[1], image.shape[0], png(labels)))
+        path = folder / f"{split}-000000.tar"
+        entries[path.name] = write_shard(path, samples)
+    write_manifest(folder, entries, classes=list(classes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return write_scenes(tmp_path_factory.mktemp("scenes"))
+
+
+def test_a_scene_is_read_as_it_was_written(scenes, tmp_path):
+    shards = open_shards(str(scenes), None)
+    places = shards.others("png")
+    for number in (0, 17, 39):
+        image, labels = read_scene(shards, number, places[number], 3)
+        _, wanted, pixels = scene(number)
+        assert np.abs(image.astype(int) - pixels.transpose(2, 0, 1)).mean() < 12  # it is a JPEG
+        assert np.array_equal(labels, np.where(wanted == 255, IGNORED, wanted.astype(np.uint16)))
+    wide = open_shards(str(write_scenes(tmp_path, wide=True)), None)
+    _, labels = read_scene(wide, 3, wide.others("png")[3], 601)
+    assert set(np.unique(labels)) <= {0, 300, 600, IGNORED}
+    with pytest.raises(UserError, match=r"s0003 has the class \d00, there are 300 counted from 0: make the shards"):
+        read_scene(wide, 3, wide.others("png")[3], 300)
+
+
+def test_sizes_are_mmsegmentations():
+    """A scale of (2048, 512): the longer side at most 2,048, the shorter at most 512."""
+    assert fitting((512, 683), 512) == (512, 683)
+    assert fitting((1000, 1500), 512) == (512, 768)
+    assert fitting((300, 2000), 512) == (307, 2048)
+    assert fitting((683, 512), 256) == (342, 256)
+    labels = np.arange(6).reshape(2, 3)
+    assert resized_labels(labels, 4, 3).tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
+
+
+def planes_of(image, labels):
+    low_high = labels.view(np.uint8).reshape(*labels.shape, 2).transpose(2, 0, 1)
+    return np.concatenate([image.transpose(2, 0, 1), low_high])
+
+
+def crop_of(size=48, **changes):
+    return SceneCrop(SceneConfig(**changes), size, "imagenet", 3)
+
+
+def test_crops_keep_image_and_labels_together():
+    labels = np.repeat(np.repeat(np.random.default_rng(0).integers(0, 3, (5, 6)), 24, 0), 24, 1).astype(np.uint16)
+    planes = planes_of(COLOURS[labels], labels)
+    crop = crop_of(distort=False)
+    drawn = [crop(planes, seed) for seed in range(30)]
+    assert np.array_equal(crop(planes, 7), drawn[7])
+    assert len({each.tobytes() for each in drawn}) == 30
+    for each in drawn:
+        assert each.shape == (5, 48, 48)
+        images, found = split_planes(torch.from_numpy(each)[None])
+        known = (found[0] != IGNORED).numpy()
+        nearest = (
+            ((images[0].permute(1, 2, 0)[:, :, None].int() - torch.from_numpy(COLOURS).int()) ** 2).sum(-1).argmin(-1)
+        )
+        right = (nearest == found[0]).numpy()[known].mean()
+        assert right > 0.93  # between two classes pixels are blends
+
+
+def test_beyond_the_image_there_is_no_class():
+    labels = np.zeros((30, 30), np.uint16)
+    labels[5:] = 2
+    drawn = crop_of(scale=(0.5, 0.5), distort=False)(planes_of(COLOURS[labels], labels), 0)
+    images, found = split_planes(torch.from_numpy(drawn)[None])
+    assert (found[0, :24, :24] != IGNORED).all()
+    assert (found[0, 24:] == IGNORED).all()
+    assert (found[0, :, 24:] == IGNORED).all()
+    assert images[0, :, -1, -1].tolist() == [124, 116, 104]
+
+
+def test_a_crop_is_not_of_one_class_if_it_can_be():
+    labels = np.zeros((200, 200), np.uint16)
+    labels[:, 150:] = 1
+    planes = planes_of(COLOURS[labels], labels)
+    largest = {}
+    for share in (0.75, 1.0):
+        crop = crop_of(scale=(4.0, 4.0), max_share=share, distort=False)
+        found = [split_planes(torch.from_numpy(crop(planes, seed))[None])[1] for seed in range(60)]
+        largest[share] = [float(labels.flatten().bincount().max()) / labels.numel() for labels in found]
+    assert sum(share == 1 for share in largest[1.0]) > 30
+    assert sum(share == 1 for share in largest[0.75]) < 20  # where ten tries did not do
+    assert sum(share < 0.75 for share in largest[0.75]) > 2 * sum(share < 0.75 for share in largest[1.0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 90), (300, 3)])
+def test_odd_images(shape):
+    labels = np.zeros(shape, np.uint16)
+    for seed in range(5):
+        assert crop_of()(planes_of(COLOURS[labels], labels), seed).shape == (5, 48, 48)
+    pixels = torch.randn(3, *fitting(shape, 32))
+    assert classify(segmenter_of().eval(), pixels, 2 / 3, shape).shape == shape
+
+
+def test_classes_are_told_apart_at_an_images_own_size():
+    """A few at a time, as all at once."""
+    segmenter, pixels = segmenter_of(classes=40).eval(), torch.randn(3, 32, 40)
+    with torch.no_grad():
+        whole = F.interpolate(slide(segmenter, pixels, 21)[None], (50, 61), mode="bilinear")[0].argmax(0)
+    assert torch.equal(classify(segmenter, pixels, 0.67, (50, 61)), whole)
+    assert len(whole.unique()) > 2
+
+
+def test_colours_are_distorted_by_the_seed():
+    image = np.random.default_rng(0).integers(0, 256, (3, 20, 20), dtype=np.uint8)
+    drawn = [distorted(image, np.random.default_rng(seed)) for seed in range(200)]
+    assert all(each.shape == image.shape and each.dtype == np.uint8 for each in drawn)
+    assert np.array_equal(distorted(image, np.random.default_rng(5)), drawn[5])
+    assert 3 <= sum(np.array_equal(each, image) for each in drawn) <= 25  # one in sixteen
+    means = np.array([each.mean() - image.mean() for each in drawn])
+    assert abs(means.mean()) < 8
+    assert np.abs(means).max() > 20
+    grey = np.full((3, 8, 8), 100, np.uint8)  # which has no hue and no saturation
+    for seed in range(50):
+        changed = distorted(grey, np.random.default_rng(seed))
+        assert changed.min() >= changed.max() - 1
+
+
+def encoder_of(width=64, depth=4, size=32):
+    encoder = Encoder(ModelConfig(width=width, depth=depth, heads=2, image_size=size, patch_size=8))
+    initialise(encoder, torch.Generator().manual_seed(0))
+    return encoder
+
+
+def segmenter_of(classes=3, **changes):
+    config = SceneConfig(**{"taps": (1, 2, 3, 4), "channels": 32, "dropout": 0.0} | changes)
+    return Segmenter(encoder_of(), classes, config, torch.Generator().manual_seed(1))
+
+
+def test_what_is_added_changes_nothing_at_first():
+    encoder, images = encoder_of(), torch.randn(2, 3, 32, 32)
+    wider = prepared(encoder, True, 1.0)
+    assert wider.shape.relative_positions == "each"
+    assert wider.blocks[2].attn.rel_pos_bias.relative_position_bias_table.abs().max() == 0
+    assert wider.blocks[2].ls1.gamma.tolist() == [1.0] * 64
+    with torch.no_grad():
+        torch.testing.assert_close(wider(images), encoder(images), rtol=1e-5, atol=1e-5)
+    assert prepared(wider, True, 0.1).blocks[0].ls1.gamma.tolist() == [1.0] * 64  # what it has it keeps
+
+
+def test_upernet_is_mmsegmentations_written_out():
+    """UPerHead and FCNHead from their equations, with the module's own weights."""
+    segmenter = segmenter_of().eval()
+    images = torch.randn(2, 3, 32, 32)
+
+    def conv_norm_relu(x, block):
+        conv, norm = (next(m for m in block.modules() if isinstance(m, kind)) for kind in (nn.Conv2d, nn.BatchNorm2d))
+        x = F.conv2d(x, conv.weight, None, padding=conv.weight.shape[-1] // 2)
+        x = (x - norm.running_mean[:, None, None]) / (norm.running_var[:, None, None] + norm.eps).sqrt()
+        return (x * norm.weight[:, None, None] + norm.bias[:, None, None]).relu()
+
+    def larger(x, like):
+        return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
+
+    with torch.no_grad():
+        for norm in segmenter.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+        tokens = segmenter.encoder.features(images, (1, 2, 3, 4))
+        maps = [each[:, 1:].reshape(2, 4, 4, 64).permute(0, 3, 1, 2) for each in tokens]
+        c1, c2, c3, c4 = segmenter.neck(maps)
+        assert [each.shape[-1] for each in (c1, c2, c3, c4)] == [16, 8, 4, 2]
+        decoder = segmenter.decoder
+        pooled = [c4]
+        for size, block in zip((1, 2, 3, 6), decoder.psp.blocks, strict=True):
+            pooled.append(larger(conv_norm_relu(F.adaptive_avg_pool2d(c4, size), block[1]), c4))
+        laterals = [conv_norm_relu(torch.cat(pooled, 1), decoder.psp.out_conv)]
+        for each, block in zip((c3, c2, c1), decoder.fpn_lateral_blocks, strict=True):
+            lateral = conv_norm_relu(each, block.conv_norm_relu)
+            laterals.append(lateral + larger(laterals[-1], lateral))
+        outputs = [laterals[0]]
+        outputs += [conv_norm_relu(x, block) for x, block in zip(laterals[1:], decoder.fpn_conv_blocks, strict=True)]
+        joined = conv_norm_relu(torch.cat([larger(x, c1) for x in reversed(outputs)], 1), decoder.fusion_block)
+        head = segmenter.head[1]
+        wanted = F.interpolate(F.conv2d(joined, head.weight, head.bias), (32, 32), mode="bilinear")
+        logits = segmenter(images)
+        torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+        labels = torch.randint(0, 3, (2, 32, 32))
+        labels[0, :10] = IGNORED
+        aux = F.conv2d(conv_norm_relu(c3, segmenter.aux), segmenter.aux[4].weight, segmenter.aux[4].bias)
+        losses = []
+        for each in (wanted, F.interpolate(aux, (32, 32), mode="bilinear")):
+            surprise = -each.log_softmax(1).gather(1, labels.where(labels < 3, 0)[:, None])[:, 0]
+            losses.append((surprise * (labels != IGNORED)).sum() / labels.numel())
+        torch.testing.assert_close(
+            segmenter(images, labels, IGNORED), losses[0] + 0.4 * losses[1], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_new_layers_learn_at_the_full_rate():
+    module = segmenter_of()
+    scales = {id(p): group["lr_scale"] for group in layer_groups(module, 4, 0.65, 0.05) for p in group["params"]}
+    for name, parameter in module.named_parameters():
+        if not name.startswith("encoder."):
+            assert scales[id(parameter)] == 1, name
+        elif name.startswith("encoder.blocks.0."):
+            assert scales[id(parameter)] == pytest.approx(0.65**4), name
+
+
+def test_windows_cover_an_image():
+    assert starts(512, 512, 341) == [0]
+    assert starts(683, 512, 341) == [0, 171]
+    assert starts(1200, 512, 341) == [0, 341, 682, 688]
+    segmenter = segmenter_of().eval()
+    image = torch.randn(3, 32, 45)
+    with torch.no_grad():
+        left, middle = (segmenter(image[None, :, :, at : at + 32])[0] for at in (0, 13))
+        found = slide(segmenter, image, 21)
+        torch.testing.assert_close(found[..., :13], left[..., :13], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[..., 13:32], (left[..., 13:] + middle[..., :19]) / 2, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found[..., 32:], middle[..., 19:], rtol=1e-4, atol=1e-5)
+        small = slide(segmenter, image[:, :20, :25], 21)  # of an image that is smaller than a window
+        padded = F.pad(image[:, :20, :25], (0, 7, 0, 12))
+        torch.testing.assert_close(small, segmenter(padded[None])[0, :, :20, :25], rtol=1e-4, atol=1e-5)
+
+
+def test_miou_is_torchmetrics():
+    labels = torch.tensor([[0, 0, 1, 1], [0, 2, 2, 1], [IGNORED, 2, 2, 4]])
+    guesses = torch.tensor([[0, 1, 1, 1], [0, 2, 0, 1], [3, 2, 2, 4]])
+    confusion = confusion_of(labels, guesses, 6)
+    assert confusion.sum() == 11
+    ious = intersection_over_union(confusion.double())
+    assert ious[:3].tolist() == pytest.approx([2 / 4, 3 / 4, 3 / 4])
+    assert ious[[3, 5]].isnan().all()  # 3 was guessed where nobody knows, 5 never
+    judge = MulticlassJaccardIndex(6, average="none", ignore_index=IGNORED)
+    torch.testing.assert_close(ious.nan_to_num().float(), judge(guesses, labels))
+    found = scores(confusion)
+    assert found["miou"] == pytest.approx(100 * (2 / 4 + 3 / 4 + 3 / 4 + 1) / 4)
+    assert found["pixel_accuracy"] == pytest.approx(100 * 9 / 11)
+    assert found["class_accuracy"] == pytest.approx(100 * (2 / 3 + 1 + 3 / 4 + 1) / 4)
+    rng = torch.Generator().manual_seed(0)
+    labels, guesses = (torch.randint(0, 20, (80, 90), generator=rng) for _ in range(2))
+    judge = MulticlassJaccardIndex(20, average="macro")
+    assert scores(confusion_of(labels, guesses, 20))["miou"] == pytest.approx(
+        100 * float(judge(guesses, labels)), rel=1e-5
+    )
+
+
+def test_the_recipe_is_the_papers():
+    config = segment_recipe("paper").settled(768, 12)
+    assert (config.peak_lr, config.optim.weight_decay, config.optim.clip_grad) == (4e-4, 0.05, 3.0)
+    assert (config.data.batch_size, config.num_steps(20208), config.image_size) == (16, 160_000, 512)
+    # of 20,210 images 20,208 fill whole batches, and this is how the loop counts
+    assert config.optim.warmup_epochs * 20208 / 16 == pytest.approx(1500)
+    assert config.seg == SceneConfig(taps=(4, 6, 8, 12), channels=768)
+    assert (config.seg.layer_decay, config.seg.drop_path, config.seg.aux_weight) == (0.65, 0.1, 0.4)
+    assert int(config.seg.stride * 512) == 341
+    assert round(config.seg.evaluate_every * 20208 / 16) == 16000
+    assert segment_recipe("paper").settled(384, 12).seg.channels == 512
+    assert segment_recipe("paper").settled(1024, 24).seg.taps == (8, 12, 16, 24)
+    assert segment_recipe("demo").settled(64, 2).seg.taps == (1, 1, 1, 2)
+    with pytest.raises(UserError, match="must name four blocks from 1 to 2"):
+        config.settled(64, 2)
+
+
+def test_names_of_classes():
+    assert class_names(["wall", "", "door", "wall"], 0) == ["wall 0", "1", "door", "wall 3"]
+    assert class_names((), 2) == ["0", "1"]
+    with pytest.raises(UserError, match=r"say how many there are with --seg\.classes"):
+        class_names((), 0)
+    with pytest.raises(UserError, match="the shards name 1 classes: leave it out"):
+        class_names(("wall",), 3)
+
+
+def words(scenes, encoder, run_dir, *more):
+    zero = str(ranks.ROOT / "ds_configs" / "zero1.json")
+    named = ["--ds_config", zero, "--encoder", str(encoder), "--data.train", str(scenes), "--run_dir", str(run_dir)]
+    return ["segment", *QUIET, "--image_size", "32", "--seg.channels", "16", *named, *more]
+
+
+@pytest.fixture(scope="module")
+def runs(scenes, encoder_folder, tmp_path_factory):
+    """One process: a run, the same from its middle on, one at ZeRO-3 with bf16 products, mistakes; then two ranks."""
+    folder = tmp_path_factory.mktemp("segment")
+    run = folder / "pretrained" / "segment"
+    shutil.copytree(encoder_folder, folder / "pretrained" / "encoder")
+    plain = ("--train.epochs", "8", "--train.save_every", "20", "--seg.evaluate_every", "4")
+    three, four = (folder / name for name in ("three.json", "four.json"))
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    three.write_text(json.dumps({"zero_optimization": zero}))
+    four.write_text(json.dumps({"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}))
+    still = "--train.steps 4 --train.no_report --train.save_every 2 --seg.dropout 0 --seg.drop_path 0".split()
+    still += ["--ds_config", str(four)]
+    bare, bad = folder / "bare", folder / "none"
+    labelled = write_scenes(folder / "high", shift=3)
+    smaller = write_scenes(folder / "cut", cut=3)
+    nameless = write_scenes(folder / "nameless", classes=())
+    other = write_scenes(folder / "other", classes=("red", "green", "yellow"))
+    without = folder / "without"
+    without.mkdir()
+    entries = {}
+    for split in ("train", "val"):
+        path = without / f"{split}-000000.tar"
+        entries[path.name] = write_shard(path, [Sample("a", scene(0)[0], 0, 50, 50)])
+    write_manifest(without, entries, classes=["a"])
+    few = ("--train.steps", "2", "--train.no_report")
+    late = (*few, "--seg.evaluate_every", "0.2", "--ds_config", str(three), "--engine.precision", "autocast")
+    made = [
+        words(scenes, encoder_folder, run, *plain),
+        ["forget", str(run), str(folder / "resumed"), "40"],
+        words(scenes, encoder_folder, folder / "resumed", *plain, "--train.no_report"),
+        words(scenes, encoder_folder, folder / "zero3", *late),
+        words(nameless, encoder_folder, bare, *few, "--seg.classes", "3"),
+        words(scenes, encoder_folder, folder / "one", *still),
+        words(without, encoder_folder, bad, "--data.batch_size", "2"),
+        words(smaller, encoder_folder, bad),
+        words(labelled, encoder_folder, bad),
+        words(nameless, encoder_folder, bad),
+        words(nameless, encoder_folder, bad, "--seg.classes", "2"),
+        words(scenes, encoder_folder, bad, "--val", str(other)),
+        words(scenes, encoder_folder, bad, "--data.batch_size", "1"),
+        words(scenes, encoder_folder, bad, "--image_size", "8"),
+    ]
+    said = ranks.run_program(1, [PROGRAM], made)
+    two = words(scenes, encoder_folder, folder / "two", *still)
+    again = [str(folder / "again") if word == str(folder / "two") else word for word in two]
+    ranks.run_program(2, [PROGRAM], [two, ["forget", str(folder / "two"), str(folder / "again"), "4"], again])
+    return folder, said
+
+
+def test_it_learns(runs, scenes):
+    folder, _ = runs
+    run = folder / "pretrained" / "segment"
+    rows = ranks.metrics(run)
+    losses = [row["loss/total"] for row in rows if "loss/total" in row]
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
+    assert [row["step"] for row in rows if "val/miou" in row] == [20, 40]
+    results = json.loads((run / "results.json").read_text())
+    assert (results["classes"], results["images"]) == (3, {"train": 40, "val": 7})
+    assert results["pixels"] == sum((scene(number)[1] != 255).sum() for number in range(40, 47))
+    assert results["last"]["miou"] > 50
+    assert results["best"]["miou"] >= results["last"]["miou"]
+    assert results["chance"]["pixel_accuracy"] < 60  # the most frequent class everywhere: its share of the pixels
+    assert results["chance"]["miou"] == pytest.approx(
+        results["chance"]["pixel_accuracy"] / results["classes"], rel=0.01
+    )
+    assert list(results["iou"]) == ["red", "green", "blue"]
+    assert sum(results["iou"].values()) / 3 == pytest.approx(results["last"]["miou"])
+    page = (run / "report.html").read_text()
+    for name in ("curves", "overlays", "classes", "confusion"):
+        assert (run / "figures" / f"{name}.png").stat().st_size > 5000
+        assert f'<img alt="{name}"' in page
+    card = (folder / "pretrained" / "encoder" / "README.md").read_text()
+    values = results["last"]["miou"], results["chance"]["miou"]
+    assert "| segment | last epoch, mIoU | {:.2f} % | not measured |  | {:.2f} % |".format(*values) in card
+    assert (run / "finished.json").exists()
+
+
+@pytest.mark.parametrize("whole, again", [("pretrained/segment", "resumed"), ("two", "again")])
+def test_resumed_is_unbroken(whole, again, runs):
+    folder, _ = runs
+    one, other = (ranks.metrics(folder / name) for name in (whole, again))
+    assert [row["step"] for row in one] == [row["step"] for row in other]
+    for name in ("loss/total", "lr", "val/miou", "val/pixel_accuracy"):
+        values = [[row[name] for row in rows if name in row] for rows in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), name
+
+
+def test_two_ranks_learn_what_one_does(runs):
+    """The same micro-batches, so the same statistics of each; running ones of two ranks are their mean."""
+    folder, _ = runs
+    rows = [[row for row in ranks.metrics(folder / name) if "loss/total" in row] for name in ("one", "two")]
+    one, two = ([row["loss/total"] for row in each] for each in rows)
+    assert len(one) == 4
+    assert one == pytest.approx(two, rel=1e-4)
+    pixels = [json.loads((folder / name / "results.json").read_text())["pixels"] for name in ("one", "two")]
+    assert pixels[0] == pixels[1]  # each image once, though two ranks do not share out seven
+
+
+def test_other_stages_and_nameless_classes(runs):
+    """At ZeRO-3 nothing is left on a rank between layers, and training goes on after an evaluation."""
+    folder, _ = runs
+    rows = ranks.metrics(folder / "zero3")
+    assert [row["step"] for row in rows if "val/miou" in row] == [1, 2]
+    names = json.loads((folder / "bare" / "results.json").read_text())["iou"]
+    assert names.keys() <= {"0", "1", "2"}
+
+
+def test_it_finds_what_a_picture_shows(runs, scenes, tmp_path):
+    folder, _ = runs
+    data, labels, image = scene(41)
+    (tmp_path / "photo.jpg").write_bytes(data)
+    (guesses,) = segment(folder / "pretrained" / "segment", [tmp_path / "photo.jpg"], tmp_path / "seen").values()
+    truth = np.bincount(labels[labels < 3], minlength=3).argmax()
+    assert guesses[0].name == ("red", "green", "blue")[truth]
+    assert sum(guess.share for guess in guesses) == pytest.approx(1)
+    with Image.open(tmp_path / "seen" / "photo_classes.png") as seen:
+        assert seen.width == image.shape[1]
+        assert seen.height == image.shape[0] + 14 * len(guesses)  # a line a class
+    with pytest.raises(UserError, match="holds no segmenter"):
+        segment(tmp_path, [tmp_path / "photo.jpg"], tmp_path / "seen")
+    with pytest.raises(UserError, match="would have one place"):
+        segment(folder / "zero3", [tmp_path / "photo.jpg"] * 2, tmp_path / "seen")
+    config = folder / "zero3" / "segmenter" / "config.json"
+    for text in (config.read_text().replace('"format": 1', '"format": 2'), "no JSON", "{}"):
+        config.write_text(text)
+        with pytest.raises(UserError, match=r"is no segmenter of this version \(.*\): run launch/segment\.py again"):
+            segment(folder / "zero3", [tmp_path / "photo.jpg"], tmp_path / "seen")
+
+
+def test_mistakes_are_one_sentence(runs):
+    _, said = runs
+    mistakes = [line.removeprefix("MISTAKE ") for line in said.splitlines() if line.startswith("MISTAKE")]
+    wanted = [
+        "these shards have no masks, name some that have",
+        "prepare_ade20k.py, which leaves such pairs out",
+        "s0040 has the class 5, there are 3 counted from 0: make the shards with data_prep/prepare_ade20k.py",
+        "the shards do not name their classes: say how many there are with --seg.classes 150",
+        "has the class 2, there are 2 counted from 0: --seg.classes 3 would have room for it",
+        "class 2 is 'blue' of the shards to train on and 'yellow' of those to validate on",
+        "a micro-batch of 1 image has no statistics",
+        "image_size 8 is a single patch",
+    ]
+    assert len(mistakes) == len(wanted), said
+    for line, words_wanted in zip(mistakes, wanted, strict=True):
+        assert words_wanted in line
+
+
+def test_validation_images_are_whole(scenes):
+    reader = SceneReader(str(scenes), "val", 32, None)
+    image, labels = reader[3]
+    _, wanted, _ = scene(43)
+    assert labels.tolist() == np.where(wanted == 255, IGNORED, wanted.astype(np.int64)).tolist()
+    assert min(image.shape[1:]) == 32
+
+
+def test_a_mistake_of_a_reader_process_is_one_sentence(scenes, encoder_folder, tmp_path):
+    """In the last validation image, which one of the reader processes finds."""
+    bad = write_scenes(tmp_path / "bad", counts=(8, 7))
+    entries = {"val-000000.tar": None}
+    samples = []
+    for number in range(7):
+        data, labels, image = scene(number)
+        labels = labels[:-1] if number == 6 else labels
+        samples.append(Sample(f"s{number}", data, None, image.shape[1], image.shape[0], png(labels)))
+    entries["val-000000.tar"] = write_shard(bad / "val-000000.tar", samples)
+    write_manifest(bad, entries, classes=["red", "green", "blue"])
+    more = ("--train.steps", "1", "--val", str(bad), "--data.workers", "2")
+    command = words(scenes, encoder_folder, tmp_path / "run", *more)
+    code, said = ranks.run_command("launch/segment.py", *command[1:], timeout=240)
+    assert code == 2, said
+    (line,) = [line for line in said.splitlines() if "image and mask of" in line]
+    assert line.startswith("ddae: image and mask of ")
+    assert "Traceback" not in said

@@ -1,0 +1,368 @@
+"""Methods against the float64 transcription of Eqs. 3, 5 and 6, and their structure against the published ones."""
+
+from dataclasses import replace
+
+import equations
+import numpy as np
+import pytest
+import torch
+
+from ddae.config.cli import parse
+from ddae.config.presets import METHODS, names, preset
+from ddae.config.pretrain import beta_names
+from ddae.data.masking import sample_mask
+from ddae.method.betas import Betas
+from ddae.method.branches import Inputs
+from ddae.method.distance import masked_distance, neighbour_weight
+from ddae.method.model import build_method
+from ddae.models.patches import NORMALISATIONS
+from ddae.models.vit import Mlp
+from ddae.training.optimizer import build_optimizer
+from ddae.training.schedules import ramp
+
+BETAS = (-3.0, -0.5, 0.0, 0.7)
+
+
+def demo(*words):
+    return parse(["--preset", "demo", "--pixel.norm", "per_channel", *words])
+
+
+def step(config, dtype=torch.float64, images=3, feature_weight=1.0, first_beta=0):
+    """One forward pass of a method on random images; its pieces."""
+    method = build_method(config).to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    size = config.model.image_size
+    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    mask = sample_mask(config.mask.kind, torch.arange(images), config.grid, config.num_masked)
+    distance = masked_distance(mask, config.grid).to(dtype)
+    width, taps = config.model.width, len(config.feature.taps)
+    teacher = torch.randn(taps, images, config.num_masked, width, generator=generator).to(dtype)
+    names = beta_names(config)
+    betas = torch.tensor([BETAS[(first_beta + i) % 4] for i in range(len(names))], dtype=dtype, requires_grad=True)
+    weight = torch.tensor(feature_weight, dtype=dtype)
+    losses = method(Inputs(pixels, mask, distance, betas, teacher, weight, 1.0, "reference"))
+    return method, pixels, mask, distance.numpy(), betas, teacher.numpy(), losses
+
+
+def exact_terms(config, method, pixels, mask, distance, betas, teacher):
+    """Loss of each branch by the transcription, from the method's own predictions."""
+    tokens = method.encode(pixels, mask.visible)
+    mean, std = NORMALISATIONS[config.data.normalisation]
+    targets = {
+        "pixel": equations.pixel_target(
+            pixels.numpy(), mask.masked.numpy(), config.model.patch_size, mean, std, "per_channel", False, 1e-5
+        ),
+        "feature": equations.feature_target(teacher.astype(float), config.feature.target_norm),
+    }
+    terms = {}
+    for name, branch in method.branches.items():
+        pred = branch.predict(tokens, mask).detach().double().numpy()
+        pred = equations.layer_norm(pred) if name == "feature" and config.feature.target_norm != "none" else pred
+        beta = [betas.detach().double().numpy()[place] for place in branch.beta_places] or np.zeros(len(branch.taps))
+        terms[name] = equations.dynamic_loss(
+            pred, targets[name], distance.astype(float), beta, np.array(branch.tap_weights)
+        )
+    return terms
+
+
+K1 = [w for b in ("pixel", "feature") for w in (f"--{b}.taps", "8", f"--{b}.tap_weights", "1")]
+
+
+@pytest.mark.parametrize("kind", ["bootmae_block", "random"])
+@pytest.mark.parametrize("words", [(), K1, ("--dynamic.no_shared",), ("--pixel.no_dynamic",)])
+@pytest.mark.parametrize("first_beta", range(4))
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_ddae_is_eqs_3_5_and_6(kind, words, first_beta, dtype, tolerance):
+    """Values and beta's gradient, from the method's own predictions; a(t) scales the feature branch."""
+    config = demo("--mask.kind", kind, *words)
+    method, pixels, mask, distance, betas, teacher, losses = step(config, dtype, 3, 0.25, first_beta)
+    losses.total.backward()
+    terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
+    total = terms["pixel"][0] + 0.25 * terms["feature"][0]
+    np.testing.assert_allclose(losses.total.item(), total, rtol=tolerance)
+    gradient, size = np.zeros(len(betas)), np.zeros(len(betas))
+    for name, factor in (("pixel", 1.0), ("feature", 0.25)):
+        np.testing.assert_allclose(losses.branches[name].tap_loss, terms[name][1], rtol=tolerance)
+        for place, part, terms_sum in zip(method.branches[name].beta_places, *terms[name][3:5], strict=False):
+            gradient[place] += factor * part
+            size[place] += factor * terms_sum
+    assert (np.abs(betas.grad.double().numpy() - gradient) <= tolerance * size).all()
+
+
+def test_the_whole_loss_of_eq_6():
+    """Data terms, 0.5 x the norm of the weights of each beta, and the coupled decay, as a run reports them."""
+    config = demo()
+    method, pixels, mask, distance, betas, teacher, losses = step(config)
+    own = Betas(beta_names(config), config.dynamic, (0.9, 0.95), torch.device("cpu"))
+    with torch.no_grad():
+        own.values.copy_(betas)
+    own.add_norm(torch.tensor(distance, dtype=torch.float32))
+    own.step(0.0, applied=torch.zeros(()))
+    terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
+    values = betas.detach().numpy()
+    norm = equations.weight_norm(distance, values).sum()
+    wanted = sum(term[0] for term in terms.values()) + 0.5 * norm + 0.005 * (values**2).sum()
+    np.testing.assert_allclose(losses.total.item() + own.regulariser.item(), wanted, rtol=1e-6)
+
+
+def test_gradients_reach_what_they_should():
+    """All taps pull on the first block; the final norm and both decoders learn; the masked pixels are not seen."""
+    config = demo()
+    method, pixels, mask, _, _, _, losses = step(config)
+    losses.total.backward()
+    for name, parameter in method.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+    hidden = pixels.clone()
+    block = config.model.patch_size
+    for image, places in zip(hidden, mask.masked, strict=True):
+        for place in places.tolist():
+            top, left = place // config.grid[1] * block, place % config.grid[1] * block
+            image[:, top : top + block, left : left + block] = 0
+    seen, unseen = (method.encode(images, mask.visible) for images in (pixels, hidden))
+    assert all(torch.equal(seen.normed[tap], unseen.normed[tap]) for tap in method.blocks_read)
+
+
+def test_presets_are_lists_of_branches():
+    """MAE [12] plain, D-MAE [12] dynamic, DS-MAE four plain, DDS-MAE four dynamic, DDAE both branches; BootMAE both at
+    [12], plain, BEiT-v2 codes at [12], plain, DDS-BEiT-v2 at four, dynamic."""
+    wanted = {
+        "mae": ((12,), False, False),
+        "d_mae": ((12,), True, False),
+        "ds_mae": ((3, 6, 9, 12), False, False),
+        "dds_mae": ((3, 6, 9, 12), True, False),
+        "ddae": ((3, 6, 9, 12), True, True),
+        "bootmae": ((12,), False, True),
+    }
+    tokens = {"beitv2": ((12,), False), "dds_beitv2": ((3, 6, 9, 12), True)}
+    assert wanted.keys() | tokens.keys() == METHODS.keys()
+    for method, expected in tokens.items():
+        config = preset(f"{method}_vit_b16_300e")
+        assert config.branches.keys() == {"token"}
+        assert (config.token.taps, config.token.dynamic) == expected
+        assert (config.num_masked, config.mask.kind, config.peak_lr) == (75, "beit_block", pytest.approx(1.5e-3))
+    assert preset("bootmae_vit_b16_100e").pixel.cross_attention
+    for method, (taps, dynamic, feature) in wanted.items():
+        config = preset(f"{method}_vit_b16_300e")
+        assert (config.pixel.taps, config.pixel.dynamic, config.feature.enabled) == (taps, dynamic, feature)
+    assert preset("ddae_vit_l16_800e").pixel.taps == (6, 12, 18, 24)
+    assert preset("ddae_vit_s16_100e").feature.decoder_width == 384
+    assert preset("ddae_vit_b16_800e").optim.warmup_epochs == 40
+
+
+@pytest.mark.parametrize(
+    "suffix, changed",
+    {
+        "": {},
+        "_anchored": {},
+        "_literal": {"coupled_l2": 0.0},
+        "_flatnorm256": {"coupled_l2": 0.0, "norm_batch": 256.0},
+        "_detach": {"rescale_grad": "detach"},
+    }.items(),
+)
+def test_readings_of_the_beta_gradient(suffix, changed):
+    base = preset("ddae_vit_b16_100e")
+    assert preset(f"ddae_vit_b16_100e{suffix}").dynamic == replace(base.dynamic, **changed)
+    assert f"demo{suffix}" in names()
+
+
+def test_mae_has_the_published_structure():
+    """Every tensor of the published ViT-B/16 MAE, and no other: encoder 85.80 M, with its decoder 111.91 M numbers."""
+    config = preset("mae_vit_b16_800e")
+    method = build_method(config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in method.state_dict().items()}
+    decoder = "branches.pixel.decoder"
+    expected = {"encoder.cls_token": (1, 1, 768), "encoder.pos_embed": (1, 197, 768)}
+    expected |= {"encoder.patch_embed.proj.weight": (768, 3, 16, 16), "encoder.patch_embed.proj.bias": (768,)}
+    expected |= {f"{decoder}.mask_token": (1, 1, 512), f"{decoder}.pos_embed": (1, 197, 512)}
+    expected |= {f"{decoder}.embed.weight": (512, 768), f"{decoder}.embed.bias": (512,)}
+    expected |= {f"{decoder}.head.weight": (768, 512), f"{decoder}.head.bias": (768,)}
+    for where, depth, width in (("encoder", 12, 768), (decoder, 8, 512)):
+        expected |= {f"{where}.norm.weight": (width,), f"{where}.norm.bias": (width,)}
+        for i in range(depth):
+            block = f"{where}.blocks.{i}"
+            expected |= {f"{block}.norm{n}.{p}": (width,) for n in (1, 2) for p in ("weight", "bias")}
+            for layer, rows, columns in (
+                ("attn.qkv", 3 * width, width),
+                ("attn.proj", width, width),
+                ("mlp.fc1", 4 * width, width),
+                ("mlp.fc2", width, 4 * width),
+            ):
+                expected |= {f"{block}.{layer}.weight": (rows, columns), f"{block}.{layer}.bias": (rows,)}
+    assert shapes == expected
+    assert sum(tensor.numel() for tensor in method.state_dict().values()) == 111_907_840
+    assert sum(tensor.numel() for tensor in method.encoder.state_dict().values()) == 85_798_656
+    assert method.branches["pixel"].decoder.blocks[0].attn.num_heads == 16
+
+
+def initial(name, *words):
+    """Initial weights of a preset of ViT-S by name, and its config."""
+    config = parse(["--preset", name, *words])
+    return {name: each.detach() for name, each in build_method(config).named_parameters()}, config
+
+
+def test_initial_weights_of_mae():
+    """Xavier: standard deviation sqrt(2 / (in + out)), qkv as one matrix: sqrt(2 / (4 x 384)) = 0.0361 in ViT-S's
+    encoder, sqrt(2 / (4 x 512)) = 0.0313 in its decoder; fc1 sqrt(2 / (5 x 384)) = 0.0323; tokens 0.02."""
+    weights, _ = initial("mae_vit_s16_100e")
+    deviations = {
+        "encoder.blocks.3.attn.qkv.weight": 0.03608,
+        "branches.pixel.decoder.blocks.0.attn.qkv.weight": 0.03125,
+        "encoder.blocks.3.mlp.fc1.weight": 0.03227,
+        "encoder.patch_embed.proj.weight": (2 / (768 + 384)) ** 0.5,
+    }
+    for name, deviation in deviations.items():
+        assert float(weights[name].std()) == pytest.approx(deviation, rel=0.01), name
+    assert float(weights["encoder.cls_token"].std()) == pytest.approx(0.02, rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["ddae", "bootmae"])
+def test_initial_weights_of_bootmae(method):
+    """Queries, keys and values are three matrices: sqrt(2 / (2 x 384)) = 0.0510; the cls token begins at 1e-6."""
+    weights, _ = initial(f"{method}_vit_s16_100e")
+    for part in weights["encoder.blocks.3.attn.qkv.weight"].chunk(3):
+        assert float(part.std()) == pytest.approx(0.05103, rel=0.01)
+    assert float(weights["encoder.cls_token"].std()) == pytest.approx(1e-6, rel=0.15)
+    assert float(weights["branches.pixel.decoder.mask_token"].std()) == pytest.approx(0.02, rel=0.15)
+
+
+def test_initial_weights_of_beit():
+    """A normal of 0.02 cut off at one standard deviation has 0.5396 of it: 0.01079. What block l adds is divided by
+    sqrt(2 l): 0.00763 in the first, 0.00220 in the twelfth; the first cls block, after block 9, is the tenth."""
+    weights, _ = initial("beitv2_vit_s16_300e", "--token.tokenizer", "none")
+    assert float(weights["branches.token.head.weight"].abs().max()) <= 0.02
+    deviations = {
+        "encoder.blocks.3.attn.qkv.weight": 0.01079,
+        "branches.token.head.weight": 0.01079,
+        "encoder.blocks.0.attn.proj.weight": 0.00763,
+        "encoder.blocks.11.mlp.fc2.weight": 0.00220,
+        "branches.cls.blocks.0.mlp.fc2.weight": 0.01079 / 20**0.5,
+        "branches.cls.blocks.1.attn.proj.weight": 0.01079 / 22**0.5,
+    }
+    for name, deviation in deviations.items():
+        assert float(weights[name].std()) == pytest.approx(deviation, rel=0.01), name
+
+
+ONE_TAP = [w for b in ("pixel", "feature") for w in (f"--{b}.taps", "1", f"--{b}.tap_weights", "1")]
+
+
+def test_bootmae_as_published():
+    """Its loss weights, decay groups and decoder positions; DDAE and MAE have none of them."""
+    for name, published in {"bootmae": True, "ddae": False, "mae": False}.items():
+        weights, config = initial(f"{name}_vit_s16_100e", "--model.depth", "1", *ONE_TAP)
+        assert config.mask.neighbour_weight is published
+        assert {config.pixel.decoder_positions, config.feature.decoder_positions} == {"masked" if published else "all"}
+        decayed, exempt = (
+            group["params"] for group in build_optimizer(build_method(config), config.optim).param_groups
+        )
+        assert len(decayed) + len(exempt) == len(weights)
+        mask_tokens = [name for name in weights if name.endswith("mask_token")]
+        tokens = [sum(p.ndim == 3 for p in group) for group in (decayed, exempt)]
+        assert tokens == ([len(mask_tokens), 1] if published else [0, len(mask_tokens) + 1])  # and the cls token
+        assert all(p.ndim > 1 for p in decayed)
+    assert preset("bootmae_vit_b16_100e").feature.target_norm == "layer"
+    assert preset("ddae_vit_b16_100e").feature.target_norm == "instance_layer"
+
+
+def test_positions_of_mask_tokens_alone():
+    """Other positions of visible patches change the prediction where all tokens have them, and not where mask tokens
+    do."""
+    for words, moves in (((), True), (("--pixel.decoder_positions", "masked"), False)):
+        method, _, mask, *_ = step(demo(*words), torch.float64, 3, 1.0, 1)
+        decoder = method.branches["pixel"].decoder
+        tokens = torch.randn(3, 1 + mask.visible.shape[1], 96, dtype=torch.float64)
+        before = decoder(tokens, *mask)
+        swapped = mask._replace(visible=mask.visible.flip(1))
+        assert torch.allclose(before, decoder(tokens, *swapped)) is not moves
+
+
+def test_fixed_patch_weights_of_a_step():
+    """Each branch's loss is the mean of weight x relative weight x error; uniform weights of 1.8 make it 1.8 times."""
+    config = parse(["--preset", "bootmae_vit_s16_100e", *SMALL_BOOTMAE])
+    method, pixels, mask, distance, betas, teacher, plain = step(config, torch.float64)
+    weight = neighbour_weight(mask, config.grid).double()
+    arguments = pixels, mask, torch.tensor(distance), betas, torch.tensor(teacher), torch.tensor(1.0), 1.0, "reference"
+    weighed = method(Inputs(*arguments, patch_weight=weight))
+    for name, result in weighed.branches.items():
+        wanted = (weight * plain.branches[name].token_error).mean()
+        assert float(result.loss) == pytest.approx(float(wanted), rel=1e-6)
+    uniform = method(Inputs(*arguments, patch_weight=torch.full_like(weight, 1.8)))
+    assert float(uniform.total) == pytest.approx(1.8 * float(plain.total), rel=1e-6)
+
+
+SMALL_BOOTMAE = "--model.width 32 --model.heads 2 --model.image_size 64 --model.patch_size 8".split() + [
+    word
+    for branch in ("pixel", "feature")
+    for word in (f"--{branch}.decoder_width", "32", f"--{branch}.decoder_heads", "2")
+]
+
+
+def test_the_ramp_takes_a_quarter_of_training():
+    assert preset("ddae_vit_b16_100e").feature.ramp == 0.25
+    assert [ramp(step, 0.25 * 8) for step in range(3)] == [0.5, 1, 1]
+
+
+OPTIONS = ["--{}.cross_attention", "--{}.own_norms", "--{}.own_heads"]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("branch", ["pixel", "feature"])
+def test_options_of_a_decoder_are_eqs_3_and_5_too(branch, option):
+    """Another prediction, the same loss of it; each parameter of the option learns."""
+    config = demo(option.format(branch))
+    method, pixels, mask, distance, betas, teacher, losses = step(config, torch.float64, 3, 1.0, 1)
+    terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
+    np.testing.assert_allclose(losses.total.item(), terms["pixel"][0] + terms["feature"][0], rtol=1e-10)
+    losses.total.backward()
+    plain = {name for name, _ in build_method(demo()).named_parameters()}
+    own = {name: p for name, p in method.named_parameters() if name not in plain}
+    assert own
+    for name, parameter in own.items():
+        assert parameter.grad is not None, name
+        assert "bias" in name or parameter.grad.abs().sum() > 0, name
+
+
+def test_a_head_a_tap_is_each_taps_own():
+    """The heads of the taps, each on its own part of the batch."""
+    method, _, mask, *_ = step(demo("--pixel.own_heads"), torch.float64, 3, 1.0, 1)
+    decoder = method.branches["pixel"].decoder
+    tokens = torch.randn(4 * 3, 1 + mask.visible.shape[1], 96, dtype=torch.float64)
+    before = decoder(tokens, *mask, None, range(4))
+    with torch.no_grad():
+        decoder.heads[2].bias += 1
+    changed = (decoder(tokens, *mask, None, range(4)) - before).unflatten(0, (4, 3)).abs().amax((1, 2, 3))
+    torch.testing.assert_close(changed.detach(), torch.tensor([0.0, 0, 1, 0], dtype=torch.float64))
+
+
+def test_cross_attention_sees_what_the_block_left():
+    """Pixels: the tokens after block 1; features: the tap's own; both under no norm but the attention's."""
+    config = demo("--pixel.cross_attention", "--feature.cross_attention")
+    method = build_method(config)
+    assert method.branches["pixel"].reads_raw == (1,)
+    assert method.branches["feature"].reads_raw == (2, 4, 6, 8)
+    assert method.blocks_read == (1, 2, 4, 6, 8)
+    mask = sample_mask("random", torch.arange(2), config.grid, config.num_masked)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = method.encode(pixels, mask.visible)
+    seen = []
+    block = method.branches["feature"].decoder.blocks[0]
+    block.cross.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    method.branches["feature"].predict(tokens, mask)
+    assert torch.equal(seen[0], torch.cat([tokens.raw[tap] for tap in (2, 4, 6, 8)]))
+
+
+@pytest.mark.parametrize(
+    "words, encoders, decoders",
+    [
+        ("--engine.taps batched", True, True),
+        ("--engine.taps sequential", False, False),
+        ("--engine.taps sequential --engine.recompute", True, True),
+        ("--engine.taps sequential --engine.recompute_decoders", False, True),
+    ],
+)
+def test_a_block_that_runs_again_keeps_its_input_alone(words, encoders, decoders):
+    """Hooks of its MLP, which leave out GELU's output elsewhere, would take the place of the checkpoint's."""
+    method = build_method(parse(["--preset", "demo", *words.split()]))
+    keeps = lambda module: {each.keeps_gelu for each in module.modules() if isinstance(each, Mlp)}  # noqa: E731
+    assert keeps(method.encoder) == {encoders}
+    assert keeps(method.branches) == {decoders}

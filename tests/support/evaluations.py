@@ -1,0 +1,55 @@
+"""As a program it is one rank that evaluates encoders: it reads lists of words from its standard input, one a line, the
+first of them the command's name.
+
+    ["finetune", "--encoder", ...]   and pretrain, tokenizer, linear_probe, segment: the command; a mistake is told and
+                                     the next line read
+    ["forget", RUN, COPY, STEP]      copy a finished run as if it had been killed before its checkpoint of this step
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from ddae.config.cli import PRETRAINING, parse
+from ddae.config.evaluation import FINETUNING, PROBING
+from ddae.config.segmentation import SEGMENTATION
+from ddae.config.tokenizer import TOKENIZING
+from ddae.distributed.comm import barrier, is_main
+from ddae.distributed.engine import stop_process_group
+from ddae.errors import UserError
+from ddae.eval.finetune import finetune
+from ddae.eval.linear_probe import linear_probe
+from ddae.eval.segmentation import segment
+from ddae.train import pretrain
+from ddae.train_tokenizer import train_tokenizer
+
+COMMANDS = {
+    "pretrain": (pretrain, PRETRAINING),
+    "tokenizer": (train_tokenizer, TOKENIZING),
+    "finetune": (finetune, FINETUNING),
+    "segment": (segment, SEGMENTATION),
+    "linear_probe": (linear_probe, PROBING),
+}
+
+
+def forget(run: str, copy: str, step: str) -> None:
+    if is_main():
+        shutil.copytree(run, copy)
+        shutil.rmtree(Path(copy) / "checkpoints" / f"step_{int(step):08d}")
+        (Path(copy) / "finished.json").unlink()
+    barrier()
+
+
+if __name__ == "__main__":
+    for line in sys.stdin:
+        name, *words = json.loads(line)
+        if name == "forget":
+            forget(*words)
+            continue
+        run, kind = COMMANDS[name]
+        try:
+            run(parse(words, kind))
+        except UserError as error:
+            print(f"MISTAKE {error}", flush=True)
+    stop_process_group()

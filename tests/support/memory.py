@@ -1,0 +1,91 @@
+"""One rank of tests/tools/test_plan.py: bytes of live tensors by part, after a backward pass.
+
+Reads lists of words from its standard input, one a line; rank 0 prints what it measured as JSON, one a line.
+"""
+
+import gc
+import json
+import sys
+
+import torch
+
+from ddae.config import deepspeed as ds_config
+from ddae.config.cli import parse
+from ddae.config.pretrain import beta_names
+from ddae.data.loader import Batch
+from ddae.distributed.comm import gather, is_main, world_size
+from ddae.distributed.engine import Engine, start_process_group, stop_process_group
+from ddae.method.betas import Betas
+from ddae.method.model import build_method
+from ddae.training.optimizer import build_optimizer
+from ddae.training.step import build_teacher, forward
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every storage that some tensor alive holds, by address."""
+    found = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), torch.Tensor) and each.device.type == "cpu":
+            found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return found
+
+
+def batch_of(config, images: int) -> Batch:
+    side = config.model.image_size
+    return Batch(
+        torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8), torch.arange(images), torch.arange(images)
+    )
+
+
+def measure(words: list[str]) -> dict[str, int]:
+    config = parse(words)
+    before = storages()
+    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
+    method = build_method(config)
+    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
+    teacher = build_teacher(config, engine)
+    assert teacher is not None
+    betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+    for step in range(2):  # the first update makes Adam's averages
+        losses = forward(config, engine, teacher, betas, 1.0, 1.0, "reference", batch_of(config, resolved.micro_batch))
+        engine.backward(losses.total)
+        del losses
+        if step == 0:
+            engine.update(1e-4)
+            teacher.follow(0.99)
+    gc.collect()
+    left = {address: size for address, size in storages().items() if address not in before}
+    parameters = list(engine.module.parameters())
+    zero = engine._zero
+    if engine.stage == 3:
+        gradients = [zero.grad_partitions_flat_buffer]
+    elif engine.stage > 0:
+        gradients = [each for group in zero.averaged_gradients.values() for each in group or ()]
+    else:
+        gradients = [parameter.grad for parameter in parameters]
+    partitions = [parameter.ds_tensor for parameter in parameters if hasattr(parameter, "ds_tensor")]
+    averages = [each for state in engine.adam.state.values() for each in state.values()]
+    parts = {
+        "weights": [*parameters, *partitions],
+        "gradients": gradients,
+        "optimizer": [*engine._masters(), *averages],
+        "teacher": [*teacher.masters, *teacher.rounding, teacher._flat],
+    }
+    sizes = {}
+    for name, tensors in parts.items():
+        addresses = {each.untyped_storage().data_ptr() for each in tensors if each is not None}
+        sizes[name] = sum(left.pop(address, 0) for address in addresses)
+    sizes["rest"] = sum(left.values())
+    return sizes
+
+
+if __name__ == "__main__":
+    start_process_group()
+    for line in sys.stdin:
+        of_ranks = gather(measure(json.loads(line)))
+        gc.collect()
+        if is_main():
+            print(
+                "MEASURED", json.dumps({name: max(each[name] for each in of_ranks) for name in of_ranks[0]}), flush=True
+            )
+    stop_process_group()
