@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 from ddae.sharding.check import check, mark_bad
 
 
@@ -20,17 +20,17 @@ def main() -> int:
     depth.add_argument("--full", action="store_true", help="hashes too, and decode every image")
     parser.add_argument("--mark_bad", action="store_true", help="--full, and list what does not decode in the manifest")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; all cores by default")
-    words = parser.parse_args()
-    words.full = words.full or words.mark_bad
-    problems, images = check(words.folder, words.full, max(1, words.workers))
+    args = parser.parse_args()
+    args.full = args.full or args.mark_bad
+    problems, images = check(args.folder, args.full, max(1, args.workers))
     for problem in problems:
         print(problem)
-    if words.mark_bad:
-        print(f"{mark_bad(words.folder, problems)} images are listed as bad: training leaves them out")
-    how = "hashes and images" if words.full else "sizes and indexes"
-    print(f"{words.folder}: {images} images, {how} checked: {len(problems) or 'no'} problems")
+    if args.mark_bad:
+        print(f"{mark_bad(args.folder, problems)} images are listed as bad: training leaves them out")
+    how = "hashes and images" if args.full else "sizes and indexes"
+    print(f"{args.folder}: {images} images, {how} checked: {len(problems) or 'no'} problems")
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
-    command("check_shards", main)
+    run_command("check_shards", main)

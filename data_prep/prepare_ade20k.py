@@ -9,7 +9,7 @@ had to be left out or converted is named in the folder's report.json.
 import argparse
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 from ddae.sharding.ade20k import prepare
 
 
@@ -20,9 +20,9 @@ def main() -> None:
     parser.add_argument("zip", type=Path, help="ADEChallengeData2016.zip, ADE20K_2016_07_26.zip, ...")
     parser.add_argument("--out", type=Path, default=Path("data/ade20k"), help="folder for the shards")
     parser.add_argument("--per_shard", type=int, default=500, help="samples of a shard")
-    words = parser.parse_args()
-    print(prepare(words.zip, words.out, words.per_shard))
+    args = parser.parse_args()
+    print(prepare(args.zip, args.out, args.per_shard))
 
 
 if __name__ == "__main__":
-    command("prepare_ade20k", main)
+    run_command("prepare_ade20k", main)

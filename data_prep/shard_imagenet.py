@@ -12,7 +12,7 @@ import os
 import re
 from pathlib import Path
 
-from ddae.errors import UserError, command
+from ddae.errors import UserError, run_command
 from ddae.sharding.imagenet_devkit import read_devkit
 from ddae.sharding.sharder import Settings, shard
 from ddae.sharding.sources import UNLABELLED, index
@@ -45,7 +45,7 @@ def main() -> None:
         default=Settings.on_bad,
         help="images that are no plain RGB JPEG: convert what is usable, stop at the first, or leave all out",
     )
-    words = parser.parse_args()
+    args = parser.parse_args()
     for name, low, high in (
         ("workers", 1, 1024),
         ("seed", 0, 2**32 - 1),
@@ -54,23 +54,23 @@ def main() -> None:
         ("resize_shorter", 0, 1 << 14),
         ("quality", 1, 100),
     ):
-        if not low <= getattr(words, name) <= high:
-            raise UserError(f"--{name} is {getattr(words, name)}: choose a number from {low} to {high}")
-    if not (words.train or words.val):
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} is {getattr(args, name)}: choose a number from {low} to {high}")
+    if not (args.train or args.val):
         raise UserError("neither --train nor --val is given: name what shall be sharded")
-    devkit = None if words.devkit is None else read_devkit(words.devkit)
+    devkit = None if args.devkit is None else read_devkit(args.devkit)
     indexes, classes = [], None
     for split in ("train", "val"):
-        if getattr(words, split):
-            if words.out.resolve().is_relative_to(Path(getattr(words, split)).resolve()):
-                raise UserError(f"--out {words.out} is --{split} itself or within it: name another folder")
+        if getattr(args, split):
+            if args.out.resolve().is_relative_to(Path(getattr(args, split)).resolve()):
+                raise UserError(f"--out {args.out} is --{split} itself or within it: name another folder")
             print(f"reading where the images of --{split} lie", flush=True)
-            indexes.append(index(split, getattr(words, split), classes, devkit if split == "val" else None))
+            indexes.append(index(split, getattr(args, split), classes, devkit if split == "val" else None))
             classes = indexes[0].classes if (indexes[0].label != UNLABELLED).all() else None
-    settings = Settings(**{name: getattr(words, name) for name in Settings.__dataclass_fields__})
+    settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     about = {} if devkit is None else {"class_words": dict(zip(devkit.synsets, devkit.words, strict=True))}
-    print(shard(indexes, words.out, settings, words.workers, **about))
+    print(shard(indexes, args.out, settings, args.workers, **about))
 
 
 if __name__ == "__main__":
-    command("shard_imagenet", main)
+    run_command("shard_imagenet", main)

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, what commands make of it, and what is not to be told."""
+"""User errors: the exception, how commands report it, and error texts that are safe to print."""
 
 import re
 import sys
@@ -6,25 +6,30 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend; its message is one plain sentence with the field, the value and the mend.
+    """A mistake that the user can fix. Its message names what is wrong, what is expected, and the fix.
 
-    The commands print it without a traceback, on one rank, and exit with code 2.
+    Commands print it without a traceback, on one rank, and exit with code 2.
     """
 
 
-def command(name: str, main: Callable[[], int | None]) -> None:
-    """Run a command of one process and exit with its code; a user's mistake is a sentence and code 2."""
+def run_command(name: str, main: Callable[[], int | None]) -> None:
+    """Run a single-process command and exit with its code: 2 for a UserError, 130 for Ctrl-C."""
     try:
         code = main() or 0
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print(f"{name}: stopped; the same command goes on", file=sys.stderr)
+        print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)
         code = 130
     sys.exit(code)
 
 
-def shown(url: str) -> str:
-    """The URL as it may be printed: without user, password and query, which may be secret."""
+def one_line(error: object, length: int = 200) -> str:
+    """Return the text of an error on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
+
+
+def redact_url(url: str) -> str:
+    """Return the URL without user name, password and query, which may be secret."""
     return re.sub(r"://[^/]*@", "://", url).partition("?")[0]

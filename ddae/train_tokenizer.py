@@ -17,11 +17,10 @@ from ddae.config import deepspeed as ds_config
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
-from ddae.data.reader import Part
-from ddae.distributed.checkpoint_format import Fragment, Saved, Unchanged
-from ddae.distributed.comm import device, is_main, rank, sum_over_ranks, world_size
+from ddae.distributed.checkpoint_format import Checkpointable, FrozenModule
+from ddae.distributed.comm import device, is_main, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine
-from ddae.distributed.preemption import Stop
+from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval.dataset import ExampleReader, batches_of_rank, held_out
 from ddae.eval.figures import patches_by_code
@@ -32,9 +31,8 @@ from ddae.models.vit import initialise
 from ddae.report import html as report
 from ddae.report.figures import curves
 from ddae.trainer import fit
-from ddae.training import run_dir
 from ddae.training.optimizer import build_optimizer
-from ddae.training.run import Session
+from ddae.training.run import Run
 from ddae.training.schedules import warmup_cosine
 from ddae.training.tracker import run_id_of
 
@@ -42,23 +40,22 @@ TIMM = "timm:"  # begins the name of a teacher that timm has
 SHOWN = 256  # images whose patches a picture is made of
 
 
-def train_tokenizer(config: TokenizerConfig, stop: Stop | None = None) -> None:
+def train_tokenizer(config: TokenizerConfig, stop: StopSignal | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then write tokenizer/, results and pictures.
 
     SystemExit with code 75 where the run is told to stop before. UserError where the teacher or the shards cannot be
     read, or do not fit the model.
     """
-    stop = stop or Stop()
+    stop = stop or StopSignal()
     teacher = FeatureTeacher(config.vq.teacher, config.model.image_size // config.model.patch_size)
-    run_dir.check(config)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    run = Run(config, stop, resolved.json, resolved.micro_batch)
     size = config.model.image_size
-    loader = Loader(config.data, size, config.train.seed, part, device())
+    loader = Loader(config.data, size, config.train.seed, run.rank_batch, device())
     val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data), labelled=False)
     if resolved.json.get("zero_optimization", {}).get("stage", 0) == 3:
         raise UserError("the DeepSpeed JSON has ZeRO stage 3, which a tokenizer is too small for: choose 0, 1 or 2")
-    fit(Tokenizing(config, teacher, val, part.accumulation), config, loader, stop, resolved.json, part)
+    fit(Tokenizing(config, teacher, val, run.rank_batch.accumulation), run, loader)
 
 
 class FeatureTeacher:
@@ -110,8 +107,8 @@ class Tokenizing:
 
     schedule = staticmethod(warmup_cosine)
     engine: Engine
-    learner: Engine
-    about: str
+    optimizable: Engine
+    description: str
 
     def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader, accumulation: int):
         self.config, self.teacher, self.val = config, teacher, val
@@ -121,34 +118,38 @@ class Tokenizing:
         self._seen: tuple[Tensor, ...] | None = None  # images of the last evaluation, and their patches' codes
         self._evaluated = False
 
-    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         vq = self.config.vq
         tokenizer = Tokenizer(self.config.model, vq.codes, vq.code_width)
         decoder = vq.decoder_depth, vq.decoder_width, vq.decoder_heads
         module = Quantizer(tokenizer, self.teacher.width, *decoder, vq.decay, vq.dead)
         initialise(module, torch.Generator().manual_seed(self.config.train.seed), self.config.model.init)
-        self.engine = self.learner = Engine(module, build_optimizer(module, self.config.optim), ds_json)
-        self.about = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
+        self.engine = self.optimizable = Engine(module, build_optimizer(module, self.config.optim), ds_json)
+        self.description = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
         self._codebook = Codebook(self.engine.module)
-        return {"engine": self.engine, "codebook": self._codebook, "teacher": Unchanged("teacher", self.teacher.model)}
+        return {
+            "engine": self.engine,
+            "codebook": self._codebook,
+            "teacher": FrozenModule("teacher", self.teacher.model),
+        }
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         with self.engine.autocast():
             features = self.teacher.features(batch.images)
             if not self._codebook.begun:
-                self.engine.module.begin(batch.images, features, seed)
+                self.engine.module.init_codebook(batch.images, features, seed)
                 self._codebook.begun = True
         loss, vectors = self.engine(batch.images, features)
-        self.engine.module.gather(vectors, features, first=self._micro % self._accumulation == 0)
+        self.engine.module.accumulate(vectors, features, first=self._micro % self._accumulation == 0)
         self._micro, self._seed = self._micro + 1, seed
         return loss
 
-    def updated(self) -> None:
-        """The codebook follows with the weights: a step that is left out moves neither."""
-        self.engine.module.follow(self._seed)
+    def after_step(self, applied: Tensor) -> None:
+        """Update the codebook with the weights; a skipped step changes neither."""
+        self.engine.module.update_codebook(self._seed, applied)
 
     @torch.no_grad()
-    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+    def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
         """The cosine between told and real features without their centre, and how much of the codebook is used."""
         quantizer, sums = self.engine.module, torch.zeros(2, device=self.engine.device)
         counts = torch.zeros(self.config.vq.codes, device=self.engine.device)
@@ -156,13 +157,13 @@ class Tokenizing:
         quantizer.eval()
         micro = min(self.config.data.batch_size // world_size(), 128)
         for examples in batches_of_rank(self.val, micro, self.config.data.workers, self.engine.device):
-            look_around()
+            poll()
             counted = examples.images[examples.labels >= 0]
             if not len(counted):
                 continue
             with self.engine.autocast():
                 codes = quantizer.tokenizer.codes(counted)
-                told = quantizer.tell(F.embedding(codes, quantizer.tokenizer.codebook))
+                told = quantizer.decode_features(F.embedding(codes, quantizer.tokenizer.codebook))
                 cosines = quantizer.cosine(told, self.teacher.features(counted))
             sums += torch.stack([cosines.sum(), torch.tensor(float(cosines.numel()), device=sums.device)])
             counts += codes.flatten().bincount(minlength=len(counts))
@@ -175,17 +176,17 @@ class Tokenizing:
         used, perplexity = usage(sum_over_ranks(counts).cpu())
         return {"val/cosine": total / number, "codebook/used_percent": used, "codebook/perplexity": perplexity}
 
-    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
+    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module.tokenizer)
         if not self._evaluated:  # but by an earlier start
-            self.evaluate(look_alive)
+            self.evaluate(heartbeat)
         if not is_main():
             return []
         assert self._seen is not None
         tokenizer = self.engine.module.tokenizer
         weights |= {name: buffer.float().cpu() for name, buffer in tokenizer.named_buffers()}
         write_tokenizer({name: v.contiguous() for name, v in weights.items()}, tokenizer, self.folder / "tokenizer")
-        rows = session.rows()
+        rows = run.rows()
         last = [row for row in rows if "val/cosine" in row][-1]
         results = {"task": "tokenizer", "teacher": self.config.vq.teacher, "codes": self.config.vq.codes}
         results |= {name: last[name] for name in last if name.startswith(("val/", "codebook/"))}
@@ -208,9 +209,7 @@ class Tokenizing:
 
 
 class Codebook:
-    """What follows by averages, which a checkpoint holds beside the weights."""
-
-    sharded = False
+    """The moving averages of a quantizer, which a checkpoint holds beside the weights."""
 
     def __init__(self, quantizer: Quantizer):
         self.begun = False  # whether it has been filled
@@ -220,16 +219,10 @@ class Codebook:
             "centre": quantizer.centre,
         }
 
-    def note(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {name: buffer.detach().cpu().clone() for name, buffer in self._buffers.items()}
 
-    def prepare(self, note: dict[str, Tensor]) -> None:
-        for name, values in note.items():
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, values in state.items():
             self._buffers[name].copy_(values)
         self.begun = True
-
-    def state(self) -> dict[str, list[Fragment]]:
-        return {}
-
-    def publish(self) -> None:
-        """They are what runs forward."""

@@ -10,7 +10,7 @@ table out over machines, with --no_table for all but the last, who draws all of 
 import argparse
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 
 ZERO1 = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
 
@@ -30,20 +30,19 @@ def main() -> None:
     parser.add_argument("--ds_config", default=str(ZERO1), help="DeepSpeed JSON; left out: ds_configs/zero1.json")
     parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where the numbers go, too")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's own word
-    words = parser.parse_args()
+    args = parser.parse_args()
     from ddae.ablation.format import markdown
     from ddae.ablation.run import Settings, ablate  # seconds to import
-    from ddae.distributed.comm import say
     from ddae.distributed.engine import stop_process_group
 
-    given = {name: getattr(words, name) for name in Settings._fields if hasattr(words, name)}
-    settings = Settings(**given | {"seeds": tuple(words.seeds), "only": tuple(words.only), "draws": not words.no_table})
-    out = words.out or Path(f"runs/table_{words.table}_{words.scale}")
+    given = {name: getattr(args, name) for name in Settings._fields if hasattr(args, name)}
+    settings = Settings(**given | {"seeds": tuple(args.seeds), "only": tuple(args.only), "draws": not args.no_table})
+    out = args.out or Path(f"runs/table_{args.table}_{args.scale}")
     results = ablate(out, settings)
     if results is not None:
-        say(f"\n{markdown(results)}\ntable: {out / 'table.html'}")
+        print(f"\n{markdown(results)}\ntable: {out / 'table.html'}")
     stop_process_group()
 
 
 if __name__ == "__main__":
-    command("ablate", main)
+    run_command("ablate", main)

@@ -13,7 +13,7 @@ import os
 import platform
 from pathlib import Path
 
-from ddae.errors import UserError, command
+from ddae.errors import UserError, run_command
 from ddae.tools.bench_data import loader_rates, pixel_differences, sharding_rates, show
 
 
@@ -32,60 +32,60 @@ def main() -> None:
     step.add_argument("--preset", nargs="+", default=[], help="left out: DDAE of ViT-S, on a GPU of S, B, L, and MAE")
     step.add_argument("--batch", type=int, nargs="+", default=[], help="images a step; left out: 16, on a GPU 256")
     step.add_argument("--precision", default="", help="left out: fp32, on a GPU bf16")
-    step.add_argument("--rungs", nargs="+", default=[], help="left out: all")
+    step.add_argument("--variants", nargs="+", default=[], help="left out: all")
     step.add_argument("--steps", type=int, default=0, help="of a turn; left out: 1, on a GPU 5")
     step.add_argument("--json", default="", help="write all rows to this file")
-    step.add_argument("--profile", default="", help="write a trace of the last rung's step to this file")
-    words, others = parser.parse_known_args()
-    if words.what == "step":
-        measure_step(words, others)
+    step.add_argument("--profile", default="", help="write a trace of the last variant's step to this file")
+    args, others = parser.parse_known_args()
+    if args.what == "step":
+        measure_step(args, others)
         return
     if others:
-        raise UserError(f"{words.what} has no flag {others[0]}")
-    about = f"{words.workers} workers, {os.cpu_count()} cores, {platform.machine()}"
-    if words.what == "evaluation":
+        raise UserError(f"{args.what} has no flag {others[0]}")
+    about = f"{args.workers} workers, {os.cpu_count()} cores, {platform.machine()}"
+    if args.what == "evaluation":
         from ddae.tools.bench_eval import neighbour_seconds, probe_rates  # seconds to import
 
-        show(probe_rates(words.rounds), "one head", f"a linear probe's step, {os.cpu_count()} cores", words.out)
+        show(probe_rates(args.rounds), "one head", f"a linear probe's step, {os.cpu_count()} cores", args.out)
         print(f"5,000 images find their 20 nearest of 50,000 (width 384) in {neighbour_seconds():.1f} s")
         return
-    if not words.data:
-        raise UserError(f"{words.what} wants --data")
-    if words.what == "sharding":
-        show(sharding_rates(words.data, words.workers, words.rounds), "decoding alone", about, words.out)
+    if not args.data:
+        raise UserError(f"{args.what} wants --data")
+    if args.what == "sharding":
+        show(sharding_rates(args.data, args.workers, args.rounds), "decoding alone", about, args.out)
         return
-    rates = loader_rates(words.data, words.workers, words.rounds, words.seconds, words.simd)
-    show(rates, "torchvision", about, words.out)
-    mean, largest = pixel_differences(words.data)
+    rates = loader_rates(args.data, args.workers, args.rounds, args.seconds, args.simd)
+    show(rates, "torchvision", about, args.out)
+    mean, largest = pixel_differences(args.data)
     print(f"Pillow's and DALI's crops differ by {mean:.2f} of 255 on average, by {largest:.2f} in the worst image")
 
 
-def measure_step(words: argparse.Namespace, others: list[str]) -> None:
+def measure_step(args: argparse.Namespace, others: list[str]) -> None:
     import torch  # seconds to import
 
-    from ddae.tools.bench_step import climb, draw, keep, rungs, show
+    from ddae.tools.bench_step import draw, keep, run_variants, show, variants
 
     gpu, rows = torch.cuda.is_available(), []
-    known = {rung.name: rung for rung in rungs(gpu)}
-    if unknown := [name for name in words.rungs if name not in known]:
-        raise UserError(f"there is no rung {unknown[0]!r}: choose some of {', '.join(known)}")
-    chosen = [known[name] for name in words.rungs or known]
-    presets = words.preset or ([f"ddae_vit_{size}16_100e" for size in "sbl"] + ["mae_vit_b16_100e"])[: 4 if gpu else 1]
+    known = {variant.name: variant for variant in variants(gpu)}
+    if unknown := [name for name in args.variants if name not in known]:
+        raise UserError(f"unknown variant {unknown[0]!r}. Choose from {', '.join(known)}.")
+    chosen = [known[name] for name in args.variants or known]
+    presets = args.preset or ([f"ddae_vit_{size}16_100e" for size in "sbl"] + ["mae_vit_b16_100e"])[: 4 if gpu else 1]
     zero = "zero2" if gpu else "zero0"
-    data = ["--data.train", words.data] if words.data else ["--data.backend", "synthetic"]
+    data = ["--data.train", args.data] if args.data else ["--data.backend", "synthetic"]
     more = ["--ds_config", str(Path(__file__).parent.parent / "ds_configs" / f"{zero}.json"), *data, *others]
-    precision, steps = words.precision or ("bf16" if gpu else "fp32"), words.steps or (5 if gpu else 1)
+    precision, steps = args.precision or ("bf16" if gpu else "fp32"), args.steps or (5 if gpu else 1)
     for preset in presets:
-        for batch in words.batch or [256 if gpu else 16]:
-            found = climb(preset, batch, precision, more, chosen, words.rounds, steps, words.profile)
+        for batch in args.batch or [256 if gpu else 16]:
+            found = run_variants(preset, batch, precision, more, chosen, args.rounds, steps, args.profile)
             show(found)
             rows += found
-            if words.json:  # preset by preset: what is measured is kept, whatever happens next
-                Path(words.json).write_text(json.dumps(rows, indent=1) + "\n")
-            if words.out:
-                keep(found, Path(words.out).with_suffix(".csv"))
-                draw(rows, Path(words.out).with_suffix(".png"))
+            if args.json:  # preset by preset: what is measured is kept, whatever happens next
+                Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+            if args.out:
+                keep(found, Path(args.out).with_suffix(".csv"))
+                draw(rows, Path(args.out).with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    command("benchmark", main)
+    run_command("benchmark", main)

@@ -9,8 +9,8 @@ Exit code 0 where everything works, 1 where something does not.
 import argparse
 from pathlib import Path
 
-from ddae.distributed.comm import take_slurm_ranks
-from ddae.errors import command
+from ddae.config.cli import take_slurm_ranks
+from ddae.errors import run_command
 
 
 def main() -> int:
@@ -19,15 +19,15 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be")
     parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON to try a checkpoint with")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's word
-    words = parser.parse_args()
+    args = parser.parse_args()
     from ddae.distributed.engine import stop_process_group
     from ddae.tools.doctor import check, examine  # seconds to import
 
-    check(words.folder, words.ds_config)
-    failed = examine(words.folder, words.ds_config)
+    check(args.folder, args.ds_config)
+    failed = examine(args.folder, args.ds_config)
     stop_process_group()
     return int(failed > 0)
 
 
 if __name__ == "__main__":
-    command("doctor", main)
+    run_command("doctor", main)

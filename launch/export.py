@@ -11,7 +11,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 
 FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")
 
@@ -24,18 +24,18 @@ def main() -> None:
     parser.add_argument("--part", choices=("student", "teacher"), default="student", help="of a run's two encoders")
     parser.add_argument("--image_size", type=int, help="resample the positions to images of this size")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of a file that does not say its own")
-    words = parser.parse_args()
+    args = parser.parse_args()
     from ddae.export.encoder import WRITERS, load_encoder
     from ddae.export.model_card import write_card  # seconds to import
 
-    encoder = load_encoder(words.encoder, words.image_size, words.normalisation, words.part)
+    encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part)
     for what, names in encoder.report.items():
         print(f"{what}: {len(names)} tensors{'' if what == 'loaded' or not names else ': ' + ', '.join(names)}")
-    WRITERS[words.form](encoder, words.out)
-    if words.out.is_dir():
-        write_card(words.out, words.form, asdict(encoder.shape), encoder.normalisation, Path(words.encoder))
-    print(f"{words.out}: {words.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
+    WRITERS[args.form](encoder, args.out)
+    if args.out.is_dir():
+        write_card(args.out, args.form, asdict(encoder.shape), encoder.normalisation, Path(args.encoder))
+    print(f"{args.out}: {args.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
 
 
 if __name__ == "__main__":
-    command("export", main)
+    run_command("export", main)

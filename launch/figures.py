@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 
 
 def main() -> None:
@@ -26,16 +26,16 @@ def main() -> None:
     parser.add_argument("--shown", type=int, default=6, help="images that are shown")
     parser.add_argument("--svg", action="store_true", help="pictures as SVG, too")
     parser.add_argument("--out", type=Path, help="folder; left out: figures of the first run, runs/NAME/gallery")
-    words = parser.parse_args()
+    args = parser.parse_args()
     from ddae.config.evaluation import task_folder
     from ddae.eval.paper_figures import Settings, gallery  # seconds to import
     from ddae.report.html import page_of
 
-    out = words.out or Path(task_folder(words.encoders[0].rpartition("=")[2], "gallery"))
-    amounts = words.block, words.images, words.shown, words.svg, words.masks, words.classes
-    print(json.dumps(gallery(words.encoders, words.data, out, Settings(words.what, *amounts)), indent=2))
+    out = args.out or Path(task_folder(args.encoders[0].rpartition("=")[2], "gallery"))
+    amounts = args.block, args.images, args.shown, args.svg, args.masks, args.classes
+    print(json.dumps(gallery(args.encoders, args.data, out, Settings(args.what, *amounts)), indent=2))
     print(f"pictures:  {page_of(out)}")
 
 
 if __name__ == "__main__":
-    command("figures", main)
+    run_command("figures", main)

@@ -4,21 +4,8 @@ deepspeed launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/de
 deepspeed --hostfile hosts launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train /data
 """
 
-from ddae.config.cli import run
-from ddae.config.evaluation import FINETUNING, FinetuneConfig
-from ddae.distributed.preemption import Stop
-
-
-def main(config: FinetuneConfig) -> None:
-    stop = Stop()  # listens from here on
-
-    # DeepSpeed takes seconds to import; mistakes in the flags are told before.
-    from ddae.distributed.engine import stop_process_group
-    from ddae.eval.finetune import finetune
-
-    finetune(config, stop)
-    stop_process_group()
-
+from ddae.config.cli import launch
+from ddae.config.evaluation import FINETUNING
 
 if __name__ == "__main__":
-    run(main, FINETUNING)
+    launch(FINETUNING, "ddae.eval.finetune:finetune")

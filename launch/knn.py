@@ -10,7 +10,7 @@ folder knn/, and in its report.html.
 import argparse
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 
 
 def main() -> None:
@@ -26,14 +26,14 @@ def main() -> None:
     parser.add_argument("--grey", action="store_true", help="images in grey, of equal mean and contrast")
     parser.add_argument("--untrained_seed", type=int, default=0, help="of the untrained encoder beside it")
     parser.add_argument("--cache", default="data/cache", help="folder that remembers results of untrained encoders")
-    words = parser.parse_args()
+    args = parser.parse_args()
     from ddae.config.evaluation import task_folder
     from ddae.eval.knn import Settings, evaluate, show  # seconds to import
 
-    out = words.out or Path(task_folder(words.encoder, "knn"))
-    settings = Settings(**{name: getattr(words, name) for name in Settings._fields})
-    print(show(evaluate(words.encoder, words.data, out, settings, words.tracker)))
+    out = args.out or Path(task_folder(args.encoder, "knn"))
+    settings = Settings(**{name: getattr(args, name) for name in Settings._fields})
+    print(show(evaluate(args.encoder, args.data, out, settings, args.tracker)))
 
 
 if __name__ == "__main__":
-    command("knn", main)
+    run_command("knn", main)

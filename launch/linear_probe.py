@@ -4,21 +4,8 @@ deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train 
 deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet
 """
 
-from ddae.config.cli import run
-from ddae.config.evaluation import PROBING, ProbeConfig
-from ddae.distributed.preemption import Stop
-
-
-def main(config: ProbeConfig) -> None:
-    stop = Stop()  # listens from here on
-
-    # These take seconds to import; mistakes in the flags are told before.
-    from ddae.distributed.engine import stop_process_group
-    from ddae.eval.linear_probe import linear_probe
-
-    linear_probe(config, stop)
-    stop_process_group()
-
+from ddae.config.cli import launch
+from ddae.config.evaluation import PROBING
 
 if __name__ == "__main__":
-    run(main, PROBING)
+    launch(PROBING, "ddae.eval.linear_probe:linear_probe")

@@ -2,14 +2,14 @@
 
 python launch/plan.py --preset ddae_vit_l16_800e --gpus 64 --gpu a100-80g
 
-Any flag of launch/pretrain.py may follow: --data.batch_size 2048, --engine.recompute, --ds_config FILE.
+Any flag of launch/pretrain.py may follow: --data.batch_size 2048, --engine.activation_checkpointing, --ds_config FILE.
 """
 
 import argparse
 
 from ddae.config.cli import parse
 from ddae.config.deepspeed import load
-from ddae.errors import command
+from ddae.errors import run_command
 from ddae.tools.plan import GPUS, IMAGENET, show
 
 
@@ -24,11 +24,11 @@ def main() -> None:
     )
     parser.add_argument("--images", type=int, default=IMAGENET, help="images of the data set")
     parser.add_argument("--mfu", type=float, default=0.4, help="share of the vendor's TFLOP/s that is reached")
-    words, flags = parser.parse_known_args()
+    args, flags = parser.parse_known_args()
     config = parse(flags)
     settings = load(config.ds_config or "ds_configs/zero2.json")
-    print(show(config, settings, words.gpus, words.gpu, words.micro_batch, words.images, words.mfu))
+    print(show(config, settings, args.gpus, args.gpu, args.micro_batch, args.images, args.mfu))
 
 
 if __name__ == "__main__":
-    command("plan", main)
+    run_command("plan", main)

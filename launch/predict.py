@@ -7,7 +7,7 @@ python launch/predict.py --segmenter runs/demo/segment --out seen photo.jpg     
 import argparse
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 
 
 def main() -> None:
@@ -17,19 +17,19 @@ def main() -> None:
     which.add_argument("--segmenter", type=Path, help="folder of a finished segmentation")
     parser.add_argument("--out", type=Path, help="folder for a segmenter's pictures; left out: seen")
     parser.add_argument("photos", nargs="+", type=Path, help="picture files")
-    words = parser.parse_args()
-    if words.classifier and words.out:
+    args = parser.parse_args()
+    if args.classifier and args.out:
         parser.error("--out is for a --segmenter: a classifier draws nothing")
-    out = words.out or Path("seen")
+    out = args.out or Path("seen")
     from ddae.eval.predict import predict, segment  # seconds to import
 
-    photos = words.photos
-    found = predict(words.classifier, photos) if words.classifier else segment(words.segmenter, photos, out)
+    photos = args.photos
+    found = predict(args.classifier, photos) if args.classifier else segment(args.segmenter, photos, out)
     for photo, guesses in found.items():
         print(f"{photo}: {', '.join(f'{guess.name} {guess.share:.0%}' for guess in guesses)}")
-    if words.segmenter:
+    if args.segmenter:
         print(f"pictures: {out}")
 
 
 if __name__ == "__main__":
-    command("predict", main)
+    run_command("predict", main)

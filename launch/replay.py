@@ -6,17 +6,17 @@ python launch/replay.py runs/NAME/dumps/step_00000123
 import argparse
 from pathlib import Path
 
-from ddae.errors import command
+from ddae.errors import run_command
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dump", type=Path, help="folder that the run named when it ended")
-    words = parser.parse_args()
+    args = parser.parse_args()
     from ddae.tools.replay import replay  # seconds to import
 
-    return replay(words.dump)
+    return replay(args.dump)
 
 
 if __name__ == "__main__":
-    command("replay", main)
+    run_command("replay", main)

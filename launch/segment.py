@@ -4,21 +4,8 @@ deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/dem
 deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train data/ade20k
 """
 
-from ddae.config.cli import run
-from ddae.config.segmentation import SEGMENTATION, SegmentConfig
-from ddae.distributed.preemption import Stop
-
-
-def main(config: SegmentConfig) -> None:
-    stop = Stop()  # listens from here on
-
-    # DeepSpeed takes seconds to import; mistakes in the flags are told before.
-    from ddae.distributed.engine import stop_process_group
-    from ddae.eval.segmentation import segment
-
-    segment(config, stop)
-    stop_process_group()
-
+from ddae.config.cli import launch
+from ddae.config.segmentation import SEGMENTATION
 
 if __name__ == "__main__":
-    run(main, SEGMENTATION)
+    launch(SEGMENTATION, "ddae.eval.segmentation:segment")

@@ -5,21 +5,8 @@ deepspeed launch/train_tokenizer.py --ds_config ds_configs/zero1.json --data.tra
     --vq.teacher timm:vit_base_patch16_clip_224.openai
 """
 
-from ddae.config.cli import run
-from ddae.config.tokenizer import TOKENIZING, TokenizerConfig
-from ddae.distributed.preemption import Stop
-
-
-def main(config: TokenizerConfig) -> None:
-    stop = Stop()  # listens from here on
-
-    # These take seconds to import; mistakes in the flags are told before.
-    from ddae.distributed.engine import stop_process_group
-    from ddae.train_tokenizer import train_tokenizer
-
-    train_tokenizer(config, stop)
-    stop_process_group()
-
+from ddae.config.cli import launch
+from ddae.config.tokenizer import TOKENIZING
 
 if __name__ == "__main__":
-    run(main, TOKENIZING)
+    launch(TOKENIZING, "ddae.train_tokenizer:train_tokenizer")

@@ -6,7 +6,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = (  # what stands in ddae/, bottom up: each imports only what stands before it, or beside it in its own folder
-    *("errors", "distributed", "config", "data", "models", "sharding", "method", "export", "training", "report"),
+    *(
+        "__version__",
+        "errors",
+        "atomic",
+        "distributed",
+        "config",
+        "data",
+        "models",
+        "sharding",
+        "method",
+        "export",
+        "training",
+        "report",
+    ),
     *("trainer", "eval", "train", "train_tokenizer", "tools", "ablation"),
 )
 HEAVY = {  # package -> the only modules, or folders, that import it

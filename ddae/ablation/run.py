@@ -5,6 +5,7 @@ after the other, or several at a time on one machine.
 """
 
 import json
+import logging
 import os
 import re
 import statistics
@@ -19,14 +20,14 @@ from ddae.ablation.jobs import Job, refuse_launchers, run_packed
 from ddae.ablation.tables import WARM, Row, rows
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.config.evaluation import FinetuneConfig, ProbeConfig, probe_recipe, recipe
-from ddae.config.pretrain import Config
+from ddae.config.pretrain import PretrainConfig
 from ddae.config.tokenizer import QuantizerConfig, TokenizerConfig
 from ddae.data.cache import open_cache
 from ddae.data.digits import write_digits
 from ddae.data.shards import MANIFEST, open_shards
-from ddae.distributed.comm import from_main, is_main, say
+from ddae.distributed.comm import broadcast_from_main, is_main
 from ddae.distributed.engine import start_process_group
-from ddae.distributed.preemption import EXIT_CODE, Stop
+from ddae.distributed.preemption import EXIT_CODE, StopSignal
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
@@ -35,6 +36,7 @@ from ddae.train import pretrain
 from ddae.train_tokenizer import train_tokenizer
 from ddae.training.tracker import Tracker, run_id_of, start_tracker
 
+logger = logging.getLogger(__name__)
 JUDGED = {"nano": "probe", "micro": "probe", "tiny": "probe", "paper": "finetune"}  # by what
 BASELINES = ("raw_pixels", "chance")  # of results.json, below a table's rows; untrained weights are each row's own
 OPENED = 30.0  # seconds within which MLflow may open the table's own run
@@ -76,18 +78,18 @@ def ablate(out: Path, settings: Settings) -> dict[str, Any] | None:
             jobs = [_job(names.index(name), name, seed, out, settings) for seed in settings.seeds for name in wanted]
             run_packed(jobs, settings.parallel)
         else:
-            stop = Stop()
+            stop = StopSignal()
             start_process_group()
-            data = settings.data or str(from_main(lambda: _digits(out)))
+            data = settings.data or str(broadcast_from_main(lambda: _digits(out)))
             tracker = _table_run(out, settings) if settings.draws and is_main() else None
             for seed in settings.seeds:
                 for name in wanted:
                     number = names.index(name)
-                    say(f"--- {name}, seed {seed}: {_folder(out, number, seed)}")
+                    logger.info("--- %s, seed %d: %s", name, seed, _folder(out, number, seed))
                     _run(table[number], number, seed, out, data, settings, stop)
     except SystemExit as end:
         if tracker is not None:
-            tracker.finish([], "KILLED" if end.code == EXIT_CODE else "FAILED", patience=3)
+            tracker.finish([], "KILLED" if end.code == EXIT_CODE else "FAILED", timeout_s=3)
         raise
     if not settings.draws or not is_main():
         return None
@@ -155,7 +157,7 @@ def _digits(out: Path) -> Path:
     return folder if (folder / MANIFEST).exists() else write_digits(folder)
 
 
-def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Settings, stop: Stop) -> None:
+def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Settings, stop: StopSignal) -> None:
     """Pretrain one row with one seed, and judge it."""
     config, folder, small = row.config, _folder(out, number, seed), settings.scale != "paper"
     tracker = TrackerConfig(settings.tracker, f"table {settings.table}", run_id_of(out))  # type: ignore[arg-type]
@@ -184,7 +186,7 @@ def _run(row: Row, number: int, seed: int, out: Path, data: str, settings: Setti
     linear_probe(probe_of(str(folder), data, seed, tracker), stop)
 
 
-def _tokenizer(config: Config, teacher: Path, folder: Path, stop: Stop) -> str:
+def _tokenizer(config: PretrainConfig, teacher: Path, folder: Path, stop: StopSignal) -> str:
     """A small tokenizer for a small run, of the table's first row's encoder; where it is."""
     if not (teacher / "encoder").is_dir():
         raise UserError(

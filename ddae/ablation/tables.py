@@ -13,7 +13,7 @@ from typing import NamedTuple
 from ddae.config.base import OptimConfig, TrainConfig
 from ddae.config.presets import READINGS, beitv2, bootmae, ddae, dds_beitv2, mae
 from ddae.config.presets import dds_mae as deep
-from ddae.config.pretrain import Config, StepConfig, TeacherConfig
+from ddae.config.pretrain import PretrainConfig, PretrainEngineConfig, TeacherConfig
 from ddae.errors import UserError
 
 WARM = 0.1  # share of a small run over which the learning rate grows
@@ -23,19 +23,19 @@ class Row(NamedTuple):
     """One experiment of a table."""
 
     name: str
-    config: Config
+    config: PretrainConfig
     paper: float | None  # ImageNet accuracy after fine-tuning, in per cent; None where the paper has no such row
 
 
-def pixels(config: Config, **changes) -> Config:
+def pixels(config: PretrainConfig, **changes) -> PretrainConfig:
     return replace(config, pixel=replace(config.pixel, **changes))
 
 
-def features(config: Config, **changes) -> Config:
+def features(config: PretrainConfig, **changes) -> PretrainConfig:
     return replace(config, feature=replace(config.feature, **changes))
 
 
-def exponents(config: Config, **changes) -> Config:
+def exponents(config: PretrainConfig, **changes) -> PretrainConfig:
     return replace(config, dynamic=replace(config.dynamic, **changes))
 
 
@@ -107,17 +107,17 @@ def own() -> list[Row]:
     """Not of the paper: what it leaves open and what others do, on DDAE."""
     base = ddae("s16", 100)
 
-    def both(**changes) -> Config:
+    def both(**changes) -> PretrainConfig:
         return pixels(features(base, **changes), **changes)
 
     return [
         Row("DDAE", base, None),
         Row("BEiT's blocks", replace(base, mask=replace(base.mask, kind="beit_block")), None),
         Row("random masks", replace(base, mask=replace(base.mask, kind="random")), None),
-        Row("no ramp", features(base, ramp=0.0), None),
-        Row("ramp over all of training", features(base, ramp=1.0), None),
-        Row("a norm a tap", both(own_norms=True), None),
-        Row("a head a tap", both(own_heads=True), None),
+        Row("no ramp", features(base, warmup_fraction=0.0), None),
+        Row("ramp over all of training", features(base, warmup_fraction=1.0), None),
+        Row("a norm a tap", both(per_tap_norm=True), None),
+        Row("a head a tap", both(per_tap_head=True), None),
         Row("cross-attention", both(cross_attention=True), None),
         Row("BootMAE", bootmae("s16", 100), None),
     ]
@@ -134,28 +134,33 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-def paper(config: Config, steps: int | None = None) -> Config:
+def paper(config: PretrainConfig, steps: int | None = None) -> PretrainConfig:
     """As it stands."""
     return config
 
 
-def nano(config: Config, steps: int | None = None) -> Config:
+def nano(config: PretrainConfig, steps: int | None = None) -> PretrainConfig:
     """A minute for a whole table's row: digits of 32 pixels."""
     return _small(config, width=48, image_size=32, patch_size=8, steps=steps or 60, batch=32, lr=2e-3)
 
 
-def micro(config: Config, steps: int | None = None) -> Config:
+def micro(config: PretrainConfig, steps: int | None = None) -> PretrainConfig:
     """Minutes a row on two cores: photographs of 32 pixels."""
     return _small(config, width=64, image_size=32, patch_size=4, steps=steps or 800, batch=32, lr=1.5e-3)
 
 
-def tiny(config: Config, steps: int | None = None) -> Config:
+def tiny(config: PretrainConfig, steps: int | None = None) -> PretrainConfig:
     """Minutes a row on one data-centre GPU: photographs of 64 pixels."""
     return _small(config, width=192, image_size=64, patch_size=8, steps=steps or 1500, batch=512, lr=1.5e-3)
 
 
 CODES = 256  # of a small tokenizer
-SCALES: dict[str, Callable[[Config, int | None], Config]] = {"nano": nano, "micro": micro, "tiny": tiny, "paper": paper}
+SCALES: dict[str, Callable[[PretrainConfig, int | None], PretrainConfig]] = {
+    "nano": nano,
+    "micro": micro,
+    "tiny": tiny,
+    "paper": paper,
+}
 
 
 def rows(table: str, scale: str, steps: int | None = None) -> list[Row]:
@@ -168,7 +173,9 @@ def rows(table: str, scale: str, steps: int | None = None) -> list[Row]:
     return [row._replace(config=SCALES[scale](row.config, steps)) for row in TABLES[table]()]
 
 
-def _small(config: Config, width: int, image_size: int, patch_size: int, steps: int, batch: int, lr: float) -> Config:
+def _small(
+    config: PretrainConfig, width: int, image_size: int, patch_size: int, steps: int, batch: int, lr: float
+) -> PretrainConfig:
     """The experiment with a small model of 12 blocks, so that taps stay what they are, and a short run's schedules: a
     teacher whose half-life is an eighth of it, and exponents that move as far as they would in a long one."""
     heads = width // 24
@@ -179,10 +186,10 @@ def _small(config: Config, width: int, image_size: int, patch_size: int, steps: 
         pixels(features(config, **decoder, decoder_depth=1), **decoder, decoder_depth=decoder_depth, norm="none"),
         model=replace(config.model, width=width, depth=12, heads=heads, image_size=image_size, patch_size=patch_size),
         token=replace(config.token, codes=CODES),
-        dynamic=replace(config.dynamic, lr_multiple=4.0, coupled_l2=config.dynamic.coupled_l2 / 5),
+        dynamic=replace(config.dynamic, lr_mult=4.0, beta_l2=config.dynamic.beta_l2 / 5),
         teacher=TeacherConfig(momentum=momentum),
         data=replace(config.data, batch_size=batch, workers=1, backend="pillow"),
         optim=OptimConfig(lr=lr, min_lr=1e-5, warmup_epochs=0.0, decay_mask_tokens=config.optim.decay_mask_tokens),
         train=TrainConfig(steps=steps, log_every=max(1, steps // 100), save_every=steps, keep=1, report=False),
-        engine=StepConfig(precision="fp32"),
+        engine=PretrainEngineConfig(precision="fp32"),
     )

@@ -1,13 +1,15 @@
-"""Words of the command line -> Config. The only import of tyro.
+"""The command line of training programs: flags -> config -> program. The only import of tyro.
 
---preset NAME picks the starting point, every other flag overrides one field, --show prints the result. Whatever the
-user gets wrong is one sentence on one rank, and exit code 2.
+--preset NAME picks the starting point, every other flag sets one field, --show prints the resulting config. A user's
+mistake is reported in one sentence, on one rank, with exit code 2. Nothing here imports torch: mistakes in the flags are
+reported before anything slow is loaded.
 """
 
 import atexit
 import contextlib
 import dataclasses
 import difflib
+import importlib
 import io
 import json
 import os
@@ -15,115 +17,144 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import tyro
 
-from ddae.config.base import Kind
+from ddae.config.base import ExperimentType
 from ddae.config.presets import preset
-from ddae.config.pretrain import Config, check
-from ddae.distributed.comm import is_main, rank, take_slurm_ranks
+from ddae.config.pretrain import PretrainConfig, check
 from ddae.errors import UserError
 
 ALIASES = {"--deepspeed_config": "--ds_config"}
-LAUNCHER = ("--local_rank",)  # the launcher's own word, which is not ours to read
+LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # added by launchers, not read
+PRETRAINING = ExperimentType(PretrainConfig, preset, check)
 
 
-PRETRAINING = Kind(Config, preset, check)
-
-
-def run(main: Callable[[Any], None], kind: Kind = PRETRAINING) -> None:
-    """Parse this process's words, run `main`, and turn a user's mistake into a sentence."""
-    # Huge pages for large tensors on the CPU, which else are mapped anew, page by page, whenever torch makes one.
+def launch(experiment: ExperimentType, program: str) -> None:
+    """Parse this process's arguments and run `program`, "MODULE:FUNCTION", which takes the config and a StopSignal."""
+    # Huge pages for large CPU tensors: otherwise torch maps them anew, page by page, at every allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         take_slurm_ranks()
-        words = normalise(sys.argv[1:])
-        show = "--show" in words
-        if {"--help", "-h"} & set(words):
-            print_help(kind)
-        config = parse([word for word in words if word != "--show"], kind)
-        if not show:
-            main(config)
-        elif is_main():
-            print(json.dumps({"folder": config.folder, "peak_lr": config.peak_lr, **config.to_dict()}, indent=2))
+        args = normalise(sys.argv[1:])
+        if {"--help", "-h"} & set(args):
+            print_help(experiment)
+        config = parse([arg for arg in args if arg != "--show"], experiment)
+        if "--show" in args:
+            if _rank() == 0:
+                print(json.dumps({"folder": config.folder, "peak_lr": config.peak_lr, **config.to_dict()}, indent=2))
+            return
+        _run(program, config)
     except UserError as error:
-        if is_main():
+        if _rank() == 0:
             print(f"ddae: {error}", file=sys.stderr, flush=True)
         elif os.environ.get("LOCAL_RANK") == "0":  # of another node, which may lack what the first one has
-            print(f"ddae: rank {rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
+            print(f"ddae: rank {_rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(3)  # a launcher ends all ranks when the first has left: let the one that speaks speak
-        # Past the interpreter's own shutdown, which would wait for other ranks.
-        atexit._run_exitfuncs()
+            time.sleep(3)  # a launcher ends all ranks when the first has exited: let the one that reports go first
+        atexit._run_exitfuncs()  # but not the interpreter's own shutdown, which would wait for other ranks
         sys.stdout.flush()
         os._exit(2)
 
 
-def print_help(kind: Kind) -> None:
-    """All flags with their help and defaults, on one rank."""
-    with contextlib.redirect_stdout(sys.stdout if is_main() else io.StringIO()):
-        start = kind.preset(kind.config.preset)
-        tyro.cli(kind.config, default=start, args=["--help"], use_underscores=True)
+def _run(program: str, config: Any) -> None:
+    from ddae.distributed.comm import configure_logging  # imports torch
+    from ddae.distributed.preemption import StopSignal
+
+    configure_logging()
+    stop = StopSignal()  # listens from here on, while the rest is imported
+    module, _, function = program.partition(":")
+    getattr(importlib.import_module(module), function)(config, stop)
+    from ddae.distributed.engine import stop_process_group
+
+    stop_process_group()
 
 
-def parse(words: list[str], kind: Kind = PRETRAINING) -> Any:
-    """Words without --show -> a config that fits together; UserError for anything else."""
-    words = normalise(words)
-    name, words = take_preset(words, kind.config.preset)
-    start = kind.preset(name)
-    known = flags(kind.config)
-    for word in words:
-        flag = word.split("=")[0]
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def take_slurm_ranks() -> None:
+    """Set RANK, WORLD_SIZE and LOCAL_RANK where srun itself started the ranks: one task, one rank.
+
+    Raise UserError if MASTER_ADDR or MASTER_PORT is missing.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "RANK" in os.environ or tasks == 1:
+        return
+    os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": str(tasks)}
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
+        raise UserError(
+            f"srun started {tasks} ranks, but {' and '.join(sorted(missing))} is not set, by which they connect. "
+            "Export it as launch/slurm_pretrain.sh does."
+        )
+
+
+def print_help(experiment: ExperimentType) -> None:
+    """Print all flags with their help and defaults, on rank 0, and exit."""
+    with contextlib.redirect_stdout(sys.stdout if _rank() == 0 else io.StringIO()):
+        start = experiment.preset(experiment.config.preset)
+        tyro.cli(experiment.config, default=start, args=["--help"], use_underscores=True)
+
+
+def parse(args: list[str], experiment: ExperimentType = PRETRAINING) -> Any:
+    """Return the config of these arguments, without --show. Raise UserError for anything wrong with them."""
+    args = normalise(args)
+    name, args = take_preset(args, experiment.config.preset)
+    start = experiment.preset(name)
+    known = flags(experiment.config)
+    for arg in args:
+        flag = arg.split("=")[0]
         if flag.startswith("--") and flag not in known:
             nearest = difflib.get_close_matches(flag, known, 1, 0)[0]
-            raise UserError(f"unknown flag {flag}: the nearest is {nearest}, --help lists them all")
-        if flag.removeprefix("--").replace(".no_", ".") in kind.config.UNUSED:
-            raise UserError(f"{flag} changes nothing here: leave it out")
-    given = {word.split("=")[0] for word in words}
+            raise UserError(f"unknown flag {flag}; the nearest is {nearest}. --help lists all flags.")
+        if flag.removeprefix("--").replace(".no_", ".") in experiment.config.UNUSED:
+            raise UserError(f"{flag} has no effect here. Leave it out.")
+    given = {arg.split("=")[0] for arg in args}
     if "--train.epochs" in given and "--train.steps" not in given:  # which a preset may have
         start = dataclasses.replace(start, train=dataclasses.replace(start.train, steps=None))
-    told = io.StringIO()
+    report = io.StringIO()
     try:
-        with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-            config = tyro.cli(kind.config, default=start, args=words, use_underscores=True)
+        with contextlib.redirect_stdout(report), contextlib.redirect_stderr(report):
+            config = tyro.cli(experiment.config, default=start, args=args, use_underscores=True)
     except SystemExit:
-        raise UserError(_sentence(told.getvalue())) from None
-    kind.check(config)
+        raise UserError(_first_sentence(report.getvalue())) from None
+    experiment.check(config)
     return config
 
 
-def normalise(words: list[str]) -> list[str]:
-    """Words with the launcher's taken out, hyphens in flags as underscores, and aliases by their own name."""
-    kept = []
-    for word in words:
-        if word.startswith(LAUNCHER) or word.startswith("--local-rank"):
+def normalise(args: list[str]) -> list[str]:
+    """Remove launchers' flags, replace hyphens in flags by underscores, resolve aliases."""
+    normalised = []
+    for arg in args:
+        if arg.startswith(LAUNCHER_FLAGS):
             continue
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
+        if arg.startswith("--"):
+            flag, equals, value = arg.partition("=")
             flag = "--" + flag[2:].replace("-", "_")
-            word = ALIASES.get(flag, flag) + equals + value
-        kept.append(word)
-    return kept
+            arg = ALIASES.get(flag, flag) + equals + value
+        normalised.append(arg)
+    return normalised
 
 
-def take_preset(words: list[str], default: str) -> tuple[str, list[str]]:
-    """The preset's name, and the words without it."""
-    if sum(word == "--preset" or word.startswith("--preset=") for word in words) > 1:
-        raise UserError("--preset is given more than once: name one starting point")
-    for i, word in enumerate(words):
-        if word == "--preset" and i + 1 < len(words):
-            return words[i + 1], words[:i] + words[i + 2 :]
-        if word.startswith("--preset="):
-            return word.split("=", 1)[1], words[:i] + words[i + 1 :]
-        if word == "--preset":
-            raise UserError(f"--preset wants a name: demo or {default}, README lists them all")
-    return default, words
+def take_preset(args: list[str], default: str) -> tuple[str, list[str]]:
+    """Return the preset's name, and the arguments without it."""
+    if sum(arg == "--preset" or arg.startswith("--preset=") for arg in args) > 1:
+        raise UserError("--preset is given more than once. Name one starting point.")
+    for i, arg in enumerate(args):
+        if arg == "--preset" and i + 1 < len(args):
+            return args[i + 1], args[:i] + args[i + 2 :]
+        if arg.startswith("--preset="):
+            return arg.split("=", 1)[1], args[:i] + args[i + 1 :]
+        if arg == "--preset":
+            raise UserError(f"--preset lacks a name, such as demo or {default}. README.md lists all presets.")
+    return default, args
 
 
 def flags(config: type, prefix: str = "--") -> list[str]:
-    """Every flag of a config class: --optim.lr, --train.extend and --train.no_extend, ..."""
+    """Return every flag of a config class: --optim.lr, --train.report and --train.no_report, ..."""
     found = []
     for field in dataclasses.fields(config):
         if dataclasses.is_dataclass(field.type):
@@ -135,8 +166,8 @@ def flags(config: type, prefix: str = "--") -> list[str]:
     return found
 
 
-def _sentence(report: str) -> str:
-    """tyro's boxed report as one line: its title, then what it says before it quotes the help."""
+def _first_sentence(report: str) -> str:
+    """Return tyro's boxed report as one line, without the help text that it quotes."""
     text = re.split(r"Argument helptext|For full helptext", report)[0]
     text = re.sub(r"[─│╭╮╰╯┌┐└┘]+|-{5,}", " ", text)
-    return re.sub(r"\s+", " ", text).strip() or "the flags cannot be read, --help lists them"
+    return re.sub(r"\s+", " ", text).strip() or "the flags cannot be read. --help lists them."

@@ -16,7 +16,7 @@ from ddae.errors import UserError
 
 GUARD = "nothing (it keeps gradients that are no numbers out of the weights)"
 FOREIGN = {  # keys of the JSON that are the config's -> the flag that says the same, if there is one
-    "activation_checkpointing": "--engine.recompute",
+    "activation_checkpointing": "--engine.activation_checkpointing",
     "optimizer": "--optim.*",
     "scheduler": "--optim.*",
     **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),

@@ -6,14 +6,14 @@ Where each number comes from is in docs/evaluation.md. Batch sizes are global, l
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from ddae.config.base import (
     ANY,
     RANGES,
     EngineConfig,
     Experiment,
-    Kind,
+    ExperimentType,
     OptimConfig,
     ShardsConfig,
     TrainConfig,
@@ -73,10 +73,10 @@ class FinetuneConfig(Evaluation):
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
     TASK = "finetune"
-    UNUSED = frozenset({"engine.kernels"})
+    UNUSED = frozenset({"engine.loss_backend"})
     FREE_ON_RESUME = Evaluation.FREE_ON_RESUME | {"tune.untrained"}
 
-    def settled(self, width: int) -> "FinetuneConfig":
+    def resolved_for(self, width: int) -> "FinetuneConfig":
         """With what the paper says for an encoder of this width where nothing else is said."""
         lr, decay = PAPER["small" if width <= SMALL else "base"]
         optim = self.optim if self.optim.lr is not None or self.optim.base_lr else replace(self.optim, lr=lr)
@@ -103,15 +103,10 @@ class ProbeConfig(Evaluation):
 
     TASK = "linear_probe"
     UNUSED = frozenset(  # LARS on the heads alone, without DeepSpeed
-        {"ds_config", "engine.kernels", "engine.recompute", "optim.adam_betas", "optim.clip_grad"}
+        {"ds_config", "engine.loss_backend", "engine.activation_checkpointing", "optim.adam_betas", "optim.clip_grad"}
     )
 
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> Self:
-        """Return what to_dict() gave; a run from before probe.untrained existed had the encoder's heads alone."""
-        return super().from_dict(tree | {"probe": {"untrained": False} | tree.get("probe", {})})
-
-    def settled(self, depth: int) -> "ProbeConfig":
+    def resolved_for(self, depth: int) -> "ProbeConfig":
         """With the blocks of an encoder of this depth, where none are named; UserError where they are not its own."""
         layers = self.probe.layers
         if not layers:
@@ -179,7 +174,7 @@ RECIPES = {"paper": paper, "beit": beit, "beitv2": beitv2, "mae": mae, "demo": d
 def probe_paper() -> ProbeConfig:
     """The paper's appendix, which is MAE's linear probe."""
     return ProbeConfig(
-        data=ShardsConfig(batch_size=16384, crop="once", crop_scale=(0.08, 1.0), remainder="drop"),
+        data=ShardsConfig(batch_size=16384, crop="clamped", crop_scale=(0.08, 1.0), remainder="drop"),
         optim=OptimConfig(base_lr=0.1, min_lr=0.0, warmup_epochs=10, weight_decay=0.0),
         train=TrainConfig(epochs=90),
     )
@@ -264,5 +259,5 @@ def check_finetune(config: FinetuneConfig) -> None:
         )
 
 
-FINETUNING = Kind(FinetuneConfig, recipe, check_finetune)
-PROBING = Kind(ProbeConfig, probe_recipe, check_probe)
+FINETUNING = ExperimentType(FinetuneConfig, recipe, check_finetune)
+PROBING = ExperimentType(ProbeConfig, probe_recipe, check_probe)

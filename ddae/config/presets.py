@@ -11,14 +11,14 @@ from dataclasses import replace
 
 from ddae.config.base import OptimConfig, TrainConfig
 from ddae.config.pretrain import (
-    Config,
     DataConfig,
     DynamicConfig,
     FeatureConfig,
     MaskConfig,
     ModelConfig,
     PixelConfig,
-    StepConfig,
+    PretrainConfig,
+    PretrainEngineConfig,
     TeacherConfig,
     TokenConfig,
 )
@@ -33,17 +33,17 @@ SIZES = {  # width, depth, heads, pixels a side of a patch
 EPOCHS = (100, 300, 800)
 READINGS = {  # of Eq. 2's gradient and Eq. 6's norm, where the paper's words allow several (METHOD.md)
     "anchored": {},
-    "literal": {"coupled_l2": 0.0},
-    "flatnorm256": {"coupled_l2": 0.0, "norm_batch": 256.0},
+    "literal": {"beta_l2": 0.0},
+    "flatnorm256": {"beta_l2": 0.0, "norm_batch": 256.0},
     "detach": {"rescale_grad": "detach"},
 }
 
 
-def ddae(size: str, epochs: int) -> Config:
+def ddae(size: str, epochs: int) -> PretrainConfig:
     """Both branches at four taps, dynamic; block masks. Paper Table 1: ViT-B 83.5 (100 epochs), 84.3 (800)."""
     width, depth, heads, patch = SIZES[size]
     taps = (depth // 4, depth // 2, depth * 3 // 4, depth)
-    return Config(
+    return PretrainConfig(
         model=ModelConfig(width=width, depth=depth, heads=heads, patch_size=patch),
         pixel=PixelConfig(taps=taps),
         feature=FeatureConfig(taps=taps, decoder_width=width, decoder_heads=heads),
@@ -52,7 +52,7 @@ def ddae(size: str, epochs: int) -> Config:
     )
 
 
-def bootmae(size: str, epochs: int) -> Config:
+def bootmae(size: str, epochs: int) -> PretrainConfig:
     """BootMAE: both branches at the last block, not dynamic; decoders look at what early blocks left. Paper Table 1:
     ViT-B 83.0 (100 epochs)."""
     config = ddae(size, epochs)
@@ -67,10 +67,10 @@ def bootmae(size: str, epochs: int) -> Config:
     )
 
 
-def mae(size: str, epochs: int) -> Config:
+def mae(size: str, epochs: int) -> PretrainConfig:
     """MAE: pixels from the last block, an 8-block decoder, random masks. Paper Table 2: ViT-B 82.9 (300 epochs)."""
     width, depth, heads, patch = SIZES[size]
-    return Config(
+    return PretrainConfig(
         model=ModelConfig(width=width, depth=depth, heads=heads, patch_size=patch, positions="colfirst", init="mae"),
         mask=MaskConfig(kind="random"),
         pixel=PixelConfig(taps=(depth,), tap_weights=(1.0,), dynamic=False, decoder_depth=8, norm="joint"),
@@ -81,29 +81,29 @@ def mae(size: str, epochs: int) -> Config:
     )
 
 
-def d_mae(size: str, epochs: int) -> Config:
+def d_mae(size: str, epochs: int) -> PretrainConfig:
     """MAE with distance weights. Paper Table 3: ViT-S 78.9 (100 epochs)."""
     config = mae(size, epochs)
     return replace(config, pixel=replace(config.pixel, dynamic=True))
 
 
-def ds_mae(size: str, epochs: int) -> Config:
+def ds_mae(size: str, epochs: int) -> PretrainConfig:
     """MAE with its decoder on four taps. Paper Table 3: ViT-S 79.7 (100 epochs)."""
     config, deep = mae(size, epochs), ddae(size, epochs).pixel
     return replace(config, pixel=replace(config.pixel, taps=deep.taps, tap_weights=deep.tap_weights))
 
 
-def dds_mae(size: str, epochs: int) -> Config:
+def dds_mae(size: str, epochs: int) -> PretrainConfig:
     """MAE with deep dynamic supervision. Paper Tables 2 and 3: ViT-B 83.2, ViT-S 79.9 (100 epochs)."""
     config = ds_mae(size, epochs)
     return replace(config, pixel=replace(config.pixel, dynamic=True))
 
 
-def beitv2(size: str, epochs: int) -> Config:
+def beitv2(size: str, epochs: int) -> PretrainConfig:
     """BEiT-v2: the codes of masked patches from all tokens, 75 of 196 of them mask tokens. Paper Table 2: ViT-B 83.9
     (100 epochs). Its colour jitter of 0.4 is left out."""
     width, depth, heads, patch = SIZES[size]
-    return Config(
+    return PretrainConfig(
         model=ModelConfig(
             *(width, depth, heads),
             patch_size=patch,
@@ -112,7 +112,7 @@ def beitv2(size: str, epochs: int) -> Config:
             layer_scale=0.1,
             init="beit",
         ),
-        mask=MaskConfig(kind="beit_block", ratio=75 / 196, replaced=True),
+        mask=MaskConfig(kind="beit_block", ratio=75 / 196, use_mask_token=True),
         pixel=PixelConfig(enabled=False),
         feature=FeatureConfig(enabled=False),
         token=TokenConfig(enabled=True, taps=(depth,), tap_weights=(1.0,), dynamic=False, cls_block=depth * 3 // 4),
@@ -122,13 +122,13 @@ def beitv2(size: str, epochs: int) -> Config:
     )
 
 
-def dds_beitv2(size: str, epochs: int) -> Config:
+def dds_beitv2(size: str, epochs: int) -> PretrainConfig:
     """BEiT-v2 with deep dynamic supervision. Paper Table 2: ViT-B 84.1 (100 epochs)."""
     config, deep = beitv2(size, epochs), ddae(size, epochs).pixel
     return replace(config, token=replace(config.token, taps=deep.taps, tap_weights=deep.tap_weights, dynamic=True))
 
 
-def demo() -> Config:
+def demo() -> PretrainConfig:
     """`make demo`: a tiny DDAE on small photographs, minutes on two CPU cores.
 
     A run of two thousand steps needs numbers of its own: small batches, for more steps; a teacher whose half-life is 69
@@ -137,16 +137,16 @@ def demo() -> Config:
     fp32, for a CPU without instructions for bf16 multiplies a hundred times more slowly in it.
     """
     branch = {"taps": (2, 4, 6, 8), "decoder_depth": 1, "decoder_width": 96, "decoder_heads": 8}
-    return Config(
+    return PretrainConfig(
         model=ModelConfig(width=96, depth=8, heads=6, image_size=64, patch_size=8),
         pixel=PixelConfig(**branch, norm="none"),
         feature=FeatureConfig(**branch),
-        dynamic=DynamicConfig(lr_multiple=4.0, coupled_l2=0.01),
+        dynamic=DynamicConfig(lr_mult=4.0, beta_l2=0.01),
         teacher=TeacherConfig(momentum=0.99),
         data=DataConfig(train="data/demo", batch_size=16, workers=1),
         optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=0.5),
         train=TrainConfig(epochs=13, log_every=20, save_every=500),
-        engine=StepConfig(precision="fp32"),
+        engine=PretrainEngineConfig(precision="fp32"),
     )
 
 
@@ -160,7 +160,7 @@ def names() -> list[str]:
     return plain + [f"{name}_{reading}" for name in plain for reading in READINGS]
 
 
-def preset(name: str) -> Config:
+def preset(name: str) -> PretrainConfig:
     """The experiment of that name; UserError with the nearest name where there is none."""
     if name not in names():
         nearest = difflib.get_close_matches(name, names(), 1, 0)[0]
@@ -177,7 +177,7 @@ def preset(name: str) -> Config:
     return replace(config, preset=name, dynamic=replace(config.dynamic, **READINGS[reading]))
 
 
-METHODS: dict[str, Callable[[str, int], Config]] = {
+METHODS: dict[str, Callable[[str, int], PretrainConfig]] = {
     "ddae": ddae,
     "bootmae": bootmae,
     "mae": mae,

@@ -5,7 +5,7 @@ what it is.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Literal
 
 from ddae.config.base import ANY, RANGES, TINY, EngineConfig, Experiment, ShardsConfig, check_ranges
 from ddae.errors import UserError
@@ -31,7 +31,9 @@ class MaskConfig:
     kind: Literal["bootmae_block", "beit_block", "random"] = "bootmae_block"  # how masked patches are chosen
     ratio: float = 0.75  # share of patches that is masked
     neighbour_weight: bool = False  # weigh a masked patch by 1 + the masked share of the 3 x 3 around it (BootMAE)
-    replaced: bool = False  # the encoder sees a mask token in a masked patch's place (BEiT), instead of nothing (MAE)
+    use_mask_token: bool = (
+        False  # the encoder sees a mask token in a masked patch's place (BEiT), instead of nothing (MAE)
+    )
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,8 @@ class PixelConfig:
     norm: Literal["per_channel", "joint", "none"] = "per_channel"  # how a target patch is normalised
     decoder_positions: Literal["all", "masked"] = "all"  # tokens that get positions: all (MAE), mask tokens (BootMAE)
     cross_attention: bool = False  # decoder blocks look at the visible patches as block 1 left them (BootMAE)
-    own_norms: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
-    own_heads: bool = False  # each tap has a last layer of its own
+    per_tap_norm: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
+    per_tap_head: bool = False  # each tap has a last layer of its own
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,11 @@ class FeatureConfig:
     # Normalisation of the teacher's tokens: a LayerNorm of each (BootMAE), the same after each channel is standardised
     # over an image's masked tokens (data2vec 2.0) or over those of the batch, or none.
     target_norm: Literal["layer", "instance_layer", "batch_layer", "none"] = "instance_layer"
-    ramp: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
+    warmup_fraction: float = 0.25  # share of training over which this branch's weight grows from 0 to 1
     decoder_positions: Literal["all", "masked"] = "all"  # tokens that get positions: all (MAE), mask tokens (BootMAE)
     cross_attention: bool = False  # decoder blocks look at the visible patches as the tap left them (BootMAE)
-    own_norms: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
-    own_heads: bool = False  # each tap has a last layer of its own
+    per_tap_norm: bool = False  # each tap but the last has a norm of its own, instead of the encoder's final one
+    per_tap_head: bool = False  # each tap has a last layer of its own
 
 
 @dataclass(frozen=True)
@@ -89,10 +91,10 @@ class DynamicConfig:
     shared: bool = True  # one beta a tap for all branches; otherwise each branch has its own
     distance_norm: Literal["none", "max"] = "none"  # distances in patches, or over the image's largest (Fig. 2)
     rescale_grad: Literal["full", "detach"] = "full"  # gradient through the re-scale's maximum, or not
-    norm_weight: float = 0.5  # weight of the norm of the weights (Eq. 6)
+    weight_norm_coef: float = 0.5  # weight of the norm of the weights (Eq. 6)
     norm_batch: float = 1.0  # images over which that norm is taken: 1 a single one, 256 a flattened batch
-    coupled_l2: float = 0.05  # L2 decay of the betas, in their gradient
-    lr_multiple: float = 1.0  # learning rate of the betas over the encoder's
+    beta_l2: float = 0.05  # L2 decay of the betas, in their gradient
+    lr_mult: float = 1.0  # learning rate of the betas over the encoder's
     clamp: tuple[float, float] = (-16.0, 3.0)  # betas are held in this range where they are used
 
 
@@ -109,19 +111,19 @@ class DataConfig(ShardsConfig):
 
 
 @dataclass(frozen=True)
-class StepConfig(EngineConfig):
+class PretrainEngineConfig(EngineConfig):
     """How a step is computed. Nothing here changes what it computes, but for the order of sums."""
 
     # Decoded at once or, for less memory, one by one and without GELU's output; auto: so on a CPU where they are large.
-    taps: Literal["auto", "batched", "sequential"] = "auto"
-    shortcuts: bool = True  # leave out work whose result no loss reads
-    recompute_decoders: bool = False  # as recompute, but the encoder keeps its activations
+    tap_execution: Literal["auto", "batched", "sequential"] = "auto"
+    skip_unused_tokens: bool = True  # leave out work whose result no loss reads
+    decoder_activation_checkpointing: bool = False  # as recompute, but the encoder keeps its activations
     compile: bool = False  # compile encoder, decoders and teacher when training starts
     teacher_stream: bool = False  # on a GPU the teacher beside the student, on a stream of its own
 
 
 @dataclass(frozen=True)
-class Config(Experiment):
+class PretrainConfig(Experiment):
     """A whole pretraining."""
 
     preset: str = "ddae_vit_b16_100e"  # named starting point; see README
@@ -133,18 +135,19 @@ class Config(Experiment):
     dynamic: DynamicConfig = field(default_factory=DynamicConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    engine: StepConfig = field(default_factory=StepConfig)
+    engine: PretrainEngineConfig = field(default_factory=PretrainEngineConfig)
     probe_every: float = 0.0  # epochs between k-NN probes on the split val of data.train, from step 0 on; 0: never
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
         *("probe_every", "token.tokenizer", "model.init"),  # a checkpoint replaces initial weights
-        *("engine.taps", "engine.shortcuts", "engine.recompute_decoders", "engine.compile", "engine.teacher_stream"),
+        *(
+            "engine.tap_execution",
+            "engine.skip_unused_tokens",
+            "engine.decoder_activation_checkpointing",
+            "engine.compile",
+            "engine.teacher_stream",
+        ),
     }
-
-    @classmethod
-    def from_dict(cls, tree: dict[str, Any]) -> Self:
-        """Return what to_dict() gave; a run from before feature.target_norm existed had "layer"."""
-        return super().from_dict(tree | {"feature": {"target_norm": "layer"} | tree.get("feature", {})})
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -162,7 +165,7 @@ class Config(Experiment):
         return round(self.mask.ratio * self.grid[0] * self.grid[1])
 
 
-def check(config: Config) -> None:
+def check(config: PretrainConfig) -> None:
     """UserError with the field, its value and the mend, where the fields contradict each other."""
     check_ranges(config, PRETRAINING_RANGES)
     model = config.model
@@ -173,24 +176,24 @@ def check(config: Config) -> None:
         )
     if model.width % model.heads or model.width % 4:
         raise UserError(f"model.width {model.width} must be a multiple of 4 and of model.heads {model.heads}")
-    if not config.mask.replaced and (model.positions == "none" or model.relative_positions != "none"):
+    if not config.mask.use_mask_token and (model.positions == "none" or model.relative_positions != "none"):
         raise UserError(
             f"model.positions {model.positions!r} with model.relative_positions {model.relative_positions!r} is an "
-            "encoder that sees all patches: keep sin-cos positions alone, or set --mask.replaced"
+            "encoder that sees all patches: keep sin-cos positions alone, or set --mask.use_mask_token"
         )
     if not 0 < config.num_masked < config.grid[0] * config.grid[1]:
         raise UserError(f"mask.ratio {config.mask.ratio} must leave at least one patch visible and one masked")
     branches = config.branches
     if not branches:
         raise UserError("pixel.enabled, feature.enabled and token.enabled are all off: nothing is left to learn")
-    if config.token.enabled and not (config.mask.replaced and len(branches) == 1):
+    if config.token.enabled and not (config.mask.use_mask_token and len(branches) == 1):
         raise UserError(
             "token.enabled wants an encoder that sees mask tokens, and the other branches one that does not: set "
-            "--mask.replaced --pixel.no_enabled --feature.no_enabled"
+            "--mask.use_mask_token --pixel.no_enabled --feature.no_enabled"
         )
-    if config.mask.replaced and not config.token.enabled:
+    if config.mask.use_mask_token and not config.token.enabled:
         raise UserError(
-            "mask.replaced is for token.enabled alone: leave it out, or take the preset beitv2_vit_b16_300e"
+            "mask.use_mask_token is for token.enabled alone: leave it out, or take the preset beitv2_vit_b16_300e"
         )
     for name, branch in branches.items():
         _check_taps(name, branch, model.depth)
@@ -216,9 +219,9 @@ PRETRAINING_RANGES = {
     **{f"{b}.decoder_{f}": (1, ANY) for b in ("pixel", "feature") for f in ("depth", "width", "heads")},
     **dict.fromkeys(("token.codes", "token.cls_depth"), (1, ANY)),
     **dict.fromkeys(("pixel.tap_weights", "feature.tap_weights", "token.tap_weights", "model.layer_scale"), (0, ANY)),
-    **dict.fromkeys(("feature.ramp", "mask.ratio"), (0, 1)),
+    **dict.fromkeys(("feature.warmup_fraction", "mask.ratio"), (0, 1)),
     **dict.fromkeys(("dynamic.beta_init", "dynamic.clamp"), (-ANY, ANY)),
-    **dict.fromkeys(("dynamic.norm_weight", "dynamic.coupled_l2", "dynamic.lr_multiple"), (0, ANY)),
+    **dict.fromkeys(("dynamic.weight_norm_coef", "dynamic.beta_l2", "dynamic.lr_mult"), (0, ANY)),
     "dynamic.norm_batch": (TINY, ANY),
     "probe_every": (0, ANY),
     "teacher.momentum": (0, 1 - TINY),
@@ -241,7 +244,7 @@ def tap_name(tap: int) -> str:
     return f"tap_{tap:02d}"
 
 
-def beta_names(config: Config) -> list[str]:
+def beta_names(config: PretrainConfig) -> list[str]:
     """One name for each beta: tap_03 where branches share them, pixel/tap_03 where they do not."""
     dynamic = {name: branch for name, branch in config.branches.items() if branch.dynamic}
     if config.dynamic.shared:

@@ -5,7 +5,17 @@ Where each number comes from is in docs/evaluation.md.
 
 from dataclasses import dataclass, field, replace
 
-from ddae.config.base import ANY, RANGES, TINY, EngineConfig, Kind, OptimConfig, ShardsConfig, TrainConfig, check_ranges
+from ddae.config.base import (
+    ANY,
+    RANGES,
+    TINY,
+    EngineConfig,
+    ExperimentType,
+    OptimConfig,
+    ShardsConfig,
+    TrainConfig,
+    check_ranges,
+)
 from ddae.config.evaluation import SMALL, Evaluation, check_encoder, named
 from ddae.errors import UserError
 
@@ -38,9 +48,9 @@ class SegmentConfig(Evaluation):
     seg: SceneConfig = field(default_factory=SceneConfig)
 
     TASK = "segment"
-    UNUSED = frozenset({"engine.kernels", "data.crop", "data.crop_scale", "data.hw_decoder_load"})
+    UNUSED = frozenset({"engine.loss_backend", "data.crop", "data.crop_scale", "data.hw_decoder_load"})
 
-    def settled(self, width: int, depth: int) -> "SegmentConfig":
+    def resolved_for(self, width: int, depth: int) -> "SegmentConfig":
         """With the blocks and channels of an encoder of this size, where none are named; UserError where the blocks are
         not its own."""
         taps = self.seg.taps or tuple(max(1, depth * part // 12) for part in (4, 6, 8, 12))
@@ -115,4 +125,4 @@ def check_segment(config: SegmentConfig) -> None:
         raise UserError(f"data.backend {config.data.backend} reads no masks: choose --data.backend pillow")
 
 
-SEGMENTATION = Kind(SegmentConfig, segment_recipe, check_segment)
+SEGMENTATION = ExperimentType(SegmentConfig, segment_recipe, check_segment)

@@ -12,7 +12,7 @@ from ddae.config.base import (
     TINY,
     EngineConfig,
     Experiment,
-    Kind,
+    ExperimentType,
     OptimConfig,
     ShardsConfig,
     TrainConfig,
@@ -46,7 +46,7 @@ class TokenizerConfig(Experiment):
     val: str = ""  # shards to validate on; empty: the split val of the folder data.train
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "vq.teacher"}
-    UNUSED: ClassVar[frozenset[str]] = frozenset({"engine.kernels", "engine.recompute"})
+    UNUSED: ClassVar[frozenset[str]] = frozenset({"engine.loss_backend", "engine.activation_checkpointing"})
 
     @property
     def folder(self) -> str:
@@ -122,4 +122,4 @@ def check_tokenizer(config: TokenizerConfig) -> None:
         raise UserError("data.backend synthetic makes noise, of which there is nothing to learn: name shards")
 
 
-TOKENIZING = Kind(TokenizerConfig, tokenizer_recipe, check_tokenizer)
+TOKENIZING = ExperimentType(TokenizerConfig, tokenizer_recipe, check_tokenizer)

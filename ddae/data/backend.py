@@ -1,6 +1,7 @@
 """Which back end decodes on this machine, and whether its GPU can decode regions. Measured, not guessed."""
 
 import importlib.util
+import logging
 import os
 import time
 
@@ -9,8 +10,10 @@ import torch
 
 from ddae.config.base import ShardsConfig
 from ddae.data.decode import decode_crop
-from ddae.data.reader import Drawn, Reader
+from ddae.data.reader import Reader, SamplePlan
 from ddae.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 MEASURED = 64  # images by which the faster back end is told
 PROBED = 8  # images by which a GPU's decoder is tried
@@ -66,11 +69,11 @@ def can_decode_regions(reader: Reader, config: ShardsConfig, device: torch.devic
     files, drawn = first_files(reader, PROBED)
     if region_works(files, drawn.crops.boxes, reader.size, device, config.hw_decoder_load):
         return True
-    print("DALI cannot decode regions of JPEGs on this GPU: it decodes whole images", flush=True)
+    logger.warning("DALI cannot decode regions of JPEGs on this GPU; it decodes whole images")
     return False
 
 
-def first_files(reader: Reader, count: int) -> tuple[list[np.ndarray], Drawn]:
+def first_files(reader: Reader, count: int) -> tuple[list[np.ndarray], SamplePlan]:
     """The files and crops of the first samples in the run's order, but for those that Pillow cannot decode."""
     drawn = reader.draw(*reader.order.samples(torch.arange(min(count, len(reader.shards)))))
     _, drawn, _ = reader.fill(drawn, reader.decode)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from ddae.config.base import ShardsConfig
-from ddae.errors import UserError, shown
+from ddae.errors import UserError, redact_url
 
 WAITS = (1.0, 5.0, 25.0)  # seconds before the second, third and fourth attempt
 TIMEOUT = 60.0  # seconds without a connection or a byte before an attempt over http(s) has failed
@@ -36,7 +36,9 @@ def is_url(where: str) -> bool:
 def join(folder_url: str, name: str) -> str:
     """The URL of a file in a folder."""
     if "?" in folder_url:
-        raise UserError(f"{shown(folder_url)} goes on with a query: name the folder alone, up to the question mark")
+        raise UserError(
+            f"{redact_url(folder_url)} goes on with a query: name the folder alone, up to the question mark"
+        )
     return f"{folder_url.rstrip('/')}/{name}"
 
 
@@ -90,7 +92,7 @@ class Cache:
 
     def _local(self, url: str, sha256: str | None = None) -> Path:
         if name(url)[:1] in ("", "."):  # the cache has names with a dot in front for itself
-            raise UserError(f"{shown(url)} does not name a file: give its whole address")
+            raise UserError(f"{redact_url(url)} does not name a file: give its whole address")
         folder = hashlib.sha256((parent(url) + url.partition("?")[2]).encode()).hexdigest()[:12]
         return self.folder / folder / (name(url) + (f".{sha256[:8]}" if sha256 else ""))
 
@@ -110,7 +112,7 @@ class Cache:
                     if problem is None:
                         break
                     if wait is None:
-                        raise UserError(f"{shown(url)} {problem}")
+                        raise UserError(f"{redact_url(url)} {problem}")
                     time.sleep(wait)
                 with _locked(lock):
                     self._make_room()  # for a size that was not known before
@@ -138,7 +140,7 @@ class Cache:
     def _check_cap(self, url: str, size: int) -> None:
         if size > self.cap:
             raise UserError(
-                f"{shown(url)} does not fit into a cache of {self.cap / 2**30:.3g} GiB: raise --data.cache_gib"
+                f"{redact_url(url)} does not fit into a cache of {self.cap / 2**30:.3g} GiB: raise --data.cache_gib"
             )
 
     def _make_room(self) -> None:
@@ -189,7 +191,7 @@ def _stream(url: str) -> Iterator[bytes]:
         fsspec.get_filesystem_class(scheme)
     except (ImportError, ValueError) as error:
         package = getattr(error.__cause__, "name", None) or f"fsspec's driver of {scheme}://"
-        raise UserError(f"{shown(url)} needs a driver ({error}): pip install {package}, or use https://") from None
+        raise UserError(f"{redact_url(url)} needs a driver ({error}): pip install {package}, or use https://") from None
     options, how = {}, {}
     if scheme in ("http", "https"):
         import aiohttp
@@ -209,5 +211,5 @@ def _stream(url: str) -> Iterator[bytes]:
         kinds = {FileNotFoundError: 404, PermissionError: 403}
         status = kinds.get(type(error)) or getattr(error, "status", 0)
         if 400 <= status < 500 and status not in (408, 425, 429):  # time-out, too early, too many requests
-            raise UserError(f"{shown(url)} is refused ({status}): mend the address or the credentials") from None
+            raise UserError(f"{redact_url(url)} is refused ({status}): mend the address or the credentials") from None
         raise ConnectionError(f"status {status}" if status else type(error).__name__) from None

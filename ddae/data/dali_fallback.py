@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddae.data.reader import Micro, Reader
+from ddae.data.reader import RawBatch, Reader
 
 
 class RescuingDecoder:
@@ -20,7 +20,7 @@ class RescuingDecoder:
         self.whole = new_decoder(reader.part.micro_batch)
         self.single: Any = None
 
-    def decode(self, micro: Micro) -> Micro:
+    def decode(self, micro: RawBatch) -> RawBatch:
         """The micro-batch with images uint8 [B, 3, S, S] in place of files."""
         if micro.mistake:
             return micro
@@ -34,7 +34,7 @@ class RescuingDecoder:
             self.whole = self.new_decoder(self.reader.part.micro_batch)
             singles, drawn, more = self.reader.fill(drawn, self._decode_one)
             images, bad = torch.cat(singles), bad + more
-        return Micro(images, micro.lengths, drawn, bad, time.perf_counter() - start)
+        return RawBatch(images, micro.lengths, drawn, bad, time.perf_counter() - start)
 
     def _decode_one(self, row: int, sample: int, box: list[int], flip: bool) -> Tensor:
         self.reader.decode(row, sample, box, flip)  # what Pillow cannot decode either need not end DALI's decoder

@@ -7,6 +7,7 @@ set; too many end the run.
 
 import atexit
 import itertools
+import logging
 import signal
 import sys
 import threading
@@ -27,17 +28,19 @@ from ddae.data.backend import can_decode_regions, check_installed, choose
 from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import RescuingDecoder
 from ddae.data.masking import Mask
-from ddae.data.reader import Augment, DrawMask, MaskingReader, Micro, Part, Reader, SyntheticReader
-from ddae.data.sampling import Order, cut
+from ddae.data.reader import Augment, MaskingReader, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
+from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
-from ddae.distributed.comm import from_main, gather, is_main, rank
+from ddae.distributed.comm import broadcast_from_main, gather, is_main, rank
 from ddae.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
 AHEAD = 2  # micro-batches that DALI decodes while earlier ones are used
 MAX_BAD = 0.001  # share of the data set that may turn out to be bad
-LISTED = 20  # bad samples that an error names
+MAX_NAMES_SHOWN = 20  # bad samples that an error names
 
 
 class Batch(NamedTuple):
@@ -59,15 +62,15 @@ class Loader:
         config: ShardsConfig,
         size: int,
         seed: int,
-        part: Part,
+        part: RankBatch,
         device: torch.device,
         augment: Augment | None = None,
-        draw_mask: DrawMask | None = None,
+        sample_masks: MaskSampler | None = None,
     ):
         """augment: what becomes of each image after its crop, which Pillow's reader processes see to alone. draw_mask
         makes masks while earlier micro-batches are used."""
         self.config, self.part, self.device, self.size, self.augment = config, part, device, size, augment
-        self.draw_mask = draw_mask
+        self.sample_masks = sample_masks
         backend = "pillow" if augment is not None and config.backend == "auto" else config.backend
         self.backend = check_installed(backend)  # "auto" until settle() has chosen
         self.shards: Shards | None = None
@@ -77,29 +80,31 @@ class Loader:
         else:
             self.shards = open_shards(config.train, open_cache(config))
             first, self.fingerprint = self.shards.first, self.shards.fingerprint
-        self.order = Order(first, seed, whole_batches)
+        self.order = EpochOrder(first, seed, whole_batches)
         self.num_samples, self.epoch_samples = self.order.num_samples, self.order.epoch_samples
         if self.num_samples < part.ranks:
             raise UserError(f"data.train holds {self.num_samples} images for {part.ranks} ranks: start fewer ranks")
         if not self.epoch_samples:
             raise UserError(
                 f"data.batch_size {part.batch_size} is larger than the {self.num_samples} images of data.train, so "
-                "that data.remainder drop leaves nothing: choose a smaller batch, or --data.remainder rotate"
+                "that data.remainder drop leaves nothing: choose a smaller batch, or --data.remainder carry_over"
             )
         self.bad: dict[int, str] = {}  # samples that could not be decoded, and why
         self.told = ""  # what led to the choice of the back end
         self._region = True
         self._decoded, self._decode_seconds = 0, 0.0
         self._stream: Generator[Batch, None, None] | None = None
-        atexit.register(self.close)  # before multiprocessing's own hook, which waits for workers deaf to SIGTERM
+        atexit.register(
+            self.close
+        )  # before multiprocessing's own hook, which waits for workers ignore_signals to SIGTERM
 
-    def settle(self, known: str | None = None) -> None:
+    def select_backend(self, known: str | None = None) -> None:
         """Choose the back end that "auto" stands for, on the main rank for all: the one known from an earlier start of
         the run, else the faster one."""
         reader = self._reader()
         if self.backend == "auto":
             assert isinstance(reader, Reader)
-            self.backend, why = from_main(lambda: choose(reader, self.config, self.device, known))
+            self.backend, why = broadcast_from_main(lambda: choose(reader, self.config, self.device, known))
             self.told = f" ({why})"
         if self.backend == "dali":
             assert isinstance(reader, Reader)
@@ -112,7 +117,7 @@ class Loader:
             words += f", {self.shards.num_bad} more are listed as bad"
         left = self.num_samples % self.part.batch_size
         if left:
-            rotated = "go into the next one's first batch" if self.config.remainder == "rotate" else "are left out"
+            rotated = "go into the next one's first batch" if self.config.remainder == "carry_over" else "are left out"
             words += f", the last {left} of an epoch {rotated}"
         return words
 
@@ -120,7 +125,7 @@ class Loader:
         """Micro-batches without end from the first of `step` on; `part.accumulation` of them make a step."""
         self.close()
         if self.backend == "auto":
-            self.settle()
+            self.select_backend()
         self._stream = self._batches(step)
         return self._stream
 
@@ -130,9 +135,9 @@ class Loader:
             self._stream.close()
             self._stream = None
 
-    def name_of(self, sample: int) -> str:
+    def sample_name(self, sample: int) -> str:
         """A sample as a person may look it up."""
-        return str(sample) if self.shards is None else self.shards.name_of(sample)
+        return str(sample) if self.shards is None else self.shards.sample_name(sample)
 
     def read_stats(self) -> dict[str, float]:
         """Bad samples so far over all ranks, and images/s that this rank's decoders manage (0: none since the last
@@ -141,15 +146,17 @@ class Loader:
         for each in gather(self.bad):
             bad |= each
         if self.shards is not None and len(bad) > MAX_BAD * self.num_samples:
-            listed = [f"{self.shards.name_of(sample)} ({why})" for sample, why in sorted(bad.items())[:LISTED]]
-            more = f" and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+            listed = [
+                f"{self.shards.sample_name(sample)} ({why})" for sample, why in sorted(bad.items())[:MAX_NAMES_SHOWN]
+            ]
+            more = f" and {len(bad) - MAX_NAMES_SHOWN} more" if len(bad) > MAX_NAMES_SHOWN else ""
             raise UserError(
                 f"{len(bad)} of {self.num_samples} images cannot be decoded, more than {MAX_BAD:.1%}: "
                 f"{', '.join(listed)}{more}: check_shards.py --full --mark_bad lists them, to be left out"
             )
         rate = self._decoded / self._decode_seconds if self._decode_seconds else 0.0
         self._decoded, self._decode_seconds = 0, 0.0
-        return {"data/bad_samples": len(bad), "rate/decode_images_per_s": rate}
+        return {"data/decode_errors": len(bad), "throughput/decode_images_per_s": rate}
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         over, position = threading.Event(), [step * self.part.batch_size]
@@ -179,28 +186,28 @@ class Loader:
         if self.shards is None:
             return SyntheticReader(self.order, self.part, self.size)
         decodes = self.backend == "pillow"
-        crop = cut(self.config.crop, self.config.crop_scale)
+        crop = crop_policy(self.config.crop, self.config.crop_scale)
         return self.READER(self.shards, self.order, self.part, self.size, crop, decodes, self.augment)
 
-    def read_files(self, first: int) -> Generator[Micro, None, None]:
+    def read_files(self, first: int) -> Generator[RawBatch, None, None]:
         """Micro-batches from this number on, read by threads and not decoded."""
         reader, threads = self._reader(), max(1, self.config.workers)
         return in_order(
             (partial(reader.__getitem__, number) for number in itertools.count(first)), threads, 2 * threads
         )
 
-    def _processes(self, first: int) -> Generator[Micro, None, None]:
+    def _processes(self, first: int) -> Generator[RawBatch, None, None]:
         """Micro-batches from this number on, read and decoded by processes."""
         workers = 0 if self.shards is None else self.config.workers
         reader = self._reader()
         loader = DataLoader(
-            reader if self.draw_mask is None else MaskingReader(reader, self.draw_mask),
+            reader if self.sample_masks is None else MaskingReader(reader, self.sample_masks),
             batch_size=None,
             sampler=itertools.count(first),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=self.device.type == "cuda",
-            worker_init_fn=deaf,
+            worker_init_fn=ignore_signals,
         )
         stream = iter(loader)
         try:
@@ -209,17 +216,17 @@ class Loader:
             if workers:  # an error's traceback may keep the stream, whose end would end them: exit would wait for ever
                 stream._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _note(self, micro: Micro) -> None:
+    def _note(self, micro: RawBatch) -> None:
         """Name bad samples that are new; count what was decoded."""
         for sample, why in micro.bad:
             if sample not in self.bad:
                 self.bad[sample] = why
                 assert self.shards is not None
-                print(f"passing over {self.shards.name_of(sample)}: {why}", flush=True)
+                logger.warning("skipping %s: %s", self.shards.sample_name(sample), why)
         self._decoded += len(micro.lengths)
         self._decode_seconds += micro.seconds / (max(1, self.config.workers) if self.backend == "pillow" else 1)
 
-    def _dali(self, files: Generator[Micro, None, None]) -> Generator[Micro, None, None]:
+    def _dali(self, files: Generator[RawBatch, None, None]) -> Generator[RawBatch, None, None]:
         """Micro-batches decoded by DALI, AHEAD of the user."""
         from ddae.data.dali import DaliDecoder
 
@@ -231,9 +238,9 @@ class Loader:
         assert isinstance(reader, Reader)
         decoder = RescuingDecoder(reader, new_decoder)
 
-        def decode() -> Micro:
+        def decode() -> RawBatch:
             micro = decoder.decode(next(files))
-            return micro if self.draw_mask is None else micro._replace(mask=self.draw_mask(micro.drawn.seeds))
+            return micro if self.sample_masks is None else micro._replace(mask=self.sample_masks(micro.drawn.seeds))
 
         try:
             yield from in_order(itertools.repeat(decode), 1, AHEAD)
@@ -266,7 +273,7 @@ def in_order(tasks: Iterator[Callable[[], T]], num_threads: int, ahead: int) -> 
             threads.shutdown(cancel_futures=True)
 
 
-def deaf(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Begin a reader process: signals are its parent's to hear."""
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -16,17 +16,17 @@ from torch.utils.data import Dataset
 
 from ddae.data.decode import decode_crop, is_cut
 from ddae.data.masking import Mask
-from ddae.data.sampling import Crops, Cut, Order
+from ddae.data.sampling import CropFn, Crops, EpochOrder
 from ddae.data.shards import Shards
 from ddae.errors import UserError
 
 T = TypeVar("T")
-DrawMask = Callable[[Tensor], Mask]  # int64 [B], seeds -> their masks
+MaskSampler = Callable[[Tensor], Mask]  # int64 [B], seeds -> their masks
 Augment = Callable[[np.ndarray, int], np.ndarray]  # uint8 [3, S, S] and the sample's seed -> uint8 [3, S, S]
 IN_A_ROW = 100  # samples that may be bad one after another before the data set is taken to be broken
 
 
-class Part(NamedTuple):
+class RankBatch(NamedTuple):
     """Which positions of the run this rank reads."""
 
     batch_size: int  # global
@@ -45,7 +45,7 @@ class Part(NamedTuple):
         return torch.arange(start, start + self.micro_batch)
 
 
-class Drawn(NamedTuple):
+class SamplePlan(NamedTuple):
     """What is known of a micro-batch before any file is read."""
 
     epochs: Tensor  # int64 [B]
@@ -54,12 +54,12 @@ class Drawn(NamedTuple):
     crops: Crops
 
 
-class Micro(NamedTuple):
+class RawBatch(NamedTuple):
     """A micro-batch as a reader makes it."""
 
     images: Tensor  # uint8 [B, 3, S, S]; for DALI, whose turn is next: all files end to end, uint8 [sum of lengths]
     lengths: Tensor  # int64 [B]: of the files in bytes
-    drawn: Drawn
+    drawn: SamplePlan
     bad: list[tuple[int, str]]  # samples that could not be used, and why; others stand in for them
     seconds: float  # that it took
     mistake: str = ""  # of the user's, where there is no micro-batch: a process cannot raise it as it is
@@ -72,18 +72,18 @@ class Reader(Dataset):
     def __init__(
         self,
         shards: Shards,
-        order: Order,
-        part: Part,
+        order: EpochOrder,
+        part: RankBatch,
         size: int,
-        cut: Cut,
+        crop: CropFn,
         decodes: bool = True,
         augment: Augment | None = None,
     ):
         self.shards, self.order, self.part = shards, order, part
-        self.size, self.cut, self.decodes, self.augment = size, cut, decodes, augment
+        self.size, self.crop, self.decodes, self.augment = size, crop, decodes, augment
         self.width, self.height = torch.as_tensor(shards.width), torch.as_tensor(shards.height)
 
-    def __getitem__(self, number: int) -> Micro:
+    def __getitem__(self, number: int) -> RawBatch:
         start = time.perf_counter()
         drawn = self.draw(*self.order.samples(self.part.positions(number)))
         try:
@@ -95,10 +95,10 @@ class Reader(Dataset):
             else:
                 data, lengths, drawn, bad = self.read_all(drawn)
         except UserError as error:
-            return Micro(torch.empty(0), torch.empty(0), drawn, [], 0.0, str(error))
-        return Micro(data, lengths, drawn, bad, time.perf_counter() - start)
+            return RawBatch(torch.empty(0), torch.empty(0), drawn, [], 0.0, str(error))
+        return RawBatch(data, lengths, drawn, bad, time.perf_counter() - start)
 
-    def read_all(self, drawn: Drawn) -> tuple[Tensor, Tensor, Drawn, list[tuple[int, str]]]:
+    def read_all(self, drawn: SamplePlan) -> tuple[Tensor, Tensor, SamplePlan, list[tuple[int, str]]]:
         """Files end to end, and the length of each."""
         lengths = torch.as_tensor(self.shards.length[drawn.samples.numpy()])
         data = torch.empty(int(lengths.sum()), dtype=torch.uint8)
@@ -120,15 +120,15 @@ class Reader(Dataset):
             data = torch.from_numpy(np.concatenate([np.frombuffer(file, np.uint8) for file in files]))
         return data, lengths, drawn, bad
 
-    def draw(self, epochs: Tensor, samples: Tensor) -> Drawn:
+    def draw(self, epochs: Tensor, samples: Tensor) -> SamplePlan:
         """Seeds and crops of these samples in these epochs."""
         seeds = self.order.seeds(epochs, samples)
-        crops = self.cut(seeds, self.width[samples], self.height[samples])
-        return Drawn(epochs, samples, seeds, crops)
+        crops = self.crop(seeds, self.width[samples], self.height[samples])
+        return SamplePlan(epochs, samples, seeds, crops)
 
     def fill(
-        self, drawn: Drawn, load: Callable[[int, int, list[int], bool], T]
-    ) -> tuple[list[T], Drawn, list[tuple[int, str]]]:
+        self, drawn: SamplePlan, load: Callable[[int, int, list[int], bool], T]
+    ) -> tuple[list[T], SamplePlan, list[tuple[int, str]]]:
         """load(row, sample, box, flip) of each row; where it fails, of the next sample that can be loaded.
 
         Returns what was loaded, what was drawn for it, and the samples that failed with their reasons.
@@ -148,7 +148,7 @@ class Reader(Dataset):
                 tries += 1
                 if tries == IN_A_ROW:
                     raise UserError(
-                        f"{IN_A_ROW} samples in a row cannot be read, the last is {self.shards.name_of(sample)} "
+                        f"{IN_A_ROW} samples in a row cannot be read, the last is {self.shards.sample_name(sample)} "
                         f"({bad[-1][1]}): run data_prep/check_shards.py --full"
                     )
                 sample = (sample + 1) % len(self.shards)
@@ -174,25 +174,25 @@ def check_whole(file: bytes | memoryview) -> None:
 class MaskingReader(Dataset):
     """Another reader's micro-batches, with masks."""
 
-    def __init__(self, reader: Dataset, draw_mask: DrawMask):
-        self.reader, self.draw_mask = reader, draw_mask
+    def __init__(self, reader: Dataset, sample_masks: MaskSampler):
+        self.reader, self.sample_masks = reader, sample_masks
 
-    def __getitem__(self, number: int) -> Micro:
+    def __getitem__(self, number: int) -> RawBatch:
         micro = self.reader[number]
-        return micro._replace(mask=self.draw_mask(micro.drawn.seeds))
+        return micro._replace(mask=self.sample_masks(micro.drawn.seeds))
 
 
 class SyntheticReader(Dataset):
     """Noise images, for measuring everything but the data."""
 
-    def __init__(self, order: Order, part: Part, size: int):
+    def __init__(self, order: EpochOrder, part: RankBatch, size: int):
         self.order, self.part, self.size = order, part, size
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randint(0, 256, (part.micro_batch, 3, size, size), dtype=torch.uint8, generator=generator)
 
-    def __getitem__(self, number: int) -> Micro:
+    def __getitem__(self, number: int) -> RawBatch:
         epochs, samples = self.order.samples(self.part.positions(number))
         nothing = torch.zeros(len(samples), dtype=torch.int64)
         whole = Crops(torch.zeros(len(samples), 4, dtype=torch.int64), nothing.bool())  # can be pinned, unlike a view
-        drawn = Drawn(epochs, samples, self.order.seeds(epochs, samples), whole)
-        return Micro(self.images, nothing, drawn, [], 0.0)
+        drawn = SamplePlan(epochs, samples, self.order.seeds(epochs, samples), whole)
+        return RawBatch(self.images, nothing, drawn, [], 0.0)

@@ -29,7 +29,7 @@ class Crops(NamedTuple):
     flips: Tensor  # bool [B]
 
 
-class Order:
+class EpochOrder:
     """The order of a data set whose shard s holds samples first[s] to first[s + 1] - 1.
 
     whole_batches_of: leave out what does not fill a batch of this size at an epoch's end; other samples each epoch.
@@ -114,11 +114,11 @@ def central_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[flo
     return Crops(boxes, torch.zeros_like(side, dtype=torch.bool))
 
 
-Cut = Callable[[Tensor, Tensor, Tensor], Crops]  # seeds, widths and heights, int64 [B]
+CropFn = Callable[[Tensor, Tensor, Tensor], Crops]  # seeds, widths and heights, int64 [B]
 CUTS = {"random": random_crops, "once": clamped_crops, "centre": central_crops}
 
 
-def cut(kind: str, scale: tuple[float, float]) -> Cut:
+def crop_policy(kind: str, scale: tuple[float, float]) -> CropFn:
     """Crops of a kind that config knows by name."""
     return partial(CUTS[kind], scale=scale)
 

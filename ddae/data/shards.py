@@ -70,7 +70,7 @@ class Shards:
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self.first, sample, side="right")) - 1
 
-    def name_of(self, sample: int) -> str:
+    def sample_name(self, sample: int) -> str:
         """A sample as a person may look it up: SHARD:KEY."""
         shard = self.shard_of(sample)
         keys, index = read_index(local(self.places[shard].removesuffix(".tar") + ".idx", self.cache))
@@ -84,7 +84,7 @@ class Shards:
         for sample, place in zip(samples.tolist(), self.others("cls", samples), strict=True):
             word = self.read_other(sample, place)
             if not word.strip().isdigit():
-                raise UserError(f"{self.name_of(sample)} has the class {word[:20]!r}: expected a number")
+                raise UserError(f"{self.sample_name(sample)} has the class {word[:20]!r}: expected a number")
             found.append(int(word))
         return np.array(found, np.int64)
 

@@ -1,19 +1,19 @@
-"""Checkpoints: everything a run needs to go on as if it had never stopped, whole or not there at all.
+"""Checkpoints: all that a run needs to resume exactly, written atomically.
 
     checkpoints/step_00000100/   rank_00000.safetensors, ...: fp32 slices of weights, Adam's averages and the teacher,
-                                 by parameter; state.pt: step, the parts' notes, data set, MLflow's
-                                 run;
-                                 manifest.json: size and sha256 of every file, written last
-    checkpoints/latest           the newest, by name
+                                 by parameter; state.pt: step, small state, data set's fingerprint, MLflow's run;
+                                 manifest.json: size and SHA-256 of every file, written last
+    checkpoints/latest           name of the newest
 
-A checkpoint is written into a folder of another name, flushed to disk, and renamed when it is complete. Slices say
-which part of which parameter they are, so that any number of ranks at any ZeRO stage goes on from them. Nothing random
-is saved: order, crops and masks are functions of the seed and the step (counter.py), and so are all schedules.
+A checkpoint is written into a folder of another name, flushed to the disk, and renamed when it is complete. Slices name
+their place in their parameter, so that any number of ranks at any ZeRO stage can resume. No random state is saved:
+order, crops and masks are functions of seed and step (data/rng.py), and so are all schedules.
 """
 
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,99 +24,105 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from ddae.distributed.checkpoint_format import MANIFEST, Saved, Slices
-from ddae.distributed.comm import from_main, gather, is_main, rank, world_size
-from ddae.errors import UserError
+from ddae import atomic
+from ddae.distributed.checkpoint_format import MANIFEST, STATE, Checkpointable, Sharded, ShardReader, Stateful
+from ddae.distributed.comm import broadcast_from_main, gather, is_main, rank, world_size
+from ddae.errors import UserError, one_line
 
-STATE = "state.pt"
+FORMAT = 2  # of a checkpoint
+logger = logging.getLogger(__name__)
 
 
-class Found(NamedTuple):
-    """A complete checkpoint and the number of steps it was saved after."""
+class CheckpointInfo(NamedTuple):
+    """A complete checkpoint and the number of steps after which it was saved."""
 
     path: Path
     step: int
 
 
 class Checkpoints:
-    """The checkpoints of one run folder; keeps the newest `keep`, and those of every `keep_every` steps for ever."""
+    """The checkpoints of one run directory: the newest `keep`, and those of every `keep_every` steps for ever."""
 
     def __init__(self, folder: Path, keep: int, keep_every: int = 0):
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._failed = False  # whether the last save did
 
-    def save(self, step: int, parts: dict[str, Saved], **facts: Any) -> bool:
-        """Save the state after `step` steps, and more facts; whether that worked. All ranks call it.
+    def save(self, step: int, parts: dict[str, Checkpointable], **facts: Any) -> bool:
+        """Save the state after `step` steps, and more facts. Return whether that succeeded. All ranks call it.
 
-        A save that fails is told and its remains removed; UserError for the second in a row.
+        A failed save is logged and its files are removed; the second in a row raises UserError.
         """
         path = self.folder / f".unfinished_{step:08d}"
-        facts |= {"step": step, "notes": {name: part.note() for name, part in parts.items()}}
-        problem = from_main(lambda: _attempt(lambda: _make_empty(path)))
+        states = {name: part.state_dict() for name, part in parts.items() if isinstance(part, Stateful)}
+        facts |= {"step": step, "states": states}
+        problem = broadcast_from_main(lambda: _attempt(lambda: _make_empty(path)))
         if problem is None:
-            written: dict[str, dict[str, Any]] = {}
+            entries: dict[str, dict[str, Any]] = {}
 
             def write() -> None:
-                written.update(_write_slices(path / _slices_file(rank()), parts))
+                entries.update(_write_shards(path / f"rank_{rank():05d}.safetensors", parts))
                 if is_main():
-                    content = io.BytesIO()  # torch.save itself says a full disk in words of its own
+                    content = io.BytesIO()  # torch.save to a file would hide the disk's error
                     torch.save(facts, content)
                     (path / STATE).write_bytes(content.getvalue())
-                    written.update(_seal(path / STATE))
+                    entries.update(_manifest_entry(path / STATE))
 
-            told = gather((_attempt(write), written))
-            problem = next((each for each, _ in told if each is not None), None)
+            of_ranks = gather((_attempt(write), entries))
+            problem = next((each for each, _ in of_ranks if each is not None), None)
             if problem is None:
-                files = {name: entry for _, of_rank in told for name, entry in of_rank.items()}
-                problem = from_main(lambda: _attempt(lambda: self._complete(path, step, files)))
+                files = {name: entry for _, of_rank in of_ranks for name, entry in of_rank.items()}
+                problem = broadcast_from_main(lambda: _attempt(lambda: self._complete(path, step, files)))
         if problem is not None:
             if is_main():
                 shutil.rmtree(path, ignore_errors=True)
             if self._failed:
-                raise UserError(f"{self.folder} cannot be written ({problem}), twice in a row: make room and run again")
-            if is_main():
-                print(f"no checkpoint of step {step}: {problem}; the run goes on and tries again", flush=True)
+                raise UserError(
+                    f"two checkpoints in a row could not be written to {self.folder} ({problem}). "
+                    "Free space there and run the same command again."
+                )
+            logger.info("checkpoint of step %d failed: %s. Training continues; the next save retries.", step, problem)
         self._failed = problem is not None
         return not self._failed
 
-    def newest(self, allow_scratch: bool) -> Found | None:
-        """The newest complete checkpoint, None for a run that has none yet; all ranks call it and see the same.
+    def newest(self, allow_restart: bool) -> CheckpointInfo | None:
+        """Return the newest complete checkpoint, None for a run that has none yet. All ranks call it.
 
-        UserError where there are checkpoints and none is complete, unless allow_scratch.
+        Raise UserError if there are checkpoints and none is complete, unless allow_restart.
         """
-        names = from_main(self._names)
+        names = broadcast_from_main(self._names)
         for name in reversed(names):
-            reason = next((each for each in gather(_damage(self.folder / name)) if each is not None), None)
-            if reason is None:
-                return Found(self.folder / name, int(name.removeprefix("step_")))
-            if is_main():
-                print(f"passing over {self.folder / name}: {reason}", flush=True)
-        if names and not allow_scratch:
+            damage = next((each for each in gather(_damage(self.folder / name)) if each is not None), None)
+            if damage is None:
+                return CheckpointInfo(self.folder / name, int(name.removeprefix("step_")))
+            logger.info("skipping checkpoint %s: %s", self.folder / name, damage)
+        if names and not allow_restart:
             raise UserError(
-                f"{self.folder} holds only broken checkpoints: restore one, "
-                "choose another --run_dir, or start anew with --allow_scratch"
+                f"{self.folder} holds only damaged checkpoints. Restore one, choose another --run_dir, "
+                "or train from the start with --allow_restart."
             )
         return None
 
-    def load(self, path: Path, parts: dict[str, Saved], fingerprint: str) -> dict[str, Any]:
-        """Restore the state, whatever ranks and ZeRO stage it was saved by; the facts saved with it, "step" among them.
+    def load(self, path: Path, parts: dict[str, Checkpointable], fingerprint: str) -> dict[str, Any]:
+        """Restore all parts, whatever ranks and ZeRO stage saved them. Return the facts saved with them.
 
-        UserError where it is of other data or another model.
+        Raise UserError if the checkpoint belongs to another data set or another model.
         """
-        state: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        if state["fingerprint"] != fingerprint:
-            raise UserError(f"{path} was trained on other shards than data.train: name the same, or another --run_dir")
-        with Slices(path) as slices:
+        facts: dict[str, Any] = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        if facts["fingerprint"] != fingerprint:
+            raise UserError(f"{path} was trained on other shards than data.train. Name those, or another --run_dir.")
+        with ShardReader(path) as reader:
             for name, part in parts.items():
-                part.prepare(state["notes"][name])
-                for of, fragments in part.state().items():
-                    for fragment in fragments:
-                        slices.fill(of, fragment)
-                part.publish()
-        return state
+                if isinstance(part, Stateful):
+                    part.load_state_dict(facts["states"][name])
+                if isinstance(part, Sharded):
+                    for kind, shards in part.local_shards().items():
+                        for shard in shards:
+                            reader.fill(kind, shard)
+                    part.sync_model_weights()
+        return facts
 
-    def set_aside_beyond(self, step: int) -> None:
-        """Rename what lies beyond the step that a run goes on from, so that it is neither resumed nor counted."""
+    def quarantine_after(self, step: int) -> None:
+        """Rename checkpoints of later steps, so that they are neither resumed nor counted; remove unfinished ones."""
         for name in self._names():
             if int(name.removeprefix("step_")) > step:
                 shutil.rmtree(self.folder / f"broken_{name}", ignore_errors=True)
@@ -125,46 +131,39 @@ class Checkpoints:
             shutil.rmtree(unfinished)
 
     def _complete(self, path: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-        """Write the manifest, give the folder its name, point `latest` at it, and remove what is not kept."""
-        manifest = {"step": step, "ranks": world_size(), "files": files}
+        """Write the manifest, rename the folder, point `latest` at it, and remove old checkpoints."""
+        manifest = {"format": FORMAT, "step": step, "ranks": world_size(), "files": files}
         (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(path / MANIFEST, path)
+        atomic.fsync(path / MANIFEST, path)
         name = f"step_{step:08d}"
         shutil.rmtree(self.folder / name, ignore_errors=True)
         os.rename(path, self.folder / name)
-        pointer = self.folder / "latest.part"
-        pointer.write_text(name)
-        _flush(pointer)
-        os.replace(pointer, self.folder / "latest")
-        _flush(self.folder)
+        atomic.write_text(self.folder / "latest", name)
+        atomic.fsync(self.folder / "latest", self.folder)
         for old in self._names()[: -self.keep]:
             if not self.keep_every or int(old.removeprefix("step_")) % self.keep_every:
-                shutil.rmtree(self.folder / old, ignore_errors=True)  # what somebody still reads goes next time
+                shutil.rmtree(self.folder / old, ignore_errors=True)  # files that are still open: at the next save
 
     def _names(self) -> list[str]:
         return sorted(path.name for path in self.folder.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
-def _write_slices(file: Path, parts: dict[str, Saved]) -> dict[str, dict[str, Any]]:
-    """Write this rank's slices; the file's entry in the manifest. What every rank has whole they share out."""
+def _write_shards(file: Path, parts: dict[str, Checkpointable]) -> dict[str, dict[str, Any]]:
+    """Write this rank's slices; what every rank has whole is divided among the ranks. Return the manifest's entry."""
     tensors, starts = {}, {}
     for part in parts.values():
-        for of, fragments in part.state().items():
-            for fragment in fragments if part.sharded else fragments[rank() :: world_size()]:
-                tensors[f"{of}/{fragment.name}"] = fragment.values.detach().to("cpu", copy=True)
-                starts[f"{of}/{fragment.name}"] = fragment.start
+        for kind, shards in part.local_shards().items() if isinstance(part, Sharded) else ():
+            for shard in shards if part.sharded else shards[rank() :: world_size()]:  # type: ignore[union-attr]
+                tensors[f"{kind}/{shard.name}"] = shard.values.detach().to("cpu", copy=True)
+                starts[f"{kind}/{shard.name}"] = shard.start
     save_file(tensors, file, {"starts": json.dumps(starts)})
-    return _seal(file)
+    return _manifest_entry(file)
 
 
-def _seal(file: Path) -> dict[str, dict[str, Any]]:
-    """Bring a file to the disk; its entry in the manifest."""
-    _flush(file)
+def _manifest_entry(file: Path) -> dict[str, dict[str, Any]]:
+    """Flush a file to the disk and return its entry in the manifest."""
+    atomic.fsync(file)
     return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
-
-
-def _slices_file(of_rank: int) -> str:
-    return f"rank_{of_rank:05d}.safetensors"
 
 
 def _make_empty(path: Path) -> None:
@@ -172,31 +171,42 @@ def _make_empty(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _attempt(work: Callable[[], object]) -> str | None:
-    """Do it; why that failed, where the disk is to blame."""
+def _attempt(write: Callable[[], object]) -> str | None:
+    """Call it. Return the reason if the disk made it fail."""
     try:
-        work()
+        write()
     except OSError as error:
         return error.strerror or str(error)
     except Exception as error:  # safetensors and torch wrap the disk's errors in their own
         if "(os error " in str(error) or "failed writing" in str(error):
-            return " ".join(str(error).split())[:200]
+            return one_line(error)
         raise
     return None
 
 
 def _damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be used, as far as this rank looks: all sizes, and the hashes of its share of files."""
+    """Return why a checkpoint is unusable, as far as this rank checks: all sizes, and the hashes of its share of files.
+
+    Raise UserError for a checkpoint of another version.
+    """
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
+        manifest = json.loads((path / MANIFEST).read_text())
+        files = manifest["files"]
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{path} was written by another version of ddae; this one reads format {FORMAT}. "
+                "Resume with that version, or choose another --run_dir."
+            )
         for number, (name, entry) in enumerate(files.items()):
             if not (path / name).exists():
                 return f"{name} is missing"
             size = (path / name).stat().st_size
             if size != entry["bytes"]:
-                return f"{name} has {size} bytes of {entry['bytes']}"
+                return f"{name} has {size} of {entry['bytes']} bytes"
             if number % world_size() == rank() and _sha256(path / name) != entry["sha256"]:
-                return f"{name} has changed since it was written (sha256)"
+                return f"{name} has changed since it was written (SHA-256)"
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     return None
@@ -205,10 +215,3 @@ def _damage(path: Path) -> str | None:
 def _sha256(file: Path) -> str:
     with open(file, "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _flush(*paths: Path) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

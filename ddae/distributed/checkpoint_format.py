@@ -1,13 +1,13 @@
-"""The slices of parameters that all ranks left in a checkpoint, and whole parameters from them.
+"""The files of a checkpoint: tensors as flat slices of parameters, written by all ranks, read by any number of ranks.
 
 rank_00000.safetensors, ...   "weight/NAME", "exp_avg/NAME", "exp_avg_sq/NAME", "teacher/NAME", ...: fp32, flat;
-                              where in the parameter each begins is the file's metadata
+                              the metadata holds each slice's offset within its flattened parameter
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -16,110 +16,119 @@ from torch import Tensor, nn
 from ddae.errors import UserError
 
 MANIFEST = "manifest.json"  # of a complete checkpoint
+STATE = "state.pt"
 
 
-class Fragment(NamedTuple):
-    """The slice of one parameter, or of what goes with it, that this rank owns."""
+class TensorShard(NamedTuple):
+    """A slice of one flattened parameter, or of a tensor of the same shape that belongs to it."""
 
     name: str
-    start: int  # within the flattened parameter
+    start: int  # offset within the flattened parameter
     values: Tensor  # float32, flat
 
 
-class Saved(Protocol):
-    """What a run consists of, as a checkpoint sees it."""
+@runtime_checkable
+class Stateful(Protocol):
+    """An object with small state: plain types and tensors that every rank has."""
+
+    def state_dict(self) -> Any:
+        """Return a copy of the state."""
+        ...
+
+    def load_state_dict(self, state: Any) -> None:
+        """Restore what state_dict() returned."""
+        ...
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """An object with large state, saved as slices. If it is Stateful, too, load_state_dict() comes first."""
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank owns a part of it; otherwise every rank has it all."""
+        """Whether each rank owns a part of the state; otherwise every rank has all of it."""
         ...
 
-    def note(self) -> Any:
-        """What is saved besides slices: small, of plain types and tensors."""
-
-    def prepare(self, note: Any) -> None:
-        """Take what note() gave, and be ready for state() to be filled."""
-
-    def state(self) -> dict[str, list[Fragment]]:
-        """This rank's slices, by what they are of: views."""
+    def local_shards(self) -> dict[str, list[TensorShard]]:
+        """Return this rank's slices by kind ("weight", "exp_avg", ...), as views that can be read and filled."""
         ...
 
-    def publish(self) -> None:
-        """Work with what the slices were filled with."""
+    def sync_model_weights(self) -> None:
+        """Copy the filled slices into the weights that run forward. All ranks call it."""
+        ...
 
 
-class Unchanged:
-    """A module that nothing trains, whose weights must be the same whenever a run goes on."""
+Checkpointable = Stateful | Sharded
 
-    sharded = False
+
+class FrozenModule:
+    """A module that is not trained; a resumed run must use one with the same weights."""
 
     def __init__(self, what: str, module: nn.Module):
         self.what, self._module, self._hash = what, module, ""
 
-    def note(self) -> str:
-        """A hash of all its tensors."""
-        if self._hash:
-            return self._hash
-        seen = hashlib.sha256()
-        for name, values in sorted(self._module.state_dict().items()):
-            seen.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
-        self._hash = seen.hexdigest()
+    def state_dict(self) -> str:
+        """Return a SHA-256 hash of all tensors."""
+        if not self._hash:
+            digest = hashlib.sha256()
+            for name, values in sorted(self._module.state_dict().items()):
+                digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+            self._hash = digest.hexdigest()
         return self._hash
 
-    def prepare(self, note: str) -> None:
-        """UserError where it is not what note() told of."""
-        if note != self.note():
-            raise UserError(f"the run was started with another {self.what}: name that one, or choose another --run_dir")
-
-    def state(self) -> dict[str, list[Fragment]]:
-        return {}
-
-    def publish(self) -> None:
-        """Nothing changes."""
+    def load_state_dict(self, state: str) -> None:
+        """Raise UserError if the weights differ from those of the saved run."""
+        if state != self.state_dict():
+            raise UserError(
+                f"the run was started with another {self.what}. Name the same {self.what}, or choose another --run_dir."
+            )
 
 
-class Slices:
-    """What all ranks saved of each parameter; opened for as long as `with` lasts."""
+class ShardReader:
+    """Context manager that reads parameters from the slices of all ranks."""
 
     def __init__(self, path: Path):
         self.path = path
         self.files: list[Any] = []
-        self.places: dict[str, list[tuple[int, int, Any]]] = {}  # key -> start, end and file of each slice
+        self.slices: dict[str, list[tuple[int, int, Any]]] = {}  # key -> start, end and file of each slice
 
-    def __enter__(self) -> "Slices":
+    def __enter__(self) -> "ShardReader":
         for each in sorted(self.path.glob("rank_*.safetensors")):
             file = safe_open(each, "pt")
             self.files.append(file.__enter__())
             for key, start in json.loads(file.metadata()["starts"]).items():
                 end = start + file.get_slice(key).get_shape()[0]
-                self.places.setdefault(key, []).append((start, end, file))
+                self.slices.setdefault(key, []).append((start, end, file))
         return self
 
     def __exit__(self, *error: object) -> None:
         for file in self.files:
             file.__exit__(*error)
 
-    def fill(self, of: str, fragment: Fragment) -> None:
-        """Copy into a fragment's values what was saved of them, from whichever ranks had it."""
-        key, start, end = f"{of}/{fragment.name}", fragment.start, fragment.start + fragment.values.numel()
+    def fill(self, kind: str, shard: TensorShard) -> None:
+        """Copy the saved numbers into `shard.values`. Raise UserError if some of them are missing."""
+        key, start, end = f"{kind}/{shard.name}", shard.start, shard.start + shard.values.numel()
         filled = 0
-        for first, last, file in self.places.get(key, []):
+        for first, last, file in self.slices.get(key, []):
             low, high = max(start, first), min(end, last)
             if low < high:
                 saved = file.get_slice(key)[low - first : high - first]
-                fragment.values[low - start : high - start].copy_(saved)
+                shard.values[low - start : high - start].copy_(saved)
                 filled += high - low
         if filled != end - start:
-            raise UserError(f"{self.path} holds {filled} of {end - start} numbers of {key}: it is of another model")
+            raise UserError(
+                f"{self.path} holds {filled} of {end - start} values of {key}. "
+                "It belongs to another model: resume with the model settings it was trained with."
+            )
 
 
-def load_weights(path: Path, of: str, module: nn.Module) -> None:
-    """Fill a module with what a checkpoint holds of it, whole: "weight" for the method, "teacher" for its encoder.
+def load_weights(path: Path, kind: str, module: nn.Module) -> None:
+    """Fill a module from a checkpoint: kind "weight" for the pretraining model, "teacher" for the teacher's encoder.
 
-    UserError where it does not hold all of it.
+    Raise UserError if the checkpoint lacks some of its parameters.
     """
-    with Slices(path) as slices, torch.no_grad():
+    with ShardReader(path) as reader, torch.no_grad():
         for name, parameter in module.named_parameters():
             values = torch.empty(parameter.numel())
-            slices.fill(of, Fragment(name, 0, values))
+            reader.fill(kind, TensorShard(name, 0, values))
             parameter.copy_(values.view_as(parameter))

@@ -1,8 +1,10 @@
-"""Ranks: who am I, am I the one that speaks, the mean over all of us."""
+"""Ranks: who am I, collectives over all ranks, logging with time and rank."""
 
+import logging
 import os
+import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,50 +15,52 @@ from ddae.errors import UserError
 T = TypeVar("T")
 
 
-def take_slurm_ranks() -> None:
-    """Where srun itself starts the ranks, say so in the launchers' words: a task is a rank."""
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" in os.environ or tasks == 1:
-        return
-    number, local = os.environ["SLURM_PROCID"], int(os.environ["SLURM_LOCALID"])
-    os.environ |= {"RANK": number, "WORLD_SIZE": str(tasks)}
-    os.environ["LOCAL_RANK"] = str(local % max(1, torch.cuda.device_count()))  # a task may see its own GPU alone
-    if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
-        raise UserError(
-            f"srun started {tasks} ranks, but {' and '.join(sorted(missing))} do not say where they meet: export them "
-            "as launch/slurm_pretrain.sh does"
-        )
-
-
 def rank() -> int:
-    """This process's rank; before the process group exists, what the launcher says."""
+    """Return this process's rank; before the process group exists, the one that the launcher assigned."""
     return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Return the number of ranks."""
     return dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_main() -> bool:
-    """Whether this process is the one that writes files and prints."""
+    """Return whether this process is rank 0, which writes files and logs."""
     return rank() == 0
 
 
-def say(text: str) -> None:
-    """Print on one rank."""
-    if is_main():
-        print(text, flush=True)
+class _Handler(logging.StreamHandler):
+    """Write to the current sys.stdout: INFO on rank 0 alone, warnings and errors on every rank."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stdout)
+        self.setFormatter(logging.Formatter("[%(asctime)s rank %(rank)d] %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno > logging.INFO or is_main():
+            record.rank, self.stream = rank(), sys.stdout
+            super().emit(record)
+
+
+def configure_logging() -> None:
+    """Log this package's messages to standard output, each with its time and rank. Calling it again changes nothing."""
+    logger = logging.getLogger("ddae")
+    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
+        logger.addHandler(_Handler())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def device() -> torch.device:
-    """The device of this process: its own GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    """Return the device of this process: its own GPU, or the CPU."""
+    if torch.cuda.is_available():  # under Slurm a task may see its own GPU alone
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return torch.device("cpu")
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The mean of `values` over the ranks, on all of them; written into `values`."""
+    """Replace `values` by their mean over the ranks, and return them."""
     if world_size() > 1:
         dist.all_reduce(values)
         values /= world_size()
@@ -64,48 +68,50 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of `values` over the ranks, on all of them; written into `values`."""
+    """Replace `values` by their sum over the ranks, and return them."""
     if world_size() > 1:
         dist.all_reduce(values)
     return values
 
 
 def gather(value: T) -> list[T]:
-    """What each rank has, on all of them; any picklable value."""
+    """Return the value of every rank, in the order of the ranks; any picklable value."""
     if world_size() == 1:
         return [value]
-    told: list = [None] * world_size()
-    dist.all_gather_object(told, value)
-    return told
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def from_main(decide: Callable[[], T]) -> T:
-    """What the main rank decides, on all of them; what it raises, too."""
+def broadcast_from_main(compute: Callable[[], T]) -> T:
+    """Return on all ranks what rank 0 computes, or raise on all ranks what it raises."""
     if world_size() == 1:
-        return decide()
-    told: list = [None, None]
+        return compute()
+    outcome: list[Any] = [None, None]  # result, error
     if is_main():
         try:
-            told[0] = decide()
-        except Exception as error:  # the others wait for a word
-            told[1] = error
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    return told[0]
+            outcome[0] = compute()
+        except Exception as error:  # the other ranks wait for the broadcast
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-def agree(**facts: object) -> None:
-    """UserError where the ranks do not all say the same: their nodes see other files or other packages."""
-    told = gather(facts)
+def assert_equal_across_ranks(**facts: object) -> None:
+    """Raise UserError on all ranks if one of the facts differs between ranks."""
+    of_ranks = gather(facts)
     for name in facts:
-        if len({each[name] for each in told}) > 1:
+        values = [each[name] for each in of_ranks]
+        if any(value != values[0] for value in values):
             raise UserError(
-                f"the ranks disagree on {name} ({[each[name] for each in told]}): their nodes must see the same "
-                "shards, run folder and packages"
+                f"{name} differs between ranks: {values}. "
+                "Give all nodes the same shards, the same run directory and the same packages."
             )
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if world_size() > 1:
         dist.barrier()

@@ -1,8 +1,8 @@
-"""Stopping when told to: all ranks agree on a step, so that one checkpoint holds it, and leave with exit code 75.
+"""Preemption: on a signal all ranks agree on one step, save one checkpoint, and exit with code 75.
 
-SIGTERM and SIGUSR1 (Slurm's warning) tell a rank; so does the end of the launcher that started it, as `deepspeed` dies
-of a signal without a word to its ranks. Of a launcher on another machine a rank sees no more than that nobody reads its
-output any longer. One rank that knows is enough.
+A rank stops on SIGTERM, on SIGUSR1 (Slurm's warning), or when its launcher is gone: `deepspeed` may die of a signal
+without notifying its ranks. Of a launcher on another machine a rank only notices that its output has no reader. One
+rank that knows is enough.
 """
 
 import os
@@ -20,80 +20,79 @@ import torch.distributed as dist
 
 from ddae.distributed.comm import world_size
 
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
+EXIT_CODE = 75  # EX_TEMPFAIL: the same command resumes the run
 REASONS = ("", "SIGTERM", "SIGUSR1", "the launcher is gone")
-LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")  # words in the command of one
+LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")  # as they appear in a launcher's command line
 
 
-class Stop:
-    """Listens from its creation on; `agreed` says in which step all ranks stop."""
+class StopSignal:
+    """Listens from its creation on; poll() says at which step all ranks stop."""
 
     def __init__(self) -> None:
-        self._reason = 0  # of REASONS: what this rank was told
-        self.patience = 600.0  # seconds that this rank waits for the others; the watchdog's come first
+        self._reason = 0  # index into REASONS, of this rank
+        self.timeout_s = 600.0  # that this rank waits for the others; the watchdog's is shorter
         self._group: Any = None
-        self._checked_step, self._checked_at, self._next_step = -1, 0.0, 0  # -1: the pace is unknown
+        self._last_step, self._last_time, self._next_step = -1, 0.0, 0  # -1: no poll yet, the rate is unknown
         for number, reason in ((signal.SIGTERM, 1), (signal.SIGUSR1, 2)):
-            signal.signal(number, lambda *_, reason=reason: self._tell(reason))
+            signal.signal(number, lambda *_, reason=reason: self._set(reason))
         if launchers := _launchers():
-            threading.Thread(target=self._watch, args=(launchers,), daemon=True).start()
+            threading.Thread(target=self._watch_launchers, args=(launchers,), daemon=True).start()
         threading.Thread(target=self._watch_output, daemon=True).start()
 
-    def agreed(self, step: int) -> str:
-        """Why all ranks stop before this step; empty where they go on. All ranks call it before each step.
+    def poll(self, step: int) -> str:
+        """Return why all ranks stop before this step, "" if they do not. All ranks call it before each step.
 
-        They talk about it once a second or so, by a group of the CPUs', which asks no device.
+        The ranks communicate about once a second, over a gloo group of their CPUs: no device synchronises.
         """
         if world_size() == 1:
             return REASONS[self._reason]
         if step < self._next_step:
             return ""
         if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.patience))
-        now, pace = time.monotonic(), 1  # steps a second
-        if self._checked_step >= 0:
-            pace = int((step - self._checked_step) / max(now - self._checked_at, 1e-3))
-        told = torch.tensor([self._reason, -max(1, pace)])
-        dist.all_reduce(told, dist.ReduceOp.MAX, self._group)
-        reason, pace = int(told[0]), -int(told[1])
-        self._checked_step, self._checked_at, self._next_step = step, now, step + pace
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+        now, interval = time.monotonic(), 1  # steps until the next poll
+        if self._last_step >= 0:
+            interval = int((step - self._last_step) / max(now - self._last_time, 1e-3))
+        message = torch.tensor([self._reason, -max(1, interval)])
+        dist.all_reduce(message, dist.ReduceOp.MAX, self._group)
+        reason, interval = int(message[0]), -int(message[1])
+        self._last_step, self._last_time, self._next_step = step, now, step + interval
         return REASONS[reason]
 
-    def changes_pace(self) -> None:
-        """What comes next may be slower or faster: at the next look all ranks talk, and find their pace anew. All of
-        them call this."""
-        self._checked_step, self._next_step = -1, 0
+    def reset_poll_interval(self) -> None:
+        """Poll at the next call: what follows may be slower or faster than the steps so far. All ranks call it."""
+        self._last_step, self._next_step = -1, 0
 
-    def _tell(self, reason: int) -> None:
+    def _set(self, reason: int) -> None:
         self._reason = self._reason or reason
 
-    def _watch(self, launchers: list[psutil.Process]) -> None:
-        with suppress(psutil.Error):  # gone while it is looked at
+    def _watch_launchers(self, launchers: list[psutil.Process]) -> None:
+        with suppress(psutil.Error):  # it ended between two calls
             while all(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in launchers):
                 time.sleep(1)
-        self._tell(3)
+        self._set(3)
 
     def _watch_output(self) -> None:
-        ends = select.poll()
-        for end in (1, 2):
-            ends.register(end, 0)  # errors alone
-        while gone := ends.poll():
-            for end, event in gone:
-                ends.unregister(end)
+        poll = select.poll()
+        for descriptor in (1, 2):
+            poll.register(descriptor, 0)  # errors alone
+        while broken := poll.poll():
+            for descriptor, event in broken:
+                poll.unregister(descriptor)
                 if event & (select.POLLERR | select.POLLHUP):
-                    nowhere = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(nowhere, end)  # or the next line printed would end this rank
-                    os.close(nowhere)
-                    self._tell(3)
+                    devnull = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(devnull, descriptor)  # otherwise the next line printed would end this rank
+                    os.close(devnull)
+                    self._set(3)
 
 
 def _launchers() -> list[psutil.Process]:
-    """The launchers above this process, from the one that started it upwards."""
+    """Return the launchers among this process's ancestors, from its parent upwards."""
     found = []
-    with suppress(psutil.Error):  # where a user may not see others' processes there is no launcher of his above them
+    with suppress(psutil.Error):  # a user who may not see others' processes has no launcher of their own above them
         for process in psutil.Process().parents():
-            words = process.cmdline()
-            if not words or "python" not in words[0] or not any(name in " ".join(words) for name in LAUNCHERS):
+            command = process.cmdline()
+            if not command or "python" not in command[0] or not any(name in " ".join(command) for name in LAUNCHERS):
                 break
             found.append(process)
     return found

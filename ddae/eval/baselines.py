@@ -6,6 +6,7 @@ N images, S pixels a side.
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ddae.data.rng import permutation
 from ddae.models.vit import Encoder, initialise
+
+logger = logging.getLogger(__name__)
 
 RESAMPLES = 10_000  # of the bootstrap
 ERRORS = 2.0  # standard errors within which two accuracies are reported as no difference
@@ -161,8 +164,8 @@ def remember(folder: str | Path, encoder: Encoder, protocol: dict[str, Any], mea
         unfinished.write_text(json.dumps(entry) + "\n")
         unfinished.replace(file)
     except OSError as error:
-        again = "the untrained encoder is measured again next time"
-        print(f"{file} cannot be written ({error.strerror}): {again}", flush=True)
+        reason = error.strerror
+        logger.warning("%s cannot be written (%s); the untrained encoder is measured again next time", file, reason)
 
 
 def _file(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Path:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from ddae.config.base import ShardsConfig
 from ddae.data.cache import Cache, open_cache
 from ddae.data.decode import decode_crop
-from ddae.data.loader import Loader, deaf
+from ddae.data.loader import Loader, ignore_signals
 from ddae.data.sampling import central_crops
 from ddae.data.shards import open_shards
 from ddae.distributed.comm import is_main, rank, world_size
@@ -68,7 +68,7 @@ class ExampleReader(Dataset):
         except UserError:
             raise
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise UserError(f"{self.shards.name_of(sample)} cannot be decoded ({error}): mark it bad") from None
+            raise UserError(f"{self.shards.sample_name(sample)} cannot be decoded ({error}): mark it bad") from None
         return image, int(self.labels[number]) if len(self.labels) else 0
 
 
@@ -132,7 +132,7 @@ def read(
 ) -> Iterator[Any]:
     """What a reader makes of these samples, in order; in batches, its images and labels stacked. UserError where it
     raises one, whichever process reads."""
-    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": deaf}
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
     stream = iter(DataLoader(_Told(reader), batch, sampler=samples, collate_fn=_collate if batch else None, **options))
     try:
         for found in stream:

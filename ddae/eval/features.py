@@ -70,7 +70,7 @@ def extract(
 
 @torch.no_grad()
 def table_of(
-    reader: ExampleReader, workers: int, make: Callable[[Tensor], dict[str, Tensor]], look_around: Callable[[], None]
+    reader: ExampleReader, workers: int, make: Callable[[Tensor], dict[str, Tensor]], poll: Callable[[], None]
 ) -> dict[str, Tensor]:
     """What `make` gives for each image of a reader, by name: float32 [N, ..] on the CPU, whole on every rank.
 
@@ -79,7 +79,7 @@ def table_of(
     """
     tables, place = {}, rank()
     for examples in batches_of_rank(reader, BATCH, workers, device()):
-        look_around()
+        poll()
         counted = place + torch.arange(len(examples.labels), device=device()) * world_size() < len(reader)
         for name, values in make(examples.images).items():
             table = tables.setdefault(name, torch.zeros(len(reader), *values.shape[1:], device=device()))

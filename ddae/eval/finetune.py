@@ -5,6 +5,7 @@ B images, C classes.
 
 import gc
 import json
+import logging
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -20,12 +21,11 @@ from ddae.config.base import flatten
 from ddae.config.evaluation import FinetuneConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
-from ddae.data.reader import Part
 from ddae.data.shards import open_shards
-from ddae.distributed.checkpoint_format import Saved
-from ddae.distributed.comm import device, from_main, is_main, rank, say, sum_over_ranks, world_size
+from ddae.distributed.checkpoint_format import Checkpointable
+from ddae.distributed.comm import broadcast_from_main, device, is_main, rank, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine, start_process_group
-from ddae.distributed.preemption import Stop
+from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.augment import Mixer, Policy
@@ -41,7 +41,7 @@ from ddae.report.figures import curves
 from ddae.trainer import fit
 from ddae.training import run_dir
 from ddae.training.optimizer import build_layerwise_optimizer
-from ddae.training.run import Session
+from ddae.training.run import Run
 from ddae.training.schedules import warmup_cosine
 from ddae.training.tracker import run_id_of
 
@@ -67,13 +67,14 @@ class Classifier(nn.Module):
         return logits if targets is None else F.cross_entropy(logits.float(), targets)
 
 
+logger = logging.getLogger(__name__)
 SHOWN = 18  # images with their predictions
 WHAT = "fine-tuned top-1"  # in words
 UNTRAINED = "untrained weights"  # stands for the encoder's path
 RIGHT = "val_right.txt"  # 1 for each validation image that is classified right at the end, else 0
 
 
-def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
+def finetune(config: FinetuneConfig, stop: StopSignal | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then write results, pictures and the classifier.
 
     With tune.untrained the same architecture is first trained from initial weights by the same recipe, in the folder
@@ -81,43 +82,43 @@ def finetune(config: FinetuneConfig, stop: Stop | None = None) -> None:
     signal stops the run before its end. UserError where the encoder or the shards cannot be read, shards have no
     classes, or those of the two splits do not fit.
     """
-    stop = stop or Stop()
+    stop = stop or StopSignal()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
-    config = config.settled(encoder.shape.width)
+    config = config.resolved_for(encoder.shape.width)
     run_dir.check(config)
     untrained = None
     if config.tune.untrained:
-        start_process_group(config.train.hang_after + 60)  # the ranks look together for what is remembered
+        start_process_group(config.train.watchdog_timeout_s + 60)  # the ranks look together for what is remembered
         untrained = _untrained(config, baselines.untrained_encoder(encoder, config.train.seed), stop)
     _fit(config, encoder, untrained, stop)
     if untrained is not None and is_main():
         _compare_later(Path(config.folder), untrained)
 
 
-def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: Stop) -> None:
+def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: StopSignal) -> None:
     """untrained: bool [N], which validation images an untrained encoder got right by the same recipe."""
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    run = Run(config, stop, resolved.json, resolved.micro_batch)
     size, normalisation = encoder.shape.image_size, encoder.normalisation
     policy = Policy(config.augment.policy, size, normalisation) if config.augment.policy else None
-    loader = Loader(config.data, size, config.train.seed, part, device(), policy)
+    loader = Loader(config.data, size, config.train.seed, run.rank_batch, device(), policy)
     val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data))
     if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
         raise UserError(f"a micro-batch of {resolved.micro_batch} cannot be mixed in pairs: choose an even one")
     task = Finetune(config, encoder, labels_of(loader, val), val, untrained)
-    fit(task, config, loader, stop, resolved.json, part)
+    fit(task, run, loader)
 
 
-def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
+def _untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSignal) -> Tensor:
     """Which validation images an untrained encoder gets right by this recipe: bool [N], remembered or trained now."""
     val = open_shards(held_out(config.data.train, config.val), open_cache(config.data), "val")
     train = open_shards(config.data.train, open_cache(config.data), "train")
     recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}
     protocol = {"task": "finetune", "recipe": recipe, "data": [train.fingerprint, val.fingerprint]}
-    if known := from_main(lambda: baselines.recall(config.data.cache, encoder, protocol)):
+    if known := broadcast_from_main(lambda: baselines.recall(config.data.cache, encoder, protocol)):
         return known.right
     folder = Path(config.folder) / "untrained"
-    say(f"{folder}: untrained weights, trained by the same recipe to compare with")
+    logger.info("%s: training untrained weights by the same recipe, to compare with", folder)
     alone = replace(
         config,
         run_dir=str(folder),
@@ -125,9 +126,7 @@ def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
         train=replace(config.train, report=False),
         tune=replace(config.tune, untrained=False),
     )
-    run_dir.check(alone)
     _fit(alone, deepcopy(encoder), None, stop)
-    gc.unfreeze()  # what that run kept is not needed any more
     gc.collect()
 
     def result() -> Tensor:
@@ -138,7 +137,7 @@ def _untrained(config: FinetuneConfig, encoder: Encoder, stop: Stop) -> Tensor:
         baselines.remember(config.data.cache, encoder, protocol, measured)
         return right
 
-    return from_main(result)
+    return broadcast_from_main(result)
 
 
 def _read_right(folder: Path) -> Tensor:
@@ -154,7 +153,7 @@ def _compare_later(folder: Path, untrained: Tensor) -> None:
     results |= compared.results(WHAT)
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     report.add_evaluation(folder, {})
-    say(results["verdict"])
+    logger.info(results["verdict"])
 
 
 class Finetune:
@@ -162,8 +161,8 @@ class Finetune:
 
     schedule = staticmethod(warmup_cosine)
     engine: Engine
-    learner: Engine
-    about: str
+    optimizable: Engine
+    description: str
 
     def __init__(
         self,
@@ -184,11 +183,11 @@ class Finetune:
         self._confusion = torch.zeros(self.labels.count, self.labels.count)
         self._right = torch.zeros(0)  # bool [N]: of the validation images
 
-    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         tune, encoder = self.config.tune, self.encoder
         encoder.drop_paths(tune.drop_path)
         encoder.learn_positions()
-        encoder.recompute = self.config.engine.recompute
+        encoder.activation_checkpointing = self.config.engine.activation_checkpointing
         generator = torch.Generator().manual_seed(self.config.train.seed)
         module = Classifier(encoder, self.labels.count, tune.pool, tune.head_std, generator)
         module.train().requires_grad_(True)
@@ -196,8 +195,8 @@ class Finetune:
         assert tune.layer_decay is not None
         optimizer = build_layerwise_optimizer(module, encoder.shape.depth, tune.layer_decay, self.config.optim)
         self.engine = Engine(module, optimizer, ds_json)
-        self.learner, self.about = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
-        parts: dict[str, Saved] = {"engine": self.engine}
+        self.optimizable, self.description = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
+        parts: dict[str, Checkpointable] = {"engine": self.engine}
         if copy is not None:
             masters = self.engine.masters(self.engine.module)
             copy = copy.to(self.engine.device, self.engine.dtype)
@@ -210,11 +209,11 @@ class Finetune:
         pixels, targets = self._mixer(pixels, self.labels.numbers[batch.samples.cpu()].to(pixels.device), seed)
         return self.engine(pixels.to(self.engine.dtype), targets)
 
-    def updated(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         if self.average is not None:
-            self.average.follow(self.config.tune.ema)
+            self.average.update(self.config.tune.ema, applied)
 
-    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+    def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
         """Top-1 and top-5 in per cent and the cross-entropy, of the weights and of their average, if there is one."""
         modules = {"": self.engine.module} | ({"ema_": self.average.module} if self.average is not None else {})
         sums = {name: torch.zeros(4, device=self.engine.device) for name in modules}  # images, right, near, loss
@@ -225,7 +224,7 @@ class Finetune:
         place, self._seen = rank(), None
         with torch.no_grad():
             for examples in batches_of_rank(self.val, min(micro, 128), self.config.data.workers, self.engine.device):
-                look_around()
+                poll()
                 pixels = normalise(examples.images, self.encoder.normalisation, self.engine.dtype)
                 counted = examples.labels >= 0
                 for name, module in modules.items():
@@ -250,16 +249,16 @@ class Finetune:
             row[f"val/{name}loss"] = loss / count
         return row
 
-    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
+    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module)
         if self._seen is None:  # evaluated by an earlier start
-            self.evaluate(look_alive)
+            self.evaluate(heartbeat)
         where = held_out(self.config.data.train, self.config.val)
-        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, look_alive)
+        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, heartbeat)
         if not is_main():
             return []
         assert self._seen is not None
-        rows = session.rows()
+        rows = run.rows()
         results = self._results(rows, raw)
         (self.folder / RIGHT).write_text("".join(map(str, self._right.int().tolist())))
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")

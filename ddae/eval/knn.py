@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.data.cache import open_cache
-from ddae.distributed.comm import device, from_main
+from ddae.distributed.comm import broadcast_from_main, device
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.baselines import Measured
@@ -31,14 +31,14 @@ MOST = 20_000  # images of train whose raw pixels are the bank beside a linear p
 SHOWN, NEAR = 8, 6  # queries in the picture, and neighbours of each
 
 
-class Found(NamedTuple):
+class Neighbours(NamedTuple):
     """What the neighbours of the queries say."""
 
     votes: Tensor  # float32 [Q, C]
     nearest: Tensor  # int64 [Q, k]: rows of the bank, the nearest first
 
 
-def vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Found:
+def vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Neighbours:
     """float32 [N, D], int64 [N], float32 [Q, D] -> votes of the classes and who cast them.
 
     ValueError where k is more than N.
@@ -52,7 +52,7 @@ def vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature
         weights = (similarity / temperature).exp()
         votes.append(torch.zeros(len(some), classes).scatter_add_(1, labels[nearest], weights))
         near.append(nearest)
-    return Found(torch.cat(votes), torch.cat(near))
+    return Neighbours(torch.cat(votes), torch.cat(near))
 
 
 def accuracy(votes: Tensor, labels: Tensor, top: int = 1) -> float:
@@ -175,7 +175,7 @@ def _drawn(
 
 
 def raw_pixels(
-    data: ShardsConfig, val: str, size: int, look_around: Callable[[], None], settings: Settings | None = None
+    data: ShardsConfig, val: str, size: int, poll: Callable[[], None], settings: Settings | None = None
 ) -> float:
     """Accuracy, in per cent, of the nearest neighbours of raw pixels: of MOST images of train for each image of val.
 
@@ -188,13 +188,13 @@ def raw_pixels(
         def pixels(images: Tensor) -> dict[str, Tensor]:
             return {RAW: baselines.pixel_features(baselines.grey(images) if protocol.grey else images)}
 
-        tables.append(Features(table_of(reader, data.workers, pixels, look_around), reader.labels))
+        tables.append(Features(table_of(reader, data.workers, pixels, poll), reader.labels))
     bank, queries = tables
     mean = bank.by_name[RAW].mean(0)  # without it cosines compare brightness alone
     for table in tables:
         table.by_name[RAW].sub_(mean)
     protocol = protocol._replace(k=min(protocol.k, len(bank.labels)))
-    return from_main(lambda: by_neighbours(bank, queries, protocol).accuracy)
+    return broadcast_from_main(lambda: by_neighbours(bank, queries, protocol).accuracy)
 
 
 def by_neighbours(train: Features, val: Features, settings: Settings) -> Measured:

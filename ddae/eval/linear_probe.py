@@ -19,10 +19,9 @@ from torch.nn import functional as F
 from ddae.config.evaluation import ProbeConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
-from ddae.data.reader import Part
-from ddae.distributed.checkpoint_format import Fragment, Saved
+from ddae.distributed.checkpoint_format import Checkpointable, TensorShard
 from ddae.distributed.comm import device, is_main, mean_over_ranks, rank, sum_over_ranks, world_size
-from ddae.distributed.preemption import Stop
+from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, held_out, labels_of
@@ -35,8 +34,7 @@ from ddae.models.vit import Encoder
 from ddae.report import html as report
 from ddae.report.figures import curves
 from ddae.trainer import fit
-from ddae.training import run_dir
-from ddae.training.run import Session
+from ddae.training.run import Run
 from ddae.training.schedules import warmup_cosine
 from ddae.training.tracker import run_id_of
 
@@ -65,17 +63,15 @@ class Heads(nn.Module):
         return torch.baddbmm(torch.stack(list(self.biases))[:, None], normed, torch.stack(list(self.weights)).mT)
 
 
-class Trainer:
-    """What updates the heads: LARS on gradients that are the mean over ranks and micro-batches.
-
-    Running means and variances are the mean over the ranks, too: each norms with its own micro-batch, as DDP does.
-    """
+class HeadsOptimizer:
+    """LARS on the heads; gradients, and the norm's running statistics, are means over ranks and micro-batches."""
 
     sharded = False  # every rank has all of it
 
     def __init__(self, heads: Heads, momentum: float, weight_decay: float, accumulation: int, device: torch.device):
-        self.heads, self.device = heads.to(device), device
-        self._accumulation, self._waiting, self._updates = accumulation, accumulation, 0
+        self.module, self.device = heads.to(device), device
+        self._accumulation, self._remaining = accumulation, accumulation  # micro-batches of a step
+        self._applied = torch.ones((), device=device)
         groups = [
             {"params": list(heads.weights), "always_adapt": True},
             {"params": list(heads.biases), "always_adapt": False, "weight_decay": 0.0},
@@ -84,64 +80,66 @@ class Trainer:
         self.optimizer = Lars(groups, lr=0.0, **options)
         for parameter in heads.parameters():
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self._statistics = [each.clone() for each in (heads.mean, heads.var)]  # after the last applied step
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-batch, whose loss is a share of the step's."""
+        """Compute gradients of one micro-batch, whose loss [] is its share of the step's."""
         loss.backward()
 
-    def update(self, lr: float) -> bool:
-        """End a micro-batch; after a step's last one update the heads. Whether they were updated: a gradient that is no
-        number, on whichever rank, keeps all as they were."""
-        self._waiting -= 1
-        if self._waiting:
-            return False
-        self._waiting = self._accumulation
-        parameters = list(self.heads.parameters())
-        tensors = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        tensors += [self.heads.mean, self.heads.var]
-        together = mean_over_ranks(torch.cat([each.flatten() for each in tensors]))
-        for each, values in zip(tensors, together.split([each.numel() for each in tensors]), strict=True):
+    @torch.no_grad()
+    def step(self, lr: float) -> Tensor:
+        """End a micro-batch; after the last one of a step update the heads.
+
+        Return float32 [], on the device: 1, or 0 if a gradient was non-finite on any rank and nothing has changed.
+        """
+        self._remaining -= 1
+        if self._remaining:
+            return self._applied
+        self._remaining = self._accumulation
+        heads, statistics = self.module, [self.module.mean, self.module.var]
+        parameters = [parameter for parameter in heads.parameters() if parameter.grad is not None]
+        averaged = [*(parameter.grad for parameter in parameters), *statistics]
+        together = mean_over_ranks(torch.cat([each.flatten() for each in averaged]))
+        for each, values in zip(averaged, together.split([each.numel() for each in averaged]), strict=True):
             each.copy_(values.view_as(each))
-        applied = bool(together.isfinite().all())
-        if applied:
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-            self._updates += 1
+        applied = together.isfinite().all()
+        updated = [*parameters, *(self.optimizer.state[each]["momentum_buffer"] for each in parameters)]
+        before = [each.clone() for each in updated]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for each, old in zip([*updated, *statistics], [*before, *self._statistics], strict=True):
+            each.copy_(torch.where(applied, each, old))
+        self._statistics = [each.clone() for each in statistics]
         self.optimizer.zero_grad()
-        return applied
+        self._applied = applied.float()
+        return self._applied
 
-    def note(self) -> Any:
-        """How often the heads were updated."""
-        return self._updates
+    def local_shards(self) -> dict[str, list[TensorShard]]:
+        """Return weights with running statistics, and momenta: views."""
+        heads = self.module
+        momenta = {name: self.optimizer.state[each]["momentum_buffer"] for name, each in heads.named_parameters()}
+        tensors = {"weight": heads.state_dict(), "momentum": momenta}
+        return {kind: [TensorShard(n, 0, t.detach().view(-1)) for n, t in of.items()] for kind, of in tensors.items()}
 
-    def prepare(self, note: Any) -> None:
-        self._updates = note
-
-    def state(self) -> dict[str, list[Fragment]]:
-        tensors = {"weight": self.heads.state_dict()}
-        momenta = {name: self.optimizer.state[each]["momentum_buffer"] for name, each in self.heads.named_parameters()}
-        tensors["momentum"] = momenta
-        return {of: [Fragment(n, 0, t.detach().view(-1)) for n, t in named.items()] for of, named in tensors.items()}
-
-    def publish(self) -> None:
-        """The heads are their own masters."""
+    def sync_model_weights(self) -> None:
+        """Take over restored statistics; the heads are their own master weights."""
+        self._statistics = [self.module.mean.clone(), self.module.var.clone()]
 
 
 BATCH = 128  # images of an evaluation at a time
 IGNORED = -100  # the class of training images that are held out
 
 
-def linear_probe(config: ProbeConfig, stop: Stop | None = None) -> None:
+def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
     """Train all heads to the end, or from the newest checkpoint on; then write results and pictures.
 
     SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
     read, shards have no classes, or those of the two splits do not fit.
     """
-    stop = stop or Stop()
+    stop = stop or StopSignal()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
-    config = config.settled(encoder.shape.depth)
-    run_dir.check(config)
+    config = config.resolved_for(encoder.shape.depth)
     batch = config.data.batch_size
     micro = min(config.probe.micro_batch, batch // world_size())
     if micro == 0 or batch % (micro * world_size()):
@@ -149,18 +147,18 @@ def linear_probe(config: ProbeConfig, stop: Stop | None = None) -> None:
             f"data.batch_size {batch} is not divisible by {world_size()} ranks x probe.micro_batch {micro}: "
             "change one of them"
         )
-    part, size = Part(batch, micro, rank(), world_size()), encoder.shape.image_size
+    run, size = Run(config, stop, {}, micro), encoder.shape.image_size
     kind = Numbers if config.probe.cache else Loader
-    loader = kind(config.data, size, config.train.seed, part, device())
+    loader = kind(config.data, size, config.train.seed, run.rank_batch, device())
     val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data))
-    task = LinearProbe(config, encoder, labels_of(loader, val), val, part.accumulation)
-    fit(task, config, loader, stop, {}, part)
+    task = LinearProbe(config, encoder, labels_of(loader, val), val, run.rank_batch.accumulation)
+    fit(task, run, loader)
 
 
 class Numbers(Loader):
     """The same stream of samples without their images, where what is wanted of them is known."""
 
-    def settle(self, known: str | None = None) -> None:
+    def select_backend(self, known: str | None = None) -> None:
         self.backend = "cache"
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
@@ -173,8 +171,8 @@ class LinearProbe:
     """What fit() trains and measures."""
 
     schedule = staticmethod(warmup_cosine)
-    learner: Trainer
-    about: str
+    optimizable: HeadsOptimizer
+    description: str
 
     def __init__(self, config: ProbeConfig, encoder: Encoder, labels: Labels, val: ExampleReader, accumulation: int):
         self.config, self.encoder, self.labels, self.val = config, encoder.to(device()), labels, val
@@ -192,15 +190,15 @@ class LinearProbe:
         self._confusion: Tensor | None = None
         self._right: Tensor | None = None  # bool [H, N]: of the validation images
 
-    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         optim, width = self.config.optim, self.encoder.shape.width
         count = len(self.encoders) * len(self.names)
         self.heads = Heads(count, width, self.labels.count, self.config.train.seed)
         momentum = self.config.probe.momentum
-        self.learner = Trainer(self.heads, momentum, optim.weight_decay, self._accumulation, device())
+        self.optimizable = HeadsOptimizer(self.heads, momentum, optim.weight_decay, self._accumulation, device())
         products = "bf16" if self._autocast else "fp32"
-        self.about = f"{count} heads on features in {products}"
-        return {"heads": self.learner}
+        self.description = f"{count} heads on features in {products}"
+        return {"heads": self.optimizable}
 
     @property
     def _autocast(self) -> bool:
@@ -218,7 +216,7 @@ class LinearProbe:
         summed = (F.cross_entropy(each, labels, ignore_index=IGNORED, reduction="sum") for each in logits)
         return sum(summed, torch.zeros((), device=device())) / count
 
-    def updated(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         """Nothing follows the heads."""
 
     @torch.no_grad()
@@ -238,13 +236,13 @@ class LinearProbe:
         return torch.stack(normed, 1)
 
     @torch.no_grad()
-    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+    def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
         """Top-1 and top-5 of every head, in per cent; names of the untrained encoder's begin with `untrained/`."""
         count, heads = self.labels.count, len(self.heads.weights)
         right = torch.zeros(2, heads, len(self.val), device=device())  # top-1 and top-5
         confusion = torch.zeros(heads, count**2, device=device())
         place = rank()
-        for logits, labels in self._logits(self._of_val(look_around)):
+        for logits, labels in self._logits(self._of_val(poll)):
             near = logits.topk(min(5, count), -1).indices == labels[None, :, None]
             places = place + torch.arange(len(labels), device=device()) * world_size()
             right[:, :, places] = torch.stack([near[..., 0], near.any(-1)]).float()
@@ -262,7 +260,7 @@ class LinearProbe:
         }
 
     @torch.no_grad()
-    def select(self, look_around: Callable[[], None]) -> list[str]:
+    def select(self, poll: Callable[[], None]) -> list[str]:
         """The head of each encoder that is best on the held-out part of the training images; all ranks call it."""
         numbers = self.held.nonzero()[:, 0]
         if not len(numbers):
@@ -275,7 +273,7 @@ class LinearProbe:
             parts = zip(features.split(BATCH), labels.split(BATCH), strict=True)
         else:
             reader = ExampleReader(data.train, "train", size, open_cache(data), samples=numbers)
-            parts = self._of(reader, look_around)
+            parts = self._of(reader, poll)
         for logits, labels in self._logits(parts):
             right += (logits.argmax(-1) == labels).sum(1)
         right = sum_over_ranks(right).view(len(self.encoders), -1)
@@ -296,16 +294,16 @@ class LinearProbe:
     def _metric(name: str) -> str:
         return name.replace(" ", "_")
 
-    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
+    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
         if self._confusion is None:  # evaluated by an earlier start
-            self.evaluate(look_alive)
-        chosen = self.select(look_alive)
+            self.evaluate(heartbeat)
+        chosen = self.select(heartbeat)
         where = held_out(self.config.data.train, self.config.val)
-        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, look_alive)
+        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, heartbeat)
         if not is_main():
             return []
         assert self._confusion is not None
-        rows = session.rows()
+        rows = run.rows()
         results = self._results([row for row in rows if any(name.startswith("val/") for name in row)], chosen, raw)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         if not self.config.train.report:
@@ -334,32 +332,30 @@ class LinearProbe:
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")
         return "\n".join(lines)
 
-    def _kept(self, split: str, look_around: Callable[[], None] = lambda: None) -> Tensor:
+    def _kept(self, split: str, poll: Callable[[], None] = lambda: None) -> Tensor:
         """The features of a split, each image read once by one of the ranks."""
         if split not in self._tables:
             reader = self.val
             if split == "train":
                 data, size = self.config.data, self.encoder.shape.image_size
                 reader = ExampleReader(data.train, "train", size, open_cache(data))
-            made = table_of(reader, self.config.data.workers, lambda images: {"": self.features(images)}, look_around)
+            made = table_of(reader, self.config.data.workers, lambda images: {"": self.features(images)}, poll)
             self._tables[split] = made[""]
         return self._tables[split]
 
-    def _of_val(self, look_around: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _of_val(self, poll: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's share of the validation images: features [B, H, D] and classes int64 [B]."""
         if self.config.probe.cache:
-            mine = self._kept("val", look_around)[rank() :: world_size()]
+            mine = self._kept("val", poll)[rank() :: world_size()]
             labels = self.val.labels[rank() :: world_size()]
             yield from zip(mine.to(device()).split(BATCH), labels.to(device()).split(BATCH), strict=True)
             return
-        yield from self._of(self.val, look_around)
+        yield from self._of(self.val, poll)
 
-    def _of(
-        self, reader: ExampleReader, look_around: Callable[[], None]
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def _of(self, reader: ExampleReader, poll: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
         """This rank's share of a reader's images: features [B, H, D] and classes int64 [B]."""
         for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):
-            look_around()
+            poll()
             counted = examples.labels >= 0
             yield self.features(examples.images)[counted], examples.labels[counted]
 

@@ -39,11 +39,11 @@ class OnlineProbe:
         self._first = True  # raw pixels are measured once per start, on all ranks
         self._fixed: dict[str, float] = {}  # what no step changes: on the main rank
 
-    def measure(self, engine: Engine, look_around: Callable[[], None]) -> dict[str, float]:
+    def measure(self, engine: Engine, poll: Callable[[], None]) -> dict[str, float]:
         """Of each quarter's block: `knn/tap_12/cls` and `knn/tap_12/mean`, the accuracy in per cent, where there are
-        labels, beside `knn/raw_pixels` and `knn/chance`; `health/rank/tap_12` and `health/spread/tap_12` of the mean of
+        labels, beside `knn/raw_pixels` and `knn/chance`; `features/effective_rank/tap_12` and `features/std/tap_12` of the mean of
         the patches."""
-        found = {split: self._features(engine, split, look_around) for split in self.readers}
+        found = {split: self._features(engine, split, poll) for split in self.readers}
         self._first = False
         if not is_main():
             return {}
@@ -64,10 +64,13 @@ class OnlineProbe:
             if labelled:
                 row[f"knn/{tap}/{pool}"] = knn(found["train"][name], queries)
             if pool == "mean":
-                row |= {f"health/rank/{tap}": effective_rank(queries), f"health/spread/{tap}": spread(queries)}
+                row |= {
+                    f"features/effective_rank/{tap}": effective_rank(queries),
+                    f"features/std/{tap}": spread(queries),
+                }
         return row | self._fixed
 
-    def _features(self, engine: Engine, split: str, look_around: Callable[[], None]) -> dict[str, Tensor]:
+    def _features(self, engine: Engine, split: str, poll: Callable[[], None]) -> dict[str, Tensor]:
         """Features of a split by name, whole, on the CPU; raw pixels among them in the first measurement of a start."""
         encoder = engine.module.encoder
         layers = quarters(encoder.shape.depth)
@@ -77,4 +80,4 @@ class OnlineProbe:
                 found = pooled(encoder, normalise(images, self._normalisation, engine.dtype), layers)
             return found | ({RAW: baselines.pixel_features(images)} if self._first else {})
 
-        return table_of(self.readers[split], self._workers, make, look_around)
+        return table_of(self.readers[split], self._workers, make, poll)

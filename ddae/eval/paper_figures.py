@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddae.config.base import ShardsConfig
-from ddae.config.pretrain import Config
+from ddae.config.pretrain import PretrainConfig
 from ddae.data.cache import open_cache
 from ddae.data.masking import MASK_KINDS, sample_mask
 from ddae.distributed.checkpoint_format import load_weights
@@ -24,7 +24,7 @@ from ddae.eval.dataset import ExampleReader, read
 from ddae.eval.segmentation_data import IGNORED, SceneReader, resized, resized_labels
 from ddae.export.encoder import load_encoder, newest_checkpoint
 from ddae.method.distance import masked_distance
-from ddae.method.model import assemble
+from ddae.method.model import construct_model
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
 from ddae.report import figures
@@ -136,7 +136,7 @@ class Shown(NamedTuple):
     name: str
     path: Path
     encoder: Encoder
-    config: Config | None  # of a run of ours
+    config: PretrainConfig | None  # of a run of ours
 
 
 class Settings(NamedTuple):
@@ -207,7 +207,7 @@ def _open(named: str) -> Shown:
     encoder = load_encoder(folder).to(device())
     config = None
     if (folder / "metrics.jsonl").exists():
-        config = Config.from_dict(json.loads((folder / "config.json").read_text()))
+        config = PretrainConfig.from_dict(json.loads((folder / "config.json").read_text()))
     return Shown(name or folder.name, folder, encoder, config)
 
 
@@ -257,7 +257,7 @@ def _reconstructions(each: Shown, data: str, count: int) -> Figure:
     checkpoint = newest_checkpoint(each.path)
     assert config is not None
     assert checkpoint is not None
-    method = assemble(config)
+    method = construct_model(config)
     load_weights(checkpoint, "weight", method)
     method.to(device()).eval()
     rows = [row for row in read_metrics(each.path / "metrics.jsonl") if "loss/total" in row]

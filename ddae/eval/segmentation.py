@@ -17,11 +17,10 @@ from ddae.config import deepspeed as ds_config
 from ddae.config.segmentation import SegmentConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch
-from ddae.data.reader import Part
-from ddae.distributed.checkpoint_format import Fragment, Saved
+from ddae.distributed.checkpoint_format import Checkpointable
 from ddae.distributed.comm import device, is_main, mean_over_ranks, rank, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine
-from ddae.distributed.preemption import Stop
+from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval.augment import seed_all
 from ddae.eval.dataset import held_out, read
@@ -34,27 +33,25 @@ from ddae.models.vit import Encoder
 from ddae.report import html as report
 from ddae.report.figures import curves
 from ddae.trainer import fit
-from ddae.training import run_dir
 from ddae.training.optimizer import build_layerwise_optimizer
-from ddae.training.run import Session
+from ddae.training.run import Run
 from ddae.training.schedules import warmup_linear
 from ddae.training.tracker import run_id_of
 
 SHOWN = 6  # images with their classes
 
 
-def segment(config: SegmentConfig, stop: Stop | None = None) -> None:
+def segment(config: SegmentConfig, stop: StopSignal | None = None) -> None:
     """Train to the end, or from the newest checkpoint on; then write results, pictures and the segmenter.
 
     SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
     read, shards have no masks, or those of the two splits do not fit.
     """
-    stop = stop or Stop()
+    stop = stop or StopSignal()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
-    config = config.settled(encoder.shape.width, encoder.shape.depth)
-    run_dir.check(config)
+    config = config.resolved_for(encoder.shape.width, encoder.shape.depth)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    part = Part(config.data.batch_size, resolved.micro_batch, rank(), world_size())
+    run = Run(config, stop, resolved.json, resolved.micro_batch)
     if resolved.micro_batch * (world_size() if device().type == "cuda" else 1) == 1:
         raise UserError(
             "a micro-batch of 1 image has no statistics for a batch norm: choose a larger --data.batch_size, or "
@@ -66,8 +63,8 @@ def segment(config: SegmentConfig, stop: Stop | None = None) -> None:
     val = SceneReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data), config.seg.classes)
     val[0]  # a mistake that all samples share is told at once, not at the first evaluation
     crop = SceneCrop(config.seg, size, encoder.normalisation, len(val.classes))
-    loader = SceneLoader(config.data, size, config.train.seed, part, device(), crop)
-    fit(Segmentation(config, encoder, loader, val), config, loader, stop, resolved.json, part)
+    loader = SceneLoader(config.data, size, config.train.seed, run.rank_batch, device(), crop)
+    fit(Segmentation(config, encoder, loader, val), run, loader)
 
 
 class Segmentation:
@@ -75,8 +72,8 @@ class Segmentation:
 
     schedule = staticmethod(warmup_linear)
     engine: Engine
-    learner: Engine
-    about: str
+    optimizable: Engine
+    description: str
 
     def __init__(self, config: SegmentConfig, encoder: Encoder, loader: SceneLoader, val: SceneReader):
         """UserError where the shards to train on have other classes than those to validate on."""
@@ -94,12 +91,12 @@ class Segmentation:
         self._confusion: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # images, labels and guesses of the last evaluation
 
-    def build(self, ds_json: dict[str, Any]) -> dict[str, Saved]:
+    def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         seg = self.config.seg
         encoder = prepared(self.encoder, seg.relative_positions, seg.layer_scale)
         encoder.drop_paths(seg.drop_path)
         encoder.learn_positions()
-        encoder.recompute = self.config.engine.recompute
+        encoder.activation_checkpointing = self.config.engine.activation_checkpointing
         generator = torch.Generator().manual_seed(self.config.train.seed)
         module: nn.Module = Segmenter(encoder, len(self.classes), seg, generator)
         if device().type == "cuda" and world_size() > 1:
@@ -107,7 +104,7 @@ class Segmentation:
         module.train().requires_grad_(True)
         optimizer = build_layerwise_optimizer(module, encoder.shape.depth, seg.layer_decay, self.config.optim)
         self.engine = Engine(module, optimizer, ds_json)
-        self.learner, self.about = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
+        self.optimizable, self.description = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
         return {"engine": self.engine, "statistics": Statistics(self.engine.module)}
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
@@ -115,17 +112,17 @@ class Segmentation:
         images, labels = split_planes(batch.images)
         return self.engine(normalise(images, self.encoder.normalisation, self.engine.dtype), labels, IGNORED)
 
-    def updated(self) -> None:
+    def after_step(self, applied: Tensor) -> None:
         """Nothing follows the weights."""
 
-    def evaluate(self, look_around: Callable[[], None]) -> dict[str, float]:
+    def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
         """Mean intersection over union, mean accuracy of the classes and accuracy of the pixels, in per cent."""
         Statistics(self.engine.module).agree()
         confusion = torch.zeros([len(self.classes)] * 2, dtype=torch.int64, device=self.engine.device)
         self.engine.module.eval()
         self._seen = []
         for scene, counted in self._of_val():
-            look_around()
+            poll()
             guesses = self._guess(scene)
             if counted:
                 confusion += confusion_of(scene.labels.to(guesses.device), guesses, len(self.classes))
@@ -135,14 +132,14 @@ class Segmentation:
         self._confusion = sum_over_ranks(confusion).cpu()
         return {f"val/{name}": value for name, value in scores(self._confusion).items()}
 
-    def finish(self, session: Session, look_alive: Callable[[], None]) -> list[Path]:
+    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module)
         if self._confusion is None:  # evaluated by an earlier start
-            self.evaluate(look_alive)
+            self.evaluate(heartbeat)
         if not is_main():
             return []
         assert self._confusion is not None
-        rows = session.rows()
+        rows = run.rows()
         results = self._results(rows, self._confusion)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         module = self.engine.module
@@ -213,9 +210,7 @@ class Segmentation:
 
 
 class Statistics:
-    """What batch norms have seen, which a checkpoint holds beside the weights."""
-
-    sharded = False
+    """The running statistics of batch norms, which a checkpoint holds beside the weights."""
 
     def __init__(self, module: nn.Module):
         self._buffers = {
@@ -227,18 +222,12 @@ class Statistics:
         for buffer in self._buffers.values():
             mean_over_ranks(buffer)
 
-    def note(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         return {name: mean_over_ranks(buffer.clone()).cpu() for name, buffer in self._buffers.items()}
 
-    def prepare(self, note: dict[str, Tensor]) -> None:
-        for name, values in note.items():
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, values in state.items():
             self._buffers[name].copy_(values)
-
-    def state(self) -> dict[str, list[Fragment]]:
-        return {}
-
-    def publish(self) -> None:
-        """They are what runs forward."""
 
 
 def confusion_of(labels: Tensor, guesses: Tensor, num_classes: int) -> Tensor:

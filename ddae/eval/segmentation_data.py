@@ -121,7 +121,7 @@ class SceneReader(Dataset):
         except UserError:
             raise
         except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise UserError(f"{self.shards.name_of(sample)} cannot be decoded ({error}): mark it bad") from None
+            raise UserError(f"{self.shards.sample_name(sample)} cannot be decoded ({error}): mark it bad") from None
         image = resized(image, *fitting(labels.shape, self.size))
         return Scene(torch.from_numpy(image), torch.from_numpy(labels.astype(np.int64)))
 
@@ -146,7 +146,7 @@ def read_scene(shards: Shards, sample: int, place: np.ndarray, num_classes: int)
     image = decode_image(shards.read(sample))
     with Image.open(io.BytesIO(shards.read_other(sample, place)), formats=["PNG"]) as opened:
         labels = np.asarray(opened)
-    name, made = shards.name_of, "make the shards with data_prep/prepare_ade20k.py"
+    name, made = shards.sample_name, "make the shards with data_prep/prepare_ade20k.py"
     if labels.ndim != 2:
         raise UserError(f"the mask of {name(sample)} has {labels.shape[2]} channels, not a class a pixel: {made}")
     if labels.shape != image.shape[1:]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ddae.config.pretrain import Config, ModelConfig
+from ddae.config.pretrain import ModelConfig, PretrainConfig
 from ddae.distributed.checkpoint_format import MANIFEST, load_weights
 from ddae.errors import UserError
 from ddae.export.convert import read_file, read_tokenizer, to_beit, to_mae
@@ -28,7 +28,7 @@ WEIGHTS, TOKENIZER, SETTINGS = "encoder.safetensors", "tokenizer.safetensors", "
 FORMAT = 1  # of an export
 
 
-def export_encoder(weights: dict[str, Tensor], config: Config, folder: Path) -> None:
+def export_encoder(weights: dict[str, Tensor], config: PretrainConfig, folder: Path) -> None:
     """Write the encoder's fp32 parameters with its position table and settings."""
     encoder = Encoder(config.model)  # its tables are fp32, whatever the precision of the run
     missing, unexpected = encoder.load_state_dict(weights, strict=False)
@@ -233,7 +233,7 @@ def _checkpoint(path: Path, part: str) -> Path | None:
 def _load_checkpoint(path: Path, part: str) -> Encoder:
     run = path.parent.parent / "config.json"
     try:
-        config = Config.from_dict(json.loads(run.read_text()))
+        config = PretrainConfig.from_dict(json.loads(run.read_text()))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no checkpoint of a run: {run} cannot be read ({error})") from None
     encoder = Encoder(config.model)

@@ -4,12 +4,13 @@ They stand outside the DeepSpeed engine: bf16 would round them and a clipping of
 them. Their gradient has three parts, of the global batch each (B images, K betas, M masked patches):
 
     the loss's                  by autograd, summed over accumulation; averaged over ranks here
-    norm_weight * sum_k R_k     R_k = sqrt(norm_batch * mean_b sum_i w_kbi^2), the norm of Eq. 6; its mean runs over
+    weight_norm_coef * sum_k R_k     R_k = sqrt(norm_batch * mean_b sum_i w_kbi^2), the norm of Eq. 6; its mean runs over
                                 all images of the step, so S_k = R_k^2 / norm_batch is averaged before the root
-    coupled_l2 / 2 * beta^2     keeps beta from running away (METHOD.md, "What holds beta")
+    beta_l2 / 2 * beta^2     keeps beta from running away (METHOD.md, "What holds beta")
 """
 
 import copy
+import logging
 from typing import Any
 
 import ddae_kernels as dk
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ddae.config.pretrain import DynamicConfig
-from ddae.distributed.checkpoint_format import Fragment
-from ddae.distributed.comm import is_main, mean_over_ranks
+from ddae.distributed.comm import mean_over_ranks
+
+logger = logging.getLogger(__name__)
 
 
 class Betas:
@@ -62,11 +64,11 @@ class Betas:
             parts = [loss_part, self._squares / self._micro_batches, self._slopes / self._micro_batches]
             loss_part, squares, slopes = mean_over_ranks(torch.stack(parts))
             norm = (self.config.norm_batch * squares).sqrt()
-            values, weight, decay = self.values.detach(), self.config.norm_weight, self.config.coupled_l2
+            values, weight, decay = self.values.detach(), self.config.weight_norm_coef, self.config.beta_l2
             self.regulariser = weight * norm.sum() + decay / 2 * values.square().sum()
             self.gradient = loss_part + weight * self.config.norm_batch * slopes / (2 * norm) + decay * values
             if self.config.learnable:
-                self.optimizer.param_groups[0]["lr"] = lr * self.config.lr_multiple
+                self.optimizer.param_groups[0]["lr"] = lr * self.config.lr_mult
                 self.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]
                 self.values.grad = self.gradient
                 self.optimizer.step()
@@ -75,32 +77,23 @@ class Betas:
         self._slopes.zero_()
         self._micro_batches = 0
 
-    def warn_if_held(self) -> None:
-        """Say once when a beta has reached the clamp: held there, it learns no more from the loss."""
+    def warn_if_clamped(self) -> None:
+        """Log once when a beta has reached the clamp, where the loss has no gradient. Synchronises."""
         low, high = self.config.clamp
-        held = [n for n, value in zip(self.names, self.last_values.tolist(), strict=True) if not low < value < high]
-        if held and not self._warned and is_main():
-            print(f"beta of {', '.join(held)} has reached dynamic.clamp {self.config.clamp}", flush=True)
+        clamped = [n for n, value in zip(self.names, self.last_values.tolist(), strict=True) if not low < value < high]
+        if clamped and not self._warned:
+            logger.info("beta of %s has reached dynamic.clamp %s", ", ".join(clamped), self.config.clamp)
             self._warned = True
 
-    sharded = False  # every rank has all of them
-
-    def note(self) -> dict[str, Any]:
-        """A copy of the values and of AdamW's averages."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the values and of AdamW's averages."""
         return copy.deepcopy({"values": self.values.detach().cpu(), "optimizer": self.optimizer.state_dict()})
 
-    def prepare(self, note: dict[str, Any]) -> None:
-        """Take what note() gave."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what state_dict() returned."""
         with torch.no_grad():
-            self.values.copy_(note["values"])
-        saved = copy.deepcopy(note["optimizer"])
-        for group in saved["param_groups"]:  # how AdamW computes is not for a checkpoint to say
+            self.values.copy_(state["values"])
+        saved = copy.deepcopy(state["optimizer"])
+        for group in saved["param_groups"]:  # the implementation of AdamW is not state
             group |= {"fused": True, "foreach": None}
         self.optimizer.load_state_dict(saved)
-
-    def state(self) -> dict[str, list[Fragment]]:
-        """Too small for slices."""
-        return {}
-
-    def publish(self) -> None:
-        """They are used as they are."""

@@ -17,26 +17,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddae.data.masking import Mask
-from ddae.method.sequential import one_by_one
+from ddae.method.sequential import sequential_backward
 from ddae.models.decoder import Decoder
 from ddae.models.patches import NORMALISATIONS, constant, gather_tokens
 from ddae.models.vit import Encoder, build_blocks, run_block
 
 
 class Inputs(NamedTuple):
-    """What a step gives to every branch; a branch takes what it needs."""
+    """The inputs of a step; each branch reads what it needs."""
 
     images: Tensor  # uint8 [B, 3, H, W]
     mask: Mask
     distance: Tensor  # float32 [B, M]: of masked patches to the nearest visible one
     betas: Tensor  # float32: all betas of the method
-    teacher_tokens: Tensor | None  # [K, B, M, D]: after the feature branch's taps, at masked patches
-    feature_weight: Tensor  # float32 []: the feature branch's ramp, 0 to 1
-    share: float  # 1 / micro-batches of a step, taken within the loss: its gradient needs no scaling afterwards
-    kernels: str  # implementation of the loss: auto, reference or triton
+    feature_weight: Tensor  # float32 []: weight of the feature branch, 0 to 1
+    share: float  # 1 / micro-batches of a step; part of the loss, so that gradients need no scaling afterwards
+    loss_backend: str  # auto, reference or triton
+    teacher_tokens: Tensor | None = None  # [K, B, M, D]: after the feature branch's taps, at masked patches
+    teacher_event: torch.cuda.Event | None = None  # to wait for before teacher_tokens are read: another stream's
     codes: Tensor | None = None  # int64 [B, M]: of the masked patches, by the token branch's tokenizer
-    patches: Tensor | None = None  # normalised [B, N, P], visible ones first, where somebody has cut them already
-    teacher_ready: torch.cuda.Event | None = None  # to wait for before teacher_tokens are read: another stream's
+    patches: Tensor | None = None  # normalised [B, N, P], visible ones first, if they are extracted already
     patch_weight: Tensor | None = None  # float32 [B, M]: fixed weights of the masked patches; None: all 1
 
 
@@ -86,7 +86,9 @@ class DecoderBranch(Branch):
     whose tokens the decoder's blocks attend to, 0 the tap's own; None where they attend to none.
     """
 
-    one_by_one = False  # the taps pass the decoder one after the other (one_by_one.py), not as one batch
+    sequential_backward = (
+        False  # the taps pass the decoder one after the other (sequential_backward.py), not as one batch
+    )
 
     def __init__(
         self,
@@ -127,7 +129,7 @@ class DecoderBranch(Branch):
         raise TypeError("a branch says in its own loss what its target is")
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
-        if not (self.one_by_one and torch.is_grad_enabled()):
+        if not (self.sequential_backward and torch.is_grad_enabled()):
             return self.loss(self.predict(tokens, inputs.mask), inputs, slice(None))
         raw, normed = self.reads_raw, self.reads
 
@@ -141,7 +143,7 @@ class DecoderBranch(Branch):
             return self.loss(pred, inputs._replace(betas=betas), slice(place, place + 1))
 
         tensors = *(tokens.raw[block] for block in raw), *(tokens.normed[block] for block in normed), inputs.betas
-        return dk.DynamicLoss(*one_by_one(run, len(self.taps), tensors, list(self.parameters())))
+        return dk.DynamicLoss(*sequential_backward(run, len(self.taps), tensors, list(self.parameters())))
 
 
 class PixelBranch(DecoderBranch):
@@ -165,7 +167,7 @@ class PixelBranch(DecoderBranch):
             norm=self.norm,
             rescale_grad=self.rescale_grad,
             patch_weight=inputs.patch_weight,
-            impl=inputs.kernels,
+            impl=inputs.loss_backend,
         )
 
 
@@ -177,8 +179,8 @@ class FeatureBranch(DecoderBranch):
     def loss(self, pred: Tensor, inputs: Inputs, places: slice) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
             raise ValueError("the feature branch needs the teacher's tokens")
-        if inputs.teacher_ready is not None:
-            inputs.teacher_ready.wait()
+        if inputs.teacher_event is not None:
+            inputs.teacher_event.wait()
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_feature_mse(
             pred,
@@ -190,7 +192,7 @@ class FeatureBranch(DecoderBranch):
             target_norm=self.target_norm,
             rescale_grad=self.rescale_grad,
             patch_weight=inputs.patch_weight,
-            impl=inputs.kernels,
+            impl=inputs.loss_backend,
         )
 
 
@@ -219,7 +221,7 @@ class ClsBranch(Branch):
         self.early = block
         self.blocks = build_blocks(shape.width, depth, shape.heads, shape.layer_scale)
         self.norm, self.head = encoder.norm, tokens.head
-        self.recompute = False  # activations in the backward pass
+        self.activation_checkpointing = False  # activations in the backward pass
         self.rel_pos_bias = encoder.rel_pos_bias if shape.relative_positions == "shared" else None
 
     @property
@@ -235,7 +237,7 @@ class ClsBranch(Branch):
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
         both = torch.cat([last[:, :1], early[:, 1:]], 1)
         for block in self.blocks:
-            both = run_block(block, self.recompute, both, bias)
+            both = run_block(block, self.activation_checkpointing, both, bias)
         token_error = cross_entropy(self.head, [self.norm(both)], inputs)
         beta, tap_weight = self.weights(inputs)
         return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight)

@@ -10,7 +10,7 @@ import ddae_kernels as dk
 import torch
 from torch import Tensor, nn
 
-from ddae.config.pretrain import Config, FeatureConfig, PixelConfig, beta_names, tap_name
+from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig, beta_names, tap_name
 from ddae.method.branches import (
     Branch,
     ClsBranch,
@@ -35,11 +35,15 @@ class Losses(NamedTuple):
     total: Tensor
     branches: dict[str, dk.DynamicLoss]
 
+    def metrics(self) -> list[Tensor]:
+        """Return the values of PretrainModel.metric_names(): two vectors [K] a branch, loss and mean error of each tap."""
+        return [part for each in self.branches.values() for part in (each.tap_loss, each.token_error.mean((1, 2)))]
 
-class Method(nn.Module):
+
+class PretrainModel(nn.Module):
     """encoder + branches: forward(Inputs) -> Losses (paper Eq. 6 without the norm of the weights)."""
 
-    def __init__(self, encoder: Encoder, branches: dict[str, Branch], normalisation: str, replaced: bool = False):
+    def __init__(self, encoder: Encoder, branches: dict[str, Branch], normalisation: str, use_mask_token: bool = False):
         super().__init__()
         self.encoder = encoder
         self.branches = nn.ModuleDict(branches)
@@ -47,7 +51,7 @@ class Method(nn.Module):
         self.normed = tuple(sorted({block for branch in branches.values() for block in branch.reads}))
         raw = {block for branch in branches.values() for block in branch.reads_raw}
         self.blocks_read = tuple(sorted(raw.union(self.normed)))
-        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.shape.width)) if replaced else None
+        self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.shape.width)) if use_mask_token else None
 
     def encode(self, images: Tensor, visible: Tensor, patches: Tensor | None = None) -> Tokens:
         """uint8 images -> the tokens of all blocks that a branch reads. patches: as in Inputs."""
@@ -60,31 +64,40 @@ class Method(nn.Module):
         normed = self.encoder.norm(torch.stack([raw[block] for block in self.normed]))
         return Tokens(raw, dict(zip(self.normed, normed, strict=True)))
 
+    def metric_names(self) -> list[str]:
+        """Return loss/BRANCH/TAP and error/BRANCH/TAP of all branches, in the order of Losses.metrics()."""
+        return [
+            f"{kind}/{name}/{tap_name(tap)}"
+            for name, branch in self.branches.items()
+            for kind in ("loss", "error")
+            for tap in branch.taps  # type: ignore[union-attr]
+        ]
+
     def forward(self, inputs: Inputs) -> Losses:
         tokens = self.encode(inputs.images, inputs.mask.visible, inputs.patches)
         losses = {name: branch(tokens, inputs) for name, branch in self.branches.items()}
         return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses)
 
 
-def build_method(config: Config) -> Method:
+def build_model(config: PretrainConfig) -> PretrainModel:
     """The whole method of this experiment, initialised from train.seed."""
-    method = assemble(config)
+    method = construct_model(config)
     initialise(method, torch.Generator().manual_seed(config.train.seed), config.model.init)
     return method
 
 
-def assemble(config: Config) -> Method:
+def construct_model(config: PretrainConfig) -> PretrainModel:
     """The method with its parameters not yet set."""
     model = config.model
 
     def decoding(branch: PixelConfig | FeatureConfig, out_width: int, context: int) -> tuple:
         """The arguments that a DecoderBranch is built from."""
         shape = branch.decoder_width, branch.decoder_depth, branch.decoder_heads
-        heads = len(branch.taps) if branch.own_heads else 1
+        heads = len(branch.taps) if branch.per_tap_head else 1
         crosses = branch.cross_attention
         decoder = Decoder(model.width, *shape, out_width, config.grid, model.positions, heads, crosses)
         decoder.places_visible = branch.decoder_positions == "all"
-        norms = [LayerNorm(model.width) for _ in branch.taps[:-1]] if branch.own_norms else []
+        norms = [LayerNorm(model.width) for _ in branch.taps[:-1]] if branch.per_tap_norm else []
         arguments = branch.taps, branch.tap_weights, config.dynamic.rescale_grad
         return decoder, *arguments, norms, context if crosses else None
 
@@ -114,21 +127,23 @@ def assemble(config: Config) -> Method:
         if config.branches[name].dynamic:
             prefix = "" if config.dynamic.shared else f"{name}/"
             branch.beta_places = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
-    method = Method(encoder, branches, config.data.normalisation, config.mask.replaced)
+    method = PretrainModel(encoder, branches, config.data.normalisation, config.mask.use_mask_token)
     _set_up(method, config)
     return method
 
 
-def _set_up(method: Method, config: Config) -> None:
+def _set_up(method: PretrainModel, config: PretrainConfig) -> None:
     """How the modules work; what they compute stays the same."""
     engine = config.engine
     for module in method.modules():
         if isinstance(module, Encoder | Decoder | ClsBranch):
-            module.recompute = engine.recompute or (engine.recompute_decoders and isinstance(module, Decoder))
+            module.activation_checkpointing = engine.activation_checkpointing or (
+                engine.decoder_activation_checkpointing and isinstance(module, Decoder)
+            )
             for part in module.modules():
                 if isinstance(part, Mlp):  # within a block that is run again its hooks would keep more, not less
-                    part.keeps_gelu = module.recompute or engine.taps != "sequential"
+                    part.keeps_gelu = module.activation_checkpointing or engine.tap_execution != "sequential"
         if isinstance(module, Decoder):
-            module.enter_once = module.leave_masked = engine.shortcuts
+            module.enter_once = module.leave_masked = engine.skip_unused_tokens
         if isinstance(module, DecoderBranch):
-            module.one_by_one = engine.taps == "sequential"
+            module.sequential_backward = engine.tap_execution == "sequential"

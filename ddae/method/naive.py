@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ddae.config.pretrain import Config, FeatureConfig, PixelConfig
+from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig
 
 MEAN_AND_STD = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -35,7 +35,7 @@ def gather(tokens: Tensor, places: Tensor) -> Tensor:
 
 
 class NaiveEncoder(nn.Module):
-    def __init__(self, config: Config):
+    def __init__(self, config: PretrainConfig):
         super().__init__()
         model, patches = config.model, config.grid[0] * config.grid[1]
         self.patch_embed = nn.ModuleDict(
@@ -63,7 +63,7 @@ class NaiveEncoder(nn.Module):
 
 
 class NaiveDecoder(nn.Module):
-    def __init__(self, config: Config, branch: PixelConfig | FeatureConfig, out_width: int):
+    def __init__(self, config: PretrainConfig, branch: PixelConfig | FeatureConfig, out_width: int):
         super().__init__()
         width, patches = branch.decoder_width, config.grid[0] * config.grid[1]
         self.embed = nn.Linear(config.model.width, width)
@@ -86,7 +86,7 @@ class NaiveDecoder(nn.Module):
 
 
 class NaiveBranch(nn.Module):
-    def __init__(self, config: Config, branch: PixelConfig | FeatureConfig, out_width: int):
+    def __init__(self, config: PretrainConfig, branch: PixelConfig | FeatureConfig, out_width: int):
         super().__init__()
         self.decoder = NaiveDecoder(config, branch, out_width)
 
@@ -95,7 +95,7 @@ class NaiveMethod(nn.Module):
     """forward(images uint8 [B, 3, H, W], visible [B, V], masked [B, M], distance [B, M], betas, the teacher's tokens
     after each block, the feature branch's weight) -> loss []."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: PretrainConfig):
         super().__init__()
         self.config = config
         if config.mask.neighbour_weight or config.feature.target_norm not in ("layer", "instance_layer"):
@@ -170,7 +170,7 @@ def pixel_target(pixels: Tensor, patch: int, normalised: str) -> Tensor:
 
 
 @torch.no_grad()
-def follow(teacher: nn.Module, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
+def ema_update(teacher: nn.Module, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
     averages = dict(teacher.named_parameters())
     for name, values in student:

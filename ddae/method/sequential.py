@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-Part = Callable[..., tuple[Tensor, Tensor, Tensor]]  # (number, *inputs) -> loss [], values [1, ..] and values [1, ..]
+TapFn = Callable[..., tuple[Tensor, Tensor, Tensor]]  # (number, *inputs) -> loss [], values [1, ..] and values [1, ..]
 
 
-def one_by_one(
-    run: Part, parts: int, inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
+def sequential_backward(
+    run: TapFn, parts: int, inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum of the parts' losses, differentiable, and the two other values of each, [parts, ..], detached.
 
@@ -25,7 +25,7 @@ def one_by_one(
 
 class _OneByOne(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run: Part, parts: int, count: int, *tensors: Tensor):  # type: ignore[override]
+    def forward(ctx, run: TapFn, parts: int, count: int, *tensors: Tensor):  # type: ignore[override]
         inputs = [each.detach().requires_grad_(each.requires_grad) for each in tensors[:count]]
         leaves = [*inputs, *tensors[count:]]
         places = [place for place, leaf in enumerate(leaves) if leaf.requires_grad]

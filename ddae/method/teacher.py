@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddae.data.masking import Mask
-from ddae.distributed.checkpoint_format import Fragment
+from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import sum_over_ranks
 from ddae.models.vit import Encoder
 
@@ -25,7 +25,7 @@ class MovingAverage:
     The module given becomes the average that runs forward.
     """
 
-    def __init__(self, module: nn.Module, fragments: list[Fragment], sharded: bool):
+    def __init__(self, module: nn.Module, fragments: list[TensorShard], sharded: bool):
         self.module = module.eval().requires_grad_(False)
         self._places = [(fragment.name, fragment.start) for fragment in fragments]
         self._followed = [fragment.values for fragment in fragments]
@@ -48,10 +48,10 @@ class MovingAverage:
             master.copy_(fragment.values)
         self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
         self._parts = list(_parts([master.numel() for master in self.masters]))
-        self.publish()
+        self.sync_model_weights()
 
     @torch.no_grad()
-    def follow(self, momentum: float, applied: Tensor | None = None) -> None:
+    def update(self, momentum: float, applied: Tensor | None = None) -> None:
         """masters <- momentum * masters + (1 - momentum) * student, with Kahan's compensation.
 
         A plain fp32 average at m = 0.99999 rounds a fifth of the way away; what an addition loses is kept and given
@@ -61,11 +61,11 @@ class MovingAverage:
             rate = torch.full((), 1 - momentum, device=self.masters[0].device)
             rate = rate if applied is None else rate * applied.to(rate.device)
             for part in self._parts:
-                _follow(self._followed[part], self.masters[part], self.rounding[part], rate)
-        self.publish()
+                _update_part(self._followed[part], self.masters[part], self.rounding[part], rate)
+        self.sync_model_weights()
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_model_weights(self) -> None:
         """Bring the masters into the module that runs forward."""
         if self.sharded:
             self._flat.zero_()
@@ -74,17 +74,11 @@ class MovingAverage:
         if self.sharded:
             sum_over_ranks(self._flat)  # each element is one rank's and zero elsewhere: the sum is exact
 
-    def note(self) -> None:
-        """Nothing but slices is saved."""
-
-    def prepare(self, note: None) -> None:
-        """state() can be filled at any time."""
-
-    def state(self) -> dict[str, list[Fragment]]:
+    def local_shards(self) -> dict[str, list[TensorShard]]:
         """This rank's slices of the masters and of what fp32 lost: views; who fills them calls publish()."""
         both = {"teacher": self.masters, "teacher_rounding": self.rounding}
         return {
-            of: [Fragment(*place, values) for place, values in zip(self._places, tensors, strict=True)]
+            of: [TensorShard(*place, values) for place, values in zip(self._places, tensors, strict=True)]
             for of, tensors in both.items()
         }
 
@@ -99,7 +93,7 @@ def _parts(sizes: list[int]) -> Iterator[slice]:
             first, numbers = place, 0
 
 
-def _follow(values: list[Tensor], masters: list[Tensor], rounding: list[Tensor], rate: Tensor) -> None:
+def _update_part(values: list[Tensor], masters: list[Tensor], rounding: list[Tensor], rate: Tensor) -> None:
     """A part of follow(), in place: what stays from step to step stays where it is in memory."""
     change = torch._foreach_sub(values, masters)
     torch._foreach_mul_(change, rate)

@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         crosses: bool = False,
     ):
         super().__init__()
-        self.recompute = False  # activations in the backward pass
+        self.activation_checkpointing = False  # activations in the backward pass
         # The same outputs with less work: mask tokens enter the first block once a step, where they are alike in all
         # images, and only masked patches leave the last one.
         self.enter_once, self.leave_masked = True, True
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
             tokens, to_come = to_come.after(tokens), None
         for number, block in enumerate(self.blocks, 1):
             wanted = num_masked if self.leave_masked and number == len(self.blocks) else None
-            tokens = run_block(block, self.recompute, tokens, context, wanted, to_come)
+            tokens = run_block(block, self.activation_checkpointing, tokens, context, wanted, to_come)
             to_come = None
         normed = self.norm(tokens[:, tokens.shape[1] - num_masked :])
         if not hasattr(self, "heads"):

@@ -87,7 +87,9 @@ class Quantizer(nn.Module):
         """
         vectors = self.tokenizer.encode(images)
         quantised = F.embedding(self.tokenizer.nearest(vectors), self.tokenizer.codebook)
-        told = self.tell(vectors + (quantised - vectors).detach())  # the gradient passes as if nothing were quantised
+        told = self.decode_features(
+            vectors + (quantised - vectors).detach()
+        )  # the gradient passes as if nothing were quantised
         loss = (1 - self.cosine(told, features)).mean()
         return loss + (vectors - quantised).square().mean(), vectors.detach()
 
@@ -95,7 +97,7 @@ class Quantizer(nn.Module):
         """[B, N, F] each -> [B, N]."""
         return F.cosine_similarity(told.float(), features.float() - self.centre, -1)
 
-    def tell(self, quantised: Tensor) -> Tensor:
+    def decode_features(self, quantised: Tensor) -> Tensor:
         """Codes' vectors [B, N, W] -> features [B, N, F]."""
         tokens = self.embed(quantised)
         tokens = tokens + self.pos_embed.to(tokens.dtype)
@@ -104,14 +106,14 @@ class Quantizer(nn.Module):
         return self.to_feature(self.norm(tokens))
 
     @torch.no_grad()
-    def begin(self, images: Tensor, features: Tensor, seed: int) -> None:
+    def init_codebook(self, images: Tensor, features: Tensor, seed: int) -> None:
         """Have a codebook of some patches of a first batch, and its centre."""
         self.tokenizer.codebook.copy_(self._picked(self.tokenizer.encode(images).flatten(0, -2), seed))
         self.centre.copy_(mean_over_ranks(features.float().mean((0, 1))))
         self.share.fill_(1 / len(self.share))
 
     @torch.no_grad()
-    def gather(self, vectors: Tensor, features: Tensor, first: bool) -> None:
+    def accumulate(self, vectors: Tensor, features: Tensor, first: bool) -> None:
         """Note the unit vectors [B, N, W] and features [B, N, F] of a micro-batch, the step's first or a later one."""
         flat = vectors.flatten(0, -2)
         both = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
@@ -122,10 +124,14 @@ class Quantizer(nn.Module):
         self._last = flat
 
     @torch.no_grad()
-    def follow(self, seed: int) -> None:
-        """Move the codebook towards what all ranks have gathered in this step, and the centre."""
+    def update_codebook(self, seed: int, applied: Tensor) -> None:
+        """Move codebook and centre towards what all ranks have accumulated in this step.
+
+        applied: float32 []; with 0 nothing changes. seed: by which unused codes choose new vectors.
+        """
         assert self._gathered is not None
         assert self._last is not None
+        before = [self.tokenizer.codebook.clone(), self.centre.clone(), self.share.clone()]
         sums, centre, micro_batches = self._gathered
         codebook = self.tokenizer.codebook
         sums, counts = sum_over_ranks(sums).split([codebook.shape[1], 1], 1)
@@ -136,6 +142,8 @@ class Quantizer(nn.Module):
         dead = self.share < self.dead / len(self.share)
         codebook.copy_(torch.where(dead[:, None], self._picked(self._last, seed), codebook))
         self.share.masked_fill_(dead, 1 / len(self.share))
+        for buffer, old in zip((codebook, self.centre, self.share), before, strict=True):
+            buffer.copy_(torch.where(applied > 0, buffer, old))
 
     def _picked(self, flat: Tensor, seed: int) -> Tensor:
         """A vector of the main rank's for every code."""

@@ -37,7 +37,7 @@ class RelativePositions(RelPosBias):
         return self.get_bias()  # within a forward pass, or ZeRO-3 would not bring the table
 
 
-class Parts(nn.Linear):
+class QKVLinear(nn.Linear):
     """Queries, keys and values in one product, [.., D] -> [.., 3 D]; or the queries alone, or the keys and values."""
 
     def forward(self, tokens: Tensor, part: int | None = None) -> Tensor:  # type: ignore[override]
@@ -91,7 +91,7 @@ class Block(timm_vit.Block):
 
     def __init__(self, width: int, heads: int, **options):
         super().__init__(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, mlp_layer=Mlp, **options)
-        self.attn.qkv = Parts(width, 3 * width)
+        self.attn.qkv = QKVLinear(width, 3 * width)
 
     def forward(  # type: ignore[override]
         self, tokens: Tensor, bias: Tensor | None = None, wanted: int | None = None, masked: MaskTokens | None = None
@@ -136,12 +136,12 @@ def build_blocks(width: int, depth: int, heads: int, layer_scale: float = 0.0) -
     return nn.ModuleList([Block(width, heads, init_values=layer_scale or None) for _ in range(depth)])
 
 
-def run_block(block: nn.Module, recompute: bool, *inputs: object, chance: bool = False) -> Tensor:
+def run_block(block: nn.Module, activation_checkpointing: bool, *inputs: object, chance: bool = False) -> Tensor:
     """A block's output; with `recompute` only its inputs are kept, and the block runs again in the backward pass.
 
     chance: the block drops paths, the same ones when run again.
     """
-    if recompute and torch.is_grad_enabled():
+    if activation_checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=chance)  # type: ignore[return-value]
     return block(*inputs)
 
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
     def __init__(self, shape: ModelConfig):
         super().__init__()
         self.shape = shape
-        self.recompute = False  # activations in the backward pass
+        self.activation_checkpointing = False  # activations in the backward pass
         self.drop_path = 0.0
         self.normalisation = "half"  # of the pixels it was trained on; a loaded encoder knows its own
         self.report: dict[str, list[str]] = {}  # of the file it was loaded from
@@ -281,7 +281,7 @@ class Encoder(nn.Module):
             each = self.shape.relative_positions == "each"
             bias = block.attn.rel_pos_bias() if each else shared  # type: ignore[union-attr]
             of_these = wanted if number == last else None
-            tokens = run_block(block, self.recompute, tokens, bias, of_these, chance=chance)
+            tokens = run_block(block, self.activation_checkpointing, tokens, bias, of_these, chance=chance)
             outputs[number] = tokens
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
 

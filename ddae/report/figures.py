@@ -12,11 +12,11 @@ from ddae_kernels.dynamic import PATCH_NORMS
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ddae.config.pretrain import Config, tap_name
+from ddae.config.pretrain import PretrainConfig, tap_name
 from ddae.data.masking import Mask, sample_mask
 from ddae.method.branches import PixelBranch
 from ddae.method.distance import masked_distance
-from ddae.method.model import Method
+from ddae.method.model import PretrainModel
 from ddae.models.patches import NORMALISATIONS, patchify, unpatchify
 
 GREY = 0.82  # of hidden patches
@@ -25,7 +25,7 @@ COLOURS = ("#0b6e99", "#d1495b", "#edae49", "#66a182", "#7a5195", "#444444", "#8
 
 
 @torch.no_grad()
-def reconstruct(method: Method, images: Tensor, mask: Mask) -> dict[int, Tensor]:
+def reconstruct(method: PretrainModel, images: Tensor, mask: Mask) -> dict[int, Tensor]:
     """{tap: [B, 3, H, W] in [0, 1]}: visible patches as they are, masked ones as the pixel branch rebuilds them.
 
     A prediction is of normalised patches; each is given back the true patch's mean and deviation.
@@ -62,7 +62,7 @@ def hide(images: Tensor, mask: Mask, patch: int) -> Tensor:
     return unpatchify(patches.scatter(1, rows, GREY), grid, patch)
 
 
-def reconstructions(method: Method, config: Config, images: Tensor, betas: dict[int, float]) -> Figure:
+def reconstructions(method: PretrainModel, config: PretrainConfig, images: Tensor, betas: dict[int, float]) -> Figure:
     """What the pixel branch makes of images uint8 [B, 3, H, W], rows taking turns between the run's own masks and
     random ones. betas: of its taps, as far as they have one."""
     kinds = [config.mask.kind if number % 2 == 0 else "random" for number in range(len(images))]
@@ -75,7 +75,7 @@ def reconstructions(method: Method, config: Config, images: Tensor, betas: dict[
     )
 
 
-def betas_of_pixels(config: Config, by_name: dict[str, float]) -> dict[int, float]:
+def betas_of_pixels(config: PretrainConfig, by_name: dict[str, float]) -> dict[int, float]:
     """The betas of the pixel branch's taps, of all betas by name; none where it is not dynamic."""
     prefix = "" if config.dynamic.shared else "pixel/"
     names = {tap: prefix + tap_name(tap) for tap in config.pixel.taps if config.pixel.dynamic}

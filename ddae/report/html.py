@@ -11,12 +11,12 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ddae.config.base import flatten
-from ddae.config.pretrain import Config
+from ddae.config.pretrain import PretrainConfig
 from ddae.data.preview import Preview
 from ddae.distributed.comm import device, is_main
 from ddae.export.model_card import write_card
 from ddae.method.betas import Betas
-from ddae.method.model import Method
+from ddae.method.model import PretrainModel
 from ddae.report import figures
 from ddae.training.tracker import read_metrics
 
@@ -50,7 +50,7 @@ td,th{padding:2px 10px 2px 0;text-align:left;border-bottom:1px solid #eee}.sub{c
 details{margin:1em 0}figure{margin:1em 0}figcaption{color:#555;font-size:13px}"""
 
 
-def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> list[Path]:
+def write_report(config: PretrainConfig, method: PretrainModel, betas: Betas, preview: Preview) -> list[Path]:
     """Draw everything; all ranks call it (the model may be sharded), rank 0 writes. The files written."""
     folder = Path(config.folder)
     drawn: dict[str, Figure] = {}
@@ -72,11 +72,14 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
         drawn["betas"] = figures.curves(rows, {"betas": figures.metric_names(rows, "beta/")}, "")
         farthest = float(max(config.grid) - 1) / 2
         drawn["weights"] = figures.weight_by_distance(by_name, farthest, config.dynamic.distance_norm)
-    if probed := figures.metric_names([row for row in everything if any(n.startswith("health/") for n in row)], ""):
-        groups = {f"{of}": [n for n in probed if n.startswith(of)] for of in ("knn/", "health/rank/", "health/spread/")}
-        words = {"knn/": "k-NN accuracy in %", "health/rank/": "effective rank", "health/spread/": "spread"}
+    if probed := figures.metric_names([row for row in everything if any(n.startswith("features/") for n in row)], ""):
+        groups = {
+            f"{of}": [n for n in probed if n.startswith(of)]
+            for of in ("knn/", "features/effective_rank/", "features/std/")
+        }
+        words = {"knn/": "k-NN accuracy in %", "features/effective_rank/": "effective rank", "features/std/": "spread"}
         drawn["probes"] = figures.curves(everything, {words[of]: names for of, names in groups.items() if names}, "")
-    groups = {name: [name] for name in ("lr", "rate/images_per_s", "time/data_wait")}
+    groups = {name: [name] for name in ("lr", "throughput/images_per_s", "time/data_wait")}
     drawn["rates"] = figures.curves(rows, groups, "")
     files = [save(figure, folder / "figures" / f"{name}.png") for name, figure in drawn.items()]
     page = folder / "report.html"
@@ -87,7 +90,7 @@ def show_run(config: Config, method: Method, betas: Betas, preview: Preview) -> 
     return [*files, *encoder, page]
 
 
-def summary(config: Config) -> str:
+def summary(config: PretrainConfig) -> str:
     """Where to look at a run."""
     page = Path(config.folder) / "report.html"
     lines = [f"pictures and curves:  {page}"] if config.train.report else []
@@ -105,7 +108,7 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _page(config: Config, rows: list[dict[str, float]], files: list[Path], held_out: bool) -> str:
+def _page(config: PretrainConfig, rows: list[dict[str, float]], files: list[Path], held_out: bool) -> str:
     first, last = rows[0], rows[-1]
     compared = [n for n in last if n.startswith(("loss/", "error/", "beta/"))]
     numbers = [(n, f"{first[n]:.4f}", f"{last[n]:.4f}") for n in compared]
@@ -114,7 +117,7 @@ def _page(config: Config, rows: list[dict[str, float]], files: list[Path], held_
 <style>{STYLE}</style></head><body>
 <h1>{html.escape(config.preset)}</h1>
 <p class="sub">{int(last["step"])} steps of {config.data.batch_size} images, {last["epoch"]:.1f} epochs</p>
-{_pictures(files, "Held-out" if held_out else "Training")}
+{_pictures(files, "ValidationSet-out" if held_out else "Training")}
 <h2>From the first step to the last</h2>{_table(("metric", "first", "last"), numbers)}
 <details><summary>All settings</summary>{_table(("field", "value"), settings)}</details>
 {_evaluations(Path(config.folder))}

@@ -32,8 +32,8 @@ from ddae.config.base import ShardsConfig
 from ddae.data.backend import first_files
 from ddae.data.cache import open_cache
 from ddae.data.loader import Loader
-from ddae.data.reader import Part, Reader
-from ddae.data.sampling import Order, cut
+from ddae.data.reader import RankBatch, Reader
+from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import open_shards
 from ddae.distributed.comm import device
 from ddae.sharding.inspection import inspect
@@ -107,8 +107,8 @@ def measure(way: str, where: str, workers: int, seconds: float) -> float:
 def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tensor, None, None]:
     """This project's loader."""
     config = ShardsConfig(train=where, batch_size=BATCH, workers=workers, backend=backend)  # type: ignore[arg-type]
-    loader = Loader(config, SIZE, 0, Part(BATCH, BATCH, 0, 1), device())
-    loader.settle()
+    loader = Loader(config, SIZE, 0, RankBatch(BATCH, BATCH, 0, 1), device())
+    loader.select_backend()
     try:
         for batch in loader.batches(0):
             if batch.images.is_cuda:
@@ -121,7 +121,7 @@ def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tenso
 def read_batches(where: str, workers: int) -> Generator[torch.Tensor, None, None]:
     """Reader threads alone: files and crops, nothing decoded."""
     config = ShardsConfig(train=where, batch_size=4 * BATCH, workers=workers, backend="dali")
-    loader = Loader(config, SIZE, 0, Part(4 * BATCH, 4 * BATCH, 0, 1), torch.device("cpu"))
+    loader = Loader(config, SIZE, 0, RankBatch(4 * BATCH, 4 * BATCH, 0, 1), torch.device("cpu"))
     for micro in loader.read_files(0):
         yield micro.lengths
 
@@ -149,7 +149,9 @@ def pixel_differences(data: str) -> tuple[float, float]:
 
     config = ShardsConfig()
     shards = open_shards(data, open_cache(config))
-    reader = Reader(shards, Order(shards.first, 0), Part(1, 1, 0, 1), SIZE, cut(config.crop, config.crop_scale))
+    reader = Reader(
+        shards, EpochOrder(shards.first, 0), RankBatch(1, 1, 0, 1), SIZE, crop_policy(config.crop, config.crop_scale)
+    )
     files, drawn = first_files(reader, 512)
     decoder = DaliDecoder(SIZE, len(files), 2, torch.device("cpu"), resizes=True)
     theirs = decoder.decode(files, drawn.crops.boxes, drawn.crops.flips)

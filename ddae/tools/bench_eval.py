@@ -31,7 +31,7 @@ def probe_rates(rounds: int) -> dict[str, list[float]]:
     tasks = {}
     for name, layers in {"one head": (encoder.shape.depth,), "all heads": ()}.items():
         config = probe_recipe("paper")
-        config = replace(config, probe=replace(config.probe, layers=layers, untrained=False)).settled(
+        config = replace(config, probe=replace(config.probe, layers=layers, untrained=False)).resolved_for(
             encoder.shape.depth
         )
         tasks[name] = task = LinearProbe(config, encoder, labels, None, 1)  # type: ignore[arg-type]  # nothing is validated
@@ -42,8 +42,8 @@ def probe_rates(rounds: int) -> dict[str, list[float]]:
     for number in range(rounds + 1):
         for name, task in tasks.items():
             start = time.perf_counter()
-            task.learner.backward(task.loss(Batch(images, numbers, numbers), 0))
-            task.learner.update(0.1)
+            task.optimizable.backward(task.loss(Batch(images, numbers, numbers), 0))
+            task.optimizable.step(0.1)
             if number:  # the first round warms up
                 rates[name].append(BATCH / (time.perf_counter() - start))
     return rates

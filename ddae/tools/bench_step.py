@@ -1,6 +1,6 @@
-"""How fast a step is, rung by rung: from naive.py to what pretraining runs. Each rung is a process of its own
-(rung.py); they take turns, round by round, so that what disturbs the machine disturbs them all. What counts is the
-ratio to the first rung of the same round.
+"""How fast a step is, variant by variant: from naive.py to what pretraining runs. Each variant is a process of its own
+(variant.py); they take turns, round by round, so that what disturbs the machine disturbs them all. What counts is the
+ratio to the first variant of the same round.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from ddae.errors import UserError
 from ddae.training.run_dir import git
 
 
-class Rung(NamedTuple):
+class Variant(NamedTuple):
     """A way to compute a step."""
 
     name: str
@@ -36,35 +36,35 @@ class Rung(NamedTuple):
     pages: bool = False  # huge pages for large tensors of the CPU
 
 
-PLAIN = ("--engine.kernels", "reference", "--engine.taps", "batched")
+PLAIN = ("--engine.loss_backend", "reference", "--engine.tap_execution", "batched")
 
 
-def rungs(gpu: bool) -> list[Rung]:
+def variants(gpu: bool) -> list[Variant]:
     """Each but the first adds one thing to the one before."""
     found = [
-        Rung("naive", "naive", PLAIN),
-        Rung("engine", "engine", PLAIN),
-        Rung("one batch", "own", (*PLAIN, "--engine.no_shortcuts")),
-        Rung("shortcuts", "own", PLAIN),
+        Variant("naive", "naive", PLAIN),
+        Variant("engine", "engine", PLAIN),
+        Variant("one batch", "own", (*PLAIN, "--engine.no_skip_unused_tokens")),
+        Variant("shortcuts", "own", PLAIN),
     ]
     if gpu:
-        found.append(Rung("triton", "own", ("--engine.taps", "batched")))
-        found.append(Rung("compiled", "own", ("--engine.taps", "batched", "--engine.compile")))
-        return [*found, Rung("two streams", "own", (*found[-1].words, "--engine.teacher_stream"))]
+        found.append(Variant("triton", "own", ("--engine.tap_execution", "batched")))
+        found.append(Variant("compiled", "own", ("--engine.tap_execution", "batched", "--engine.compile")))
+        return [*found, Variant("two streams", "own", (*found[-1].words, "--engine.teacher_stream"))]
     return [
         *found,
-        Rung("huge pages", "own", PLAIN, True),
-        Rung("tap by tap", "own", ("--engine.taps", "sequential"), True),
+        Variant("huge pages", "own", PLAIN, True),
+        Variant("tap by tap", "own", ("--engine.tap_execution", "sequential"), True),
     ]
 
 
 class Worker:
-    """A rung's process."""
+    """A variant's process."""
 
-    def __init__(self, rung: Rung, words: Sequence[str]):
-        self.rung = rung
-        asked = json.dumps({"kind": rung.kind, "words": [*words, *rung.words]})
-        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(rung.pages)), "DDAE_CHECK": "0"}
+    def __init__(self, variant: Variant, words: Sequence[str]):
+        self.variant = variant
+        asked = json.dumps({"kind": variant.kind, "words": [*words, *variant.words]})
+        environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(variant.pages)), "DDAE_CHECK": "0"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "ddae.tools.bench_worker", asked],
             env=environment,
@@ -86,41 +86,41 @@ class Worker:
             if line.startswith("ANSWER "):
                 return json.loads(line.removeprefix("ANSWER "))
             self._said.append(line)
-        raise UserError(f"the rung {self.rung.name!r} has ended: {''.join(self._said[-8:])}")
+        raise UserError(f"the variant {self.variant.name!r} has ended: {''.join(self._said[-8:])}")
 
     def end(self) -> None:
         self._process.kill()
         self._process.wait()
 
 
-def climb(
+def run_variants(
     preset: str,
     batch: int,
     precision: str,
     words: Sequence[str],
-    chosen: Sequence[Rung],
+    chosen: Sequence[Variant],
     rounds: int,
     steps: int,
     trace: str,
 ) -> list[dict[str, Any]]:
-    """Rows of the rungs of one preset; with `trace`, a trace of the last one's step goes into that file."""
+    """Rows of the variants of one preset; with `trace`, a trace of the last one's step goes into that file."""
     words = ["--preset", preset, "--data.batch_size", str(batch), "--engine.precision", precision, *words]
     workers: list[Worker] = []
     try:
-        workers += [Worker(rung, words) for rung in chosen]
+        workers += [Worker(variant, words) for variant in chosen]
         for worker in workers:  # one after the other: each needs a whole step's memory, or all processors
             worker.ask("build")
-        seconds: dict[str, list[float]] = {rung.name: [] for rung in chosen}
+        seconds: dict[str, list[float]] = {variant.name: [] for variant in chosen}
         for _ in range(rounds):
             for worker in workers:
-                seconds[worker.rung.name].append(statistics.median(worker.ask(f"time {steps}")))
+                seconds[worker.variant.name].append(statistics.median(worker.ask(f"time {steps}")))
         rows = []
         for worker in workers:
-            own, first = seconds[worker.rung.name], seconds[chosen[0].name]
+            own, first = seconds[worker.variant.name], seconds[chosen[0].name]
             peak, counted = worker.ask("peak"), worker.ask("count")  # in this order: the count itself takes memory
             rows.append(
                 {
-                    "rung": worker.rung.name,
+                    "variant": worker.variant.name,
                     "preset": preset,
                     "batch": batch,
                     "images_per_s": round(batch / statistics.median(own), 3),
@@ -158,12 +158,12 @@ def environment(precision: str) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """A table in the terminal."""
     print(f"\n{rows[0]['preset']}, batch {rows[0]['batch']}, {rows[0]['precision']}, {rows[0]['hardware']}")
-    over = f"x {rows[0]['rung']} (lowest to highest)"
-    print(f"rung          images/s   {over:27}   GFLOP/image   peak GiB   waits")
+    over = f"x {rows[0]['variant']} (lowest to highest)"
+    print(f"variant          images/s   {over:27}   GFLOP/image   peak GiB   waits")
     for row in rows:
         spread = f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
         print(
-            f"{row['rung']:12} {row['images_per_s']:9.2f}   {row['ratio']:7.2f} {spread:19}   "
+            f"{row['variant']:12} {row['images_per_s']:9.2f}   {row['ratio']:7.2f} {spread:19}   "
             f"{row['flops_per_image'] / 1e9:11.1f}   {row['peak_bytes'] / 2**30:8.2f}   {row['host_syncs']:5}"
         )
 
@@ -179,12 +179,12 @@ def keep(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of images/s over the first rung's, a group a preset."""
+    """Bars of images/s over the first variant's, a group a preset."""
     presets = list(dict.fromkeys((row["preset"], row["batch"]) for row in rows))
     figure, axes = plt.subplots(1, len(presets), figsize=(1 + 3.6 * len(presets), 2.9), squeeze=False, sharey=True)
     for axis, (preset, batch) in zip(axes[0], presets, strict=True):
         own = [row for row in rows if (row["preset"], row["batch"]) == (preset, batch)][::-1]
-        bars = axis.barh([row["rung"] for row in own], [row["ratio"] for row in own], color="#0b6e99", height=0.62)
+        bars = axis.barh([row["variant"] for row in own], [row["ratio"] for row in own], color="#0b6e99", height=0.62)
         axis.bar_label(bars, [f" {row['ratio']:.2f} x" for row in own], fontsize=8)
         axis.axvline(1, color="#444444", linewidth=0.8)
         axis.set_title(f"{preset}, batch {batch}", fontsize=9)

@@ -16,7 +16,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -24,18 +23,26 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ddae.config import deepspeed as ds_config
 from ddae.config.cli import parse
-from ddae.config.pretrain import Config, beta_names
-from ddae.data.loader import Batch, Loader
-from ddae.data.reader import Part
+from ddae.config.pretrain import PretrainConfig, beta_names
+from ddae.data.loader import Batch
+from ddae.data.reader import RankBatch
 from ddae.distributed.comm import device
-from ddae.distributed.engine import Engine, start_process_group
+from ddae.distributed.engine import Engine, plain_deepspeed, start_process_group
 from ddae.method.betas import Betas
 from ddae.method.distance import masked_distance
-from ddae.method.model import build_method
-from ddae.method.naive import NaiveEncoder, NaiveMethod, follow, to_pixels
-from ddae.method.teacher import MovingAverage, Teacher
+from ddae.method.model import build_model
+from ddae.method.naive import NaiveEncoder, NaiveMethod, ema_update, to_pixels
+from ddae.method.teacher import MovingAverage
 from ddae.training.optimizer import build_optimizer
-from ddae.training.step import build_teacher, compile_parts, forward, loss_kernels, mask_drawer, settle
+from ddae.training.step import (
+    ForwardPass,
+    build_loader,
+    build_targets,
+    compile_modules,
+    mask_sampler,
+    resolve_auto,
+    resolve_loss_backend,
+)
 
 LR, MOMENTUM = 1e-4, 0.999
 WAITS = {
@@ -47,32 +54,32 @@ WAITS = {
 class OwnStep:
     """This project's step, as pretraining runs it."""
 
-    def __init__(self, config: Config, ds_json: dict[str, Any]):
-        self.config, self.kernels = settle(config, ds_json), loss_kernels(config)
-        method = build_method(self.config)
-        self.engine = Engine(method, build_optimizer(method, config.optim), ds_json)
-        self.teacher = build_teacher(self.config, self.engine)
+    def __init__(self, config: PretrainConfig, ds_json: dict[str, Any]):
+        resolved, backend = resolve_auto(config, ds_json), resolve_loss_backend(config)
+        model = build_model(resolved)
+        self.engine = Engine(model, build_optimizer(model, config.optim), ds_json)
+        self.targets = build_targets(resolved, self.engine)
         if config.engine.compile:
-            compile_parts(self.engine.module, self.teacher)
+            compile_modules(self.engine.module, self.targets)
         self.betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, self.engine.device)
+        self.forward = ForwardPass(resolved, self.engine, self.targets, self.betas, 1.0, backend)
 
     def __call__(self, batch: Batch) -> Tensor:
-        losses = forward(self.config, self.engine, self.teacher, self.betas, 1.0, 1.0, self.kernels, batch)
+        losses = self.forward(batch, 1.0)
         self.engine.backward(losses.total)
-        applied = self.engine.update(LR)
+        applied = self.engine.step(LR)
         self.betas.step(LR, applied)
-        if isinstance(self.teacher, Teacher):
-            self.teacher.follow(MOMENTUM, applied)
+        self.targets.update(MOMENTUM, applied)
         return losses.total.detach()
 
 
 class NaiveStep:
     """naive.py under DeepSpeed as it comes, or, with `own_engine`, under this project's engine and average."""
 
-    def __init__(self, config: Config, ds_json: dict[str, Any], own_engine: bool):
+    def __init__(self, config: PretrainConfig, ds_json: dict[str, Any], own_engine: bool):
         self.config, self.own = config, own_engine
         method = NaiveMethod(config)
-        method.load_state_dict(build_method(config).state_dict())
+        method.load_state_dict(build_model(config).state_dict())
         teacher = NaiveEncoder(config).to(device()).requires_grad_(False).eval()
         teacher.load_state_dict(method.encoder.state_dict())
         self.teacher = teacher if config.feature.enabled else None
@@ -88,15 +95,13 @@ class NaiveStep:
             optimizer = torch.optim.AdamW(build_optimizer(method, config.optim).param_groups, betas=(0.9, 0.95))
             for group in optimizer.param_groups:
                 group["fused"] = None
-            self.engine, *_ = deepspeed.initialize(
-                model=method, optimizer=optimizer, config=plain, dist_init_required=False
-            )
+            self.engine = plain_deepspeed(method, optimizer, plain)
         self.betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, device())
         self.applied = torch.ones((), device=device())
 
     def __call__(self, batch: Batch) -> Tensor:
         config, module, low = self.config, self.engine.module, self.config.engine.precision != "fp32"
-        mask = (batch.mask or mask_drawer(config)(batch.seeds)).to(device())
+        mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(device())
         distance = masked_distance(mask, config.grid, "reference", config.dynamic.distance_norm)
         tokens = None
         if self.teacher is not None:
@@ -107,37 +112,36 @@ class NaiveStep:
         loss = self.engine(batch.images, mask.visible, mask.masked, distance, self.betas.used(), tokens, 1.0)
         self.engine.backward(loss)
         if self.own:
-            applied = self.engine.update(LR)
+            applied = self.engine.step(LR)
             self.betas.step(LR, applied)
             if self.teacher is not None:
-                self.average.follow(MOMENTUM, applied)
+                self.average.update(MOMENTUM, applied)
             return loss.detach()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = LR
         self.engine.step()
         self.betas.step(LR, self.applied)
         if self.teacher is not None:
-            follow(self.teacher, module.encoder.named_parameters(), MOMENTUM)
+            ema_update(self.teacher, module.encoder.named_parameters(), MOMENTUM)
         loss.item()
         return loss.detach()
 
 
-def build(kind: str, config: Config) -> Callable[[Batch], Tensor]:
+def build(kind: str, config: PretrainConfig) -> Callable[[Batch], Tensor]:
     ds_json = ds_config.resolve(ds_config.load(config.ds_config), config, 1).json
     return OwnStep(config, ds_json) if kind == "own" else NaiveStep(config, ds_json, kind == "engine")
 
 
-def batches(config: Config) -> Iterator[Batch]:
+def batches(config: PretrainConfig) -> Iterator[Batch]:
     """Of the loader, or, without data, the same random images again and again."""
     size, count = config.model.image_size, config.data.batch_size
     if config.data.train:
-        part = Part(count, count, 0, 1)
-        loader = Loader(config.data, size, config.train.seed, part, device(), None, mask_drawer(config))
-        loader.settle()
+        loader = build_loader(config, RankBatch(count, count, 0, 1))
+        loader.select_backend()
         yield from loader.batches(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device())
     numbers = torch.arange(count)
-    mask = mask_drawer(config)(numbers)  # by readers, as the images
+    mask = mask_sampler(config)(numbers)  # by readers, as the images
     while True:
         yield Batch(images, numbers, numbers, mask)
 
@@ -173,7 +177,7 @@ def peak_bytes(step: Callable[[], object]) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def count_flops(work: Callable[[], object]) -> int:
+def measure_flops(work: Callable[[], object]) -> int:
     """Of matrix products and attention, whose backward pass counts twice its forward pass; torch's counter takes the
     CPU's fused attention for nothing, and others' backward pass for two and a half."""
     aten = torch.ops.aten
@@ -206,7 +210,7 @@ def profiled(step: Callable[[], object]) -> profile:
     return seen  # its end waits for the device
 
 
-def host_waits(step: Callable[[], object]) -> int:
+def host_syncs(step: Callable[[], object]) -> int:
     """How often the host waits for the device in a step. On a CPU: how often it looks at a number that a GPU would have
     to deliver; AdamW's own count of its steps is no such number."""
     synchronise()
@@ -243,12 +247,12 @@ def main() -> None:
         elif request == "peak":
             answer = peak_bytes(step)
         elif request == "count":
-            answer = {"flops": count_flops(step) / config.data.batch_size, "waits": host_waits(step)}
+            answer = {"flops": measure_flops(step) / config.data.batch_size, "waits": host_syncs(step)}
         else:
             seen = profiled(step)
             seen.export_chrome_trace(argument)
             answer = table(seen)
-        torch.cuda.empty_cache()  # other rungs use the same GPU
+        torch.cuda.empty_cache()  # other variants use the same GPU
         print("ANSWER", json.dumps(answer), flush=True)
 
 

@@ -28,12 +28,12 @@ from ddae.config.pretrain import beta_names
 from ddae.data.backend import dali_installed
 from ddae.data.decode import decode_crop
 from ddae.distributed.checkpoint import Checkpoints
-from ddae.distributed.comm import barrier, device, from_main, gather, is_main, world_size
+from ddae.distributed.comm import barrier, broadcast_from_main, device, gather, is_main, world_size
 from ddae.distributed.engine import Engine, start_process_group
 from ddae.distributed.watchdog import Watchdog
 from ddae.errors import UserError
 from ddae.method.betas import Betas
-from ddae.method.model import build_method
+from ddae.method.model import build_model
 from ddae.training import run_dir
 from ddae.training.optimizer import build_optimizer
 
@@ -48,7 +48,7 @@ def examine(folder: Path, json_path: str) -> int:
     folder: where runs are to be, tried for checkpoints; json_path: the DeepSpeed JSON to try them with.
     """
     start_process_group()
-    from_main(lambda: (folder / ".doctor").mkdir(parents=True, exist_ok=True))
+    broadcast_from_main(lambda: (folder / ".doctor").mkdir(parents=True, exist_ok=True))
     watchdog = Watchdog(folder / ".doctor", PATIENCE)  # a rank that fails alone leaves the others waiting
     failed = 0
     for name, look in {
@@ -62,7 +62,7 @@ def examine(folder: Path, json_path: str) -> int:
         "all-reduce": all_reduce,
         "gloo": gloo,
     }.items():
-        watchdog.beat(0)
+        watchdog.heartbeat(0)
         problem, said = "", ""
         try:
             said = look()
@@ -70,7 +70,7 @@ def examine(folder: Path, json_path: str) -> int:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         problems = [each for each in gather(problem) if each]
         failed += bool(problems)
-        watchdog.beat(0)
+        watchdog.heartbeat(0)
         if is_main():
             lines = (
                 f"FAILS on {len(problems)} of {world_size()} ranks: {problems[0]}" if problems else said
@@ -118,7 +118,7 @@ def deepspeed_report() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=alone)
         return re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
 
-    report = from_main(ask)
+    report = broadcast_from_main(ask)
     ops = re.findall(r"^(\w+) \.+ \S+ \.+ \[(\w+)\]", report, re.MULTILINE)
     usable = [name for name, compatible in ops if compatible == "OKAY" and name != "deepspeed_not_implemented"]
     wanted = (
@@ -183,7 +183,7 @@ def checkpoint(folder: Path, json_path: str) -> str:
     settings.pop("gradient_clipping", None)
     config = replace(config, data=replace(config.data, batch_size=8 * world_size()))
     resolved = ds_config.resolve(settings, config, world_size())
-    method = build_method(config)
+    method = build_model(config)
     engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     checkpoints, parts = Checkpoints(folder / ".doctor", 1), {"engine": engine, "betas": betas}
@@ -191,7 +191,7 @@ def checkpoint(folder: Path, json_path: str) -> str:
     if not checkpoints.save(1, parts, fingerprint="doctor"):
         raise RuntimeError("it cannot be written")
     saved = time.perf_counter()
-    newest = checkpoints.newest(allow_scratch=False)
+    newest = checkpoints.newest(allow_restart=False)
     if newest is None:
         raise RuntimeError("what was written is not found")
     checkpoints.load(newest.path, parts, "doctor")

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddae.config.pretrain import Config, FeatureConfig, PixelConfig
+from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig
 from ddae.errors import UserError
-from ddae.method.model import assemble
-from ddae.training.flops import GPUS, Gpu, decoded, seen, work
+from ddae.method.model import construct_model
+from ddae.training.flops import GPUS, Gpu, count_flops, decoder_branches, encoder_patches
 from ddae.training.optimizer import build_optimizer
 
 GIB = 2**30
@@ -74,16 +74,16 @@ class Counts(NamedTuple):
         return total
 
 
-def count_parameters(config: Config) -> Counts:
+def count_parameters(config: PretrainConfig) -> Counts:
     """Of the model that the config describes, which is not built for it."""
     with torch.device("meta"):
-        method = assemble(config)
+        method = construct_model(config)
     encoder = {id(parameter) for parameter in method.encoder.parameters()}
     groups = build_optimizer(method, config.optim).param_groups
     return Counts([[(p.numel(), id(p) in encoder) for p in group["params"]] for group in groups])
 
 
-def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micro_batch: int) -> Memory:
+def memory(config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, micro_batch: int) -> Memory:
     """On each of `gpus` GPUs at a ZeRO stage, with what a DeepSpeed JSON says of buckets and offload."""
     zero = settings.get("zero_optimization", {})
     counts = count_parameters(config)
@@ -116,25 +116,25 @@ def memory(config: Config, settings: dict[str, Any], stage: int, gpus: int, micr
         buffers += low * bucket * (2 if zero.get("overlap_comm", False) and gpus > 1 else 1)
     if stage == 3:
         buffers += low * (bucket + min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus))
-    if config.engine.recompute:
+    if config.engine.activation_checkpointing:
         buffers += max(block_bytes(config, *shape) * rows for shape, _, rows in stacks(config, micro_batch))
     return Memory(weights, gradients, optimizer, teacher, activations(config, micro_batch), buffers, update)
 
 
-def bytes_of_weights(config: Config) -> int:
+def bytes_of_weights(config: PretrainConfig) -> int:
     return 2 if config.engine.precision == "bf16" else 4
 
 
-def bytes_of_products(config: Config) -> int:
+def bytes_of_products(config: PretrainConfig) -> int:
     """Of what matrices read and give; norms and the residual stream have the weights' precision."""
     return 4 if config.engine.precision == "fp32" else 2
 
 
-def stacks(config: Config, images: int) -> list[tuple[tuple[int, int], int, int]]:
+def stacks(config: PretrainConfig, images: int) -> list[tuple[tuple[int, int], int, int]]:
     """Of encoder and decoders: (width, heads), blocks, and rows of tokens of so many images."""
     patches, model = config.grid[0] * config.grid[1], config.model
-    found = [((model.width, model.heads), model.depth, images * (1 + seen(config)))]
-    for branch in decoded(config):
+    found = [((model.width, model.heads), model.depth, images * (1 + encoder_patches(config)))]
+    for branch in decoder_branches(config):
         shape = (branch.decoder_width, branch.decoder_heads)
         found.append((shape, branch.decoder_depth, len(branch.taps) * images * (1 + patches)))
     if config.token.enabled and config.token.cls:
@@ -142,7 +142,7 @@ def stacks(config: Config, images: int) -> list[tuple[tuple[int, int], int, int]
     return found
 
 
-def block_bytes(config: Config, width: int, heads: int) -> float:
+def block_bytes(config: PretrainConfig, width: int, heads: int) -> float:
     """What one block keeps of one token for its backward pass."""
     stream, product = bytes_of_weights(config), bytes_of_products(config)
     statistics = 4 * heads + 4 * 4  # attention's logarithms of sums; means and deviations of two norms
@@ -150,12 +150,12 @@ def block_bytes(config: Config, width: int, heads: int) -> float:
     return width * (2 * stream + (14 + scaled) * product) + statistics
 
 
-def decoder_blocks(config: Config, branch: PixelConfig | FeatureConfig, rows: int) -> float:
+def decoder_blocks(config: PretrainConfig, branch: PixelConfig | FeatureConfig, rows: int) -> float:
     """What the blocks of a decoder keep of so many rows, one an image and tap."""
     stream, product, width = bytes_of_weights(config), bytes_of_products(config), branch.decoder_width
-    tokens, masked, short = 1 + config.grid[0] * config.grid[1], config.num_masked, config.engine.shortcuts
+    tokens, masked, short = 1 + config.grid[0] * config.grid[1], config.num_masked, config.engine.skip_unused_tokens
     whole = block_bytes(config, width, branch.decoder_heads)
-    if config.engine.recompute or config.engine.recompute_decoders:
+    if config.engine.activation_checkpointing or config.engine.decoder_activation_checkpointing:
         return rows * width * stream * (branch.decoder_depth * tokens - (masked if short else 0))
     total = branch.decoder_depth * tokens * whole
     if short:
@@ -167,24 +167,30 @@ def decoder_blocks(config: Config, branch: PixelConfig | FeatureConfig, rows: in
     return rows * total
 
 
-def activations(config: Config, images: int) -> float:
+def activations(config: PretrainConfig, images: int) -> float:
     """Bytes that the forward pass of a micro-batch keeps for the backward pass."""
     stream, product = bytes_of_weights(config), bytes_of_products(config)
     total = 0.0
     encoder, *others = stacks(config, images)
-    for (width, heads), depth, rows in [encoder, *others[len(decoded(config)) :]]:
-        total += rows * depth * (width * stream if config.engine.recompute else block_bytes(config, width, heads))
+    for (width, heads), depth, rows in [encoder, *others[len(decoder_branches(config)) :]]:
+        total += (
+            rows
+            * depth
+            * (width * stream if config.engine.activation_checkpointing else block_bytes(config, width, heads))
+        )
     width, patch_numbers = config.model.width, config.model.patch_size**2 * 3
-    visible = seen(config)
+    visible = encoder_patches(config)
     total += images * visible * patch_numbers * product  # what the projection reads
     all_taps = {tap for branch in config.branches.values() for tap in branch.taps}
     total += len(all_taps) * images * (1 + visible) * width * stream  # what the norm of the taps reads
     if config.token.enabled:
         masked = (len(config.token.taps) + config.token.cls) * images * config.num_masked
         total += masked * (width * product + config.token.codes * 4)  # what the head reads; logarithms of shares
-    of_branches = [decoding(config, branch, images) for branch in decoded(config)]
-    if config.engine.taps == "sequential":  # one tap of one branch at a time, and its parameters' gradients, in fp32
-        alone = max(part / len(branch.taps) for part, branch in zip(of_branches, decoded(config), strict=True))
+    of_branches = [decoding(config, branch, images) for branch in decoder_branches(config)]
+    if (
+        config.engine.tap_execution == "sequential"
+    ):  # one tap of one branch at a time, and its parameters' gradients, in fp32
+        alone = max(part / len(branch.taps) for part, branch in zip(of_branches, decoder_branches(config), strict=True))
         counts = count_parameters(config)
         total += alone + 4 * (counts.method - counts.encoder)
     else:
@@ -194,10 +200,10 @@ def activations(config: Config, images: int) -> float:
     return total
 
 
-def decoding(config: Config, branch: PixelConfig | FeatureConfig, images: int) -> float:
+def decoding(config: PretrainConfig, branch: PixelConfig | FeatureConfig, images: int) -> float:
     """Bytes that a branch keeps of all its taps."""
     stream, product = bytes_of_weights(config), bytes_of_products(config)
-    read_width, visible, width = config.model.width, seen(config), branch.decoder_width
+    read_width, visible, width = config.model.width, encoder_patches(config), branch.decoder_width
     taps, patches = len(branch.taps) * images, config.grid[0] * config.grid[1]
     masked, out = (
         taps * config.num_masked,
@@ -205,17 +211,19 @@ def decoding(config: Config, branch: PixelConfig | FeatureConfig, images: int) -
     )
     total = decoder_blocks(config, branch, taps)
     total += taps * (1 + visible) * read_width * product  # what the decoder reads
-    left = masked if config.engine.shortcuts else taps * (1 + patches)
+    left = masked if config.engine.skip_unused_tokens else taps * (1 + patches)
     total += (left * stream + masked * product) * width  # what its last norm and its head read
     copies = 1 if isinstance(branch, PixelConfig) else 2
     if branch.cross_attention:
         read = taps * (1 + visible) * (read_width * (stream + product) + 2 * width * product)
-        outputs = branch.decoder_depth * taps * (1 + patches) - (taps * (1 + visible) if config.engine.shortcuts else 0)
+        outputs = branch.decoder_depth * taps * (1 + patches) - (
+            taps * (1 + visible) if config.engine.skip_unused_tokens else 0
+        )
         total += outputs * width * (stream + 4 * product) + branch.decoder_depth * read
-    return total + masked * out * (copies * 4 if config.engine.kernels == "reference" else product)  # the loss
+    return total + masked * out * (copies * 4 if config.engine.loss_backend == "reference" else product)  # the loss
 
 
-def traffic(config: Config, stage: int, gpus: int, accumulation: int) -> float:
+def traffic(config: PretrainConfig, stage: int, gpus: int, accumulation: int) -> float:
     """Bytes that a GPU sends in a step, by rings: gradients, weights, and under ZeRO the teacher's copy."""
     counts, low = count_parameters(config), bytes_of_weights(config)
     n, share = counts.method, (gpus - 1) / gpus
@@ -225,7 +233,7 @@ def traffic(config: Config, stage: int, gpus: int, accumulation: int) -> float:
     return low * share * (passes * n + teacher)
 
 
-def largest_micro_batch(config: Config, settings: dict[str, Any], stage: int, gpus: int, gpu: Gpu) -> int:
+def largest_micro_batch(config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, gpu: Gpu) -> int:
     """The largest micro-batch that fits and divides the global batch; 0 where none does."""
     for micro in range(config.data.batch_size // gpus, 0, -1):
         divides = config.data.batch_size % (micro * gpus) == 0
@@ -238,7 +246,13 @@ ROOM = 0.92  # of a GPU's memory; the rest is CUDA's, NCCL's, and what falls bet
 
 
 def show(
-    config: Config, settings: dict[str, Any], gpus: int, gpu_name: str, micro: int | None, images: int, mfu: float
+    config: PretrainConfig,
+    settings: dict[str, Any],
+    gpus: int,
+    gpu_name: str,
+    micro: int | None,
+    images: int,
+    mfu: float,
 ) -> str:
     """The plan as text. UserError where the GPU is unknown or the batch cannot be divided."""
     if gpu_name not in GPUS:
@@ -250,7 +264,7 @@ def show(
     micro = int(micro or settings.get("train_micro_batch_size_per_gpu") or batch // gpus)
     if micro < 1 or batch % (micro * gpus):
         raise UserError(f"data.batch_size {batch} is not divisible by {gpus} GPUs x micro-batch {micro}: change one")
-    counts, cost, accumulation = count_parameters(config), work(config), batch // (micro * gpus)
+    counts, cost, accumulation = count_parameters(config), count_flops(config), batch // (micro * gpus)
     teraflops = gpu.in_fp32 if config.engine.precision == "fp32" else gpu.teraflops
     rate = gpus * teraflops * 1e12 / cost.total
     samples = config.num_steps(images) * batch
@@ -277,6 +291,8 @@ def show(
         numbers = "  ".join(f"{v:{w}.2f}" for v, w in zip(gib, (7, 9, 9, 7, 11, 7, 7), strict=True))
         sent = traffic(config, stage, gpus, accumulation) / GIB
         lines.append(f"{stage:4}  {numbers}  {fits:>4}  {most:5}  {sent:6.2f}")
-    less = memory(replace(config, engine=replace(config.engine, recompute=True)), settings, 2, gpus, micro)
-    lines.append(f"with --engine.recompute the activations are {less.activations / GIB:.2f} GiB")
+    less = memory(
+        replace(config, engine=replace(config.engine, activation_checkpointing=True)), settings, 2, gpus, micro
+    )
+    lines.append(f"with --engine.activation_checkpointing the activations are {less.activations / GIB:.2f} GiB")
     return "\n".join(lines)

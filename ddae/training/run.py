@@ -1,134 +1,258 @@
-"""One start of a run, whatever it trains: who holds its folder, where it goes on, what it saves, whom it tells, how it
-ends."""
+"""Run lifecycle: check, lock, resume, poll for signals, evaluate, log, checkpoint, shut down."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import gc
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from ddae.config.base import Experiment
 from ddae.data.loader import Loader
+from ddae.data.reader import RankBatch
 from ddae.distributed.checkpoint import Checkpoints
-from ddae.distributed.checkpoint_format import Saved
-from ddae.distributed.comm import agree, barrier, from_main, is_main, say
-from ddae.distributed.engine import stop_process_group
-from ddae.distributed.preemption import EXIT_CODE, Stop
+from ddae.distributed.checkpoint_format import Checkpointable
+from ddae.distributed.comm import (
+    assert_equal_across_ranks,
+    barrier,
+    broadcast_from_main,
+    configure_logging,
+    is_main,
+    rank,
+    world_size,
+)
+from ddae.distributed.engine import start_process_group, stop_process_group
+from ddae.distributed.preemption import EXIT_CODE, StopSignal
 from ddae.distributed.watchdog import Watchdog
 from ddae.training import run_dir
-from ddae.training.metrics import Clock
+from ddae.training.flops import Flops
+from ddae.training.metrics import SpikeDetector, StepTimer, log_progress, system_metrics
 from ddae.training.tracker import Tracker, read_metrics, start_tracker
 
-MEASURED = ("val/", "health/")  # names of metrics that belong to the steps before them, and are measured apart
+EVALUATION_METRICS = ("val/", "features/")  # prefixes of metrics that a PeriodicEvaluation logs
+BASELINE_METRICS = ("raw_pixels", "chance")  # endings of metrics that do not depend on the encoder
+GC_INTERVAL = 100  # most steps between two garbage collections
+logger = logging.getLogger(__name__)
 
 
-class Session:
-    """From the moment on that the ranks have met; all of them call what is public here."""
+class Run:
+    """One start of an experiment. All ranks call its public methods.
 
-    def __init__(self, config: Experiment, loader: Loader, stop: Stop):
-        """UserError where the ranks see different things, somebody else trains in the folder, or what it holds is
-        broken."""
-        self.config, self.loader = config, loader
-        self.folder = Path(config.folder)
-        self.tracker: Tracker | None = None  # on the main rank
-        self.parts: dict[str, Saved] = {}
-        self.measured: set[float] = set()  # steps after which an earlier start has measured
-        self._stop, self._looks, self._saved_step = stop, 0, -1
-        stop.patience = config.train.hang_after + 60
-        agree(backend=loader.backend, samples=loader.num_samples)
-        run_dir.lock(config)
-        self._watchdog = Watchdog(self.folder, config.train.hang_after)
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
-        self._newest = self._checkpoints.newest(config.allow_scratch)
-        if self._newest is None:
-            from_main(lambda: run_dir.check_history(config))
+    Order: constructor (checks without other ranks), is_complete(), start(), restore(), then the training loop.
+    """
 
-    def restore(self, parts: dict[str, Saved], ds_json: dict[str, Any], parent: str = "", **params: Any) -> int:
-        """Fill the parts from the newest checkpoint; the step to go on from, 0 for a new run.
+    loader: Loader
+    timer: StepTimer
 
-        Then the folder says what is run, and the tracker is open. parent: MLflow's run that this one belongs to.
-        params: what it shall know beside the config.
+    def __init__(self, config: Experiment, stop: StopSignal | None, ds_json: dict[str, Any], micro_batch: int):
+        """Raise UserError if the run directory is not writable, or was started with other settings."""
+        configure_logging()
+        run_dir.check(config)
+        self.config, self.ds_json, self.folder = config, ds_json, Path(config.folder)
+        self.rank_batch = RankBatch(config.data.batch_size, micro_batch, rank(), world_size())
+        self.tracker: Tracker | None = None  # on rank 0
+        self.evaluated_steps: set[float] = set()  # by an earlier start
+        self.flops: Flops | None = None  # of an image, for model FLOPs utilisation
+        self._state: dict[str, Checkpointable] = {}
+        self._stop = stop or StopSignal()
+        self._stop.timeout_s = self._timeout_s
+        self._polls, self._saved_step, self._first_step = 0, -1, True
+
+    @property
+    def _timeout_s(self) -> float:
+        """Seconds that ranks wait for each other: longer than the watchdog, which leaves stacks."""
+        return self.config.train.watchdog_timeout_s + 60
+
+    def is_complete(self, num_steps: int) -> bool:
+        """Return whether the run was trained for so many steps and exported."""
+        return run_dir.finished_steps(self.config) >= num_steps
+
+    def start(self, loader: Loader, **equal: object) -> None:
+        """Join the ranks, choose the image decoder, lock the directory, start the watchdog, find the checkpoint.
+
+        equal: further facts that must be the same on all ranks. Raise UserError if they differ, if another run uses the
+        directory, or if its checkpoints are damaged or missing.
         """
-        self.parts = parts
-        saved: dict[str, Any] = {}
+        config, self.loader = self.config, loader
+        start_process_group(self._timeout_s)
+        loader.select_backend(run_dir.previous_backend(config))
+        assert_equal_across_ranks(backend=loader.backend, samples=loader.num_samples, **equal)
+        run_dir.lock(config)
+        self._watchdog = Watchdog(self.folder, config.train.watchdog_timeout_s)
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
+        self._newest = self._checkpoints.newest(config.allow_restart)
+        if self._newest is None:
+            broadcast_from_main(lambda: run_dir.check_history(config))
+
+    def restore(self, state: dict[str, Checkpointable], parent: str = "", **params: Any) -> int:
+        """Load the newest checkpoint into `state` and open the tracker. Return the step to start from, 0 for a new run.
+
+        parent: the MLflow run under which this one is nested. params: logged beside the config.
+        """
+        self._state = state
+        facts: dict[str, Any] = {}
         if self._newest is not None:
-            saved = self._checkpoints.load(self._newest.path, parts, self.loader.fingerprint)
-        start = saved.get("step", 0)
+            facts = self._checkpoints.load(self._newest.path, state, self.loader.fingerprint)
+        start = facts.get("step", 0)
         barrier()
         if is_main():
-            run_dir.write(self.config, ds_json, self.loader.backend)
-            self._checkpoints.set_aside_beyond(start)
+            run_dir.write(self.config, self.ds_json, self.loader.backend)
+            self._checkpoints.quarantine_after(start)
             params = self.config.to_dict() | params
-            known = saved.get("run_id", "")
-            above = parent or self.config.tracker.parent
-            self.tracker = start_tracker(self.config.tracker, self.folder, start, params, known, above)
-        rows = from_main(self.rows)
-        self.measured = {row["step"] for row in rows if any(name.startswith(MEASURED) for name in row)}
+            parent = parent or self.config.tracker.parent
+            run_id = facts.get("run_id", "")
+            self.tracker = start_tracker(self.config.tracker, self.folder, start, params, run_id, parent)
+        rows = broadcast_from_main(self.rows)
+        self.evaluated_steps = {row["step"] for row in rows if any(n.startswith(EVALUATION_METRICS) for n in row)}
+        self._spikes = SpikeDetector(row["loss/total"] for row in rows if "loss/total" in row)
         self._saved_step = start if self._newest is not None else -1
-        self.clock = Clock()
+        self.timer, self._restored_at = StepTimer(), time.perf_counter()
         return start
 
-    def look_around(self, step: int) -> None:
-        """Before each step, and now and then in what takes long after `step` of them: say that this rank lives.
+    def describe(self, start: int, num_steps: int, more: str) -> None:
+        """Log what is about to be trained."""
+        batch = self.rank_batch
+        logger.info(
+            f"{self.folder}: steps {start} to {num_steps} of {batch.batch_size} images on {batch.ranks} ranks "
+            f"({batch.accumulation} x {batch.micro_batch} each), {self.loader.describe()}, {more}"
+        )
 
-        SystemExit with code 75, and with a checkpoint left, where the ranks are told to stop.
+    def poll(self, step: int) -> None:
+        """Report progress, and check for signals; called before each step, and in long work after `step` steps.
+
+        After a signal save a checkpoint and raise SystemExit with code 75.
         """
-        self.look_alive(step)
-        self._looks += 1
-        if reason := self._stop.agreed(self._looks):
+        self.heartbeat(step)
+        self._polls += 1
+        if reason := self._stop.poll(self._polls):
             if self._saved_step != step:
                 self.save(step)
             self.loader.close()
-            self._leave(reason, step)
+            self._exit(reason, step)
 
-    def look_alive(self, step: int) -> None:
-        """Say that this rank lives, where it cannot stop."""
-        self._watchdog.beat(step)
+    def heartbeat(self, step: int) -> None:
+        """Report progress to the watchdog, where the run cannot stop."""
+        self._watchdog.heartbeat(step)
+
+    def step_done(self, step: int) -> None:
+        """Count a step; log how long the first one took."""
+        self.timer.count_step()
+        if self._first_step:
+            logger.info("first step done after %.1f s", time.perf_counter() - self._restored_at)
+            self._first_step = False
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Around an evaluation, which looks around more or less often than steps do."""
-        self._stop.changes_pace()
-        with self.clock.spending("evaluate"):
+    def evaluation(self) -> Iterator[None]:
+        """Context of an evaluation: its time is not training time, and it polls at another rate."""
+        self._stop.reset_poll_interval()
+        with self.timer.measure("evaluate"):
             yield
-        self._stop.changes_pace()
+        self._stop.reset_poll_interval()
 
     def save(self, step: int) -> None:
-        """Leave a checkpoint of the state after `step` steps."""
+        """Write a checkpoint of the state after `step` steps."""
         run_id = "" if self.tracker is None else self.tracker.run_id
-        with self.clock.spending("save"):
-            if self._checkpoints.save(step, self.parts, fingerprint=self.loader.fingerprint, run_id=run_id):
+        with self.timer.measure("save"):
+            if self._checkpoints.save(step, self._state, fingerprint=self.loader.fingerprint, run_id=run_id):
                 self._saved_step = step
 
     def log(self, row: dict[str, float]) -> None:
-        """A row of metrics, with its `step`."""
+        """Write a row of metrics; it has a `step`."""
         if self.tracker is not None:
             self.tracker.log(row)
 
+    def log_step(self, num_steps: int, row: dict[str, float]) -> None:
+        """Complete a training step's row with spike, throughput and system load; write it and log the progress."""
+        row["loss/spike"] = float(self._spikes.is_spike(row["loss/total"]))
+        row |= self.timer.read(self.rank_batch.batch_size) | self.loader.read_stats() | system_metrics()
+        if self.flops is not None:
+            precision = self.config.engine.precision
+            row |= self.flops.utilisation(row["throughput/images_per_s"] / world_size(), precision)
+        log_progress(row, num_steps)
+        self.log(row)
+
     def rows(self) -> list[dict[str, float]]:
-        """What was logged so far, by earlier starts, too."""
+        """Return all rows of metrics, those of earlier starts included."""
         return read_metrics(self.folder / "metrics.jsonl")
 
-    def finish(self, steps: int, files: list[Path]) -> None:
-        """The run is complete; `files` are what people may want to look at."""
+    def finish(self, num_steps: int, files: list[Path]) -> None:
+        """End a complete run. files: what the tracker shall keep."""
         self._watchdog.stop()
         if self.tracker is not None:
             self.tracker.finish(files)
         if is_main():
-            run_dir.set_finished(self.config, steps)
+            run_dir.set_finished(self.config, num_steps)
 
     def fail(self) -> None:
-        """The run ends by an error, which the caller raises."""
+        """End the tracker's run as failed; the caller raises the error."""
         if self.tracker is not None:
-            self.tracker.finish([], "FAILED", patience=3)
+            self.tracker.finish([], "FAILED", timeout_s=3)
 
-    def _leave(self, reason: str, step: int) -> NoReturn:
+    def _exit(self, reason: str, step: int) -> NoReturn:
         if is_main():
             try:
                 run_dir.set_stopped(self.config, reason, step)
             except OSError as error:
-                print(f"{run_dir.STOPPED} cannot be written ({error.strerror})", flush=True)
+                logger.warning("%s cannot be written (%s)", run_dir.STOPPED, error.strerror)
         if self.tracker is not None:
-            self.tracker.finish([], "KILLED", patience=3)
-        say(f"{self.config.folder}: stopped after {step} steps ({reason}); the same command goes on")
+            self.tracker.finish([], "KILLED", timeout_s=3)
+        logger.info("%s: stopped after %d steps (%s). The same command resumes the run.", self.folder, step, reason)
         stop_process_group()
         raise SystemExit(EXIT_CODE)
+
+
+class PeriodicEvaluation:
+    """Calls evaluate(poll) -> metrics every `interval` steps, from step `first` on, and logs them.
+
+    A measurement belongs to the steps before it; it is skipped if an earlier start of the run made it, and repeated
+    if a signal interrupted it.
+    """
+
+    def __init__(self, run: Run, evaluate: Callable[[Callable[[], None]], dict[str, float]], interval: int, first: int):
+        """interval: steps; 0: never."""
+        self.run, self.evaluate, self.interval, self.first = run, evaluate, interval, first
+
+    def maybe_run(self, step: int, last: bool = False) -> None:
+        """Evaluate after `step` steps if they are due; always after the last one."""
+        due = step >= self.first and self.interval and (last or step % self.interval == 0)
+        if not due or step in self.run.evaluated_steps:
+            return
+        with self.run.evaluation():
+            row = self.evaluate(partial(self.run.poll, step))
+        untrained = next((each for each in self.run.rows() if each["step"] == 0), {})
+        logger.info("  ".join([f"step {step}", *(_with_baseline(*item, untrained) for item in row.items())]))
+        self.run.log({"step": step, **row})
+
+
+def _with_baseline(name: str, value: float, untrained: dict[str, float]) -> str:
+    """Return a metric's name and value, and the untrained encoder's value where it was measured."""
+    beside = f" (untrained {untrained[name]:.3g})" if name in untrained and not name.endswith(BASELINE_METRICS) else ""
+    return f"{name} {value:.4g}{beside}"
+
+
+class ManualGC(AbstractContextManager):
+    """Within the context garbage is collected only at log steps: at the same step on all ranks, not at random."""
+
+    def __init__(self, log_every: int):
+        self.interval = min(log_every, GC_INTERVAL)
+
+    def __enter__(self) -> "ManualGC":
+        gc.freeze()  # what was built so far lives to the end: the collector need not traverse it
+        gc.disable()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        gc.unfreeze()
+        gc.enable()
+
+    def collect_if_due(self, step: int) -> None:
+        """Collect garbage after `step` steps if it is time."""
+        if step % self.interval == 0:
+            gc.collect()
+
+
+def is_due(interval: int, step: int, num_steps: int) -> bool:
+    """Return whether something is due after `step` steps: every `interval` steps, and after the last."""
+    return step % interval == 0 or step == num_steps

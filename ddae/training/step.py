@@ -1,5 +1,6 @@
-"""What a step of pretraining is made of: settings for this machine, the teacher, the forward pass, schedules."""
+"""The pretraining step: settings for this machine, targets, forward pass, schedules."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,10 +9,11 @@ import torch
 from ddae_kernels.implementation import choose
 from torch import Tensor
 
-from ddae.config.pretrain import Config
-from ddae.data.loader import Batch
+from ddae.config.pretrain import PretrainConfig
+from ddae.data.loader import Batch, Loader
 from ddae.data.masking import Mask, sample_mask
-from ddae.data.reader import DrawMask
+from ddae.data.reader import MaskSampler, RankBatch
+from ddae.distributed.checkpoint_format import Checkpointable, FrozenModule
 from ddae.distributed.comm import device
 from ddae.distributed.engine import Engine
 from ddae.errors import UserError
@@ -19,7 +21,7 @@ from ddae.export.encoder import load_tokenizer
 from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance, neighbour_weight
-from ddae.method.model import Losses, Method
+from ddae.method.model import Losses, PretrainModel
 from ddae.method.teacher import Teacher
 from ddae.models.decoder import Decoder
 from ddae.models.patches import gather_tokens, normalise_patches, patchify
@@ -27,146 +29,237 @@ from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
 from ddae.training.schedules import TEACHER_LINE, TEACHER_MOMENTUM, ramp, teacher_momentum, warmup_cosine
 
-POINTS = {"schedule": TEACHER_MOMENTUM, "linear": TEACHER_LINE}  # of teacher.momentum
+MOMENTUM_SCHEDULES = {"schedule": TEACHER_MOMENTUM, "linear": TEACHER_LINE}  # by teacher.momentum
 LARGE = 2**24  # numbers: 64 MiB in fp32
 
 
-def settle(config: Config, ds_json: dict[str, Any]) -> Config:
-    """`engine.taps` without auto; UserError where the ZeRO stage or the device does not allow what `engine` says."""
+def resolve_auto(config: PretrainConfig, ds_json: dict[str, Any]) -> PretrainConfig:
+    """Return the config with engine.tap_execution chosen for this machine.
+
+    Raise UserError if the ZeRO stage, the device or the micro-batch rule out a setting.
+    """
     if config.engine.teacher_stream and device().type == "cpu":
-        raise UserError("--engine.teacher_stream is for a GPU, a CPU has no streams: leave it out")
-    if config.feature.enabled and config.feature.target_norm == "batch_layer":
-        micro = ds_json["train_micro_batch_size_per_gpu"]
-        if micro != config.data.batch_size:
-            raise UserError(
-                f"feature.target_norm batch_layer takes statistics over the whole batch of {config.data.batch_size} "
-                f"images, and a rank sees {micro} at a time: use one rank without accumulation, or instance_layer"
-            )
-    stage_3, taps = ds_json.get("zero_optimization", {}).get("stage", 0) == 3, config.engine.taps
-    if stage_3 and taps == "sequential":
+        raise UserError("engine.teacher_stream is set, but a CPU has no CUDA streams. Leave it out.")
+    micro_batch = ds_json["train_micro_batch_size_per_gpu"]
+    batch_norm = config.feature.enabled and config.feature.target_norm == "batch_layer"
+    if batch_norm and micro_batch != config.data.batch_size:
         raise UserError(
-            "--engine.taps sequential keeps the gradients of whole parameters, which ZeRO-3 has only in parts: take "
-            "--engine.taps batched, or another stage"
+            f"feature.target_norm is batch_layer, which needs the whole batch of {config.data.batch_size} images on "
+            f"one rank; a rank processes {micro_batch} at a time. Use one rank without accumulation, or instance_layer."
         )
-    if taps == "auto":
-        taps = "sequential" if device().type == "cpu" and not stage_3 and _is_large(config, ds_json) else "batched"
-    return replace(config, engine=replace(config.engine, taps=taps))
+    is_stage_3 = ds_json.get("zero_optimization", {}).get("stage", 0) == 3
+    execution = config.engine.tap_execution
+    if is_stage_3 and execution == "sequential":
+        raise UserError(
+            "engine.tap_execution is sequential, which needs whole parameters; ZeRO stage 3 shards them. "
+            "Pass --engine.tap_execution batched, or use another stage."
+        )
+    if execution == "auto":
+        sequential = device().type == "cpu" and not is_stage_3 and _largest_activation(config, micro_batch) > LARGE
+        execution = "sequential" if sequential else "batched"
+    return replace(config, engine=replace(config.engine, tap_execution=execution))
 
 
-def _is_large(config: Config, ds_json: dict[str, Any]) -> bool:
-    """Whether the widest thing that all taps make together is more than a CPU has cache for, so that batching them
-    gains nothing."""
-    images, tokens = ds_json["train_micro_batch_size_per_gpu"], 1 + config.grid[0] * config.grid[1]
-    numbers = [len(b.taps) * images * tokens * 4 * b.decoder_width for b in (config.pixel, config.feature) if b.enabled]
-    return max(numbers, default=0) > LARGE
+def _largest_activation(config: PretrainConfig, images: int) -> int:
+    """Return the numbers in the widest decoder activation of all taps; beyond a CPU's cache batching gains nothing."""
+    tokens = 1 + config.grid[0] * config.grid[1]
+    branches = [branch for branch in (config.pixel, config.feature) if branch.enabled]
+    return max((len(b.taps) * images * tokens * 4 * b.decoder_width for b in branches), default=0)
 
 
-def loss_kernels(config: Config) -> str:
-    """The implementation of the loss that serves this device; UserError where the one asked for cannot."""
+def resolve_loss_backend(config: PretrainConfig) -> str:
+    """Return the loss implementation for this device: reference or triton. Raise UserError if it cannot run here."""
     try:
-        return choose(config.engine.kernels, device(), quiet=True)  # the run's first line says it
+        return choose(config.engine.loss_backend, device(), quiet=True)
     except ValueError as error:
-        raise UserError(f"--engine.kernels {config.engine.kernels}: {error}") from None
+        raise UserError(f"engine.loss_backend is {config.engine.loss_backend}: {error}") from None
 
 
-def mask_drawer(config: Config) -> DrawMask:
-    """Masks by seeds, as the config has them."""
+def mask_sampler(config: PretrainConfig) -> MaskSampler:
+    """Return the function from seeds (int64 [B]) to masks."""
     return partial(sample_mask, config.mask.kind, grid=config.grid, num_masked=config.num_masked)
 
 
-def forward(
-    config: Config,
-    engine: Engine,
-    teacher: Teacher | Tokenizer | None,
-    betas: Betas,
-    feature_weight: float,
-    share: float,
-    kernels: str,
-    batch: Batch,
-) -> Losses:
-    """One micro-batch: masks and distances, the teacher's targets, the student's losses."""
-    mask = (batch.mask or mask_drawer(config)(batch.seeds)).to(engine.device)
-    distance = masked_distance(mask, config.grid, kernels, config.dynamic.distance_norm)
-    patch_weight = neighbour_weight(mask, config.grid) if config.mask.neighbour_weight else None
-    targets = ready = codes = None
-    patches = None if config.mask.replaced else cut(batch.images, mask, config, engine.dtype)
-    if isinstance(teacher, Tokenizer):
-        with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.engine.precision != "fp32"):
-            codes = teacher.codes(batch.images).gather(1, mask.masked)
-    elif teacher is not None and patches is not None:
-        with engine.autocast():
-            targets, ready = teacher.start(patches, config.feature.taps, mask)
-    betas.add_norm(distance)
-    weight = torch.full((), feature_weight, device=engine.device)
-    inputs = Inputs(batch.images, mask, distance, betas.used(), targets, weight, share, kernels, codes, patches, ready)
-    return engine(inputs._replace(patch_weight=patch_weight))
+def build_loader(config: PretrainConfig, rank_batch: RankBatch) -> Loader:
+    """Return the loader of the training images; its workers sample the masks."""
+    size, seed = config.model.image_size, config.train.seed
+    return Loader(config.data, size, seed, rank_batch, device(), sample_masks=mask_sampler(config))
 
 
-def cut(images: Tensor, mask: Mask, config: Config, dtype: torch.dtype) -> Tensor:
-    """uint8 [B, 3, H, W] -> normalised patches [B, N, P], visible ones first, for student and teacher; without a
-    teacher the visible ones alone."""
+class Targets:
+    """What the branches regress besides pixels. This class: nothing, for methods that reconstruct pixels alone."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Checkpointable] = {}  # saved with a checkpoint
+        self.modules: Sequence[torch.nn.Module] = ()  # to compile
+
+    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
+        """Compute the targets of a micro-batch. Return them as fields of Inputs."""
+        return {}
+
+    def update(self, momentum: float, applied: Tensor) -> None:
+        """Follow the student after its step; applied: float32 [], 0 if the step was skipped."""
+
+    def metrics(self, now: "Schedules") -> dict[str, float]:
+        """Return what a log row shows of the targets."""
+        return {}
+
+
+class TeacherTargets(Targets):
+    """Tokens of the EMA teacher after the feature branch's taps (paper Eq. 5)."""
+
+    def __init__(self, config: PretrainConfig, engine: Engine, teacher: Teacher):
+        super().__init__()
+        self.teacher, self._engine, self._taps = teacher, engine, config.feature.taps
+        self.state = {"teacher": teacher}
+        self.modules = (teacher.module,)
+
+    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
+        assert patches is not None
+        with self._engine.autocast():
+            tokens, event = self.teacher.start(patches, self._taps, mask)
+        return {"teacher_tokens": tokens, "teacher_event": event}
+
+    def update(self, momentum: float, applied: Tensor) -> None:
+        self.teacher.update(momentum, applied)
+
+    def metrics(self, now: "Schedules") -> dict[str, float]:
+        return {"teacher/momentum": now.momentum, "teacher/feature_weight": now.feature_weight}
+
+
+class TokenTargets(Targets):
+    """Codes of the masked patches in a frozen tokenizer's codebook (BEiT-v2)."""
+
+    def __init__(self, config: PretrainConfig, tokenizer: Tokenizer):
+        self._tokenizer, self._autocast = tokenizer, config.engine.precision != "fp32"
+        super().__init__()
+        self.state = {"tokenizer": FrozenModule("tokenizer", tokenizer)}
+
+    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
+            return {"codes": self._tokenizer.codes(images).gather(1, mask.masked)}
+
+
+def build_targets(config: PretrainConfig, engine: Engine, tokenizer: Tokenizer | None = None) -> Targets:
+    """Return the targets that the config's branches need."""
+    if tokenizer is not None:
+        return TokenTargets(config, tokenizer.to(engine.device))
+    teacher = build_teacher(config, engine)
+    return Targets() if teacher is None else TeacherTargets(config, engine, teacher)
+
+
+def build_teacher(config: PretrainConfig, engine: Engine) -> Teacher | None:
+    """Return the EMA teacher, equal to the student; None if the feature branch is off."""
+    if not config.feature.enabled:
+        return None
+    encoder = Encoder(config.model).to(engine.device, engine.dtype)
+    teacher = Teacher(encoder, engine.masters(engine.module.encoder), engine.sharded)
+    configure_teacher(teacher, config)
+    return teacher
+
+
+def configure_teacher(teacher: Teacher, config: PretrainConfig) -> None:
+    """Apply the settings that change the teacher's speed, not its targets."""
+    teacher.only_masked = config.engine.skip_unused_tokens
+    teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
+
+
+def build_tokenizer(config: PretrainConfig) -> Tokenizer:
+    """Load the tokenizer that the config names. Raise UserError if it does not fit the model."""
+    path, model = config.token.tokenizer, config.model
+    if not path:
+        raise UserError(
+            "token.tokenizer is empty. Name a run of launch/train_tokenizer.py, or a published file of BEiT-v2."
+        )
+    tokenizer = load_tokenizer(path)
+    codes, shape = len(tokenizer.codebook), tokenizer.encoder.shape
+    if codes != config.token.codes:
+        raise UserError(
+            f"token.codes is {config.token.codes}, but {path} has {codes} codes. Pass --token.codes {codes}."
+        )
+    if (shape.image_size, shape.patch_size) != (model.image_size, model.patch_size):
+        raise UserError(
+            f"{path} expects images of {shape.image_size} pixels in patches of {shape.patch_size}, but the model has "
+            f"{model.image_size} and {model.patch_size}. Use the same for both."
+        )
+    return tokenizer
+
+
+class ForwardPass:
+    """The forward pass of a micro-batch: mask, distances, targets, losses."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        engine: Engine,
+        targets: Targets,
+        betas: Betas,
+        share: float,
+        loss_backend: str,
+    ):
+        """share: 1 / micro-batches of a step."""
+        self.config, self.engine, self.targets, self.betas = config, engine, targets, betas
+        self.share, self.loss_backend = share, loss_backend
+
+    def __call__(self, batch: Batch, feature_weight: float) -> Losses:
+        """Return the losses; feature_weight: of the feature branch, 0 to 1."""
+        config, engine = self.config, self.engine
+        mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(engine.device)
+        distance = masked_distance(mask, config.grid, self.loss_backend, config.dynamic.distance_norm)
+        patches = None if config.mask.use_mask_token else extract_patches(batch.images, mask, config, engine.dtype)
+        targets = self.targets(batch.images, patches, mask)
+        self.betas.add_norm(distance)
+        inputs = Inputs(
+            images=batch.images,
+            mask=mask,
+            distance=distance,
+            betas=self.betas.used(),
+            feature_weight=torch.full((), feature_weight, device=engine.device),
+            share=self.share,
+            loss_backend=self.loss_backend,
+            patches=patches,
+            patch_weight=neighbour_weight(mask, config.grid) if config.mask.neighbour_weight else None,
+            **targets,
+        )
+        return engine(inputs)
+
+
+def extract_patches(images: Tensor, mask: Mask, config: PretrainConfig, dtype: torch.dtype) -> Tensor:
+    """uint8 [B, 3, H, W] -> normalised patches [B, N, P] for student and teacher, the visible ones first.
+
+    Without a teacher the visible ones alone: [B, V, P].
+    """
     order = torch.cat(mask, 1) if config.feature.enabled else mask.visible
     patches = gather_tokens(patchify(images, config.model.patch_size), order)
     return normalise_patches(patches, config.data.normalisation, dtype)
 
 
-def build_teacher(config: Config, engine: Engine) -> Teacher | None:
-    """The momentum encoder, equal to the student; None where no branch asks for it."""
-    if not config.feature.enabled:
-        return None
-    encoder = Encoder(config.model).to(engine.device, engine.dtype)
-    teacher = Teacher(encoder, engine.masters(engine.module.encoder), engine.sharded)
-    set_up_teacher(teacher, config)
-    return teacher
-
-
-def set_up_teacher(teacher: Teacher, config: Config) -> None:
-    """How it works; what it computes stays the same."""
-    teacher.only_masked = config.engine.shortcuts
-    teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
-
-
-def build_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that the config names; UserError where it does not fit the model."""
-    where, model = config.token.tokenizer, config.model
-    if not where:
-        raise UserError("token.tokenizer is empty: name a run of launch/train_tokenizer.py or a file of BEiT-v2's")
-    tokenizer = load_tokenizer(where)
-    codes, shape = len(tokenizer.codebook), tokenizer.encoder.shape
-    if codes != config.token.codes:
-        raise UserError(f"{where} has a codebook of {codes}, and token.codes is {config.token.codes}: make them equal")
-    if (shape.image_size, shape.patch_size) != (model.image_size, model.patch_size):
-        raise UserError(
-            f"{where} reads images of {shape.image_size} pixels in patches of {shape.patch_size}, the model "
-            f"{model.image_size} in {model.patch_size}: make them equal"
-        )
-    return tokenizer
-
-
 class Schedules(NamedTuple):
-    """What the course of training sets for one step."""
+    """The scheduled values of one step."""
 
     epoch: float
     lr: float
-    momentum: float  # the teacher's
-    ramp: float  # weight of the feature branch
+    momentum: float  # of the teacher
+    feature_weight: float  # of the feature branch, 0 to 1
 
 
-def schedules(config: Config, step: int, steps: int, epoch_samples: int) -> Schedules:
-    """The numbers of a step, counted from 0, of a run of so many; an epoch has so many samples."""
+def schedules(config: PretrainConfig, step: int, num_steps: int, epoch_samples: int) -> Schedules:
+    """Return the scheduled values of a step, counted from 0; an epoch has `epoch_samples` images."""
     epoch = step * config.data.batch_size / epoch_samples
     warmup_steps = config.optim.warmup_epochs * epoch_samples / config.data.batch_size
     momentum = config.teacher.momentum
+    if isinstance(momentum, str):
+        momentum = teacher_momentum(epoch, config.data.batch_size, MOMENTUM_SCHEDULES[momentum])
     return Schedules(
         epoch,
-        warmup_cosine(step, steps, warmup_steps, config.peak_lr, config.optim.min_lr),
-        teacher_momentum(epoch, config.data.batch_size, POINTS[momentum]) if isinstance(momentum, str) else momentum,
-        ramp(step, config.feature.ramp * steps),
+        warmup_cosine(step, num_steps, warmup_steps, config.peak_lr, config.optim.min_lr),
+        momentum,
+        ramp(step, config.feature.warmup_fraction * num_steps),
     )
 
 
-def compile_parts(method: Method, teacher: Teacher | Tokenizer | None) -> None:
-    """Have encoder, decoders and teacher compiled when they first run, each as a whole, for the shapes they meet."""
-    decoders = [module for module in method.modules() if isinstance(module, Decoder)]
-    for part in (method.encoder, *decoders, *([teacher.module] if isinstance(teacher, Teacher) else [])):
-        part.compile(dynamic=False)
+def compile_modules(model: PretrainModel, targets: Targets) -> None:
+    """Compile encoder, decoders and teacher, each as a whole, when they first run."""
+    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
+    for module in (model.encoder, *decoders, *targets.modules):
+        module.compile(dynamic=False)

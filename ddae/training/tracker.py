@@ -20,6 +20,8 @@ from typing import Any
 
 from ddae.config.base import TrackerConfig, flatten
 
+logger = logging.getLogger(__name__)
+
 STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI says otherwise; `mlflow ui` finds it by itself
 RUN_ID = "mlflow_run_id"  # file in the run folder, by which a resumed run goes on in the same MLflow run
 MARK = "ddae.opened_by"
@@ -49,14 +51,14 @@ class Tracker:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not waited:
-                print(f"{self.path} cannot be written ({error.strerror}): its rows wait", flush=True)
+                logger.warning("%s cannot be written (%s); its rows are buffered", self.path, error.strerror)
 
     @property
     def run_id(self) -> str:
         """The run's name at a server; empty where there is none."""
         return ""
 
-    def finish(self, files: list[Path], status: str = "FINISHED", patience: float = 60.0) -> None:
+    def finish(self, files: list[Path], status: str = "FINISHED", timeout_s: float = 60.0) -> None:
         """The run ends, in one of MLflow's words for it; `files` are what people may want to look at. What cannot be
         sent within `patience` seconds is left."""
         self._file.close()
@@ -90,19 +92,19 @@ class MlflowTracker(Tracker):
         super().log(row)
         self._put(row)
 
-    def finish(self, files: list[Path], status: str = "FINISHED", patience: float = 60.0) -> None:
+    def finish(self, files: list[Path], status: str = "FINISHED", timeout_s: float = 60.0) -> None:
         super().finish(files)
         atexit.unregister(self._fail)
-        self._ending, self._leave_by = (files, status), time.monotonic() + patience
+        self._ending, self._leave_by = (files, status), time.monotonic() + timeout_s
         self._put(None)
-        self._thread.join(patience + 1)
+        self._thread.join(timeout_s + 1)
         left = self._left_out + sum(row is not None for row in list(self._queue.queue))
         if left or self._thread.is_alive():
-            print(f"MLflow has not taken everything ({left} rows at least): metrics.jsonl has it all", flush=True)
+            logger.warning("MLflow lacks at least %d rows; metrics.jsonl is complete", left)
 
     def _fail(self) -> None:
         """The process ends without finish()."""
-        self.finish([], "FAILED", patience=5)
+        self.finish([], "FAILED", timeout_s=5)
 
     def _put(self, row: dict[str, float] | None) -> None:
         """Queue a row; where there is no room, in the place of the oldest."""
@@ -139,7 +141,7 @@ class MlflowTracker(Tracker):
             except Exception as error:  # whatever a server, a client or a database may throw
                 if not self._failing:
                     reason = re.sub(r"://[^/\s]*@", "://", " ".join(str(error).split()))[:200]
-                    print(f"MLflow does not answer ({reason}): the run goes on, its rows wait", flush=True)
+                    logger.warning("MLflow does not answer (%s); training continues, its rows are buffered", reason)
                 self._failing = True
                 if time.monotonic() + pause > self._leave_by:
                     return False
@@ -147,7 +149,7 @@ class MlflowTracker(Tracker):
                 pause = min(2 * pause, PAUSE[1])
             else:
                 if self._failing:
-                    print("MLflow answers again", flush=True)
+                    logger.warning("MLflow answers again")
                 self._failing = False
                 return True
 
@@ -167,7 +169,7 @@ class MlflowTracker(Tracker):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", STORE))
         if self._run_id and not _goes_on(client, self._run_id):
-            print(f"MLflow has no run {self._run_id} any more: a new one is opened", flush=True)
+            logger.warning("MLflow has no run %s any more; a new one is created", self._run_id)
             self._run_id = ""
         if not self._run_id:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", self._experiment)

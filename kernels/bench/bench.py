@@ -200,11 +200,11 @@ def step_share(preset: str, batch: int) -> str:
     from ddae.data.masking import sample_mask
     from ddae.method.branches import Inputs
     from ddae.method.distance import masked_distance
-    from ddae.method.model import build_method
+    from ddae.method.model import build_model
     from ddae.models.vit import Encoder
 
     config = presets.preset(preset)
-    method, teacher = build_method(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)
+    method, teacher = build_model(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)
     optimizer = torch.optim.AdamW(method.parameters(), lr=0.0, fused=CUDA)
     images = torch.randint(0, 256, (batch, 3, *[config.model.image_size] * 2), dtype=torch.uint8, device=DEVICE)
     mask = sample_mask(config.mask.kind, torch.arange(batch), config.grid, config.num_masked).to(DEVICE)
@@ -217,7 +217,7 @@ def step_share(preset: str, batch: int) -> str:
             tokens = teacher.features(images.to(torch.bfloat16) / 255, list(config.feature.taps))
             rows = 1 + mask.masked[:, :, None].expand(-1, -1, config.model.width)
             targets = torch.stack([layer.gather(1, rows) for layer in tokens])
-        method(Inputs(images, mask, distance, betas, targets, one, 1.0, kernels)).total.backward()
+        method(Inputs(images, mask, distance, betas, one, 1.0, kernels, targets)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 

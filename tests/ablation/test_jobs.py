@@ -96,7 +96,7 @@ def test_a_table_that_is_stopped_says_so_in_the_tracker(parallel, code, state, t
         raise SystemExit(code)
 
     class Noted:
-        def finish(self, files, status="FINISHED", patience=0):
+        def finish(self, files, status="FINISHED", timeout_s=0):
             told.append(status)
 
     for name, instead in {"_run": ends, "run_packed": ends, "_table_run": lambda *_: Noted()}.items():

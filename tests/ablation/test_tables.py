@@ -82,15 +82,15 @@ def test_own_rows_change_one_thing():
     wanted = [
         {"mask.kind": "beit_block"},
         {"mask.kind": "random"},
-        {"feature.ramp": 0.0},
-        {"feature.ramp": 1.0},
+        {"feature.warmup_fraction": 0.0},
+        {"feature.warmup_fraction": 1.0},
         *both,
     ]
     assert [differences(first.config, row.config) for row in others[:-1]] == wanted
     assert others[-1].name == "BootMAE"
 
 
-OPTIONS = ("own_norms", "own_heads", "cross_attention")
+OPTIONS = ("per_tap_norm", "per_tap_head", "cross_attention")
 
 
 @pytest.mark.parametrize("table", TABLES)

@@ -14,15 +14,15 @@ from ddae_kernels import implementation
 from ddae.config.base import flatten
 from ddae.config.cli import parse
 from ddae.config.evaluation import FINETUNING, PROBING, FinetuneConfig, ProbeConfig
-from ddae.config.pretrain import Config
+from ddae.config.pretrain import PretrainConfig
 from ddae.config.segmentation import SEGMENTATION, SegmentConfig
 from ddae.errors import UserError
-from ddae.training.step import loss_kernels
+from ddae.training.step import resolve_loss_backend
 
 
 def test_the_default_is_the_papers_vit_b():
     config = parse([])
-    assert config == Config()
+    assert config == PretrainConfig()
     assert config.peak_lr == pytest.approx(2.4e-3)
     assert config.folder == "runs/ddae_vit_b16_100e"
     assert config.num_masked == 147
@@ -30,13 +30,13 @@ def test_the_default_is_the_papers_vit_b():
 
 
 def test_flags_override_the_preset():
-    words = "--preset=demo --data.batch-size 64 --optim.lr=0.5 --teacher.momentum schedule --train.extend"
+    words = "--preset=demo --data.batch-size 64 --optim.lr=0.5 --teacher.momentum schedule --train.allow_longer"
     words += " --mask.ratio 0.5 --dynamic.beta_init -0.7 -0.5 -0.3 -0.1 --local_rank=3 --deepspeed_config x.json"
     config = parse([*words.split(), "--train.steps", "7"])
     assert config.data.batch_size == 64
     assert config.peak_lr == 0.5
     assert config.teacher.momentum == "schedule"
-    assert config.train.extend
+    assert config.train.allow_longer
     assert config.num_masked == 32
     assert config.dynamic.beta_init == (-0.7, -0.5, -0.3, -0.1)
     assert config.ds_config == "x.json"
@@ -114,7 +114,7 @@ def test_mistakes_of_a_segmentation(words, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("config", [Config, FinetuneConfig, ProbeConfig, SegmentConfig])
+@pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig, ProbeConfig, SegmentConfig])
 def test_every_field_is_read_by_code(config):
     """A knob that nothing reads is a lie: each field is an attribute of something named after its section."""
     read = set()
@@ -184,9 +184,9 @@ def test_one_rank_speaks_and_nothing_is_left(words, message, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="seen without a GPU alone")
 def test_asking_for_triton_in_vain_is_told(monkeypatch):
-    asked = parse(["--preset", "demo", "--engine.kernels", "triton"])
-    assert loss_kernels(asked) == "triton"  # in the interpreter, which conftest.py asks for
+    asked = parse(["--preset", "demo", "--engine.loss_backend", "triton"])
+    assert resolve_loss_backend(asked) == "triton"  # in the interpreter, which conftest.py asks for
     monkeypatch.setattr(implementation, "INTERPRETED", False)
-    assert loss_kernels(parse(["--preset", "demo"])) == "reference"
-    with pytest.raises(UserError, match=r"--engine.kernels triton: impl='triton' cannot serve"):
-        loss_kernels(asked)
+    assert resolve_loss_backend(parse(["--preset", "demo"])) == "reference"
+    with pytest.raises(UserError, match=r"--engine.loss_backend triton: impl='triton' cannot serve"):
+        resolve_loss_backend(asked)

@@ -61,7 +61,7 @@ def test_precision(precision, blocks):
         ({"bf16": {"check_grad_overflow": False}}, 1, "check_grad_overflow"),
         ({"zero_optimization": {"compute_grad_norm": False}}, 1, "compute_grad_norm"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 1, "to nvme"),
-        ({"activation_checkpointing": {"profile": True}}, 1, "--engine.recompute"),
+        ({"activation_checkpointing": {"profile": True}}, 1, "--engine.activation_checkpointing"),
         ({"bf16": {"bf16_optimizer_states": True}}, 1, "bf16_optimizer_states"),
         ({"managed_gradient_accumulation": False}, 1, "may change what is learnt: take it out"),
         ({"gradient_allreduce_op": "sum"}, 1, "'gradient_allreduce_op', which may change"),

@@ -25,8 +25,8 @@ from ddae.data.decode import decode_crop
 from ddae.data.loader import Loader
 from ddae.data.masking import sample_mask
 from ddae.data.preview import preview_images
-from ddae.data.reader import Part, Reader
-from ddae.data.sampling import Order, cut
+from ddae.data.reader import RankBatch, Reader
+from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import open_shards
 from ddae.errors import UserError
@@ -37,7 +37,7 @@ DRAW_MASK = partial(sample_mask, "bootmae_block", grid=(4, 4), num_masked=12)
 
 
 def loader_of(shards, backend, part=None, **options):
-    part = part or Part(16, 16, 0, 1)
+    part = part or RankBatch(16, 16, 0, 1)
     config = DataConfig(train=str(shards), batch_size=part.batch_size, backend=backend, **{"workers": 0} | options)
     return Loader(config, 32, 0, part, CPU, None, DRAW_MASK)
 
@@ -72,7 +72,7 @@ def test_batches_do_not_depend_on_workers_or_where_one_begins(shards, backend):
 
 def test_the_ranks_see_the_global_batch_between_them(shards):
     alone = stream(shards, "pillow", count=2)
-    ranks = [stream(shards, "pillow", count=4, part=Part(16, 4, rank, 2)) for rank in range(2)]
+    ranks = [stream(shards, "pillow", count=4, part=RankBatch(16, 4, rank, 2)) for rank in range(2)]
     for step, whole in enumerate(alone):
         parts = [micro for rank in ranks for micro in rank[2 * step : 2 * step + 2]]
         for i in range(3):
@@ -160,9 +160,9 @@ def test_backend_is_chosen_and_named(monkeypatch):
 @pytest.mark.parametrize("remainder, workers", [("rotate", 0), ("rotate", 3), ("drop", 1)])
 def test_an_epoch_is_each_sample_once_over_all_ranks(shards, world, remainder, workers):
     """100 samples in shards of 40, 24 and 36, batches of 24: as many steps a rank, whatever the ranks and workers."""
-    parts = [Part(24, 24 // world, rank, world) for rank in range(world)]
+    parts = [RankBatch(24, 24 // world, rank, world) for rank in range(world)]
     loaders = [loader_of(shards, "dali", part, remainder=remainder, workers=workers) for part in parts]
-    assert {loader.epoch_samples for loader in loaders} == {100 if remainder == "rotate" else 96}
+    assert {loader.epoch_samples for loader in loaders} == {100 if remainder == "carry_over" else 96}
     per_rank = []
     for loader in loaders:
         files = loader.read_files(0)
@@ -175,7 +175,7 @@ def test_an_epoch_is_each_sample_once_over_all_ranks(shards, world, remainder, w
         assert len(samples.unique()) == len(samples)
     if remainder == "drop":
         assert len({tuple(set(range(100)) - set(samples.tolist())) for samples in seen}) > 1  # others each time
-    alone = loader_of(shards, "dali", Part(24, 24, 0, 1), remainder=remainder).read_files(0)
+    alone = loader_of(shards, "dali", RankBatch(24, 24, 0, 1), remainder=remainder).read_files(0)
     for step in steps:
         assert torch.equal(step, next(alone).drawn.samples)
     alone.close()
@@ -184,33 +184,33 @@ def test_an_epoch_is_each_sample_once_over_all_ranks(shards, world, remainder, w
 def test_what_becomes_of_the_remainder_is_said(shards):
     assert "the last 4 of an epoch go into the next one's first batch" in loader_of(shards, "pillow").describe()
     assert "the last 4 of an epoch are left out" in loader_of(shards, "pillow", remainder="drop").describe()
-    assert "epoch" not in loader_of(shards, "pillow", Part(20, 20, 0, 1)).describe()
+    assert "epoch" not in loader_of(shards, "pillow", RankBatch(20, 20, 0, 1)).describe()
 
 
 def test_too_few_images_are_refused(shards):
     with pytest.raises(UserError, match="100 images for 128 ranks"):
-        loader_of(shards, "pillow", Part(128, 1, 0, 128))
+        loader_of(shards, "pillow", RankBatch(128, 1, 0, 128))
     with pytest.raises(UserError, match="larger than the 100 images"):
-        loader_of(shards, "pillow", Part(128, 128, 0, 1), remainder="drop")
-    assert len(stream(shards, "pillow", part=Part(128, 128, 0, 1), count=1)[0].images) == 128
+        loader_of(shards, "pillow", RankBatch(128, 128, 0, 1), remainder="drop")
+    assert len(stream(shards, "pillow", part=RankBatch(128, 128, 0, 1), count=1)[0].images) == 128
 
 
 def test_auto_is_measured_and_kept(shards, monkeypatch):
     loader = loader_of(shards, "auto")
-    loader.settle()
+    loader.select_backend()
     assert loader.backend in ("pillow", "dali")
     assert re.search(r"pillow \d+/s, dali \d+/s", loader.describe())
     for rates in ({"pillow": 2.0, "dali": 1.0}, {"pillow": 1.0, "dali": 2.0}):
         monkeypatch.setattr(choice, "measure", lambda *_, rates=rates: rates)
         loader = loader_of(shards, "auto")
-        loader.settle()
+        loader.select_backend()
         assert loader.backend == max(rates, key=lambda name: rates[name])
     loader = loader_of(shards, "auto")
-    loader.settle("pillow")  # an earlier start of the run's
+    loader.select_backend("pillow")  # an earlier start of the run's
     assert "pillow (as before)" in loader.describe()
     monkeypatch.setattr(choice, "dali_installed", lambda: False)
     loader = loader_of(shards, "auto")
-    loader.settle("dali")
+    loader.select_backend("dali")
     assert "pillow (DALI is not installed)" in loader.describe()
 
 
@@ -250,8 +250,8 @@ def test_a_bad_sample_is_passed_over_named_and_counted(shards, tmp_path, monkeyp
         loader = loader_of(folder, backend, workers=workers)
         streams[backend] = list(itertools.islice(loader.batches(0), 14))  # two epochs
         assert set(loader.bad) == set(BAD)
-        assert loader.read_stats()["data/bad_samples"] == 4
-        assert loader.read_stats()["rate/decode_images_per_s"] == 0  # none since the last call
+        assert loader.read_stats()["data/decode_errors"] == 4
+        assert loader.read_stats()["throughput/decode_images_per_s"] == 0  # none since the last call
         loader.close()
         said = capfd.readouterr().out.splitlines()
         assert len(said) == 4  # once each, though met twice
@@ -275,8 +275,8 @@ def test_a_device_without_memory_is_no_bad_image(shards):
         def decode(self, *_):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    order, crop = Order(np.array([0, 100]), 0), cut("random", (1, 1))
-    reader = Reader(open_shards(str(shards), Cache(shards, 0)), order, Part(4, 4, 0, 1), 32, crop, decodes=False)
+    order, crop = EpochOrder(np.array([0, 100]), 0), crop_policy("random", (1, 1))
+    reader = Reader(open_shards(str(shards), Cache(shards, 0)), order, RankBatch(4, 4, 0, 1), 32, crop, decodes=False)
     with pytest.raises(torch.OutOfMemoryError):
         RescuingDecoder(reader, lambda batch: Full()).decode(reader[0])
 
@@ -297,7 +297,7 @@ def test_samples_listed_as_bad_are_not_read(shards, tmp_path):
     assert mark_bad(folder, problems) == 3
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["shards"]["train-000000.tar"]["bad"] == ["s00003", "s00004"]
-    loader = loader_of(folder, "pillow", Part(12, 12, 0, 1))
+    loader = loader_of(folder, "pillow", RankBatch(12, 12, 0, 1))
     assert loader.num_samples == 97
     assert "3 more are listed as bad" in loader.describe()
     assert loader.fingerprint != loader_of(shards, "pillow").fingerprint

@@ -47,7 +47,7 @@ def test_distances_are_spread_as_in_the_published_generators(kind):
     assert (distance > 2).float().mean() == pytest.approx(beyond_two, abs=0.01)
 
 
-def one_by_one(target, grid, generator):
+def sequential_backward(target, grid, generator):
     """A mask as BEiT's description has it: rectangles until `target` patches are covered or ten in a row do not fit."""
     covered = np.zeros(grid, bool)
     while (missing := target - covered.sum()) > 0:
@@ -73,7 +73,7 @@ def test_beit_gives_up_after_ten_rectangles(target, published):
     assert FAILURES == 10
     found = _rectangles(SEEDS, GRID, target, target, FAILURES).sum(1)
     generator = np.random.default_rng(0)
-    counts = np.array([one_by_one(target, GRID, generator) for _ in range(2000)])
+    counts = np.array([sequential_backward(target, GRID, generator) for _ in range(2000)])
     complete = float((found == target).float().mean())
     assert complete == pytest.approx((counts == target).mean(), abs=0.04)  # three standard errors
     assert complete == pytest.approx(published, abs=0.04)

@@ -3,11 +3,11 @@ import pytest
 import torch
 import torchvision
 
-from ddae.data.sampling import ASPECT, WINDOW, Order, random_crops
+from ddae.data.sampling import ASPECT, WINDOW, EpochOrder, random_crops
 
 
 def test_every_epoch_shows_every_sample_once():
-    order = Order(np.array([0, 40, 64, 100]), seed=3)
+    order = EpochOrder(np.array([0, 40, 64, 100]), seed=3)
     epochs, samples = order.samples(torch.arange(300))
     assert torch.equal(epochs, torch.arange(300) // 100)
     for epoch in range(3):
@@ -16,15 +16,17 @@ def test_every_epoch_shows_every_sample_once():
 
 
 def test_a_position_stands_alone():
-    order = Order(np.array([0, 40, 64, 100]), seed=3)
+    order = EpochOrder(np.array([0, 40, 64, 100]), seed=3)
     _, together = order.samples(torch.arange(90, 210))
-    alone = [Order(np.array([0, 40, 64, 100]), seed=3).samples(torch.tensor([p]))[1].item() for p in (90, 100, 209)]
+    alone = [
+        EpochOrder(np.array([0, 40, 64, 100]), seed=3).samples(torch.tensor([p]))[1].item() for p in (90, 100, 209)
+    ]
     assert together[[0, 10, 119]].tolist() == alone
 
 
 def test_reads_stay_within_a_window_of_shards():
     first = np.arange(0, 101) * 10
-    _, samples = Order(first, seed=0).samples(torch.arange(1000))
+    _, samples = EpochOrder(first, seed=0).samples(torch.arange(1000))
     shards = samples // 10
     for start in range(0, 1000, WINDOW * 10):
         assert len(shards[start : start + WINDOW * 10].unique()) <= WINDOW
@@ -32,7 +34,7 @@ def test_reads_stay_within_a_window_of_shards():
 
 
 def test_the_next_window_is_near_also_over_the_end_of_an_epoch():
-    order = Order(np.arange(0, 401, 10), 3)  # 40 shards: windows of 16, 16 and 8
+    order = EpochOrder(np.arange(0, 401, 10), 3)  # 40 shards: windows of 16, 16 and 8
     for position in (0, 170, 330, 399, 405):
         windows = [
             set((np.searchsorted(order.first, order.samples(torch.arange(start, end))[1], side="right") - 1).tolist())
@@ -45,7 +47,7 @@ def test_the_next_window_is_near_also_over_the_end_of_an_epoch():
 def test_seeds_differ_by_seed_epoch_and_sample():
     first = np.array([0, 1000])
     epochs, samples = torch.arange(5).repeat_interleave(1000), torch.arange(1000).repeat(5)
-    seeds = [Order(first, seed).seeds(epochs, samples) for seed in (0, 1)]
+    seeds = [EpochOrder(first, seed).seeds(epochs, samples) for seed in (0, 1)]
     assert torch.cat(seeds).unique().numel() == 10000
 
 

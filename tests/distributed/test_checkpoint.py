@@ -21,7 +21,7 @@ def make(folder, step, files=("state.pt", "rank_00000.safetensors")):
 
 
 def test_a_new_run_has_none(tmp_path):
-    assert Checkpoints(tmp_path / "checkpoints", 3).newest(allow_scratch=False) is None
+    assert Checkpoints(tmp_path / "checkpoints", 3).newest(allow_restart=False) is None
 
 
 def test_the_newest_is_taken(tmp_path):
@@ -55,9 +55,9 @@ def test_a_broken_one_is_passed_over_and_named(damage, reason, tmp_path, capsys)
 def test_only_broken_ones_never_mean_a_silent_start(tmp_path):
     (make(tmp_path, 10) / "state.pt").unlink()
     checkpoints = Checkpoints(tmp_path, 3)
-    with pytest.raises(UserError, match="--allow_scratch"):
-        checkpoints.newest(allow_scratch=False)
-    assert checkpoints.newest(allow_scratch=True) is None
+    with pytest.raises(UserError, match="--allow_restart"):
+        checkpoints.newest(allow_restart=False)
+    assert checkpoints.newest(allow_restart=True) is None
 
 
 def test_what_people_put_beside_them_is_left_alone(tmp_path):
@@ -66,7 +66,7 @@ def test_what_people_put_beside_them_is_left_alone(tmp_path):
         (tmp_path / name).mkdir()
     make(tmp_path, 10)
     assert checkpoints.newest(False).step == 10
-    checkpoints.set_aside_beyond(0)
+    checkpoints.quarantine_after(0)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("broken_step_00000010", "step_00000010_best", "step_x", "steps")
     ]

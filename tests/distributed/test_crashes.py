@@ -34,7 +34,7 @@ def runs_on(process, seconds=120, since=None):
     return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
 
 
-def rows(run_dir, without=("time/", "rate/", "system/")):
+def rows(run_dir, without=("time/", "throughput/", "system/")):
     return [
         {key: value for key, value in row.items() if not key.startswith(without)}
         for row in read_metrics(run_dir / "metrics.jsonl")
@@ -61,7 +61,7 @@ def assert_same_run(one, other, step):
 def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
     """kill -9 at 20 instants, every other one inside a save: the same command goes on to the unbroken run's weights."""
     steps, saves = 700, 7
-    options = (*FP32, "--train.steps", str(steps), "--train.save_every", str(saves), "--train.hang_after", "20")
+    options = (*FP32, "--train.steps", str(steps), "--train.save_every", str(saves), "--train.watchdog_timeout_s", "20")
     whole = forks.start([PRETRAIN, *ranks.words(shards, tmp_path / "whole", 2, *options)], count)
     assert [forks.wait(rank) for rank in whole] == [0] * count, forks.log()
     words, chance, inside = ranks.words(shards, tmp_path / "killed", 2, *options), random.Random(count), 0
@@ -93,8 +93,8 @@ def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
 @pytest.mark.reliability
 @pytest.mark.parametrize("whom", ["kill", "stop"])
 def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
-    """One of two ranks is killed, or hangs (SIGSTOP), hang_after 15 s: the other ends by itself, and both go on."""
-    options = (*FP32, "--train.steps", "4000", "--train.save_every", "50", "--train.hang_after", "15")
+    """One of two ranks is killed, or hangs (SIGSTOP), watchdog_timeout_s 15 s: the other ends by itself, and both go on."""
+    options = (*FP32, "--train.steps", "4000", "--train.save_every", "50", "--train.watchdog_timeout_s", "15")
     words = ranks.words(shards, tmp_path / "run", 1, *options)
     started, since = forks.start([PRETRAIN, *words], 2), time.monotonic()
     while len(rows(tmp_path / "run")) < 60:
@@ -180,7 +180,7 @@ def test_damage_is_seen(damage, saved, tmp_path, forks, tell):
         assert codes == [2, 2], said
         assert "holds only broken checkpoints" in said
         assert not (tmp_path / "run" / "finished.json").exists()
-        tell("refused with exit code 2: only broken checkpoints, --allow_scratch starts anew")
+        tell("refused with exit code 2: only broken checkpoints, --allow_restart starts anew")
         return
     assert codes == [0, 0], said
     assert rows(tmp_path / "run") == rows(run)
@@ -318,7 +318,7 @@ def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
     """Two hosts (network namespaces), deepspeed --hostfile --no_ssh on each: the link is cut, both end, both resume."""
     limit = 15
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
-    options = (*FP32, "--train.steps", "3000", "--train.save_every", "20", "--train.hang_after", str(limit))
+    options = (*FP32, "--train.steps", "3000", "--train.save_every", "20", "--train.watchdog_timeout_s", str(limit))
     words = ranks.words(shards, tmp_path / "run", 2, *options)
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "ddae0",

@@ -15,7 +15,7 @@ from ddae.distributed.comm import device
 from ddae.distributed.engine import Engine, start_process_group, stop_process_group
 
 stage, precision = int(sys.argv[1]), sys.argv[2]
-start_process_group(patience=77)
+start_process_group(timeout_s=77)
 for group in (torch.distributed.group.WORLD, groups._get_data_parallel_group()):  # DeepSpeed's, too
     assert group._get_backend(device()).options._timeout.total_seconds() == 77
 
@@ -44,7 +44,7 @@ for clip in (0.0, 0.05):
     for step, scale in enumerate((1.0, 3.0, float("nan"), 0.5, float("inf"), 1.0)):
         x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
         engine.backward(engine(x, scale))
-        applied.append(float(engine.update(0.01)))
+        applied.append(float(engine.step(0.01)))
         theirs.zero_grad()
         plain(x, scale).backward()
         norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip or float("inf"))

@@ -39,7 +39,7 @@ def test_ranks_talk_once_a_second(stop):
 
 def test_after_an_evaluation_they_talk_before_the_next_slow_step(stop):
     look(stop, 100, 0.01)
-    stop.changes_pace()
+    stop.reset_poll_interval()
     look(stop, 3, 10)
     assert stop.talks[-3:] == [101, 102, 103]
     stop._tell(1)

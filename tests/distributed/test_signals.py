@@ -155,7 +155,7 @@ def test_a_signal_during_an_evaluation(digits, tmp_path, tell):
         ranks.clean(started[0].port)
         assert [rank.returncode for rank in started] == [code] * 2, "".join(said)
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-        probed = [row["step"] for row in rows if "health/rank/tap_02" in row]
+        probed = [row["step"] for row in rows if "features/effective_rank/tap_02" in row]
         if code == 75:
             assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
             assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()

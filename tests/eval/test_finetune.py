@@ -71,9 +71,9 @@ def test_recipes_are_the_published_ones():
         settings = config.peak_lr, config.tune.layer_decay, config.optim.warmup_epochs, config.data.batch_size
         assert settings == pytest.approx(wanted), name
     for width, (lr, decay) in {384: (1.6e-2, 0.75), 768: (8e-3, 0.65)}.items():
-        config = recipe("paper").settled(width)
+        config = recipe("paper").resolved_for(width)
         assert (config.peak_lr, config.tune.layer_decay, config.optim.warmup_epochs) == (lr, decay, 5)
-    assert recipe("mae").settled(384).peak_lr == pytest.approx(2e-3)
+    assert recipe("mae").resolved_for(384).peak_lr == pytest.approx(2e-3)
     for name in (*rows, "paper"):
         config = recipe(name)
         assert config.augment == AugmentConfig("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0, 0.5, 0.1)

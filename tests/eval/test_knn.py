@@ -186,22 +186,24 @@ def probed(digits, tmp_path_factory):
 
 
 def test_a_run_is_probed(probed):
-    rows = [row for row in ranks.metrics(probed / "1") if "health/rank/tap_02" in row]
+    rows = [row for row in ranks.metrics(probed / "1") if "features/effective_rank/tap_02" in row]
     assert [row["step"] for row in rows] == [0, 9, 18, 27, 30]
     first, *rows = rows  # untrained weights
     assert 5 < first["knn/chance"] < 15 < first["knn/raw_pixels"]
     for row in rows:
-        assert set(row) == {"step"} | {f"{of}/tap_0{n}" for of in ("health/rank", "health/spread") for n in (1, 2)} | {
-            f"knn/tap_0{n}/{pool}" for n in (1, 2) for pool in ("cls", "mean")
-        } | {"knn/raw_pixels", "knn/chance"}
+        assert set(row) == {"step"} | {
+            f"{of}/tap_0{n}" for of in ("features/effective_rank", "features/std") for n in (1, 2)
+        } | {f"knn/tap_0{n}/{pool}" for n in (1, 2) for pool in ("cls", "mean")} | {"knn/raw_pixels", "knn/chance"}
         assert (row["knn/raw_pixels"], row["knn/chance"]) == (first["knn/raw_pixels"], first["knn/chance"])
         assert row["knn/tap_02/mean"] > 30
-        assert 1 <= row["health/rank/tap_02"] <= 32
+        assert 1 <= row["features/effective_rank/tap_02"] <= 32
     assert '<img alt="probes"' in (probed / "1" / "report.html").read_text()
 
 
 def test_ranks_probe_together(probed):
-    one, two = ([row for row in ranks.metrics(probed / n) if "health/rank/tap_02" in row] for n in ("1", "2"))
+    one, two = (
+        [row for row in ranks.metrics(probed / n) if "features/effective_rank/tap_02" in row] for n in ("1", "2")
+    )
     for mine, theirs in zip(one, two, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-3, abs=0.3)  # an image of 397 may change its mind
 

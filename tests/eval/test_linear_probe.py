@@ -17,7 +17,7 @@ from ddae.data.loader import Batch
 from ddae.data.sampling import central_crops, clamped_crops
 from ddae.errors import UserError
 from ddae.eval.dataset import ExampleReader, Labels
-from ddae.eval.linear_probe import Heads, LinearProbe, Trainer
+from ddae.eval.linear_probe import Heads, HeadsOptimizer, LinearProbe
 from ddae.training.schedules import warmup_cosine
 
 PROGRAM = str(ranks.ROOT / "tests" / "support" / "evaluations.py")
@@ -37,7 +37,7 @@ def features(seed, heads=3, batch=20, width=6):
 def test_lars_is_maes():
     """util/lars.py: dp = g + wd p; scaled by 0.001 |p| / |dp| where p has two axes; mu = 0.9 mu + dp; p -= lr mu."""
     heads = Heads(3, 6, 4, seed=0)
-    trainer = Trainer(heads, momentum=0.9, weight_decay=0.0, accumulation=1, device=CPU)
+    trainer = HeadsOptimizer(heads, momentum=0.9, weight_decay=0.0, accumulation=1, device=CPU)
     weights = [p.detach().double().clone() for p in heads.parameters()]
     buffers = [torch.zeros_like(w) for w in weights]
     labels = torch.arange(20) % 4
@@ -61,7 +61,7 @@ def test_a_head_is_batch_norm_and_a_linear_layer_and_alone():
     with torch.no_grad():
         linear.weight.copy_(heads.weights[1])
         linear.bias.zero_()
-    both = [Trainer(each, 0.9, 0.0, 1, CPU) for each in (heads, one)]
+    both = [HeadsOptimizer(each, 0.9, 0.0, 1, CPU) for each in (heads, one)]
     labels = torch.arange(20) % 4
     for step in range(3):
         x = features(step)
@@ -82,7 +82,7 @@ def test_a_head_that_has_converged_is_scikit_learns():
     x, labels = torch.from_numpy(data.data).float(), torch.from_numpy(data.target)
     theirs = LogisticRegression(C=1e4, max_iter=2000).fit(StandardScaler().fit_transform(x[:1200]), labels[:1200])
     heads = Heads(1, 64, 10, seed=0)
-    trainer = Trainer(heads, 0.9, 0.0, 1, CPU)
+    trainer = HeadsOptimizer(heads, 0.9, 0.0, 1, CPU)
     for step in range(300):
         trainer.backward(F.cross_entropy(heads(x[None, :1200])[0], labels[:1200]))
         trainer.update(warmup_cosine(step, 300, 10, 30.0, 0.0))
@@ -103,12 +103,12 @@ def test_the_held_out_part_does_not_train(digits, encoder_folder):
     numbers = torch.from_numpy(ExampleReader(str(digits), "train", 32).shards.labels()).long()
     losses, gradients = [], []
     for changed in (None, True, False):
-        task = LinearProbe(config.settled(4), encoder, Labels(numbers.clone(), list("0123456789")), val, 1)
+        task = LinearProbe(config.resolved_for(4), encoder, Labels(numbers.clone(), list("0123456789")), val, 1)
         if changed is not None:
             number = int((task.held == changed).nonzero()[3])
             labels = numbers.clone()
             labels[number] = (labels[number] + 1) % 10
-            task = LinearProbe(config.settled(4), encoder, Labels(labels, list("0123456789")), val, 1)
+            task = LinearProbe(config.resolved_for(4), encoder, Labels(labels, list("0123456789")), val, 1)
         task._tables["train"] = torch.randn(1400, 20, 64, generator=torch.Generator().manual_seed(0))[
             :, : len(task._all_names())
         ]
@@ -147,7 +147,7 @@ def test_a_head_is_chosen_on_train(good_on_train, digits, encoder_folder):
 
 def test_accumulation_is_one_batch_and_lost_gradients_change_nothing():
     heads = Heads(2, 6, 4, seed=0)
-    trainer = Trainer(heads, 0.9, 0.0, 2, CPU)
+    trainer = HeadsOptimizer(heads, 0.9, 0.0, 2, CPU)
     x, labels = features(0, heads=2), torch.arange(20) % 4
     before = [p.detach().clone() for p in heads.parameters()]
     heads.eval()  # the norm's own batch is the one thing that differs
@@ -169,11 +169,11 @@ def test_the_papers_protocol():
     assert (config.data.batch_size, config.train.epochs, config.optim.warmup_epochs) == (16384, 90, 10)
     assert config.peak_lr == pytest.approx(6.4)
     assert (config.optim.weight_decay, config.probe.momentum, config.data.crop) == (0, 0.9, "once")
-    assert config.settled(12).probe.layers == (3, 6, 9, 10, 12)
-    assert config.settled(24).probe.layers == (6, 12, 18, 20, 24)
+    assert config.resolved_for(12).probe.layers == (3, 6, 9, 10, 12)
+    assert config.resolved_for(24).probe.layers == (6, 12, 18, 20, 24)
     assert warmup_cosine(999, 1000, 100, 6.4, 0.0) == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match=r"probe.layers \(3, 99\) must name blocks from 1 to 12"):
-        probe_recipe("paper").__class__(probe=config.probe.__class__(layers=(3, 99))).settled(12)
+        probe_recipe("paper").__class__(probe=config.probe.__class__(layers=(3, 99))).resolved_for(12)
 
 
 def test_crops():

@@ -318,7 +318,7 @@ def test_miou_is_torchmetrics():
 
 
 def test_the_recipe_is_the_papers():
-    config = segment_recipe("paper").settled(768, 12)
+    config = segment_recipe("paper").resolved_for(768, 12)
     assert (config.peak_lr, config.optim.weight_decay, config.optim.clip_grad) == (4e-4, 0.05, 3.0)
     assert (config.data.batch_size, config.num_steps(20208), config.image_size) == (16, 160_000, 512)
     # of 20,210 images 20,208 fill whole batches, and this is how the loop counts
@@ -327,11 +327,11 @@ def test_the_recipe_is_the_papers():
     assert (config.seg.layer_decay, config.seg.drop_path, config.seg.aux_weight) == (0.65, 0.1, 0.4)
     assert int(config.seg.stride * 512) == 341
     assert round(config.seg.evaluate_every * 20208 / 16) == 16000
-    assert segment_recipe("paper").settled(384, 12).seg.channels == 512
-    assert segment_recipe("paper").settled(1024, 24).seg.taps == (8, 12, 16, 24)
-    assert segment_recipe("demo").settled(64, 2).seg.taps == (1, 1, 1, 2)
+    assert segment_recipe("paper").resolved_for(384, 12).seg.channels == 512
+    assert segment_recipe("paper").resolved_for(1024, 24).seg.taps == (8, 12, 16, 24)
+    assert segment_recipe("demo").resolved_for(64, 2).seg.taps == (1, 1, 1, 2)
     with pytest.raises(UserError, match="must name four blocks from 1 to 2"):
-        config.settled(64, 2)
+        config.resolved_for(64, 2)
 
 
 def test_names_of_classes():

@@ -47,7 +47,7 @@ def test_gradient_is_eq_6(norm_batch):
 
 
 def test_steps_are_adam_without_decay():
-    betas, reference = build(lr_multiple=2.0), np.full(2, -0.5)
+    betas, reference = build(lr_mult=2.0), np.full(2, -0.5)
     first, second = np.zeros(2), np.zeros(2)
     for step in range(1, 51):
         betas.add_norm(distances(step, 4))
@@ -77,7 +77,7 @@ def test_state_goes_round():
     for step in range(3):
         one.add_norm(distances(step, 4))
         one.step(0.1, applied=torch.ones(()))
-    other.prepare(one.note())
+    other.load_state_dict(one.state_dict())
     for betas in (one, other):
         betas.add_norm(distances(9, 4))
         betas.step(0.1, applied=torch.ones(()))
@@ -98,7 +98,7 @@ def test_a_checkpoint_of_an_adamw_that_is_not_fused_goes_on(tmp_path):
     before.optimizer = torch.optim.AdamW([before.values], lr=0.1, betas=(0.9, 0.95), weight_decay=0.0)
     before.values.grad = torch.ones(1)
     before.optimizer.step()
-    betas.prepare(before.note())
+    betas.load_state_dict(before.state_dict())
     betas.add_norm(torch.tensor([[1.0, 2.0]]))
     betas.step(0.1, torch.zeros(()))
     assert torch.equal(betas.values, before.values)

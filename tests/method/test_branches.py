@@ -14,7 +14,7 @@ from ddae.data.masking import sample_mask
 from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance, neighbour_weight
-from ddae.method.model import build_method
+from ddae.method.model import build_model
 from ddae.models.patches import NORMALISATIONS
 from ddae.models.vit import Mlp
 from ddae.training.optimizer import build_optimizer
@@ -29,7 +29,7 @@ def demo(*words):
 
 def step(config, dtype=torch.float64, images=3, feature_weight=1.0, first_beta=0):
     """One forward pass of a method on random images; its pieces."""
-    method = build_method(config).to(dtype)
+    method = build_model(config).to(dtype)
     generator = torch.Generator().manual_seed(1)
     size = config.model.image_size
     pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
@@ -40,7 +40,7 @@ def step(config, dtype=torch.float64, images=3, feature_weight=1.0, first_beta=0
     names = beta_names(config)
     betas = torch.tensor([BETAS[(first_beta + i) % 4] for i in range(len(names))], dtype=dtype, requires_grad=True)
     weight = torch.tensor(feature_weight, dtype=dtype)
-    losses = method(Inputs(pixels, mask, distance, betas, teacher, weight, 1.0, "reference"))
+    losses = method(Inputs(pixels, mask, distance, betas, weight, 1.0, "reference", teacher))
     return method, pixels, mask, distance.numpy(), betas, teacher.numpy(), losses
 
 
@@ -155,8 +155,8 @@ def test_presets_are_lists_of_branches():
     {
         "": {},
         "_anchored": {},
-        "_literal": {"coupled_l2": 0.0},
-        "_flatnorm256": {"coupled_l2": 0.0, "norm_batch": 256.0},
+        "_literal": {"beta_l2": 0.0},
+        "_flatnorm256": {"beta_l2": 0.0, "norm_batch": 256.0},
         "_detach": {"rescale_grad": "detach"},
     }.items(),
 )
@@ -169,7 +169,7 @@ def test_readings_of_the_beta_gradient(suffix, changed):
 def test_mae_has_the_published_structure():
     """Every tensor of the published ViT-B/16 MAE, and no other: encoder 85.80 M, with its decoder 111.91 M numbers."""
     config = preset("mae_vit_b16_800e")
-    method = build_method(config)
+    method = build_model(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in method.state_dict().items()}
     decoder = "branches.pixel.decoder"
     expected = {"encoder.cls_token": (1, 1, 768), "encoder.pos_embed": (1, 197, 768)}
@@ -198,7 +198,7 @@ def test_mae_has_the_published_structure():
 def initial(name, *words):
     """Initial weights of a preset of ViT-S by name, and its config."""
     config = parse(["--preset", name, *words])
-    return {name: each.detach() for name, each in build_method(config).named_parameters()}, config
+    return {name: each.detach() for name, each in build_model(config).named_parameters()}, config
 
 
 def test_initial_weights_of_mae():
@@ -252,9 +252,7 @@ def test_bootmae_as_published():
         weights, config = initial(f"{name}_vit_s16_100e", "--model.depth", "1", *ONE_TAP)
         assert config.mask.neighbour_weight is published
         assert {config.pixel.decoder_positions, config.feature.decoder_positions} == {"masked" if published else "all"}
-        decayed, exempt = (
-            group["params"] for group in build_optimizer(build_method(config), config.optim).param_groups
-        )
+        decayed, exempt = (group["params"] for group in build_optimizer(build_model(config), config.optim).param_groups)
         assert len(decayed) + len(exempt) == len(weights)
         mask_tokens = [name for name in weights if name.endswith("mask_token")]
         tokens = [sum(p.ndim == 3 for p in group) for group in (decayed, exempt)]
@@ -298,11 +296,11 @@ SMALL_BOOTMAE = "--model.width 32 --model.heads 2 --model.image_size 64 --model.
 
 
 def test_the_ramp_takes_a_quarter_of_training():
-    assert preset("ddae_vit_b16_100e").feature.ramp == 0.25
+    assert preset("ddae_vit_b16_100e").feature.warmup_fraction == 0.25
     assert [ramp(step, 0.25 * 8) for step in range(3)] == [0.5, 1, 1]
 
 
-OPTIONS = ["--{}.cross_attention", "--{}.own_norms", "--{}.own_heads"]
+OPTIONS = ["--{}.cross_attention", "--{}.per_tap_norm", "--{}.per_tap_head"]
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -314,7 +312,7 @@ def test_options_of_a_decoder_are_eqs_3_and_5_too(branch, option):
     terms = exact_terms(config, method, pixels, mask, distance, betas, teacher)
     np.testing.assert_allclose(losses.total.item(), terms["pixel"][0] + terms["feature"][0], rtol=1e-10)
     losses.total.backward()
-    plain = {name for name, _ in build_method(demo()).named_parameters()}
+    plain = {name for name, _ in build_model(demo()).named_parameters()}
     own = {name: p for name, p in method.named_parameters() if name not in plain}
     assert own
     for name, parameter in own.items():
@@ -324,7 +322,7 @@ def test_options_of_a_decoder_are_eqs_3_and_5_too(branch, option):
 
 def test_a_head_a_tap_is_each_taps_own():
     """The heads of the taps, each on its own part of the batch."""
-    method, _, mask, *_ = step(demo("--pixel.own_heads"), torch.float64, 3, 1.0, 1)
+    method, _, mask, *_ = step(demo("--pixel.per_tap_head"), torch.float64, 3, 1.0, 1)
     decoder = method.branches["pixel"].decoder
     tokens = torch.randn(4 * 3, 1 + mask.visible.shape[1], 96, dtype=torch.float64)
     before = decoder(tokens, *mask, None, range(4))
@@ -337,7 +335,7 @@ def test_a_head_a_tap_is_each_taps_own():
 def test_cross_attention_sees_what_the_block_left():
     """Pixels: the tokens after block 1; features: the tap's own; both under no norm but the attention's."""
     config = demo("--pixel.cross_attention", "--feature.cross_attention")
-    method = build_method(config)
+    method = build_model(config)
     assert method.branches["pixel"].reads_raw == (1,)
     assert method.branches["feature"].reads_raw == (2, 4, 6, 8)
     assert method.blocks_read == (1, 2, 4, 6, 8)
@@ -354,15 +352,15 @@ def test_cross_attention_sees_what_the_block_left():
 @pytest.mark.parametrize(
     "words, encoders, decoders",
     [
-        ("--engine.taps batched", True, True),
-        ("--engine.taps sequential", False, False),
-        ("--engine.taps sequential --engine.recompute", True, True),
-        ("--engine.taps sequential --engine.recompute_decoders", False, True),
+        ("--engine.tap_execution batched", True, True),
+        ("--engine.tap_execution sequential", False, False),
+        ("--engine.tap_execution sequential --engine.activation_checkpointing", True, True),
+        ("--engine.tap_execution sequential --engine.decoder_activation_checkpointing", False, True),
     ],
 )
 def test_a_block_that_runs_again_keeps_its_input_alone(words, encoders, decoders):
     """Hooks of its MLP, which leave out GELU's output elsewhere, would take the place of the checkpoint's."""
-    method = build_method(parse(["--preset", "demo", *words.split()]))
+    method = build_model(parse(["--preset", "demo", *words.split()]))
     keeps = lambda module: {each.keeps_gelu for each in module.modules() if isinstance(each, Mlp)}  # noqa: E731
     assert keeps(method.encoder) == {encoders}
     assert keeps(method.branches) == {decoders}

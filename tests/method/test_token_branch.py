@@ -22,7 +22,7 @@ from ddae.errors import UserError
 from ddae.export.encoder import load_tokenizer
 from ddae.method.branches import Inputs, TokenBranch, Tokens
 from ddae.method.distance import masked_distance
-from ddae.method.model import build_method
+from ddae.method.model import build_model
 from ddae.models.tokenizer import Quantizer, Tokenizer, usage
 from ddae.models.vit import Encoder, initialise
 from ddae.training.step import build_tokenizer
@@ -38,7 +38,7 @@ def batch(count=3, num_masked=20):
 
 
 def inputs(mask, distance, betas, codes, images=None):
-    return Inputs(images, mask, distance, betas, None, torch.ones(()), 0.5, "reference", codes)
+    return Inputs(images, mask, distance, betas, torch.ones(()), 0.5, "reference", codes=codes)
 
 
 @pytest.mark.parametrize("rescale_grad", ["full", "detach"])
@@ -83,7 +83,7 @@ def test_the_token_branch_is_weighted_cross_entropy(rescale_grad):
 def test_an_encoder_with_mask_tokens_does_not_see_what_is_masked():
     config = ablations.nano(preset("dds_beitv2_vit_b16_100e"))
     check(config)
-    method = build_method(config)
+    method = build_model(config)
     mask = sample_mask("beit_block", torch.arange(2), config.grid, config.num_masked)
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     codes = torch.zeros_like(mask.masked)
@@ -170,7 +170,7 @@ def test_the_codebook_follows_its_patches(micro_batches):
     parts = zip(vectors.chunk(micro_batches), features.chunk(micro_batches), strict=True)
     for number, (some, their) in enumerate(parts):
         made.gather(some[None], their[None], first=number == 0)
-    made.follow(seed=3)
+    made.update(seed=3)
     for code, its in ((0, [0, 1]), (1, [2]), (2, [3, 4, 5])):
         wanted = F.normalize(0.9 * book[code] + 0.1 * F.normalize(vectors[its].sum(0), dim=-1), dim=-1)
         torch.testing.assert_close(made.tokenizer.codebook[code], wanted)
@@ -266,9 +266,7 @@ def trained(digits, encoder_folder, tmp_path_factory):
     short = (
         "--train.steps 6 --train.log_every 1 --pixel.no_enabled --feature.no_enabled --token.enabled --train.no_report"
     )
-    model = (
-        "--mask.replaced --mask.kind beit_block --mask.ratio 0.5 --token.taps 1 2 --token.tap_weights 0.75 1".split()
-    )
+    model = "--mask.use_mask_token --mask.kind beit_block --mask.ratio 0.5 --token.taps 1 2 --token.tap_weights 0.75 1".split()
     run = ["pretrain", "--preset", "demo", *data, *zero, *shape, "2", *short.split(), *model, "--token.cls_block", "1"]
     run += ["--token.tokenizer", str(folder / "whole")]
     lines = [
@@ -281,7 +279,7 @@ def trained(digits, encoder_folder, tmp_path_factory):
         [*run, "--token.codes", "24", "--run_dir", str(folder / "run")],
         [*run, "--token.codes", "25", "--run_dir", str(folder / "lost")],
         [*words, "--run_dir", str(folder / "other"), "--train.seed", "1"],
-        [*run, "--token.codes", "24", "--run_dir", str(folder / "run"), "--train.extend", "--train.steps", "8"]
+        [*run, "--token.codes", "24", "--run_dir", str(folder / "run"), "--train.allow_longer", "--train.steps", "8"]
         + ["--token.tokenizer", str(folder / "other")],
     ]
     said = ranks.run_program(1, [PROGRAM], lines)
@@ -352,10 +350,10 @@ def test_a_pretraining_without_its_tokenizer(words, message):
     "words, message",
     [
         ("--token.enabled", "token.enabled wants an encoder that sees mask tokens"),
-        ("--mask.replaced", "mask.replaced is for token.enabled alone"),
+        ("--mask.use_mask_token", "mask.use_mask_token is for token.enabled alone"),
         ("--preset beitv2_vit_b16_100e --pixel.enabled", "token.enabled wants an encoder"),
         ("--preset beitv2_vit_b16_100e --token.cls_block 12", "token.cls_block 12 must be a block before the last"),
-        ("--preset beitv2_vit_b16_100e --mask.no_replaced", "sees all patches"),
+        ("--preset beitv2_vit_b16_100e --mask.no_use_mask_token", "sees all patches"),
     ],
 )
 def test_configs_that_do_not_fit_together(words, message):

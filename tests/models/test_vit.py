@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from ddae.config.presets import preset
 from ddae.config.pretrain import ModelConfig
 from ddae.data.masking import Mask
-from ddae.distributed.checkpoint_format import Fragment
-from ddae.method.model import build_method
+from ddae.distributed.checkpoint_format import TensorShard
+from ddae.method.model import build_model
 from ddae.method.teacher import Teacher
 from ddae.models.decoder import Decoder
 from ddae.models.patches import gather_tokens, patchify, sincos_positions, unpatchify
@@ -44,7 +44,7 @@ def test_positions_follow_their_layout():
 
 
 def test_every_parameter_is_initialised():
-    method = build_method(preset("demo"))
+    method = build_model(preset("demo"))
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.fill_(torch.nan)
@@ -124,14 +124,14 @@ def test_teacher_follows_as_float64_does(momentum, half_life):
     """1,000 steps towards weights 1 % away; error over the distance travelled."""
     encoder = build()
     parameters = dict(encoder.named_parameters())
-    fragments = [Fragment(name, 0, p.detach().clone().flatten()) for name, p in parameters.items()]
+    fragments = [TensorShard(name, 0, p.detach().clone().flatten()) for name, p in parameters.items()]
     teacher = Teacher(build(), fragments, sharded=False)
     starts = [f.values.clone() for f in fragments]
     for f in fragments:
         f.values.mul_(1.01).add_(1e-4)
     exact = [start.double() for start in starts]
     for _ in range(1000):
-        teacher.follow(momentum)
+        teacher.update(momentum)
         exact = [momentum * e + (1 - momentum) * f.values.double() for e, f in zip(exact, fragments, strict=True)]
     wrong = torch.cat([(m.double() - e).abs() for m, e in zip(teacher.masters, exact, strict=True)]).sum()
     travelled = torch.cat([(e - start.double()).abs() for e, start in zip(exact, starts, strict=True)]).sum()
@@ -168,12 +168,12 @@ def test_an_mlp_that_keeps_no_gelu_has_the_same_gradients(monkeypatch):
 def test_teacher_runs_its_masters_and_takes_no_gradient(part, monkeypatch):
     monkeypatch.setattr("ddae.method.teacher.PART", part)
     encoder = build()
-    fragments = [Fragment(name, 0, p.detach().flatten()) for name, p in encoder.named_parameters()]
+    fragments = [TensorShard(name, 0, p.detach().flatten()) for name, p in encoder.named_parameters()]
     halves = []  # the same in two pieces a parameter, as ranks would hold them
     for fragment in fragments:
         middle = fragment.values.numel() // 2
         halves += [fragment._replace(values=fragment.values[:middle])]
-        halves += [Fragment(fragment.name, middle, fragment.values[middle:])]
+        halves += [TensorShard(fragment.name, middle, fragment.values[middle:])]
     images, masked = torch.rand(2, 3, 32, 32), torch.tensor([[1, 5], [0, 15]])
     visible = torch.stack([torch.tensor([p for p in range(16) if p not in row]) for row in masked.tolist()])
     patches = gather_tokens(patchify(images, 8), torch.cat([visible, masked], 1))
@@ -186,6 +186,6 @@ def test_teacher_runs_its_masters_and_takes_no_gradient(part, monkeypatch):
         before = [p.clone() for p in teacher.module.parameters()]
         for piece in pieces:
             piece.values.add_(1)
-        teacher.follow(0.5)
+        teacher.update(0.5)
         for parameter, old in zip(teacher.module.parameters(), before, strict=True):
             torch.testing.assert_close(parameter, old + 0.5)

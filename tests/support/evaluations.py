@@ -15,7 +15,7 @@ from ddae.config.cli import PRETRAINING, parse
 from ddae.config.evaluation import FINETUNING, PROBING
 from ddae.config.segmentation import SEGMENTATION
 from ddae.config.tokenizer import TOKENIZING
-from ddae.distributed.comm import barrier, is_main
+from ddae.distributed.comm import barrier, configure_logging, is_main
 from ddae.distributed.engine import stop_process_group
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
@@ -42,6 +42,7 @@ def forget(run: str, copy: str, step: str) -> None:
 
 
 if __name__ == "__main__":
+    configure_logging()
     for line in sys.stdin:
         name, *words = json.loads(line)
         if name == "forget":

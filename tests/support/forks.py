@@ -39,7 +39,7 @@ def kill_at(count: int) -> None:
     for owner, name in (
         (checkpoint, "_make_empty"),
         (checkpoint, "save_file"),
-        (checkpoint, "_flush"),
+        (checkpoint.atomic, "fsync"),
         (checkpoint.torch, "save"),
         (checkpoint.shutil, "rmtree"),
         (os, "rename"),

@@ -67,28 +67,29 @@ def main() -> None:
     from ddae.config.cli import PRETRAINING, parse
     from ddae.config.evaluation import FINETUNING
     from ddae.data.loader import Loader
-    from ddae.distributed.comm import gather, is_main
+    from ddae.distributed.comm import configure_logging, gather, is_main
     from ddae.distributed.engine import Engine, stop_process_group
     from ddae.eval.finetune import finetune
     from ddae.train import pretrain
     from ddae.training.tracker import read_metrics
 
     programs = {"pretrain": (pretrain, PRETRAINING), "finetune": (finetune, FINETUNING)}
-    batches, update = Loader.batches, Engine.update
+    batches, update = Loader.batches, Engine.step
 
     def recorded_batches(self, step):
         for batch in batches(self, step):
-            samples.append([self.name_of(sample).rpartition("/")[2] for sample in batch.samples.tolist()])
+            samples.append([self.sample_name(sample).rpartition("/")[2] for sample in batch.samples.tolist()])
             yield batch
 
-    def recorded_update(self, lr):
+    def recorded_step(self, lr):
         ends = self.deepspeed.is_gradient_accumulation_boundary()
         applied = update(self, lr)
         if ends:
             norms.append(self.grad_norm())
         return applied
 
-    Loader.batches, Engine.update = recorded_batches, recorded_update
+    Loader.batches, Engine.step = recorded_batches, recorded_step
+    configure_logging()
     for line in sys.stdin:
         name, program, *words = json.loads(line)
         samples: list[list[str]] = []

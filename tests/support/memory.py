@@ -16,9 +16,9 @@ from ddae.data.loader import Batch
 from ddae.distributed.comm import gather, is_main, world_size
 from ddae.distributed.engine import Engine, start_process_group, stop_process_group
 from ddae.method.betas import Betas
-from ddae.method.model import build_method
+from ddae.method.model import build_model
 from ddae.training.optimizer import build_optimizer
-from ddae.training.step import build_teacher, forward
+from ddae.training.step import ForwardPass, TeacherTargets, build_targets
 
 
 def storages() -> dict[int, int]:
@@ -41,22 +41,24 @@ def measure(words: list[str]) -> dict[str, int]:
     config = parse(words)
     before = storages()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    method = build_method(config)
+    method = build_model(config)
     engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
-    teacher = build_teacher(config, engine)
-    assert teacher is not None
+    targets = build_targets(config, engine)
+    assert isinstance(targets, TeacherTargets)
+    teacher = targets.teacher
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+    forward = ForwardPass(config, engine, targets, betas, 1.0, "reference")
     for step in range(2):  # the first update makes Adam's averages
-        losses = forward(config, engine, teacher, betas, 1.0, 1.0, "reference", batch_of(config, resolved.micro_batch))
+        losses = forward(batch_of(config, resolved.micro_batch), 1.0)
         engine.backward(losses.total)
         del losses
         if step == 0:
-            engine.update(1e-4)
-            teacher.follow(0.99)
+            engine.step(1e-4)
+            teacher.update(0.99)
     gc.collect()
     left = {address: size for address, size in storages().items() if address not in before}
     parameters = list(engine.module.parameters())
-    zero = engine._zero
+    zero = engine.zero.optimizer
     if engine.stage == 3:
         gradients = [zero.grad_partitions_flat_buffer]
     elif engine.stage > 0:
@@ -68,7 +70,7 @@ def measure(words: list[str]) -> dict[str, int]:
     parts = {
         "weights": [*parameters, *partitions],
         "gradients": gradients,
-        "optimizer": [*engine._masters(), *averages],
+        "optimizer": [*engine.zero.masters(), *averages],
         "teacher": [*teacher.masters, *teacher.rounding, teacher._flat],
     }
     sizes = {}

@@ -21,20 +21,21 @@ from ddae.distributed.comm import gather, is_main, rank, world_size
 from ddae.distributed.engine import Engine, start_process_group, stop_process_group
 from ddae.method.betas import Betas
 from ddae.method.distance import masked_distance
-from ddae.method.model import build_method
-from ddae.tools.replay import Bare
+from ddae.method.model import build_model
+from ddae.tools.replay import EagerEngine
 from ddae.training.optimizer import build_optimizer
-from ddae.training.step import build_teacher, forward
+from ddae.training.step import ForwardPass, TeacherTargets, build_targets
 
 
 def compare(words: list[str]) -> dict[str, float]:
     config = parse(words)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     accumulation = config.data.batch_size // (resolved.micro_batch * world_size())
-    method = build_method(config)
+    method = build_model(config)
     engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
-    teacher = build_teacher(config, engine)
-    assert teacher is not None
+    targets = build_targets(config, engine)
+    assert isinstance(targets, TeacherTargets)
+    teacher = targets.teacher
     new_betas = lambda: Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)  # noqa: E731
     torch.manual_seed(rank())
     first = rank() * accumulation * resolved.micro_batch
@@ -43,12 +44,12 @@ def compare(words: list[str]) -> dict[str, float]:
         batch = batch_of(config, resolved.micro_batch)
         batches.append(Batch(batch.images, batch.seeds + first + number * resolved.micro_batch, batch.samples))
 
-    plain = Bare(build_method(config), "fp32")
+    share = (1 / accumulation, "reference")
+    plain = EagerEngine(build_model(config), "fp32")
     plain_betas = new_betas()
     for batch in batches:
-        forward(
-            *(config, plain, teacher, plain_betas, 0.5, 1 / accumulation, "reference", batch)  # type: ignore[arg-type]
-        ).total.backward()
+        plain_forward = ForwardPass(config, plain, TeacherTargets(config, plain, teacher), plain_betas, *share)
+        plain_forward(batch, 0.5).total.backward()
     wanted = {}
     for name, parameter in plain.module.named_parameters():
         gradient = parameter.grad.clone()
@@ -57,10 +58,10 @@ def compare(words: list[str]) -> dict[str, float]:
 
     betas = new_betas()
     for batch in batches:
-        losses = forward(config, engine, teacher, betas, 0.5, 1 / accumulation, "reference", batch)
+        losses = ForwardPass(config, engine, targets, betas, *share)(batch, 0.5)
         engine.backward(losses.total)
         if batch is not batches[-1]:
-            engine.update(0.0)
+            engine.step(0.0)
     layers: dict[str, list[tuple[float, float]]] = {}
     for name, parameter in engine.module.named_parameters():
         given = safe_get_full_grad(parameter)
@@ -68,13 +69,13 @@ def compare(words: list[str]) -> dict[str, float]:
         layers.setdefault(name.rsplit(".", 2)[0], []).append((apart, float(wanted[name].abs().max())))
     worst = max(max(a for a, _ in of_layer) / max(m for _, m in of_layer) for of_layer in layers.values())
 
-    engine.update(0.0)
+    engine.step(0.0)
     betas.step(0.0, torch.ones(()))
     everyone = torch.cat([torch.cat(list(each)) for each in gather([batch.seeds for batch in batches])])
     mask = sample_mask(config.mask.kind, everyone, config.grid, config.num_masked)
     values = plain_betas.values.detach().clone().requires_grad_()
     norm = dk.weight_norm(masked_distance(mask, config.grid, "reference"), values, config.dynamic.norm_batch).sum()
-    (config.dynamic.norm_weight * norm + config.dynamic.coupled_l2 / 2 * values.square().sum()).backward()
+    (config.dynamic.weight_norm_coef * norm + config.dynamic.beta_l2 / 2 * values.square().sum()).backward()
     of_loss = plain_betas.values.grad.clone()
     dist.all_reduce(of_loss)
     wanted_betas = of_loss / world_size() + values.grad
@@ -91,7 +92,7 @@ def follow(engine: Engine, teacher) -> float:
     for fragment, goal in zip(fragments, goals, strict=True):
         fragment.values.copy_(goal)
     for _ in range(steps):
-        teacher.follow(momentum)
+        teacher.update(momentum)
     error = travelled = 0.0
     for start, goal, master in zip(starts, goals, teacher.masters, strict=True):
         exact = goal.double() + (start - goal.double()) * momentum**steps

@@ -199,6 +199,7 @@ if __name__ == "__main__":
     from ddae_kernels import operators
 
     from ddae.config.cli import parse
+    from ddae.distributed.comm import configure_logging
     from ddae.distributed.engine import stop_process_group
     from ddae.train import pretrain
 
@@ -209,6 +210,7 @@ if __name__ == "__main__":
         scale(grad, beta_grad, upstream, unit)
 
     operators._scale_gradients = watched
+    configure_logging()
     for line in sys.stdin:
         pretrain(parse(json.loads(line)))
     print("upstream gradients of Triton's losses:", sorted(upstream_gradients))

@@ -20,14 +20,14 @@ from ddae.data.masking import sample_mask
 from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance
-from ddae.method.model import build_method
-from ddae.method.teacher import Fragment, Teacher
+from ddae.method.model import build_model
+from ddae.method.teacher import Teacher, TensorShard
 from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
 from ddae.tools.plan import activations, memory
-from ddae.tools.replay import Bare
+from ddae.tools.replay import EagerEngine
 from ddae.training.flops import work
-from ddae.training.step import forward
+from ddae.training.step import ForwardPass, TeacherTargets, TokenTargets
 
 SIZES = {
     "s": ["--preset", "ddae_vit_s16_100e"],
@@ -84,15 +84,16 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
         pytest.skip("one case is enough for the interpreter, which takes its time")
     if size in ("cross", "tokens") and precision != "fp32":
         pytest.skip("one precision is enough for what is no default")
-    config = parse([*SIZES[size], "--engine.precision", precision, "--engine.kernels", kernels])
-    engine = Bare(build_method(config), precision)
+    config = parse([*SIZES[size], "--engine.precision", precision, "--engine.loss_backend", kernels])
+    engine = EagerEngine(build_model(config), precision)
     encoder = Encoder(config.model)
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    fragments = [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
-    teacher = Teacher(encoder.to(engine.dtype), fragments, sharded=False)
+    fragments = [TensorShard(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
+    targets = TeacherTargets(config, engine, Teacher(encoder.to(engine.dtype), fragments, sharded=False))
     if size == "tokens":
-        teacher = Tokenizer(replace(config.model, positions="rowfirst", relative_positions="none"), 8192, 32)
+        shape = replace(config.model, positions="rowfirst", relative_positions="none")
+        targets = TokenTargets(config, Tokenizer(shape, 8192, 32))
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     weights = {parameter.untyped_storage().data_ptr() for parameter in engine.module.parameters()}
     saved, alive = {}, []
@@ -106,7 +107,7 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
 
     images = 1
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward(config, engine, teacher, betas, 1.0, 1.0, kernels, batch_of(config, images))
+        ForwardPass(config, engine, targets, betas, 1.0, kernels)(batch_of(config, images), 1.0)
     ratio = activations(config, images) / sum(saved.values())
     assert abs(ratio - 1) < 0.1
     tell(f"{abs(ratio - 1):.1%} off")
@@ -122,7 +123,7 @@ def test_activations_take_what_the_plan_says(size, precision, kernels, tell):
     ],
 )
 def test_work_is_what_it_is_known_to_be(name, gigaflop):
-    config = parse(["--preset", name, "--engine.no_shortcuts"])
+    config = parse(["--preset", name, "--engine.no_skip_unused_tokens"])
     assert work(config).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
 
 
@@ -134,7 +135,7 @@ def test_shortcuts_save_what_was_worked_out(size, gigaflop, share):
 
 @pytest.mark.parametrize("size, gigaflop", [("s", 78.8), ("b", 190.4), ("l", 411.6)])
 def test_work_with_cross_attention(size, gigaflop):
-    words = ["--pixel.cross_attention", "--feature.cross_attention", "--engine.no_shortcuts"]
+    words = ["--pixel.cross_attention", "--feature.cross_attention", "--engine.no_skip_unused_tokens"]
     config = parse(["--preset", f"ddae_vit_{size}16_100e", *words])
     assert work(config).total / 1e9 == pytest.approx(gigaflop, rel=0.015)
 
@@ -142,12 +143,12 @@ def test_work_with_cross_attention(size, gigaflop):
 def test_work_of_a_beitv2_is_what_torch_counts():
     """But for the tokenizer, whose size the plan does not know."""
     config = parse(["--preset", "dds_beitv2_vit_s16_100e"])
-    method, images = build_method(config), batch_of(config, 1).images
+    method, images = build_model(config), batch_of(config, 1).images
     mask = sample_mask("beit_block", torch.arange(1), config.grid, config.num_masked)
     betas, one = torch.full((4,), -0.5, requires_grad=True), torch.ones(())
     distance, codes = masked_distance(mask, config.grid), torch.zeros_like(mask.masked)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        method(Inputs(images, mask, distance, betas, None, one, 1.0, "reference", codes)).total.backward()
+        method(Inputs(images, mask, distance, betas, one, 1.0, "reference", codes=codes)).total.backward()
     planned = work(config)
     assert planned.encoder + planned.token == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -16,7 +16,7 @@ def test_compiled_runs_are_those_that_are_not(shards, tmp_path, tell):
     """
     commands = []
     for stage in STAGES:
-        taps = ("--engine.taps", "batched" if stage else "sequential")
+        taps = ("--engine.tap_execution", "batched" if stage else "sequential")
         commands += [ranks.words(shards, tmp_path / f"plain_{stage}", stage, *SIX, *taps)]
         commands += [ranks.words(shards, tmp_path / f"compiled_{stage}", stage, *SIX, *taps, "--engine.compile")]
     ranks.run_all(2, commands, timeout=3000)

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from ddae.config.base import TrainConfig
-from ddae.config.pretrain import Config
+from ddae.config.pretrain import PretrainConfig
 from ddae.errors import UserError
 from ddae.training.run_dir import check, check_history
 
 
 def folder_of(path, last, save_every=10, more=()):
-    config = Config(run_dir=str(path), train=TrainConfig(save_every=save_every))
+    config = PretrainConfig(run_dir=str(path), train=TrainConfig(save_every=save_every))
     (path / "config.json").write_text(json.dumps(config.to_dict()))
     (path / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, last + 2)))
     for name in more:
@@ -21,12 +21,12 @@ def folder_of(path, last, save_every=10, more=()):
 
 
 def test_a_new_run_may_begin(tmp_path):
-    check_history(Config(run_dir=str(tmp_path)))
+    check_history(PretrainConfig(run_dir=str(tmp_path)))
 
 
 def test_a_run_from_before_a_field_existed_has_what_was_done_then(tmp_path):
     """The feature target was a LayerNorm alone before feature.target_norm: another one is another run."""
-    config = Config(run_dir=str(tmp_path))
+    config = PretrainConfig(run_dir=str(tmp_path))
     before = config.to_dict()
     del before["feature"]["target_norm"]
     (tmp_path / "config.json").write_text(json.dumps(before))
@@ -45,4 +45,4 @@ def test_checkpoints_that_are_gone_are_missed(last, more, tmp_path):
     config = folder_of(tmp_path, last, more=more)
     with pytest.raises(UserError, match="holds no checkpoint: bring back its checkpoints/"):
         check_history(config)
-    check_history(replace(config, allow_scratch=True))
+    check_history(replace(config, allow_restart=True))

@@ -11,21 +11,29 @@ from memory import batch_of
 from ddae.config.cli import parse
 from ddae.config.pretrain import beta_names
 from ddae.data.masking import sample_mask
-from ddae.distributed.checkpoint_format import Fragment
+from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import device
 from ddae.errors import UserError
 from ddae.method.betas import Betas
 from ddae.method.distance import masked_distance
-from ddae.method.model import build_method
+from ddae.method.model import build_model
 from ddae.method.naive import NaiveEncoder, NaiveMethod, to_pixels
 from ddae.method.teacher import Teacher
 from ddae.models.vit import Encoder, initialise
-from ddae.tools.bench_step import rungs
-from ddae.tools.bench_worker import count_flops
-from ddae.tools.replay import Bare
-from ddae.training.flops import decoded, work
-from ddae.training.nonfinite import Outcomes
-from ddae.training.step import compile_parts, forward, schedules, set_up_teacher, settle
+from ddae.tools.bench_step import variants
+from ddae.tools.bench_worker import measure_flops
+from ddae.tools.replay import EagerEngine
+from ddae.training.flops import count_flops, decoder_branches
+from ddae.training.nonfinite import MAX_SKIPPED_STEPS, NonFiniteError, NonFiniteGuard
+from ddae.training.step import (
+    ForwardPass,
+    Targets,
+    TeacherTargets,
+    compile_modules,
+    configure_teacher,
+    resolve_auto,
+    schedules,
+)
 
 DDAE = ["--preset", "demo", "--pixel.norm", "per_channel", "--pixel.decoder_depth", "2"]  # one decoder of two blocks
 MAE = "--preset mae_vit_s16_100e --model.width 48 --model.heads 3 --model.depth 4 --model.image_size 64".split()
@@ -33,31 +41,31 @@ MAE += "--model.patch_size 8 --pixel.taps 4 --pixel.decoder_width 32 --pixel.dec
 DS_MAE = "--preset ds_mae_vit_s16_100e --model.width 48 --model.heads 3 --model.image_size 64".split()
 DS_MAE += "--model.patch_size 8 --pixel.decoder_depth 3 --pixel.decoder_width 32 --pixel.decoder_heads 2".split()
 SETTINGS = {
-    "one batch": ["--engine.no_shortcuts", "--engine.taps", "batched"],
-    "shortcuts": ["--engine.taps", "batched"],
-    "tap by tap": ["--engine.taps", "sequential"],
-    "recomputed": ["--engine.taps", "batched", "--engine.recompute_decoders"],
-    "all of it": ["--engine.taps", "sequential", "--engine.recompute"],
+    "one batch": ["--engine.no_skip_unused_tokens", "--engine.tap_execution", "batched"],
+    "shortcuts": ["--engine.tap_execution", "batched"],
+    "tap by tap": ["--engine.tap_execution", "sequential"],
+    "recomputed": ["--engine.tap_execution", "batched", "--engine.decoder_activation_checkpointing"],
+    "all of it": ["--engine.tap_execution", "sequential", "--engine.activation_checkpointing"],
 }
 
 
 def fragments_of(encoder):
     """All of its weights, as an engine gives them."""
-    return [Fragment(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
+    return [TensorShard(name, 0, values.detach().flatten()) for name, values in encoder.named_parameters()]
 
 
 def teacher_of(encoder, config, dtype=torch.float32):
     """Equal to the encoder, and as the config has it."""
     teacher = Teacher(Encoder(config.model).to(device(), dtype), fragments_of(encoder), sharded=False)
-    set_up_teacher(teacher, config)
+    configure_teacher(teacher, config)
     return teacher
 
 
 def both(words, settings, precision, compiled=False):
     """Loss, gradients by name and gradient of the betas: of naive.py, and of the step with these settings."""
-    config = parse([*words, *settings, "--engine.precision", precision, "--engine.kernels", "reference"])
+    config = parse([*words, *settings, "--engine.precision", precision, "--engine.loss_backend", "reference"])
     torch.manual_seed(0)
-    engine, batch = Bare(build_method(config), precision), batch_of(config, 3)
+    engine, batch = EagerEngine(build_model(config), precision), batch_of(config, 3)
     batch = batch._replace(images=batch.images.to(device()))
     naive, encoder = NaiveMethod(config), Encoder(config.model)
     naive.load_state_dict(engine.module.state_dict())
@@ -65,11 +73,13 @@ def both(words, settings, precision, compiled=False):
     for parameter in encoder.parameters():  # a teacher of its own
         torch.nn.init.normal_(parameter, std=0.05)
     state = {name: values.clone() for name, values in encoder.state_dict().items()}
-    teacher = teacher_of(encoder.to(device()), config, engine.dtype) if config.feature.enabled else None
+    targets = Targets()
+    if config.feature.enabled:
+        targets = TeacherTargets(config, engine, teacher_of(encoder.to(device()), config, engine.dtype))
     if compiled:
-        compile_parts(engine.module, teacher)
+        compile_modules(engine.module, targets)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    losses = forward(config, engine, teacher, betas, 0.7, 1.0, "reference", batch)
+    losses = ForwardPass(config, engine, targets, betas, 1.0, "reference")(batch, 0.7)
     losses.total.backward()
     ours = {name: values.grad for name, values in engine.module.named_parameters()}
     mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked).to(device())
@@ -125,7 +135,7 @@ def test_settings_stay_near_the_naive_step_in_bf16(setting, precision):
 @pytest.mark.faults
 @pytest.mark.parametrize("taps", ["batched", "sequential"])
 def test_compiled_is_the_naive_step(taps):
-    assert_equal(DDAE, ["--engine.taps", taps], "fp32", 1e-6, 2e-6, compiled=True)
+    assert_equal(DDAE, ["--engine.tap_execution", taps], "fp32", 1e-6, 2e-6, compiled=True)
 
 
 CPU_ALONE = pytest.mark.skipif(torch.cuda.is_available(), reason="of a CPU")
@@ -146,7 +156,7 @@ def test_work_is_what_torch_counts(name, gigaflop):
     """Of naive.py the figures known from elsewhere; of the step what work() says, each within 2 %."""
     counted, images = {}, 1
     for kind in ("naive", "own"):
-        config = parse(["--preset", name, "--engine.precision", "fp32", "--engine.taps", "batched"])
+        config = parse(["--preset", name, "--engine.precision", "fp32", "--engine.tap_execution", "batched"])
         batch = batch_of(config, images)
         mask = sample_mask(config.mask.kind, batch.seeds, config.grid, config.num_masked)
         distance, values = masked_distance(mask, config.grid), torch.full((4,), -0.5, requires_grad=True)
@@ -160,18 +170,21 @@ def test_work_is_what_torch_counts(name, gigaflop):
                         tokens = teacher(to_pixels(batch.images, "half"))
                 method(batch.images, mask.visible, mask.masked, distance, values, tokens, 1.0).backward()
         else:
-            engine = Bare(build_method(config), "fp32")
-            teacher = teacher_of(engine.module.encoder, config) if config.feature.enabled else None
+            engine = EagerEngine(build_model(config), "fp32")
+            targets = Targets()
+            if config.feature.enabled:
+                targets = TeacherTargets(config, engine, teacher_of(engine.module.encoder, config))
             betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+            forward = ForwardPass(config, engine, targets, betas, 1.0, "reference")
 
-            def step(config=config, engine=engine, teacher=teacher, betas=betas, batch=batch):
-                forward(config, engine, teacher, betas, 1.0, 1.0, "reference", batch).total.backward()
+            def step(forward=forward, batch=batch):
+                forward(batch, 1.0).total.backward()
 
-        counted[kind] = count_flops(step) / images / 1e9
+        counted[kind] = measure_flops(step) / images / 1e9
     assert counted["naive"] == pytest.approx(gigaflop, rel=0.02)
     # And what is done once a step, whatever its images: queries, keys and values of 196 mask tokens.
-    once = sum(3 * 6 * 196 * branch.decoder_width**2 for branch in decoded(config)) / images
-    assert counted["own"] == pytest.approx((work(config).total + once) / 1e9, rel=0.005)
+    once = sum(3 * 6 * 196 * branch.decoder_width**2 for branch in decoder_branches(config)) / images
+    assert counted["own"] == pytest.approx((count_flops(config).total + once) / 1e9, rel=0.005)
     less = {"ddae_vit_s16_100e": 0.15, "ddae_vit_b16_100e": 0.125, "ddae_vit_l16_100e": 0.085, "mae_vit_s16_100e": 0.04}
     assert 1 - (counted["own"] - once / 1e9) / counted["naive"] >= less[name]
 
@@ -179,17 +192,18 @@ def test_work_is_what_torch_counts(name, gigaflop):
 @pytest.mark.parametrize("taps", ["batched", "sequential"])
 def test_targets_are_read_when_they_are_ready(taps):
     """They come when they are waited for, and the losses are those of targets that were there at once."""
-    config = parse([*DDAE, "--engine.taps", taps, "--engine.precision", "fp32"])
+    config = parse([*DDAE, "--engine.tap_execution", taps, "--engine.precision", "fp32"])
     losses = []
     for late in (False, True):
         torch.manual_seed(0)
-        engine, batch = Bare(build_method(config), "fp32"), batch_of(config, 3)
+        engine, batch = EagerEngine(build_model(config), "fp32"), batch_of(config, 3)
         batch = batch._replace(images=batch.images.to(engine.device))
         teacher = teacher_of(engine.module.encoder, config)
         betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
         if late:
             teacher.start = lambda *inputs, targets=teacher.targets: Late.of(targets(*inputs))
-        losses.append(forward(config, engine, teacher, betas, 0.7, 1.0, "reference", batch).total)
+        targets = TeacherTargets(config, engine, teacher)
+        losses.append(ForwardPass(config, engine, targets, betas, 1.0, "reference")(batch, 0.7).total)
     assert losses[0].isfinite()
     assert torch.equal(*losses)
 
@@ -215,13 +229,14 @@ def test_two_streams_are_one(precision, compiled):
     found = {}
     for name in ("one", "two"):
         words = ["--engine.teacher_stream"] if name == "two" else []
-        config = parse([*DDAE, "--engine.taps", "batched", "--engine.precision", precision, *words])
+        config = parse([*DDAE, "--engine.tap_execution", "batched", "--engine.precision", precision, *words])
         torch.manual_seed(0)
-        engine, followed = Bare(build_method(config), precision), Encoder(config.model).to(device())
+        engine, followed = EagerEngine(build_model(config), precision), Encoder(config.model).to(device())
         initialise(followed, torch.Generator(device()).manual_seed(0))
         teacher = teacher_of(followed, config, engine.dtype)
+        targets = TeacherTargets(config, engine, teacher)
         if compiled:
-            compile_parts(engine.module, teacher)
+            compile_modules(engine.module, targets)
         betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
 
         def after_a_while(*inputs, targets=teacher.targets):
@@ -232,11 +247,11 @@ def test_two_streams_are_one(precision, compiled):
         for _ in range(4):
             batch = batch_of(config, 8)
             batch = batch._replace(images=batch.images.to(engine.device))
-            losses = forward(config, engine, teacher, betas, 0.7, 1.0, "reference", batch)
+            losses = ForwardPass(config, engine, targets, betas, 1.0, "reference")(batch, 0.7)
             losses.total.backward()
             for parameter in followed.parameters():
                 parameter.data.normal_(std=0.05)
-            teacher.follow(0.5)
+            teacher.update(0.5)
             found[name].append(losses.total.detach())
     one, two = (torch.stack(losses) for losses in found.values())
     assert len(one.unique()) == len(one)
@@ -248,17 +263,17 @@ def test_large_taps_go_one_by_one_where_a_cache_holds_no_batch():
     """On a CPU, and not where ZeRO-3 has the parameters in parts."""
     config = parse(["--preset", "ddae_vit_s16_100e"])
     json_of = lambda stage, images: {"zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": images}  # noqa: E731
-    found = {case: settle(config, json_of(*case)).engine.taps for case in ((0, 16), (2, 16), (3, 16), (0, 1))}
+    found = {
+        case: resolve_auto(config, json_of(*case)).engine.tap_execution for case in ((0, 16), (2, 16), (3, 16), (0, 1))
+    }
     assert found == {(0, 16): "sequential", (2, 16): "sequential", (3, 16): "batched", (0, 1): "batched"}
 
 
 def test_batch_statistics_of_a_part_of_the_batch_are_refused():
     words = ["--preset", "demo", "--feature.target_norm", "batch_layer", "--data.batch_size", "16"]
-    settle(parse(words), {"train_micro_batch_size_per_gpu": 16})
-    with pytest.raises(
-        UserError, match="takes statistics over the whole batch of 16 images, and a rank sees 8 at a time"
-    ):
-        settle(parse(words), {"train_micro_batch_size_per_gpu": 8})
+    resolve_auto(parse(words), {"train_micro_batch_size_per_gpu": 16})
+    with pytest.raises(UserError, match="needs the whole batch of 16 images on one rank; a rank processes 8 at a time"):
+        resolve_auto(parse(words), {"train_micro_batch_size_per_gpu": 8})
 
 
 def test_the_teachers_schedules_by_name():
@@ -272,35 +287,55 @@ def test_the_teachers_schedules_by_name():
 
 @CPU_ALONE
 def test_a_cpu_has_no_second_stream():
-    with pytest.raises(UserError, match=r"--engine\.teacher_stream is for a GPU"):
-        settle(parse(["--preset", "demo", "--engine.teacher_stream"]), {})
+    with pytest.raises(UserError, match=r"engine\.teacher_stream is set, but a CPU has no CUDA streams"):
+        resolve_auto(parse(["--preset", "demo", "--engine.teacher_stream"]), {"train_micro_batch_size_per_gpu": 16})
 
 
-def test_outcomes_come_in_order_and_once():
-    outcomes = Outcomes()
-    outcomes.add(3, torch.ones(()))
-    outcomes.add(4, torch.zeros(()))
-    assert list(outcomes.known()) == [(3, True), (4, False)]
-    assert list(outcomes.known(lambda: True)) == []
+class GuardedRun:
+    """What a guard needs of a run; it fails instead of writing a dump."""
+
+    def __init__(self, folder):
+        self.folder, self.loader = folder, None
+
+    def fail(self):
+        raise NonFiniteError
 
 
-def test_a_gpus_third_lost_step_is_known_before_the_next_one_is_made():
-    """Flags come a step late; after two lost ones that of the third is waited for."""
+def guard_of(folder, num_steps=100):
+    return NonFiniteGuard(GuardedRun(folder), {}, torch.nn.Module(), num_steps, lambda *_: None, lambda _: {})
+
+
+def test_the_guard_reads_flags_once_and_in_order(tmp_path):
+    guard = guard_of(tmp_path)
+    guard._add(3, torch.ones(()))
+    guard._add(4, torch.zeros(()))
+    assert list(guard._known(4)) == [(3, True), (4, False)]
+    assert list(guard._known(4)) == []
+
+
+def test_a_gpus_third_skipped_step_is_known_before_the_next_one_runs(tmp_path):
+    """Flags come a step late; after two skipped steps that of the third is waited for."""
 
     class Event:
-        def query(self):
-            return False
-
         def synchronize(self):
-            waited.append(step)
+            pass
 
-    outcomes, lost, waited, seen = Outcomes(), 0, [], {}
-    for step, good in enumerate([1.0, 0.0, 1.0, 0.0, 0.0, 0.0]):
-        outcomes._coming.append((step, torch.tensor(good), Event()))
-        for number, applied in outcomes.known(lambda: lost == 2):  # noqa: B023
-            lost, seen[number] = 0 if applied else lost + 1, step
-    assert lost == 3
+    guard, seen = guard_of(tmp_path), {}
+    for step, applied in enumerate([1.0, 0.0, 1.0, 0.0, 0.0, 0.0]):
+        guard._pending.append((step, torch.tensor(applied), Event()))
+        for number, was_applied in guard._known(step):
+            guard._skipped, seen[number] = 0 if was_applied else guard._skipped + 1, step
+    assert guard._skipped == MAX_SKIPPED_STEPS
     assert seen == {0: 1, 1: 2, 2: 3, 3: 4, 4: 5, 5: 5}
+
+
+def test_the_guard_holds_batches_only_while_steps_are_skipped(tmp_path):
+    guard = guard_of(tmp_path)
+    for step, applied in enumerate([1.0, 0.0, 0.0, 1.0, 1.0]):
+        guard.hold(step, step)
+        assert sorted(guard._held) == {2: [2], 3: [2, 3]}.get(step, [])
+        guard.check(step, torch.tensor(applied))
+    assert guard._held == {}
 
 
 @CPU_ALONE
@@ -308,11 +343,11 @@ def test_the_ladder_on_a_small_model(tmp_path):
     """What the JSON holds, the naive rung first; no other rung looks at a number of the device's in a step."""
     out, model = tmp_path / "rows.json", ranks.NANO[2 : ranks.NANO.index("--data.batch_size")]
     words = ["step", *"--preset demo --batch 4 --rounds 1".split(), "--json", str(out), "--out", str(tmp_path / "o")]
-    code, said = ranks.run_command("launch/benchmark.py", *words, "--rungs", "naive", "tap by tap", *model)
+    code, said = ranks.run_command("launch/benchmark.py", *words, "--variants", "naive", "tap by tap", *model)
     assert code == 0, said
     rows = json.loads(out.read_text())
-    assert [row["rung"] for row in rows] == ["naive", "tap by tap"]
-    asked = {"rung", "preset", "batch", "images_per_s", "flops_per_image", "peak_bytes", "host_syncs"}
+    assert [row["variant"] for row in rows] == ["naive", "tap by tap"]
+    asked = {"variant", "preset", "batch", "images_per_s", "flops_per_image", "peak_bytes", "host_syncs"}
     for row in rows:
         assert asked <= row.keys()
         assert min(row["images_per_s"], row["flops_per_image"], row["peak_bytes"]) > 0
@@ -323,7 +358,7 @@ def test_the_ladder_on_a_small_model(tmp_path):
 
 @pytest.mark.parametrize(
     "words, reason",
-    [(["step", "--rungs", "nave"], "there is no rung 'nave'"), (["loader", "--nonsense"], "has no flag --nonsense")],
+    [(["step", "--variants", "nave"], "unknown variant 'nave'"), (["loader", "--nonsense"], "has no flag --nonsense")],
 )
 def test_mistakes_are_told(words, reason):
     code, said = ranks.run_command("launch/benchmark.py", *words)
@@ -333,15 +368,15 @@ def test_mistakes_are_told(words, reason):
 
 
 def test_sequential_taps_are_refused_under_zero_3(tmp_path):
-    words = ["--preset", "demo", "--engine.taps", "sequential", "--ds_config", "ds_configs/zero3.json"]
+    words = ["--preset", "demo", "--engine.tap_execution", "sequential", "--ds_config", "ds_configs/zero3.json"]
     words += ["--data.backend", "synthetic", "--run_dir", str(tmp_path / "run")]
     code, said = ranks.run_command("launch/pretrain.py", *words)
     assert code == 2, said
-    assert "--engine.taps sequential" in said
+    assert "engine.tap_execution is sequential" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_rungs_differ():
+def test_variants_differ():
     for gpu in (False, True):
-        assert len({rung.name for rung in rungs(gpu)}) == len(rungs(gpu))
+        assert len({each.name for each in variants(gpu)}) == len(variants(gpu))
         assert rungs(gpu)[0].kind == "naive"

@@ -13,7 +13,7 @@ import ranks
 
 from ddae.config.base import TrackerConfig
 from ddae.config.cli import parse
-from ddae.config.pretrain import Config
+from ddae.config.pretrain import PretrainConfig
 from ddae.training import tracker as tracking
 from ddae.training.tracker import Tracker, read_metrics, start_tracker
 
@@ -160,7 +160,7 @@ def test_a_bad_server_stops_nothing(kind, tmp_path, monkeypatch, capsys, tell):
         times.append(time.perf_counter() - before)
         time.sleep(0.01)
     before = time.perf_counter()
-    tracker.finish([], patience=1.0)
+    tracker.finish([], timeout_s=1.0)
     waited = time.perf_counter() - before
     assert sorted(times)[50] < 0.05
     assert waited < 10
@@ -204,7 +204,7 @@ def test_a_long_outage_costs_the_oldest_rows_alone(tmp_path, monkeypatch, capsys
     tracker = start_tracker(TrackerConfig(), tmp_path, 0, {})
     for step in range(1, 51):
         tracker.log({"step": step, "loss/total": 1.0})
-    tracker.finish([], patience=0.5)
+    tracker.finish([], timeout_s=0.5)
     assert "MLflow has not taken everything (50 rows" in capsys.readouterr().out
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 50
 
@@ -220,5 +220,5 @@ def test_nothing_secret_is_logged():
 
 
 def test_a_config_comes_back_from_its_file():
-    for config in (Config(), parse(["--preset", "mae_vit_h14_300e"]), parse(["--preset", "demo"])):
-        assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    for config in (PretrainConfig(), parse(["--preset", "mae_vit_h14_300e"]), parse(["--preset", "demo"])):
+        assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
