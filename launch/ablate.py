@@ -17,7 +17,7 @@ ZERO1 = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", required=True, help="2, 3, 4, 6 or 7 of the paper, readings or own")
+    parser.add_argument("--table", required=True, help="2, 3, 4, 6 or 7 of the paper, gradient_variants or own")
     parser.add_argument("--scale", default="paper", help="nano, micro, tiny or paper")
     parser.add_argument("--out", type=Path, help="folder for runs and table; left out: runs/table_TABLE_SCALE")
     parser.add_argument("--data", default="", help="shards with classes; left out: digits, at the scale nano")

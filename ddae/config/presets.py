@@ -1,8 +1,7 @@
-"""Named experiments. A name is METHOD_vit_SIZE_EPOCHSe, or demo, and may end in a reading of the betas' gradient.
+"""Presets: named experiments, METHOD_vit_SIZE_EPOCHSe or demo. Variants of an experiment are fields, not presets.
 
-ddae_vit_b16_100e            the paper's main model and this project's default
+ddae_vit_b16_100e            the paper's main model and the default
 dds_mae_vit_s16_100e         deep dynamic supervision on MAE, the paper's ablations
-ddae_vit_b16_100e_detach     the same as the first, with another reading of Eq. 2's re-scale
 """
 
 import difflib
@@ -31,12 +30,6 @@ SIZES = {  # width, depth, heads, pixels a side of a patch
     "h14": (1280, 32, 16, 14),
 }
 EPOCHS = (100, 300, 800)
-READINGS = {  # of Eq. 2's gradient and Eq. 6's norm, where the paper's words allow several (METHOD.md)
-    "anchored": {},
-    "literal": {"beta_l2": 0.0},
-    "flatnorm256": {"beta_l2": 0.0, "norm_batch": 256.0},
-    "detach": {"rescale_grad": "detach"},
-}
 
 
 def ddae(size: str, epochs: int) -> PretrainConfig:
@@ -53,7 +46,7 @@ def ddae(size: str, epochs: int) -> PretrainConfig:
 
 
 def bootmae(size: str, epochs: int) -> PretrainConfig:
-    """BootMAE: both branches at the last block, not dynamic; decoders look at what early blocks left. Paper Table 1:
+    """BootMAE: both branches at the last block, not dynamic; decoders cross-attend to early blocks. Paper Table 1:
     ViT-B 83.0 (100 epochs)."""
     config = ddae(size, epochs)
     last = {"taps": config.pixel.taps[-1:], "tap_weights": (1.0,), "dynamic": False}
@@ -101,7 +94,7 @@ def dds_mae(size: str, epochs: int) -> PretrainConfig:
 
 def beitv2(size: str, epochs: int) -> PretrainConfig:
     """BEiT-v2: the codes of masked patches from all tokens, 75 of 196 of them mask tokens. Paper Table 2: ViT-B 83.9
-    (100 epochs). Its colour jitter of 0.4 is left out."""
+    (100 epochs). Its colour jitter of 0.4 is not implemented."""
     width, depth, heads, patch = SIZES[size]
     return PretrainConfig(
         model=ModelConfig(
@@ -131,10 +124,10 @@ def dds_beitv2(size: str, epochs: int) -> PretrainConfig:
 def demo() -> PretrainConfig:
     """`make demo`: a tiny DDAE on small photographs, minutes on two CPU cores.
 
-    A run of two thousand steps needs numbers of its own: small batches, for more steps; a teacher whose half-life is 69
-    steps; betas that move four times as fast and are held less; many narrow heads, which learn sooner where
-    neighbouring patches lie; and plain pixels as targets (a normalised patch takes far longer to learn). It trains in
-    fp32, for a CPU without instructions for bf16 multiplies a hundred times more slowly in it.
+    Two thousand steps need their own settings: small batches, for more steps; a teacher with a half-life of 69 steps;
+    betas with four times the learning rate and less L2; many narrow heads, which find neighbouring patches sooner; plain
+    pixels as targets, for normalised patches take far longer to learn. fp32: a CPU without bf16 instructions multiplies
+    a hundred times more slowly in bf16.
     """
     branch = {"taps": (2, 4, 6, 8), "decoder_depth": 1, "decoder_width": 96, "decoder_heads": 8}
     return PretrainConfig(
@@ -155,26 +148,20 @@ def warmup_epochs(epochs: int) -> float:
 
 
 def names() -> list[str]:
-    """All presets, those without a suffix first."""
-    plain = ["demo", *(f"{m}_vit_{s}_{e}e" for m in METHODS for s in SIZES for e in EPOCHS)]
-    return plain + [f"{name}_{reading}" for name in plain for reading in READINGS]
+    """Return the names of all presets."""
+    return ["demo", *(f"{method}_vit_{size}_{epochs}e" for method in METHODS for size in SIZES for epochs in EPOCHS)]
 
 
 def preset(name: str) -> PretrainConfig:
-    """The experiment of that name; UserError with the nearest name where there is none."""
+    """Return the experiment of that name. Raise UserError with the nearest name if there is none."""
     if name not in names():
         nearest = difflib.get_close_matches(name, names(), 1, 0)[0]
-        raise UserError(f"unknown preset {name!r}: the nearest is {nearest!r}, README lists them all")
-    base, _, reading = name.rpartition("_")
-    if reading not in READINGS:
-        base, reading = name, "anchored"
-    if base == "demo":
-        config = demo()
-    else:
-        method, _, scale = base.partition("_vit_")
-        size, epochs = scale.split("_")
-        config = METHODS[method](size, int(epochs.removesuffix("e")))
-    return replace(config, preset=name, dynamic=replace(config.dynamic, **READINGS[reading]))
+        raise UserError(f"unknown preset {name!r}; the nearest is {nearest!r}. README.md lists all presets.")
+    if name == "demo":
+        return replace(demo(), preset=name)
+    method, _, scale = name.partition("_vit_")
+    size, epochs = scale.split("_")
+    return replace(METHODS[method](size, int(epochs.removesuffix("e"))), preset=name)
 
 
 METHODS: dict[str, Callable[[str, int], PretrainConfig]] = {

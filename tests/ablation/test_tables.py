@@ -191,5 +191,5 @@ def test_a_mistake_is_one_sentence(tmp_path):
 
 
 def test_tables_that_do_not_exist():
-    with pytest.raises(UserError, match="there are 2, 3, 4, 6, 7, readings, own"):
+    with pytest.raises(UserError, match="there are 2, 3, 4, 6, 7, gradient_variants, own"):
         rows("9", "nano")

@@ -198,7 +198,7 @@ def test_damage_is_seen(damage, saved, tmp_path, forks, tell):
     "more, refusal",
     [
         (["--model.width", "64"], "was started with model.width = 32, not 64"),
-        (["--preset", "demo_detach"], "was started with dynamic.rescale_grad"),
+        (["--preset", "demo", "--dynamic.rescale_grad", "detach"], "was started with dynamic.rescale_grad"),
         (["--data.train", "{other}"], "was trained on other shards than data.train"),
     ],
 )
