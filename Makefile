@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, then `make test`. Each sets up what it is missing, once.
+# `make demo` trains a small model, `make test` runs the tests. The first call of each creates the environment.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +10,7 @@ PY := $(BIN)/python
 
 venv: $(READY)
 
-# torch first and pinned: the packages that build against it find it, and nothing replaces it.
+# torch is installed first: other packages build against it, and the constraint keeps them from replacing it.
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel
@@ -20,21 +20,21 @@ $(READY): pyproject.toml constraints.txt
 data/demo/manifest.json: | $(READY)
 	$(BIN)/python data_prep/sample_photos.py --out data/demo
 
-# A tiny DDAE, then its nearest neighbours beside untrained weights, raw pixels and chance, where colour tells nothing.
+# Train a tiny DDAE; then compare its k-NN accuracy on grey images with untrained weights, raw pixels and chance.
 demo: $(READY) data/demo/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
 	$(BIN)/python launch/knn.py --encoder runs/demo --data data/demo --grey --workers 2
 
-# Two files of tests at a time: most of what they wait for is Python's own start.
+# Two test modules at a time. test_loader.py forks readers, so it runs in a process without the threads of other tests.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/test_loader.py
-	$(BIN)/python -m pytest tests/test_loader.py  # forks readers beside threads: in a process that nothing else has used
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/data/test_loader.py
+	$(BIN)/python -m pytest tests/data/test_loader.py
 
-# Long sweeps over settings that make test covers with fewer cases.
+# Long sweeps over settings, of which make test covers fewer cases.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
-# The long tests: kills, damage, signals, many ranks, two hosts. docs/reliability.md is made of what they saw.
+# Long tests of failures: kills, damaged files, signals, many ranks, two hosts. Their results make docs/reliability.md.
 test-faults: $(READY)
 	$(BIN)/python -m pytest -m 'faults or reliability' -o junit_family=xunit1 --junitxml .faults.xml; failed=$$?; \
 		$(BIN)/python tests/support/reliability.py .faults.xml docs/reliability.md; exit $$failed
@@ -42,29 +42,30 @@ test-faults: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/pyright
 
-# Times of the losses; on a GPU the rows are added to kernels/bench/results.csv.
+# Benchmark the losses; on a GPU the rows are appended to kernels/bench/results.csv.
 bench-kernels: $(READY)
 	$(BIN)/python kernels/bench/bench.py --step ddae_vit_b16_100e
 
-# The training step, rung by rung, over a naive one.
+# Benchmark the training step, variant by variant, relative to the naive one.
 bench-step: $(READY)
 	$(BIN)/python launch/benchmark.py step $(BENCH)
 
-# pillow-simd beside Pillow, for the benchmark to take turns with: DATA is a folder of shards.
+# Install pillow-simd into its own folder, to benchmark it beside Pillow. DATA is a folder of shards.
 .simd: $(READY)
 	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --no-binary pillow-simd --target .simd pillow-simd
 
 bench-loader: .simd
 	$(BIN)/python launch/benchmark.py loader --data $(DATA) --simd .simd $(BENCH)
 
-# What only a GPU can show, into gpu-check.json, meant to take eight minutes; with DATA=shards the loader, too. Where there is a
-# Python with everything but this project: make gpu-check PY=python3
+# Run the checks that need a GPU, in about eight minutes, and write gpu-check.json; DATA=SHARDS adds the loaders.
+# With a Python that has all dependencies: make gpu-check PY=python3
 gpu-check:
 	PYTHONPATH=kernels:. $(PY) tests/gpu_check.py gpu-check.json $(DATA)
 
-# pillow-simd has pillow's import name: one of the two is installed, never both.
+# Replace Pillow by pillow-simd: both have the same import name, so only one can be installed.
 simd: $(READY)
 	$(BIN)/pip uninstall --quiet --yes pillow pillow-simd
 	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-binary pillow-simd pillow-simd

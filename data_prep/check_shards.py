@@ -1,7 +1,7 @@
-"""Verify shards against their manifest: exit code 0 where all is well, 1 with a list of what is not.
+"""Verify shards against their manifest. Exit code 0: no problems; 1: problems, which are listed.
 
-python data_prep/check_shards.py data/imagenet           # sizes and indexes: seconds
-python data_prep/check_shards.py data/imagenet --full    # and every hash, every image decoded
+python data_prep/check_shards.py data/imagenet           # sizes and indexes; takes seconds
+python data_prep/check_shards.py data/imagenet --full    # also hash every shard and decode every image
 """
 
 import argparse
@@ -14,21 +14,21 @@ from ddae.sharding.check import check, mark_bad
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of shards with its manifest.json")
+    parser.add_argument("folder", type=Path, help="folder of shards with a manifest.json")
     depth = parser.add_mutually_exclusive_group()
-    depth.add_argument("--fast", action="store_true", help="sizes and indexes alone, the default")
-    depth.add_argument("--full", action="store_true", help="hashes too, and decode every image")
-    parser.add_argument("--mark_bad", action="store_true", help="--full, and list what does not decode in the manifest")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes; all cores by default")
+    depth.add_argument("--fast", action="store_true", help="check sizes and indexes only (default)")
+    depth.add_argument("--full", action="store_true", help="also hash every shard and decode every image")
+    parser.add_argument("--mark_bad", action="store_true", help="--full, and let training skip undecodable images")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     args = parser.parse_args()
-    args.full = args.full or args.mark_bad
-    problems, images = check(args.folder, args.full, max(1, args.workers))
+    full = args.full or args.mark_bad
+    problems, num_images = check(args.folder, full, max(1, args.workers))
     for problem in problems:
         print(problem)
     if args.mark_bad:
-        print(f"{mark_bad(args.folder, problems)} images are listed as bad: training leaves them out")
-    how = "hashes and images" if args.full else "sizes and indexes"
-    print(f"{args.folder}: {images} images, {how} checked: {len(problems) or 'no'} problems")
+        print(f"{mark_bad(args.folder, problems)} images are marked as bad in the manifest; training skips them")
+    checked = "hashes and images" if full else "sizes and indexes"
+    print(f"{args.folder}: {num_images} images, {checked} checked, {len(problems) or 'no'} problems")
     return 1 if problems else 0
 
 

@@ -1,6 +1,7 @@
 """Pretraining, from a config to a finished run directory: build, resume, train, export, report."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from ddae.config import deepspeed
@@ -14,7 +15,7 @@ from ddae.eval.online_knn import OnlineProbe
 from ddae.export.encoder import export_encoder
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
-from ddae.report.html import NUM_IMAGES, summary, update_card, write_report
+from ddae.report.html import NUM_IMAGES, summary, update_model_card, write_report
 from ddae.training.flops import count_model_flops
 from ddae.training.metrics import LossMeter
 from ddae.training.nonfinite import NonFiniteGuard
@@ -62,11 +63,11 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
     if config.engine.compile:
         compile_modules(engine.module, targets)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
-    forward = ForwardPass(config, engine, targets, betas, 1 / run.rank_batch.accumulation, loss_backend)
+    forward = ForwardPass(config, engine, targets, betas, 1 / run.rank_batch.grad_accum_steps, loss_backend)
     state = {"engine": engine, "betas": betas, **targets.state}
     start = run.restore(state, loss_backend=loss_backend)
     run.describe(start, num_steps, f"{config.engine.precision}, ZeRO {engine.stage}, loss backend {loss_backend}")
-    run.flops = count_model_flops(config)
+    run.count_flops = partial(count_model_flops, config)
 
     def scheduled(step: int):
         return schedules(config, step, num_steps, loader.epoch_samples)
@@ -92,7 +93,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
             evaluation.maybe_run(step)
             now = scheduled(step)
             meter.reset()
-            for _ in range(run.rank_batch.accumulation):
+            for _ in range(run.rank_batch.grad_accum_steps):
                 with run.timer.measure("data_wait"):
                     batch = next(batches)
                 losses = forward(batch, now.feature_weight)
@@ -136,5 +137,5 @@ def export_and_report(config: PretrainConfig, engine: Engine, betas: Betas, prev
     weights = engine.weights(engine.module.encoder)
     if is_main():
         export_encoder(weights, config, Path(config.folder) / "encoder")
-        update_card(Path(config.folder))
+        update_model_card(Path(config.folder))
     return write_report(config, engine.module, betas, preview) if config.train.report else []

@@ -1,6 +1,6 @@
-"""Training a tokenizer: a codebook from which a teacher's features can be told (BEiT-v2's VQ-KD).
+"""Training of a tokenizer: a codebook from which a teacher's features are reconstructed (BEiT-v2's VQ-KD).
 
-B images, N patches, F width of the teacher's features, C codes.
+Shapes: B images, N patches, F width of the teacher's features, C codes.
 """
 
 import json
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddae.atomic import write_json
 from ddae.config import deepspeed as ds_config
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.data.cache import open_cache
@@ -21,12 +22,12 @@ from ddae.distributed.checkpoint_format import Checkpointable, FrozenModule
 from ddae.distributed.comm import device, is_main, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine
 from ddae.distributed.preemption import StopSignal
-from ddae.errors import UserError
-from ddae.eval.dataset import ExampleReader, batches_of_rank, held_out
+from ddae.errors import UserError, one_line
+from ddae.eval.dataset import ExampleReader, batches_of_rank, val_location
 from ddae.eval.figures import patches_by_code
 from ddae.export.encoder import load_encoder, write_tokenizer
 from ddae.models.patches import normalise
-from ddae.models.tokenizer import Quantizer, Tokenizer, usage
+from ddae.models.tokenizer import Quantizer, Tokenizer, codebook_usage
 from ddae.models.vit import initialise
 from ddae.report import html as report
 from ddae.report.figures import curves
@@ -36,15 +37,15 @@ from ddae.training.run import Run
 from ddae.training.schedules import warmup_cosine
 from ddae.training.tracker import run_id_of
 
-TIMM = "timm:"  # begins the name of a teacher that timm has
-SHOWN = 256  # images whose patches a picture is made of
+TIMM = "timm:"  # prefix of the name of a timm teacher
+NUM_SHOWN = 256  # validation images from which the figure of codes takes its patches
 
 
 def train_tokenizer(config: TokenizerConfig, stop: StopSignal | None = None) -> None:
-    """Train to the end, or from the newest checkpoint on; then write tokenizer/, results and pictures.
+    """Train to the end, resuming from the newest checkpoint; then write tokenizer/, results and figures.
 
-    SystemExit with code 75 where the run is told to stop before. UserError where the teacher or the shards cannot be
-    read, or do not fit the model.
+    Raise SystemExit with code 75 if a signal stops the run. Raise UserError if the teacher or the shards cannot be read
+    or do not fit the model.
     """
     stop = stop or StopSignal()
     teacher = FeatureTeacher(config.vq.teacher, config.model.image_size // config.model.patch_size)
@@ -52,70 +53,76 @@ def train_tokenizer(config: TokenizerConfig, stop: StopSignal | None = None) -> 
     run = Run(config, stop, resolved.json, resolved.micro_batch)
     size = config.model.image_size
     loader = Loader(config.data, size, config.train.seed, run.rank_batch, device())
-    val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data), labelled=False)
+    source = val_location(config.data.train, config.val)
+    val = ExampleReader(source, "val", size, open_cache(config.data), labelled=False)
     if resolved.json.get("zero_optimization", {}).get("stage", 0) == 3:
-        raise UserError("the DeepSpeed JSON has ZeRO stage 3, which a tokenizer is too small for: choose 0, 1 or 2")
-    fit(Tokenizing(config, teacher, val, run.rank_batch.accumulation), run, loader)
+        raise UserError("the DeepSpeed JSON has ZeRO stage 3; expected 0, 1 or 2 for a tokenizer. Change its stage.")
+    fit(TokenizerTask(config, teacher, val, run.rank_batch.grad_accum_steps), run, loader)
 
 
 class FeatureTeacher:
-    """A frozen encoder, a run's or a file's or timm's, and the features of its patches."""
+    """A frozen encoder that gives patch features: a run, an export, a published file, or a timm model."""
 
-    def __init__(self, name: str, side: int):
-        """side: patches a side that an image is to have. UserError where there is no such encoder."""
+    def __init__(self, name: str, grid_side: int):
+        """Load the encoder. grid_side: patches a side, as in the tokenizer. Raise UserError if it cannot be loaded."""
         if name.startswith(TIMM):
-            self.model, self.size, self.width = _of_timm(name.removeprefix(TIMM), side)
-            self.skip, settings = self.model.num_prefix_tokens, self.model.pretrained_cfg  # type: ignore[union-attr]
-            self.mean_std = torch.tensor([settings[name] for name in ("mean", "std")], device=device())[..., None, None]  # type: ignore[index]
+            self.model, self.size, self.width = _load_timm(name.removeprefix(TIMM), grid_side)
+            self.num_prefix_tokens, settings = self.model.num_prefix_tokens, self.model.pretrained_cfg  # type: ignore[union-attr]
+            mean_std = torch.tensor([settings["mean"], settings["std"]], device=device())  # type: ignore[index]
+            self.mean_std: Tensor | None = mean_std[..., None, None]
         else:
             encoder = load_encoder(name)
-            self.size, self.width = side * encoder.shape.patch_size, encoder.shape.width
+            self.size, self.width = grid_side * encoder.shape.patch_size, encoder.shape.width
             if encoder.shape.image_size != self.size:
-                encoder.resize(self.size)
-            self.model, self.skip, self.mean_std = encoder, 1, None
+                encoder.set_image_size(self.size)
+            self.model, self.num_prefix_tokens, self.mean_std = encoder, 1, None
         self.model = self.model.to(device()).eval().requires_grad_(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> [B, N, F], patches row by row."""
+        """Return patch features [B, N, F] of uint8 [B, 3, S, S], resized to the teacher's image size if it differs."""
         if images.shape[-1] != self.size:
-            sized = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
-            images = sized.round().clamp(0, 255).to(torch.uint8)
+            resized = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
+            images = resized.round().clamp(0, 255).to(torch.uint8)
         if self.mean_std is None:
             return self.model(normalise(images, self.model.normalisation, torch.float32))[:, 1:]  # type: ignore[arg-type]
         mean, std = self.mean_std
-        return self.model.forward_features((images / 255 - mean) / std)[:, self.skip :]  # type: ignore[operator]
+        return self.model.forward_features((images / 255 - mean) / std)[:, self.num_prefix_tokens :]  # type: ignore[operator]
 
 
-def _of_timm(name: str, side: int) -> tuple[nn.Module, int, int]:
-    """timm's model, pixels a side for so many patches, and the width of its features."""
+def _load_timm(name: str, grid_side: int) -> tuple[nn.Module, int, int]:
+    """Return timm's model, its image side in pixels for grid_side patches a side, and the width of its features."""
     try:
         patch = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-        model = timm.create_model(name, pretrained=True, num_classes=0, img_size=side * patch)
+        size = grid_side * patch
+        model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
         with torch.no_grad():
-            tokens = model.eval().forward_features(torch.zeros(1, 3, side * patch, side * patch))  # type: ignore[operator]
-        wanted = (1, int(model.num_prefix_tokens) + side**2, int(model.num_features))  # type: ignore[arg-type]
-        if tokens.shape != wanted:
-            raise ValueError(f"its features are {list(tokens.shape)}, not of {side}^2 patches")
-    except Exception as error:  # an unknown name, a model without patches, or no way to its weights
-        raise UserError(f"vq.teacher {TIMM}{name} cannot be had: {' '.join(str(error).split())[:200]}") from None
-    return model, side * patch, model.num_features  # type: ignore[return-value]
+            tokens = model.eval().forward_features(torch.zeros(1, 3, size, size))  # type: ignore[operator]
+        expected = (1, int(model.num_prefix_tokens) + grid_side**2, int(model.num_features))  # type: ignore[arg-type]
+        if tokens.shape != expected:
+            raise ValueError(f"its features have shape {list(tokens.shape)}, expected {list(expected)}")
+    except Exception as error:  # unknown name, a model without patches, or weights that cannot be downloaded
+        raise UserError(
+            f"vq.teacher is {TIMM}{name}, which cannot be loaded ({one_line(error)}); expected a ViT of timm with "
+            "pretrained weights. Choose another with --vq.teacher."
+        ) from None
+    return model, size, model.num_features  # type: ignore[return-value]
 
 
-class Tokenizing:
-    """What fit() trains and measures."""
+class TokenizerTask:
+    """Task of fit(): vector quantisation of a teacher's features."""
 
     schedule = staticmethod(warmup_cosine)
     engine: Engine
     optimizable: Engine
     description: str
 
-    def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader, accumulation: int):
+    def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader, grad_accum_steps: int):
         self.config, self.teacher, self.val = config, teacher, val
-        self._accumulation, self._micro, self._seed = accumulation, 0, 0
+        self._grad_accum_steps, self._micro, self._seed = grad_accum_steps, 0, 0
         self.evaluate_every, self.folder = config.vq.evaluate_every, Path(config.folder)
         self.parent = "" if config.vq.teacher.startswith(TIMM) else run_id_of(Path(config.vq.teacher))
-        self._seen: tuple[Tensor, ...] | None = None  # images of the last evaluation, and their patches' codes
+        self._examples: tuple[Tensor, ...] | None = None  # images and codes of the last evaluation
         self._evaluated = False
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
@@ -126,7 +133,7 @@ class Tokenizing:
         initialise(module, torch.Generator().manual_seed(self.config.train.seed), self.config.model.init)
         self.engine = self.optimizable = Engine(module, build_optimizer(module, self.config.optim), ds_json)
         self.description = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
-        self._codebook = Codebook(self.engine.module)
+        self._codebook = CodebookState(self.engine.module)
         return {
             "engine": self.engine,
             "codebook": self._codebook,
@@ -136,53 +143,53 @@ class Tokenizing:
     def loss(self, batch: Batch, seed: int) -> Tensor:
         with self.engine.autocast():
             features = self.teacher.features(batch.images)
-            if not self._codebook.begun:
+            if not self._codebook.initialised:
                 self.engine.module.init_codebook(batch.images, features, seed)
-                self._codebook.begun = True
+                self._codebook.initialised = True
         loss, vectors = self.engine(batch.images, features)
-        self.engine.module.accumulate(vectors, features, first=self._micro % self._accumulation == 0)
+        self.engine.module.accumulate(vectors, features, first=self._micro % self._grad_accum_steps == 0)
         self._micro, self._seed = self._micro + 1, seed
         return loss
 
     def after_step(self, applied: Tensor) -> None:
-        """Update the codebook with the weights; a skipped step changes neither."""
+        """Update the codebook; a skipped step leaves it unchanged."""
         self.engine.module.update_codebook(self._seed, applied)
 
     @torch.no_grad()
     def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
-        """The cosine between told and real features without their centre, and how much of the codebook is used."""
-        quantizer, sums = self.engine.module, torch.zeros(2, device=self.engine.device)
+        """Return the mean cosine of reconstructed and centred teacher features, and the usage of the codebook."""
+        quantizer, sums = self.engine.module, torch.zeros(2, device=self.engine.device)  # of cosines, of patches
         counts = torch.zeros(self.config.vq.codes, device=self.engine.device)
-        seen: tuple[Tensor, ...] | None = None
+        examples: tuple[Tensor, ...] | None = None
         quantizer.eval()
-        micro = min(self.config.data.batch_size // world_size(), 128)
-        for examples in batches_of_rank(self.val, micro, self.config.data.workers, self.engine.device):
+        batch_size = min(self.config.data.batch_size // world_size(), 128)
+        for batch in batches_of_rank(self.val, batch_size, self.config.data.workers, self.engine.device):
             poll()
-            counted = examples.images[examples.labels >= 0]
-            if not len(counted):
+            images = batch.images[batch.labels >= 0]  # without padding
+            if not len(images):
                 continue
             with self.engine.autocast():
-                codes = quantizer.tokenizer.codes(counted)
-                told = quantizer.decode_features(F.embedding(codes, quantizer.tokenizer.codebook))
-                cosines = quantizer.cosine(told, self.teacher.features(counted))
+                codes = quantizer.tokenizer.codes(images)
+                predicted = quantizer.decode_features(F.embedding(codes, quantizer.tokenizer.codebook))
+                cosines = quantizer.cosine(predicted, self.teacher.features(images))
             sums += torch.stack([cosines.sum(), torch.tensor(float(cosines.numel()), device=sums.device)])
             counts += codes.flatten().bincount(minlength=len(counts))
-            if seen is None or len(seen[0]) < SHOWN:
-                more = (counted.cpu(), codes.cpu())
-                seen = more if seen is None else tuple(map(torch.cat, zip(seen, more, strict=True)))
+            if examples is None or len(examples[0]) < NUM_SHOWN:
+                more = (images.cpu(), codes.cpu())
+                examples = more if examples is None else tuple(map(torch.cat, zip(examples, more, strict=True)))
         quantizer.train()
-        self._seen, self._evaluated = seen, True
-        total, number = sum_over_ranks(sums).tolist()
-        used, perplexity = usage(sum_over_ranks(counts).cpu())
-        return {"val/cosine": total / number, "codebook/used_percent": used, "codebook/perplexity": perplexity}
+        self._examples, self._evaluated = examples, True
+        total, num_patches = sum_over_ranks(sums).tolist()
+        used, perplexity = codebook_usage(sum_over_ranks(counts).cpu())
+        return {"val/cosine": total / num_patches, "codebook/used_percent": used, "codebook/perplexity": perplexity}
 
     def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module.tokenizer)
-        if not self._evaluated:  # but by an earlier start
+        if not self._evaluated:  # an earlier start of the run made the last evaluation
             self.evaluate(heartbeat)
         if not is_main():
             return []
-        assert self._seen is not None
+        assert self._examples is not None
         tokenizer = self.engine.module.tokenizer
         weights |= {name: buffer.float().cpu() for name, buffer in tokenizer.named_buffers()}
         write_tokenizer({name: v.contiguous() for name, v in weights.items()}, tokenizer, self.folder / "tokenizer")
@@ -190,29 +197,30 @@ class Tokenizing:
         last = [row for row in rows if "val/cosine" in row][-1]
         results = {"task": "tokenizer", "teacher": self.config.vq.teacher, "codes": self.config.vq.codes}
         results |= {name: last[name] for name in last if name.startswith(("val/", "codebook/"))}
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(self.folder / "results.json", results)
         if not self.config.train.report:
             return []
         groups = {"loss": ["loss/total"], "cosine on validation images": ["val/cosine"]}
         groups |= {"codes used, in %": ["codebook/used_percent"], "perplexity": ["codebook/perplexity"]}
-        patch = self.config.model.patch_size
-        drawn = {"curves": curves(rows, groups, ""), "codes": patches_by_code(self._seen[0], self._seen[1], patch)}
-        return report.add_evaluation(self.folder, drawn)
+        images, codes = self._examples
+        codes_figure = patches_by_code(images, codes, self.config.model.patch_size)
+        return report.add_evaluation(self.folder, {"curves": curves(rows, groups, ""), "codes": codes_figure})
 
     def summary(self) -> str:
-        """The results in words, and where the tokenizer is."""
-        found = json.loads((self.folder / "results.json").read_text())
+        """Return the results as text, and the path of the tokenizer."""
+        results = json.loads((self.folder / "results.json").read_text())
+        cosine, used = results["val/cosine"], results["codebook/used_percent"]
         return (
-            f"cosine {found['val/cosine']:.3f}, {found['codebook/used_percent']:.1f} % of {found['codes']} codes used, "
-            f"perplexity {found['codebook/perplexity']:.0f}\ntokenizer:            {self.folder / 'tokenizer'}"
+            f"cosine {cosine:.3f}, {used:.1f} % of {results['codes']} codes used, "
+            f"perplexity {results['codebook/perplexity']:.0f}\ntokenizer:            {self.folder / 'tokenizer'}"
         )
 
 
-class Codebook:
-    """The moving averages of a quantizer, which a checkpoint holds beside the weights."""
+class CodebookState:
+    """Moving averages of a quantizer, as a part of the checkpoint."""
 
     def __init__(self, quantizer: Quantizer):
-        self.begun = False  # whether it has been filled
+        self.initialised = False  # from the first batch
         self._buffers = {
             "codebook": quantizer.tokenizer.codebook,
             "share": quantizer.share,
@@ -225,4 +233,4 @@ class Codebook:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, values in state.items():
             self._buffers[name].copy_(values)
-        self.begun = True
+        self.initialised = True

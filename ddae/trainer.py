@@ -17,7 +17,7 @@ from ddae.data.rng import fold
 from ddae.data.shards import Shards
 from ddae.distributed.checkpoint_format import Checkpointable
 from ddae.distributed.comm import is_main, rank
-from ddae.report.html import page_of
+from ddae.report.html import report_page
 from ddae.training.metrics import LossMeter
 from ddae.training.nonfinite import NonFiniteGuard
 from ddae.training.run import ManualGC, PeriodicEvaluation, Run, is_due
@@ -120,11 +120,11 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
             evaluation.maybe_run(step)
             lr = task.schedule(step, num_steps, warmup_steps, config.peak_lr, config.optim.min_lr)
             meter.reset()
-            for micro in range(run.rank_batch.accumulation):
+            for micro in range(run.rank_batch.grad_accum_steps):
                 with run.timer.measure("data_wait"):
                     batch = next(batches)
                 loss = task.loss(batch, int(fold(config.train.seed, step, micro, rank())))
-                loss = loss / run.rank_batch.accumulation
+                loss = loss / run.rank_batch.grad_accum_steps
                 optimizable.backward(loss)
                 applied = optimizable.step(lr)
                 meter.add(loss)
@@ -153,5 +153,5 @@ def log_summary(task: Task, run: Run, num_steps: int) -> None:
         return
     lines = [f"{run.folder} is complete: {num_steps} of {num_steps} steps", task.summary()]
     if run.config.train.report:
-        lines.append(f"figures and curves:   {page_of(run.folder)}")
+        lines.append(f"figures and curves:   {report_page(run.folder)}")
     logger.info("\n".join(lines))

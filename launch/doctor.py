@@ -1,9 +1,9 @@
-"""Try what a run leans on: versions, devices, DeepSpeed's ops, image decoders, disk, a checkpoint, an all-reduce.
+"""Check that training can run: versions, devices, DeepSpeed's ops, image decoders, disk, checkpoints, all-reduce.
 
 python launch/doctor.py                                    this machine
-deepspeed --hostfile hosts launch/doctor.py                all nodes, before a run is started on them
+deepspeed --hostfile hosts launch/doctor.py                all nodes
 
-Exit code 0 where everything works, 1 where something does not.
+Exit code 0 if all checks pass, 1 if one fails.
 """
 
 import argparse
@@ -16,17 +16,19 @@ from ddae.errors import run_command
 def main() -> int:
     take_slurm_ranks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs are to be")
-    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON to try a checkpoint with")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's word
+    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
+    parser.add_argument(
+        "--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON for the checkpoint (default: ZeRO-2)"
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     args = parser.parse_args()
-    from ddae.distributed.engine import stop_process_group
-    from ddae.tools.doctor import check, examine  # seconds to import
+    from ddae.distributed.engine import stop_process_group  # takes seconds
+    from ddae.tools.doctor import check_flags, run_checks
 
-    check(args.folder, args.ds_config)
-    failed = examine(args.folder, args.ds_config)
+    check_flags(args.folder, args.ds_config)
+    num_failed = run_checks(args.folder, args.ds_config)
     stop_process_group()
-    return int(failed > 0)
+    return int(num_failed > 0)
 
 
 if __name__ == "__main__":

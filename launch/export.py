@@ -1,10 +1,10 @@
-"""Write an encoder in the form that other people's code reads.
+"""Export an encoder to the format of another library.
 
 python launch/export.py --encoder runs/demo --form timm --out exported
     timm.create_model("local-dir:exported", num_classes=0, pretrained=True)
 
---encoder may also be a checkpoint (--part teacher for its momentum encoder) or a published file of MAE, BEiT, BEiT-v2,
-BootMAE or timm; what became of each of its tensors is printed.
+--encoder may also be a checkpoint (--part teacher for its EMA encoder) or a published file of MAE, BEiT, BEiT-v2,
+BootMAE or timm. Prints which tensors of the file were loaded and which were left out.
 """
 
 import argparse
@@ -18,19 +18,27 @@ FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", required=True, help="a run folder, a checkpoint, an export, or a file")
-    parser.add_argument("--form", choices=FORMS, default="timm", help="whose names and files")
-    parser.add_argument("--out", required=True, type=Path, help="folder for ddae and timm, a file for the others")
-    parser.add_argument("--part", choices=("student", "teacher"), default="student", help="of a run's two encoders")
-    parser.add_argument("--image_size", type=int, help="resample the positions to images of this size")
-    parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of a file that does not say its own")
+    parser.add_argument("--encoder", required=True, help="run folder, checkpoint, export folder or published file")
+    parser.add_argument("--form", choices=FORMS, default="timm", help="output format (default: timm)")
+    parser.add_argument("--out", required=True, type=Path, help="output path: a folder for ddae and timm, else a file")
+    parser.add_argument(
+        "--part",
+        choices=("student", "teacher"),
+        default="student",
+        help="encoder of a checkpoint to export (default: student)",
+    )
+    parser.add_argument("--image_size", type=int, help="interpolate the positions to this image size")
+    parser.add_argument(
+        "--normalisation", choices=("half", "imagenet"), help="pixel normalisation of a file without metadata"
+    )
     args = parser.parse_args()
-    from ddae.export.encoder import WRITERS, load_encoder
-    from ddae.export.model_card import write_card  # seconds to import
+    from ddae.export.encoder import WRITERS, load_encoder  # takes seconds
+    from ddae.export.model_card import write_card
 
     encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part)
-    for what, names in encoder.report.items():
-        print(f"{what}: {len(names)} tensors{'' if what == 'loaded' or not names else ': ' + ', '.join(names)}")
+    for status, names in encoder.report.items():
+        listing = "" if status == "loaded" or not names else f": {', '.join(names)}"
+        print(f"{status}: {len(names)} tensors{listing}")
     WRITERS[args.form](encoder, args.out)
     if args.out.is_dir():
         write_card(args.out, args.form, asdict(encoder.shape), encoder.normalisation, Path(args.encoder))

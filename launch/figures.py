@@ -1,10 +1,10 @@
-"""The paper's figures, of one encoder or of several side by side.
+"""Draw the paper's figures of one encoder, or of several side by side.
 
 python launch/figures.py runs/demo
 python launch/figures.py DDAE=runs/vit_b MAE=mae_pretrain_vit_base.pth --data data/imagenet --out compared
 
-Distances of masked patches (Fig. 2), attention of the cls token (3, 7), attention distance of every head (4), betas
-(5, 6) and reconstructions, as pictures and in report.html; how local the deep blocks look as numbers in results.json.
+Distance maps of masked patches (Fig. 2), attention maps of the cls token (Figs. 3, 7), attention distance by head
+(Fig. 4), betas (Figs. 5, 6) and reconstructions go to PNG files and report.html, attention statistics to results.json.
 """
 
 import argparse
@@ -17,24 +17,30 @@ from ddae.errors import run_command
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoders", nargs="+", help="PATH or NAME=PATH: run folders, exports, published files")
-    parser.add_argument("--data", default="", help="shards of images; left out: the first run's own")
-    parser.add_argument("--masks", default="", help="shards with masks, to hold attention against the foreground")
-    parser.add_argument("--classes", type=int, default=0, help="how many the masks have, where they do not name them")
-    parser.add_argument("--what", nargs="+", default=(), help="distance, attention, locality, betas, reconstructions")
-    parser.add_argument("--block", type=int, default=3, help="whose attention is shown")
-    parser.add_argument("--images", type=int, default=128, help="over which attention is measured")
-    parser.add_argument("--shown", type=int, default=6, help="images that are shown")
-    parser.add_argument("--svg", action="store_true", help="pictures as SVG, too")
-    parser.add_argument("--out", type=Path, help="folder; left out: figures of the first run, runs/NAME/gallery")
+    parser.add_argument("--data", default="", help="shards of images (default: those of the first run)")
+    parser.add_argument(
+        "--masks", default="", help="shards with segmentation masks, for the IoU of attention and foreground"
+    )
+    parser.add_argument(
+        "--classes", type=int, default=0, help="number of classes in the masks, if the shards do not name them"
+    )
+    parser.add_argument(
+        "--what", nargs="+", default=(), help="distance, attention, locality, betas, reconstructions (default: all)"
+    )
+    parser.add_argument("--block", type=int, default=3, help="block whose attention is drawn (default: 3)")
+    parser.add_argument("--images", type=int, default=128, help="images for attention statistics (default: 128)")
+    parser.add_argument("--shown", type=int, default=6, help="images in the figures (default: 6)")
+    parser.add_argument("--svg", action="store_true", help="write SVG files beside the PNG files")
+    parser.add_argument("--out", type=Path, help="output folder (default: gallery/ in the first run)")
     args = parser.parse_args()
-    from ddae.config.evaluation import task_folder
-    from ddae.eval.paper_figures import Settings, gallery  # seconds to import
-    from ddae.report.html import page_of
+    from ddae.config.evaluation import task_folder  # takes seconds
+    from ddae.eval.paper_figures import FigureSettings, draw_paper_figures
+    from ddae.report.html import report_page
 
     out = args.out or Path(task_folder(args.encoders[0].rpartition("=")[2], "gallery"))
-    amounts = args.block, args.images, args.shown, args.svg, args.masks, args.classes
-    print(json.dumps(gallery(args.encoders, args.data, out, Settings(args.what, *amounts)), indent=2))
-    print(f"pictures:  {page_of(out)}")
+    settings = FigureSettings(args.what, args.block, args.images, args.shown, args.svg, args.masks, args.classes)
+    print(json.dumps(draw_paper_figures(args.encoders, args.data, out, settings), indent=2))
+    print(f"figures: {report_page(out)}")
 
 
 if __name__ == "__main__":

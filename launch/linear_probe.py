@@ -1,4 +1,4 @@
-"""Train linear heads on a frozen encoder's features: several blocks, both poolings, in one pass.
+"""Train linear classifiers on a frozen encoder's features: several blocks and both poolings in one run.
 
 deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train data/demo
 deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet

@@ -1,4 +1,4 @@
-"""Say what a run will cost before anybody pays for it: memory by part at each ZeRO stage, work, traffic, days.
+"""Estimate the cost of a run before it starts: memory by part at each ZeRO stage, FLOPs, traffic, days.
 
 python launch/plan.py --preset ddae_vit_l16_800e --gpus 64 --gpu a100-80g
 
@@ -10,24 +10,25 @@ import argparse
 from ddae.config.cli import parse
 from ddae.config.deepspeed import load
 from ddae.errors import run_command
-from ddae.tools.plan import GPUS, IMAGENET, show
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--gpus", type=int, default=8, help="GPUs in all")
-    parser.add_argument("--gpu", default="a100-80g", help=f"kind of GPU: {', '.join(GPUS)}")
+    parser.add_argument("--gpus", type=int, default=8, help="total number of GPUs (default: 8)")
     parser.add_argument(
-        "--micro_batch", type=int, help="images of a GPU at a time; left out: the JSON's, or batch / GPUs"
+        "--gpu", default="a100-80g", help="GPU model, such as h200 (default: a100-80g); an unknown one lists all"
     )
-    parser.add_argument("--images", type=int, default=IMAGENET, help="images of the data set")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the vendor's TFLOP/s that is reached")
-    args, flags = parser.parse_known_args()
-    config = parse(flags)
+    parser.add_argument("--micro_batch", type=int, help="images a GPU and micro-batch (default: the JSON's, else all)")
+    parser.add_argument("--images", type=int, default=1_281_167, help="images of the data set (default: ImageNet-1k)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed model FLOPs utilisation (default: 0.4)")
+    args, pretrain_args = parser.parse_known_args()
+    config = parse(pretrain_args)
     settings = load(config.ds_config or "ds_configs/zero2.json")
-    print(show(config, settings, args.gpus, args.gpu, args.micro_batch, args.images, args.mfu))
+    from ddae.tools.plan import format_plan  # takes seconds
+
+    print(format_plan(config, settings, args.gpus, args.gpu, args.micro_batch, args.images, args.mfu))
 
 
 if __name__ == "__main__":

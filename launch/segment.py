@@ -1,4 +1,4 @@
-"""Fine-tune an encoder to tell every pixel's class, with UperNet, on shards with masks.
+"""Fine-tune an encoder with UperNet for semantic segmentation, on shards with masks.
 
 deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/demo --preset demo --data.train data/scenes
 deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train data/ade20k

@@ -1,4 +1,4 @@
-"""Train a tokenizer for the presets beitv2 and dds_beitv2: a codebook from which a teacher's features can be told.
+"""Train a tokenizer for the presets beitv2 and dds_beitv2: a codebook that reconstructs the features of a teacher.
 
 deepspeed launch/train_tokenizer.py --ds_config ds_configs/zero1.json --preset demo --vq.teacher runs/demo
 deepspeed launch/train_tokenizer.py --ds_config ds_configs/zero1.json --data.train data/imagenet \

@@ -1,4 +1,4 @@
-"""Small data for every test: shards of generated images that are smooth as photographs are, made once a session."""
+"""Fixtures: shards of small generated images, smooth as photographs are, written once per session."""
 
 import io
 import json
@@ -16,23 +16,23 @@ from ddae.data.digits import write_digits
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run in Python then
+    os.environ["TRITON_INTERPRET"] = "1"  # set before Triton is imported: runs its kernels in Python
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
-# As in an activated environment: the `deepspeed` and `ninja` of this Python come first. Another ninja would build
-# DeepSpeed's shared-memory op anew, a minute each time the two take turns.
+# As in an activated environment: use the `deepspeed` and `ninja` of this Python. Another version of ninja would rebuild
+# DeepSpeed's shared-memory op, which takes a minute.
 os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # nor another environment
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several: threads that wait for each other would spin on its cores
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))  # one cache per environment
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: waiting OpenMP threads would spin on their cores
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-golden", action="store_true", help="record tests/golden_curves.json anew")
+    parser.addoption("--write-golden", action="store_true", help="record tests/golden_curves.json again")
 
 
 def picture(number: int) -> Image.Image:
-    """A smooth picture of its own size; the same number gives the same picture."""
+    """Return a smooth image of random size, 70 to 139 pixels a side; the same number gives the same image."""
     rng = np.random.default_rng(number)
     width, height = int(rng.integers(70, 140)), int(rng.integers(70, 140))
     small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
@@ -40,13 +40,14 @@ def picture(number: int) -> Image.Image:
 
 
 def sample(number: int) -> Sample:
+    """Return the picture of this number as a JPEG sample, in one of five classes."""
     image, buffer = picture(number), io.BytesIO()
     image.save(buffer, "JPEG", quality=90)
     return Sample(f"s{number:05d}", buffer.getvalue(), number % 5, image.width, image.height)
 
 
 def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
-    """Shards of these many samples, with indexes and manifest; those that the folder holds already stay listed."""
+    """Write one shard for each of `counts` samples, with index and manifest. Earlier shards stay in the manifest."""
     manifest = folder / "manifest.json"
     entries = json.loads(manifest.read_text())["shards"] if manifest.exists() else {}
     for number, count in enumerate(counts):
@@ -58,8 +59,8 @@ def make_shards(folder, counts=(40, 24, 36), split="train", start=0):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def no_rank_is_left():
-    """What ranks.py has started ends with the tests."""
+def stop_ranks():
+    """End the processes that ranks.py started when the tests end."""
     yield
     if ranks.forks.cache_info().currsize:
         ranks.forks().close()
@@ -67,19 +68,19 @@ def no_rank_is_left():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory):
-    """A folder with 100 training images in three shards."""
+    """Return a folder with 100 training images in three shards."""
     return make_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
-    """1,797 handwritten digits in shards: 1,400 to learn from, the others to ask with."""
+    """Return a folder with 1,797 handwritten digits in shards: 1,400 for training, the others for validation."""
     return write_digits(tmp_path_factory.mktemp("digits"))
 
 
 @pytest.fixture(scope="session")
 def encoder_folder(tmp_path_factory):
-    """An export of a tiny encoder before any training."""
+    """Return the export of an untrained tiny encoder."""
     from ddae.config.pretrain import ModelConfig
     from ddae.export.encoder import write_export
     from ddae.models.vit import Encoder, initialise
@@ -91,9 +92,12 @@ def encoder_folder(tmp_path_factory):
 
 
 @pytest.fixture
-def tell(request, record_property):
-    """Says what happened, for the table of docs/reliability.md; what was tried is the first line of the docstring."""
+def record_result(request, record_property):
+    """Return a function that records the test's result for docs/reliability.md.
+
+    The scenario is the first line of the test's docstring.
+    """
     lines = (request.function.__doc__ or "").strip().splitlines()
     case = f" [{request.node.callspec.id}]" if hasattr(request.node, "callspec") else ""
-    record_property("tried", lines[0].rstrip(".") + case)
-    return lambda happened: record_property("happened", happened)
+    record_property("scenario", lines[0].rstrip(".") + case)
+    return lambda result: record_property("result", result)

@@ -1,5 +1,6 @@
-"""What only a GPU can show, in one go meant to take eight minutes: tests, times of the losses, the
-ladder of the step, the loader. Everything that was measured is in one file, and kept from part to part.
+"""Checks that need a GPU, in about eight minutes: tests, times of the losses, step variants, loaders.
+
+The results of all parts are in one JSON file, which is rewritten after each part.
 
     PYTHONPATH=kernels:. python tests/gpu_check.py gpu-check.json [SHARDS]
 """
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-RUNGS = ["naive", "shortcuts", "triton", "compiled", "two streams"]
+VARIANTS = ["naive", "shortcuts", "triton", "compiled", "two streams"]
 PRESETS = ["ddae_vit_s16_100e", "ddae_vit_b16_100e", "mae_vit_b16_100e"]
 TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in ("triton", "dynamic", "distance")),
@@ -34,28 +35,28 @@ def main() -> int:
         "step": [python, "launch/benchmark.py", "step", "--preset", *PRESETS, "--rounds", "5", "--json", str(step)],
         "loader": [python, "launch/benchmark.py", "loader", "--data", *shards, "--rounds", "2", "--out", str(loader)],
     }
-    parts["step"] += ["--profile", str(folder / "trace.json"), "--rungs", *RUNGS]
+    parts["step"] += ["--profile", str(folder / "trace.json"), "--variants", *VARIANTS]
     if not shards:
         del parts["loader"]
-    found: dict[str, dict] = {}
+    results: dict[str, dict] = {}
     for name, command in parts.items():
         start = time.monotonic()
         with open(folder / f"{name}.log", "w") as log:
             code = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-        rows = read(kernels if name == "kernels" else step if name == "step" else loader.with_suffix(".csv"))
-        found[name] = {
+        rows = read_rows(kernels if name == "kernels" else step if name == "step" else loader.with_suffix(".csv"))
+        results[name] = {
             "code": code,
             "seconds": round(time.monotonic() - start),
             "rows": rows if name != "tests" else [],
         }
-        out.write_text(json.dumps(found, indent=1) + "\n")
-        said = (folder / f"{name}.log").read_text().splitlines()
-        print(f"{name}: code {code}, {found[name]['seconds']} s", *said[-12:], sep="\n  ", flush=True)
-    return int(any(part["code"] for part in found.values()))
+        out.write_text(json.dumps(results, indent=1) + "\n")
+        lines = (folder / f"{name}.log").read_text().splitlines()
+        print(f"{name}: code {code}, {results[name]['seconds']} s", *lines[-12:], sep="\n  ", flush=True)
+    return int(any(part["code"] for part in results.values()))
 
 
-def read(path: Path) -> list[dict]:
-    """The rows of a CSV or JSON file, none where there is no such file."""
+def read_rows(path: Path) -> list[dict]:
+    """Return the rows of a CSV or JSON file; none if it does not exist."""
     if not path.exists():
         return []
     if path.suffix == ".json":

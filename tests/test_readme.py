@@ -1,10 +1,12 @@
-"""What README says can be typed, and exists."""
+"""The commands, examples, links and names in README.md and docs/ are valid."""
 
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import pytest
 import ranks
 
 from ddae.config.cli import parse
@@ -15,75 +17,100 @@ from ddae.config.tokenizer import TOKENIZING
 
 README = (ranks.ROOT / "README.md").read_text()
 CLUSTER = (ranks.ROOT / "docs" / "cluster.md").read_text()
+EVALUATION = (ranks.ROOT / "docs" / "evaluation.md").read_text()
+METHOD = (ranks.ROOT / "METHOD.md").read_text()
+PAGES = [*ranks.ROOT.glob("*.md"), *ranks.ROOT.glob("docs/*.md"), ranks.ROOT / "kernels" / "README.md"]
 
 
-def test_its_commands_parse():
+def test_pretraining_commands_parse():
     text = (README + CLUSTER).replace("\\\n", " ")
     commands = re.findall(r"launch/(?:pretrain\.py|slurm_pretrain\.sh) ([^`\n']*)", text)
-    assert len(commands) >= 6
+    assert len(commands) >= 7
     for command in commands:
-        words = [word for word in shlex.split(command, comments=True) if word not in ("--show", "--help", "...")]
-        assert parse(words).preset in names()
+        args = [arg for arg in shlex.split(command, comments=True) if arg not in ("--show", "--help", "...")]
+        assert parse(args).preset in names()
     (flags,) = re.findall(r"`(--pixel\.taps[^`]*)`", README)
     assert not parse(flags.split()).feature.enabled
 
 
-def test_commands_of_evaluations_parse():
-    kinds = {"finetune": FINETUNING, "linear_probe": PROBING, "segment": SEGMENTATION}
-    text = (README + (ranks.ROOT / "docs" / "evaluation.md").read_text()).replace("\\\n", " ")
-    commands = re.findall(rf"launch/({'|'.join(kinds)})\.py (--[^`\n]*)", text)
-    assert {name for name, _ in commands} == kinds.keys()
-    for name, words in commands:
-        assert parse(shlex.split(words, comments=True), kinds[name]).encoder.startswith("runs/")
+def test_gradient_variants_parse():
+    flags = re.findall(r"`(--dynamic\.[^`]*)`", README + METHOD)
+    assert len(flags) >= 6
+    for each in flags:
+        parse(each.split())
 
 
-def test_commands_of_tokenizers_parse():
+def test_evaluation_commands_parse():
+    experiments = {"finetune": FINETUNING, "linear_probe": PROBING, "segment": SEGMENTATION}
+    text = (README + EVALUATION).replace("\\\n", " ")
+    commands = re.findall(rf"launch/({'|'.join(experiments)})\.py (--[^`\n]*)", text)
+    assert {name for name, _ in commands} == experiments.keys()
+    for name, args in commands:
+        assert parse(shlex.split(args, comments=True), experiments[name]).encoder.startswith("runs/")
+
+
+def test_tokenizer_commands_parse():
     text = README.replace("\\\n", " ")
-    (words,) = re.findall(r"launch/train_tokenizer\.py (--[^`\n]*)", text)
-    assert parse(shlex.split(words), TOKENIZING).vq.teacher == "runs/demo"
+    (args,) = re.findall(r"launch/train_tokenizer\.py (--[^`\n]*)", text)
+    assert parse(shlex.split(args), TOKENIZING).vq.teacher == "runs/demo"
 
 
-def test_its_map_names_what_is_there():
-    tree = README.split("## The tree")[1]
-    for folder in re.findall(r"^    ([\w/]+/)  ", tree, re.MULTILINE):
-        assert (ranks.ROOT / folder).is_dir(), folder
-    sources = {path.name for path in ranks.ROOT.glob("[dklt]*/**/*.py")}
-    for name in re.findall(r"[\w]+\.py", tree):
-        assert name in sources, name
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_to_existing_files_and_headings(page: Path):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path) if path else page
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, link
+
+
+def test_folder_table_is_complete():
+    table = README.split("## Where things are")[1].split("\n## ")[0]
+    rows = [row.split("|")[1] for row in table.splitlines() if row.startswith("| `")]
+    listed = [folder for row in rows for folder in re.findall(r"`([\w/]+)`", row)]
+    sources = {path.parent.relative_to(ranks.ROOT).as_posix() for path in ranks.ROOT.glob("ddae/*/__init__.py")}
+    assert sources == {folder for folder in listed if folder.startswith("ddae/")}
+    for path in re.findall(r"`((?:ddae/|kernels|launch|data_prep|ds_configs|tests)[\w/]*(?:\.py)?)`", README):
         assert (ranks.ROOT / path).exists(), path
 
 
-def test_its_table_has_every_method():
+def test_commands_in_the_task_table_exist():
+    for name in re.findall(r"`((?:launch|data_prep)/\w+\.py)`", README):
+        assert (ranks.ROOT / name).exists(), name
+
+
+def test_table_lists_every_method():
     for method in METHODS:
         assert f"| `{method}` |" in README
-    for path in re.findall(r"`(ddae/[\w/]+\.py)`", README):
-        assert (ranks.ROOT / path).exists()
 
 
-def test_the_makefiles_targets_are_the_promised_ones():
+def test_makefile_has_the_documented_targets():
     makefile = (ranks.ROOT / "Makefile").read_text()
-    for target in ("venv", "demo", "test", "lint", "simd", "clean"):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    documented = set(re.findall(r"`make ([\w-]+)", "".join(page.read_text() for page in PAGES)))
+    for target in documented | {"venv", "demo", "test", "lint", "simd", "clean"}:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
 
 
-def test_the_kernels_example_trains_without_the_rest_of_the_project():
-    """Their README's toy model, in a Python that finds `ddae_kernels` and no `ddae`."""
+def test_kernels_example_trains_without_the_rest_of_the_project():
+    """The toy model of kernels/README.md, with `ddae_kernels` importable and `ddae` not."""
     (code,) = re.findall(r"```python\n(.*?)```", (ranks.ROOT / "kernels" / "README.md").read_text(), re.DOTALL)
-    alone = "import sys; sys.path.insert(0, 'kernels'); sys.modules['ddae'] = None\n"
-    command = [sys.executable, "-I", "-c", alone + code]
-    done = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
-    first, last = rows_in(done.stdout)
+    isolation = "import sys; sys.path.insert(0, 'kernels'); sys.modules['ddae'] = None\n"
+    command = [sys.executable, "-I", "-c", isolation + code]
+    result = subprocess.run(command, cwd=ranks.ROOT, capture_output=True, text=True, check=True)
+    first, last = first_and_last_row(result.stdout)
     assert max(last[:2]) < 0.7 * min(first[:2])  # both taps' errors
     assert max(last[2:]) < -0.6  # both betas have left -0.5
 
 
-def test_the_example_of_somebodys_own_loop_trains():
-    """With what is marked as new, and as it was before, when it is a masked autoencoder of the last block."""
+def test_example_training_loop_trains():
+    """README's loop trains with the lines marked as new, and without them as a masked autoencoder of the last block."""
     (code,) = re.findall(r"```python\n(import ddae_kernels.*?)```", README, re.DOTALL)
-    exit_code, said = ranks.run_command("-c", code)
-    assert exit_code == 0, said
-    first, last = rows_in(said)
+    exit_code, output = ranks.run_command("-c", code)
+    assert exit_code == 0, output
+    first, last = first_and_last_row(output)
     assert last[0] < 0.5 * first[0]
     assert all(abs(beta + 0.5) > 0.01 for beta in last[1:])
     before = []
@@ -95,14 +122,14 @@ def test_the_example_of_somebodys_own_loop_trains():
         if "# new" not in line:
             before.append(line.replace(", beta {beta.tolist()}", ""))
     assert len(before) == len(code.splitlines()) - 3
-    exit_code, said = ranks.run_command("-c", "\n".join(before))
-    assert exit_code == 0, said
-    first, last = rows_in(said)
+    exit_code, output = ranks.run_command("-c", "\n".join(before))
+    assert exit_code == 0, output
+    first, last = first_and_last_row(output)
     assert last[0] < 0.5 * first[0]
 
 
-def rows_in(said: str) -> tuple[list[float], list[float]]:
-    """The numbers of the first and the last line that were printed."""
-    lines = [line for line in said.splitlines() if line.startswith("step")]
+def first_and_last_row(output: str) -> tuple[list[float], list[float]]:
+    """Return the decimal numbers of the first and the last line that begins with "step"."""
+    lines = [line for line in output.splitlines() if line.startswith("step")]
     rows = [[float(number) for number in re.findall(r"-?\d\.\d+", line)] for line in lines]
     return rows[0], rows[-1]

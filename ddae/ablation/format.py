@@ -1,80 +1,64 @@
-"""What may be said of a table's rows, in Markdown and as a page."""
+"""A table's results as Markdown and HTML, and which row is best."""
 
-import html
+from html import escape
 from typing import Any
 
-NOISE = 2.0  # standard errors of a difference, within which two rows are not told apart
+from ddae.report import html
+
+MIN_STANDARD_ERRORS = 2.0  # of a difference; a smaller difference between two rows counts as noise
+HEAD = ("row", "here", "untrained weights", "seeds", "paper (ImageNet, fine-tuned)")
+BASELINE_NAMES = {"raw_pixels": "raw pixels, nearest neighbours", "chance": "chance"}
 
 
-def best(found: list[dict[str, Any]]) -> str:
-    """The row with the highest mean, where NOISE standard errors of the difference tell it from all others; else why
-    none is named."""
-    measured = [row for row in found if row["mean"] is not None]
+def best_row(rows: list[dict[str, Any]]) -> str:
+    """Return the row with the highest mean if it differs from every other beyond noise; otherwise why there is none."""
+    measured = [row for row in rows if row["mean"] is not None]
     if any(row["deviation"] is None for row in measured) or len(measured) < 2:
-        return "not said: more than one seed is wanted"
+        return "unknown; it needs two rows and more than one seed each"
     first = max(measured, key=lambda row: row["mean"])
 
-    def error(row: dict[str, Any]) -> float:
+    def squared_error(row: dict[str, Any]) -> float:
         return row["deviation"] ** 2 / len(row["seeds"])
 
     for row in measured:
-        if row is not first and first["mean"] - row["mean"] <= NOISE * (error(first) + error(row)) ** 0.5:
-            return "none: the best rows do not differ beyond noise"
+        noise = MIN_STANDARD_ERRORS * (squared_error(first) + squared_error(row)) ** 0.5
+        if row is not first and first["mean"] - row["mean"] <= noise:
+            return "none; the best rows do not differ beyond noise"
     return first["row"]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    measured = _with_spread(row["mean"], row["deviation"])
-    untrained = _with_spread(row.get("untrained"), row.get("untrained_deviation")) or (
-        "not measured" if measured else ""
-    )
-    return [
-        row["row"],
-        measured,
-        untrained,
-        str(len(row["seeds"])),
-        "" if row["paper"] is None else f"{row['paper']:.1f}",
-    ]
-
-
-def _with_spread(mean: float | None, deviation: float | None) -> str:
-    spread = "" if deviation is None else f" ± {deviation:.2f}"
-    return "" if mean is None else f"{mean:.2f}{spread}"
-
-
-def _baseline_cells(results: dict[str, Any]) -> list[list[str]]:
-    """A line for each baseline that all rows share, below the rows."""
-    names = {"raw_pixels": "raw pixels, nearest neighbours", "chance": "chance"}
-    known = results.get("baselines", {})
-    return [[words, f"{known[name]:.2f}", "", "", ""] for name, words in names.items() if name in known]
-
-
-HEAD = ("row", "here", "untrained weights", "seeds", "paper (ImageNet, fine-tuned)")
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The table, and what may be said of it."""
-    lines = [HEAD, ("---", "--:", "--:", "--:", "--:"), *map(_cells, results["rows"]), *_baseline_cells(results)]
+def to_markdown(results: dict[str, Any]) -> str:
+    """Return the table, its best row, and the runs that were left out."""
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}, mean ± standard deviation over seeds"
+    lines = [HEAD, ("---", "--:", "--:", "--:", "--:"), *_lines(results)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    more = (
-        f" Left out, of other steps, on other data or without baselines: {', '.join(results['left_out'])}."
-        if results["left_out"]
-        else ""
-    )
-    return f"{title}\n\n{table}\n\nBest: {results['best']}.{more}\n"
+    left_out = ", ".join(results["left_out"])
+    if left_out:
+        left_out = f" Left out because of other steps, other data or missing baselines: {left_out}."
+    return f"{title}\n\n{table}\n\nBest: {results['best']}.{left_out}\n"
 
 
-def page(results: dict[str, Any]) -> str:
-    """The same as a page."""
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in line) + "</tr>"
-        for line in (HEAD, *map(_cells, results["rows"]), *_baseline_cells(results))
-    )
-    title = html.escape(f"Table {results['table']}, {results['scale']}: {results['judged']}")
-    style = "body{font:15px system-ui,sans-serif;margin:2em}td{padding:3px 14px 3px 0;border-bottom:1px solid #ddd}"
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{style}</style>'
-    return (
-        f'<!doctype html><html lang="en"><head>{head}</head>'
-        f"<body><h1>{title}</h1><table>{body}</table><p>Best: {html.escape(results['best'])}.</p></body></html>\n"
-    )
+def to_html(results: dict[str, Any]) -> str:
+    """Return the table and its best row as a page."""
+    title = f"Table {results['table']}, {results['scale']}: {results['judged']}"
+    return html.page(title, f"{html.table(HEAD, _lines(results))}<p>Best: {escape(results['best'])}.</p>")
+
+
+def _lines(results: dict[str, Any]) -> list[list[str]]:
+    """Return the cells of the rows, and of the baselines that all rows share."""
+    values = results.get("baselines", {})
+    baselines = [[name, f"{values[key]:.2f}", "", "", ""] for key, name in BASELINE_NAMES.items() if key in values]
+    return [*map(_cells, results["rows"]), *baselines]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    mean = _with_deviation(row["mean"], row["deviation"])
+    untrained = _with_deviation(row.get("untrained"), row.get("untrained_deviation"))
+    paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
+    return [row["row"], mean, untrained or ("not measured" if mean else ""), str(len(row["seeds"])), paper]
+
+
+def _with_deviation(mean: float | None, deviation: float | None) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"

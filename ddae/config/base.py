@@ -184,5 +184,5 @@ def check_ranges(config: Experiment, ranges: dict[str, tuple[float, float]]) -> 
         values = flat[name] if isinstance(flat[name], list) else [flat[name]]
         for value in values:
             if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
-                wanted = f"{low:g} or more" if high == ANY else f"a number from {low:g} to {high:g}"
-                raise UserError(f"{name} is {value}: choose {'a finite number' if low == -ANY else wanted}")
+                expected = f"a value >= {low:g}" if high == ANY else f"a value from {low:g} to {high:g}"
+                raise UserError(f"{name} is {value}; expected {'a finite number' if low == -ANY else expected}.")

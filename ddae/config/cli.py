@@ -1,8 +1,8 @@
 """The command line of training programs: flags -> config -> program. The only import of tyro.
 
 --preset NAME picks the starting point, every other flag sets one field, --show prints the resulting config. A user's
-mistake is reported in one sentence, on one rank, with exit code 2. Nothing here imports torch: mistakes in the flags are
-reported before anything slow is loaded.
+mistake is reported in one sentence, on one rank, with exit code 2. Nothing here imports torch, so that mistakes in the
+flags are reported at once.
 """
 
 import atexit
@@ -87,8 +87,8 @@ def take_slurm_ranks() -> None:
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
         raise UserError(
-            f"srun started {tasks} ranks, but {' and '.join(sorted(missing))} is not set, by which they connect. "
-            "Export it as launch/slurm_pretrain.sh does."
+            f"srun started {tasks} ranks without {' and '.join(sorted(missing))}, by which they connect. "
+            "Export them as launch/slurm_pretrain.sh does."
         )
 
 

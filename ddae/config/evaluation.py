@@ -1,6 +1,6 @@
-"""Every knob of fine-tuning that can change a result, and the published recipes by name.
+"""Settings of fine-tuning and linear probes that can change a result, and the published recipes by name.
 
-Where each number comes from is in docs/evaluation.md. Batch sizes are global, learning rates are for those batches.
+docs/evaluation.md gives the source of each number. Batch sizes are global, learning rates are for those batches.
 """
 
 import difflib
@@ -21,43 +21,43 @@ from ddae.config.base import (
 )
 from ddae.errors import UserError
 
-SMALL = 384  # the width up to which the paper's numbers for ViT-S are taken
+SMALL = 384  # largest encoder width for which the paper's settings of ViT-S are used
 PAPER = {"small": (1.6e-2, 0.75), "base": (8e-3, 0.65)}  # learning rate and layer decay of the paper's appendix
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    policy: str = "rand-m9-mstd0.5-inc1"  # timm's name of a RandAugment; empty: none
-    erase: float = 0.25  # probability that a rectangle of an image becomes noise
-    mixup: float = 0.8  # alpha of mixup; 0: never
-    cutmix: float = 1.0  # alpha of CutMix; 0: never
-    switch: float = 0.5  # probability of CutMix where both are on
-    smoothing: float = 0.1  # of labels
+    policy: str = "rand-m9-mstd0.5-inc1"  # RandAugment policy as timm names it; empty: none
+    erase: float = 0.25  # probability of random erasing
+    mixup: float = 0.8  # alpha of mixup; 0: off
+    cutmix: float = 1.0  # alpha of CutMix; 0: off
+    switch: float = 0.5  # probability of CutMix if both are on
+    smoothing: float = 0.1  # label smoothing
 
 
 @dataclass(frozen=True)
 class TuneConfig:
-    pool: Literal["mean", "cls"] = "mean"  # what is classified: the mean of the patches or the cls token
-    layer_decay: float | None = None  # learning rate of a block over that of the next; None: the paper's for its size
-    drop_path: float = 0.1  # share of images for which the last block is left out
-    head_std: float = 2e-5  # deviation of the head's weights at the start
-    ema: float = 0.0  # momentum of a second, averaged set of weights, which is reported beside; 0: none
+    pool: Literal["mean", "cls"] = "mean"  # classify the mean of the patch tokens, or the cls token
+    layer_decay: float | None = None  # learning rate of a block over the next block's; None: the paper's for the width
+    drop_path: float = 0.1  # stochastic depth rate of the last block
+    head_std: float = 2e-5  # standard deviation of the head's initial weights
+    ema: float = 0.0  # momentum of averaged weights, which are evaluated, too; 0: none
     evaluate_every: float = 1.0  # epochs between evaluations
-    untrained: bool = False  # first train an untrained encoder by the same recipe, to compare with: as long again
+    untrained: bool = False  # first fine-tune initial weights by the same recipe, to compare with: doubles the time
 
 
 @dataclass(frozen=True)
 class Evaluation(Experiment):
-    """What every experiment with an encoder has."""
+    """Settings that every experiment with an encoder has."""
 
     preset: str = "paper"  # recipe
-    encoder: str = ""  # a run folder, an export, a checkpoint, or a published file
-    normalisation: Literal["", "half", "imagenet"] = ""  # of pixels; empty: what the encoder was trained on
-    image_size: int | None = None  # pixels a side; None: the encoder's
-    val: str = ""  # shards to validate on; empty: the split val of the folder data.train
+    encoder: str = ""  # a run directory, an export, a checkpoint, or a published file
+    normalisation: Literal["", "half", "imagenet"] = ""  # of pixels; empty: as in the encoder's training
+    image_size: int | None = None  # height and width in pixels; None: the encoder's
+    val: str = ""  # validation shards; empty: split val of the folder data.train
 
-    TASK: ClassVar[str]  # the name of its folder
-    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "encoder"}  # what the encoder holds is in the checkpoint
+    TASK: ClassVar[str]  # name of its folder
+    FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "encoder"}  # a checkpoint holds the encoder's weights
 
     @property
     def folder(self) -> str:
@@ -66,7 +66,7 @@ class Evaluation(Experiment):
 
 @dataclass(frozen=True)
 class FinetuneConfig(Evaluation):
-    """A whole fine-tuning."""
+    """The settings of a fine-tuning run."""
 
     preset: str = "paper"  # recipe: paper, beit, beitv2, mae or demo
     tune: TuneConfig = field(default_factory=TuneConfig)
@@ -77,7 +77,7 @@ class FinetuneConfig(Evaluation):
     FREE_ON_RESUME = Evaluation.FREE_ON_RESUME | {"tune.untrained"}
 
     def resolved_for(self, width: int) -> "FinetuneConfig":
-        """With what the paper says for an encoder of this width where nothing else is said."""
+        """Return the config with the paper's learning rate and layer decay for this width, unless they are set."""
         lr, decay = PAPER["small" if width <= SMALL else "base"]
         optim = self.optim if self.optim.lr is not None or self.optim.base_lr else replace(self.optim, lr=lr)
         tune = self.tune if self.tune.layer_decay is not None else replace(self.tune, layer_decay=decay)
@@ -86,38 +86,40 @@ class FinetuneConfig(Evaluation):
 
 @dataclass(frozen=True)
 class HeadsConfig:
-    layers: tuple[int, ...] = ()  # blocks, counted from 1; empty: every quarter's, and five sixths as BootMAE
-    micro_batch: int = 512  # images of a GPU at a time, over which its batch norm goes
-    momentum: float = 0.9  # LARS's
-    untrained: bool = True  # train the same heads on an untrained encoder, too, in the same pass over the images
-    cache: bool = False  # read each image once, without augmentation, and train on what is kept of it
+    layers: tuple[int, ...] = ()  # blocks, counted from 1; empty: 3, 6, 9, 10 and 12 of 12
+    micro_batch: int = 512  # images of a GPU at a time, over which batch norm is computed
+    momentum: float = 0.9  # of LARS
+    untrained: bool = True  # train the same heads on an untrained encoder, too, in the same pass
+    cache: bool = False  # compute features once, without augmentation, and train on them
     evaluate_every: float = 5.0  # epochs between evaluations
 
 
 @dataclass(frozen=True)
 class ProbeConfig(Evaluation):
-    """A whole linear probe."""
+    """The settings of a linear probe."""
 
     preset: str = "paper"  # recipe: paper or demo
     probe: HeadsConfig = field(default_factory=HeadsConfig)
 
     TASK = "linear_probe"
-    UNUSED = frozenset(  # LARS on the heads alone, without DeepSpeed
+    UNUSED = frozenset(  # LARS trains the heads, without DeepSpeed
         {"ds_config", "engine.loss_backend", "engine.activation_checkpointing", "optim.adam_betas", "optim.clip_grad"}
     )
 
     def resolved_for(self, depth: int) -> "ProbeConfig":
-        """With the blocks of an encoder of this depth, where none are named; UserError where they are not its own."""
+        """Return the config with blocks for this depth, unless they are set. Raise UserError if one is beyond it."""
         layers = self.probe.layers
         if not layers:
             layers = tuple(sorted({max(1, depth * part // 12) for part in (3, 6, 9, 10, 12)}))
         if list(layers) != sorted(set(layers)) or layers[0] < 1 or layers[-1] > depth:
-            raise UserError(f"probe.layers {layers} must name blocks from 1 to {depth} in ascending order, each once")
+            raise UserError(
+                f"probe.layers is {layers}; expected blocks from 1 to {depth} in ascending order, each once."
+            )
         return replace(self, probe=replace(self.probe, layers=layers))
 
 
 def task_folder(encoder: str, task: str) -> str:
-    """Where an evaluation of an encoder lives: within its run, or beside a file."""
+    """Return the folder of an evaluation: in the encoder's run directory, or in runs/ for a file."""
     path = encoder.rstrip("/").removesuffix("/encoder")
     if "/checkpoints/step_" in path:
         run, _, step = path.rpartition("/checkpoints/")
@@ -127,7 +129,7 @@ def task_folder(encoder: str, task: str) -> str:
 
 
 def paper() -> FinetuneConfig:
-    """The paper's appendix; what it leaves open is what all recipes below share."""
+    """The paper's appendix; settings that it leaves open are shared by all recipes below."""
     return FinetuneConfig(
         data=ShardsConfig(batch_size=1024, crop_scale=(0.08, 1.0), remainder="drop"),
         optim=OptimConfig(base_lr=0.0, min_lr=1e-6, warmup_epochs=5, weight_decay=0.05, adam_betas=(0.9, 0.999)),
@@ -155,7 +157,7 @@ def mae() -> FinetuneConfig:
 
 
 def demo() -> FinetuneConfig:
-    """For the encoder of `make demo` on its photographs: minutes on two cores."""
+    """The encoder of `make demo` on its photographs: minutes on two cores."""
     config = paper()
     return replace(
         config,
@@ -172,7 +174,7 @@ RECIPES = {"paper": paper, "beit": beit, "beitv2": beitv2, "mae": mae, "demo": d
 
 
 def probe_paper() -> ProbeConfig:
-    """The paper's appendix, which is MAE's linear probe."""
+    """The paper's appendix: MAE's linear probe."""
     return ProbeConfig(
         data=ShardsConfig(batch_size=16384, crop="clamped", crop_scale=(0.08, 1.0), remainder="drop"),
         optim=OptimConfig(base_lr=0.1, min_lr=0.0, warmup_epochs=10, weight_decay=0.0),
@@ -181,7 +183,7 @@ def probe_paper() -> ProbeConfig:
 
 
 def probe_demo() -> ProbeConfig:
-    """For the encoder of `make demo` on its photographs: a minute on two cores."""
+    """The encoder of `make demo` on its photographs: a minute on two cores."""
     config = probe_paper()
     return replace(
         config,
@@ -197,20 +199,20 @@ R = TypeVar("R", bound=Experiment)
 
 
 def recipe(name: str) -> FinetuneConfig:
-    """The fine-tuning recipe of that name; UserError with the nearest name where there is none."""
+    """Return the fine-tuning recipe of that name. Raise UserError with the nearest name if there is none."""
     return named(name, RECIPES)
 
 
 def probe_recipe(name: str) -> ProbeConfig:
-    """The linear probe of that name; UserError with the nearest name where there is none."""
+    """Return the linear probe's recipe of that name. Raise UserError with the nearest name if there is none."""
     return named(name, PROBES)
 
 
 def named(name: str, recipes: dict[str, Callable[[], R]]) -> R:
-    """The recipe of that name; UserError with the nearest name where there is none."""
+    """Return the recipe of that name. Raise UserError with the nearest name if there is none."""
     if name not in recipes:
         nearest = difflib.get_close_matches(name, recipes, 1, 0)[0]
-        raise UserError(f"unknown recipe {name!r}: the nearest is {nearest!r}, there are {', '.join(recipes)}")
+        raise UserError(f"unknown recipe {name!r}; the nearest is {nearest!r}. Choose from {', '.join(recipes)}.")
     return replace(recipes[name](), preset=name)
 
 
@@ -235,27 +237,27 @@ PROBE_RANGES = {
 
 
 def check_encoder(config: Evaluation) -> None:
-    """UserError where no encoder is named."""
+    """Raise UserError if no encoder is named."""
     if not config.encoder:
-        raise UserError("no encoder is named: add --encoder runs/demo, or another run, export or file")
+        raise UserError("no encoder is given. Pass --encoder runs/demo, or another run, export or file.")
 
 
 def check_probe(config: ProbeConfig) -> None:
-    """UserError with the field, its value and the mend, where the fields contradict each other."""
+    """Raise UserError if a field is out of range or fields contradict each other."""
     check_ranges(config, PROBE_RANGES)
     check_encoder(config)
     if config.probe.cache and config.data.crop != "centre":
-        raise UserError(f"probe.cache keeps features of one crop, data.crop is {config.data.crop!r}: choose 'centre'")
+        raise UserError(f"data.crop is {config.data.crop!r}; probe.cache requires 'centre'. Pass --data.crop centre.")
 
 
 def check_finetune(config: FinetuneConfig) -> None:
-    """UserError with the field, its value and the mend, where the fields contradict each other."""
+    """Raise UserError if a field is out of range or fields contradict each other."""
     check_ranges(config, FINETUNE_RANGES)
     check_encoder(config)
     if config.augment.policy and config.data.backend not in ("auto", "pillow"):
         raise UserError(
-            f"data.backend {config.data.backend} has no RandAugment, which works on Pillow's images: choose "
-            "--data.backend pillow, or none with --augment.policy ''"
+            f"data.backend is {config.data.backend}, which does not support RandAugment. "
+            "Pass --data.backend pillow, or --augment.policy '' for none."
         )
 
 

@@ -125,9 +125,9 @@ def demo() -> PretrainConfig:
     """`make demo`: a tiny DDAE on small photographs, minutes on two CPU cores.
 
     Two thousand steps need their own settings: small batches, for more steps; a teacher with a half-life of 69 steps;
-    betas with four times the learning rate and less L2; many narrow heads, which find neighbouring patches sooner; plain
-    pixels as targets, for normalised patches take far longer to learn. fp32: a CPU without bf16 instructions multiplies
-    a hundred times more slowly in bf16.
+    betas with four times the learning rate and less L2; many narrow heads, which find neighbouring patches sooner;
+    plain pixels as targets, for normalised patches take far longer to learn. fp32: a CPU without bf16 instructions
+    multiplies a hundred times more slowly in bf16.
     """
     branch = {"taps": (2, 4, 6, 8), "decoder_depth": 1, "decoder_width": 96, "decoder_heads": 8}
     return PretrainConfig(

@@ -1,6 +1,6 @@
-"""Every knob of segmentation that can change a result, and the recipes by name.
+"""Settings of segmentation that can change a result, and the recipes by name.
 
-Where each number comes from is in docs/evaluation.md.
+docs/evaluation.md gives the source of each number.
 """
 
 from dataclasses import dataclass, field, replace
@@ -19,30 +19,30 @@ from ddae.config.base import (
 from ddae.config.evaluation import SMALL, Evaluation, check_encoder, named
 from ddae.errors import UserError
 
-ADE20K = 20208  # training images of an epoch's whole batches, by which steps of the reference become epochs
+ADE20K = 20208  # training images of an epoch, by which the reference's steps are converted to epochs
 
 
 @dataclass(frozen=True)
 class SceneConfig:
-    taps: tuple[int, ...] = ()  # blocks, counted from 1, whose tokens become the four scales; empty: 4, 6, 8, 12 of 12
-    channels: int | None = None  # of the decoder; None: 768, of an encoder as wide as ViT-S 512
-    layer_decay: float = 0.65  # learning rate of a block over that of the next
-    drop_path: float = 0.1  # share of images for which the last block is left out
-    dropout: float = 0.1  # of channels before the classes
-    aux_weight: float = 0.4  # of the loss of the head on the third scale
-    relative_positions: bool = True  # give each block relative positions, from zero on, where the encoder has none
-    layer_scale: float = 1.0  # where the factors of what a block adds begin, where the encoder has none; 0: none
-    scale: tuple[float, float] = (0.5, 2.0)  # of an image's shorter side over the crop's, in training
-    max_share: float = 0.75  # of a crop's pixels that one class may have, if another place can be found; 1: all
-    distort: bool = True  # brightness, contrast, saturation and hue, in training
-    stride: float = 2 / 3  # from a window of the test to the next, over the window
+    taps: tuple[int, ...] = ()  # blocks, counted from 1, that become the four scales; empty: 4, 6, 8, 12 of 12
+    channels: int | None = None  # of the decoder; None: 768, for ViT-S and narrower 512
+    layer_decay: float = 0.65  # learning rate of a block over the next block's
+    drop_path: float = 0.1  # stochastic depth rate of the last block
+    dropout: float = 0.1  # of channels before the classification layer
+    aux_weight: float = 0.4  # weight of the auxiliary head's loss, on the third scale
+    relative_positions: bool = True  # add relative positions, initially zero, to each block if the encoder has none
+    layer_scale: float = 1.0  # initial layer scale if the encoder has none; 0: no layer scale
+    scale: tuple[float, float] = (0.5, 2.0)  # range of an image's shorter side over the crop's, in training
+    max_share: float = 0.75  # largest share of one class in a crop, if ten draws find such a crop; 1: no limit
+    distort: bool = True  # photometric distortion in training
+    stride: float = 2 / 3  # stride of the sliding window over its size, in evaluation
     evaluate_every: float = 16000 * 16 / ADE20K  # epochs between evaluations
-    classes: int = 0  # how many there are, where the shards do not name them
+    classes: int = 0  # number of classes, if the shards do not name them
 
 
 @dataclass(frozen=True)
 class SegmentConfig(Evaluation):
-    """A whole segmentation."""
+    """The settings of a segmentation run."""
 
     preset: str = "paper"  # recipe: paper or demo
     seg: SceneConfig = field(default_factory=SceneConfig)
@@ -51,17 +51,19 @@ class SegmentConfig(Evaluation):
     UNUSED = frozenset({"engine.loss_backend", "data.crop", "data.crop_scale", "data.hw_decoder_load"})
 
     def resolved_for(self, width: int, depth: int) -> "SegmentConfig":
-        """With the blocks and channels of an encoder of this size, where none are named; UserError where the blocks are
-        not its own."""
+        """Return the config with blocks and channels for this encoder, unless they are set.
+
+        Raise UserError if the encoder lacks one of the blocks.
+        """
         taps = self.seg.taps or tuple(max(1, depth * part // 12) for part in (4, 6, 8, 12))
         if len(taps) != 4 or list(taps) != sorted(taps) or taps[0] < 1 or taps[-1] > depth:
-            raise UserError(f"seg.taps {taps} must name four blocks from 1 to {depth} in ascending order")
+            raise UserError(f"seg.taps is {taps}; expected four blocks from 1 to {depth} in ascending order.")
         channels = self.seg.channels or (512 if width <= SMALL else 768)
         return replace(self, seg=replace(self.seg, taps=taps, channels=channels))
 
 
 def segment_paper() -> SegmentConfig:
-    """The paper's appendix, whose numbers are BootMAE's."""
+    """The paper's appendix, with BootMAE's settings."""
     return SegmentConfig(
         image_size=512,
         data=ShardsConfig(batch_size=16, remainder="drop"),
@@ -79,7 +81,7 @@ def segment_paper() -> SegmentConfig:
 
 
 def segment_demo() -> SegmentConfig:
-    """For the encoder of `make demo` on `sample_photos.py --masks`: minutes on two cores."""
+    """The encoder of `make demo` on `sample_photos.py --masks`: minutes on two cores."""
     config = segment_paper()
     return replace(
         config,
@@ -96,7 +98,7 @@ SEGMENTS = {"paper": segment_paper, "demo": segment_demo}
 
 
 def segment_recipe(name: str) -> SegmentConfig:
-    """The segmentation of that name; UserError with the nearest name where there is none."""
+    """Return the segmentation recipe of that name. Raise UserError with the nearest name if there is none."""
     return named(name, SEGMENTS)
 
 
@@ -114,15 +116,15 @@ SEGMENT_RANGES = {
 
 
 def check_segment(config: SegmentConfig) -> None:
-    """UserError with the field, its value and the mend, where the fields contradict each other."""
+    """Raise UserError if a field is out of range or fields contradict each other."""
     check_ranges(config, SEGMENT_RANGES)
     check_encoder(config)
     if config.seg.scale[0] > config.seg.scale[1]:
-        raise UserError(f"seg.scale is {config.seg.scale}: give the smaller number first")
+        raise UserError(f"seg.scale is {config.seg.scale}; expected the smaller number first.")
     if config.engine.precision == "bf16":
-        raise UserError("engine.precision is bf16, in which batch norms cannot count: choose autocast, or fp32")
+        raise UserError("engine.precision is bf16; bf16 weights are unsupported with BatchNorm. Use autocast or fp32.")
     if config.data.backend not in ("auto", "pillow"):
-        raise UserError(f"data.backend {config.data.backend} reads no masks: choose --data.backend pillow")
+        raise UserError(f"data.backend is {config.data.backend}, which reads no masks. Pass --data.backend pillow.")
 
 
 SEGMENTATION = ExperimentType(SegmentConfig, segment_recipe, check_segment)

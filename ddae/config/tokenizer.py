@@ -1,6 +1,6 @@
-"""Every knob of a tokenizer's training that can change a result, and the recipes by name.
+"""Settings of a tokenizer's training that can change a result, and the recipes by name.
 
-Where each number comes from is in docs/evaluation.md.
+docs/evaluation.md gives the source of each number.
 """
 
 from dataclasses import dataclass, field, replace
@@ -25,25 +25,25 @@ from ddae.errors import UserError
 
 @dataclass(frozen=True)
 class QuantizerConfig:
-    teacher: str = ""  # whose features are told: a run, an export, a published file, or timm:NAME
-    codes: int = 8192  # of the codebook
-    code_width: int = 32  # numbers of a code
-    decay: float = 0.99  # of the codebook's moving averages
-    dead: float = 0.01  # a code whose share of patches is below this over the number of codes begins anew
-    decoder_depth: int = 3  # blocks that tell the features
-    decoder_width: int = 768  # their width
-    decoder_heads: int = 12  # their attention heads
+    teacher: str = ""  # encoder whose features are reconstructed: a run, an export, a published file, or timm:NAME
+    codes: int = 8192  # size of the codebook
+    code_width: int = 32  # dimensions of a code
+    decay: float = 0.99  # of the codebook's moving averages, a step
+    dead: float = 0.01  # a code is reset if its share of patches is below this over the number of codes
+    decoder_depth: int = 3  # blocks of the decoder
+    decoder_width: int = 768  # width of the decoder
+    decoder_heads: int = 12  # attention heads of the decoder
     evaluate_every: float = 5.0  # epochs between evaluations
 
 
 @dataclass(frozen=True)
 class TokenizerConfig(Experiment):
-    """A whole training of a tokenizer."""
+    """The settings of a tokenizer's training."""
 
     preset: str = "paper"  # recipe: paper or demo
     model: ModelConfig = field(default_factory=ModelConfig)
     vq: QuantizerConfig = field(default_factory=QuantizerConfig)
-    val: str = ""  # shards to validate on; empty: the split val of the folder data.train
+    val: str = ""  # validation shards; empty: split val of the folder data.train
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "vq.teacher"}
     UNUSED: ClassVar[frozenset[str]] = frozenset({"engine.loss_backend", "engine.activation_checkpointing"})
@@ -54,7 +54,7 @@ class TokenizerConfig(Experiment):
 
 
 def paper() -> TokenizerConfig:
-    """BEiT-v2's own tokenizer: ViT-B, 8,192 codes of 32 numbers, 100 epochs."""
+    """BEiT-v2's tokenizer: ViT-B, 8,192 codes of 32 dimensions, 100 epochs."""
     return TokenizerConfig(
         data=ShardsConfig(batch_size=1024, remainder="drop", crop_scale=(0.08, 1.0)),
         optim=OptimConfig(
@@ -66,7 +66,7 @@ def paper() -> TokenizerConfig:
 
 
 def demo() -> TokenizerConfig:
-    """For the encoder of `make demo`: minutes on two cores."""
+    """The encoder of `make demo`: minutes on two cores."""
     config = paper()
     return replace(
         config,
@@ -85,7 +85,7 @@ RECIPES = {"paper": paper, "demo": demo}
 
 
 def tokenizer_recipe(name: str) -> TokenizerConfig:
-    """The training of that name; UserError with the nearest name where there is none."""
+    """Return the recipe of that name. Raise UserError with the nearest name if there is none."""
     return named(name, RECIPES)
 
 
@@ -101,25 +101,29 @@ TOKENIZER_RANGES = {
 
 
 def check_tokenizer(config: TokenizerConfig) -> None:
-    """UserError with the field, its value and the mend, where the fields contradict each other."""
+    """Raise UserError if a field is out of range or fields contradict each other."""
     check_ranges(config, TOKENIZER_RANGES)
     model = config.model
     if model.image_size % model.patch_size:
-        raise UserError(f"model.image_size {model.image_size} is not divisible by model.patch_size {model.patch_size}")
+        raise UserError(
+            f"model.image_size is {model.image_size}; expected a multiple of model.patch_size {model.patch_size}."
+        )
     sizes = {"model.": (model.width, model.heads), "vq.decoder_": (config.vq.decoder_width, config.vq.decoder_heads)}
     for name, (width, heads) in sizes.items():
         if width % heads or width % 4:
-            raise UserError(f"{name}width {width} must be a multiple of 4 and of {name}heads {heads}")
+            raise UserError(f"{name}width is {width}; expected a multiple of 4 and of {name}heads {heads}.")
     if model.relative_positions != "none" or model.positions == "none":
         raise UserError(
-            "a tokenizer has sin-cos positions: leave model.positions and model.relative_positions as they are"
+            "a tokenizer has sin-cos positions. Leave model.positions and model.relative_positions at their defaults."
         )
     if not config.vq.teacher:
-        raise UserError("vq.teacher is empty: name a run, an export, a published file of an encoder, or timm:NAME")
+        raise UserError("vq.teacher is empty. Pass --vq.teacher with a run, an export, a published file, or timm:NAME.")
     if config.engine.precision == "bf16":
-        raise UserError("engine.precision is bf16, in which a codebook cannot follow slowly: choose autocast, or fp32")
+        raise UserError(
+            "engine.precision is bf16, too coarse for the codebook's moving averages. Use autocast or fp32."
+        )
     if config.data.backend == "synthetic":
-        raise UserError("data.backend synthetic makes noise, of which there is nothing to learn: name shards")
+        raise UserError("data.backend is synthetic, which is noise. Name shards with --data.train.")
 
 
 TOKENIZING = ExperimentType(TokenizerConfig, tokenizer_recipe, check_tokenizer)

@@ -1,1 +1,1 @@
-"""From shards to batches: order, crops, masks, decoding, loading."""
+"""Data loading: shards, sample order, crops, masks, decoding, batches."""

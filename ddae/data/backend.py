@@ -1,4 +1,4 @@
-"""Which back end decodes on this machine, and whether its GPU can decode regions. Measured, not guessed."""
+"""Selection of the decoding back end: the faster one on this machine, and whether its GPU can decode regions."""
 
 import importlib.util
 import logging
@@ -15,26 +15,33 @@ from ddae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-MEASURED = 64  # images by which the faster back end is told
-PROBED = 8  # images by which a GPU's decoder is tried
+NUM_TIMED_IMAGES = 64  # to compare the speed of the back ends
+NUM_PROBE_IMAGES = 8  # to check a GPU's region decoding
 
 
 def dali_installed() -> bool:
+    """Return whether DALI can be imported."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
 
 
 def check_installed(backend: str) -> str:
-    """The back end's name; UserError where it is not installed."""
+    """Return `backend`. Raise UserError if it is dali and DALI is not installed."""
     if backend == "dali" and not dali_installed():
-        raise UserError("data.backend is 'dali', which is not installed: pip install -e '.[cu13]' or choose 'pillow'")
+        raise UserError(
+            "data.backend is dali, but DALI is not installed. "
+            "Run pip install -e '.[cu13]', or pass --data.backend pillow."
+        )
     return backend
 
 
-def choose(reader: Reader, config: ShardsConfig, device: torch.device, known: str | None) -> tuple[str, str]:
-    """What "auto" stands for, and why, in words: the back end `known` from an earlier start of the run, which gave its
-    pixels, else the faster one."""
-    if known == "pillow" or (known == "dali" and dali_installed()):
-        return known, "as before"
+def choose_backend(reader: Reader, config: ShardsConfig, device: torch.device, previous: str | None) -> tuple[str, str]:
+    """Return the back end for data.backend auto, and the reason.
+
+    previous: the back end that a resumed run used before. It is kept if installed, because back ends differ slightly in
+    their pixels; otherwise the faster one is chosen.
+    """
+    if previous == "pillow" or (previous == "dali" and dali_installed()):
+        return previous, "as before"
     if not dali_installed():
         return "pillow", "DALI is not installed"
     rates = measure(reader, config, device)
@@ -42,39 +49,42 @@ def choose(reader: Reader, config: ShardsConfig, device: torch.device, known: st
 
 
 def measure(reader: Reader, config: ShardsConfig, device: torch.device) -> dict[str, float]:
-    """Images/s of each back end, decoded by `workers` processes or threads on the cores that this process may use."""
+    """Return images/s of each back end with data.workers processes or threads on the cores of this process."""
     from ddae.data.dali import DaliDecoder
 
-    files, drawn = first_files(reader, MEASURED)
+    files, plan = first_files(reader, NUM_TIMED_IMAGES)
     cores = min(max(1, config.workers), len(os.sched_getaffinity(0)))
     decoder = DaliDecoder(reader.size, len(files), cores, device, hw_decoder_load=config.hw_decoder_load)
     seconds: dict[str, list[float]] = {"pillow": [], "dali": []}
     for _ in range(3):
         start = time.perf_counter()
-        for file, box in zip(files, drawn.crops.boxes.tolist(), strict=True):
+        for file, box in zip(files, plan.crops.boxes.tolist(), strict=True):
             decode_crop(file.tobytes(), tuple(box), False, reader.size)
-        middle = time.perf_counter()
-        decoder.decode(files, drawn.crops.boxes, drawn.crops.flips)
-        seconds["pillow"].append((middle - start) / cores)
-        seconds["dali"].append(time.perf_counter() - middle)
+        pillow_end = time.perf_counter()
+        decoder.decode(files, plan.crops.boxes, plan.crops.flips)
+        seconds["pillow"].append((pillow_end - start) / cores)  # one process measured; they scale with the cores
+        seconds["dali"].append(time.perf_counter() - pillow_end)
     return {name: len(files) / min(times) for name, times in seconds.items()}
 
 
 def can_decode_regions(reader: Reader, config: ShardsConfig, device: torch.device) -> bool:
-    """Whether DALI may decode boxes alone on this device; says so where it may not."""
+    """Return whether DALI can decode crop boxes alone on this device; log a warning if it cannot."""
     if device.type != "cuda":
         return True
-    from ddae.data.dali import region_works
+    from ddae.data.dali import region_decoding_works
 
-    files, drawn = first_files(reader, PROBED)
-    if region_works(files, drawn.crops.boxes, reader.size, device, config.hw_decoder_load):
+    files, plan = first_files(reader, NUM_PROBE_IMAGES)
+    if region_decoding_works(files, plan.crops.boxes, reader.size, device, config.hw_decoder_load):
         return True
-    logger.warning("DALI cannot decode regions of JPEGs on this GPU; it decodes whole images")
+    logger.warning("DALI cannot decode regions of JPEGs on this GPU; decoding whole images instead")
     return False
 
 
 def first_files(reader: Reader, count: int) -> tuple[list[np.ndarray], SamplePlan]:
-    """The files and crops of the first samples in the run's order, but for those that Pillow cannot decode."""
-    drawn = reader.draw(*reader.order.samples(torch.arange(min(count, len(reader.shards)))))
-    _, drawn, _ = reader.fill(drawn, reader.decode)
-    return [np.frombuffer(reader.shards.read(sample), np.uint8) for sample in drawn.samples.tolist()], drawn
+    """Return files (uint8 arrays) and crops of the first samples in the run's order.
+
+    Samples that Pillow cannot decode are replaced.
+    """
+    plan = reader.plan(*reader.order.samples(torch.arange(min(count, len(reader.shards)))))
+    _, plan, _ = reader.load_samples(plan, reader.decode)
+    return [np.frombuffer(reader.shards.read(sample), np.uint8) for sample in plan.samples.tolist()], plan

@@ -1,13 +1,15 @@
-"""Decoding with NVIDIA DALI: whole batches, on the GPU where there is one. The only import of DALI.
+"""Batch decoding with NVIDIA DALI, on the GPU if there is one. The only module that imports DALI.
 
-The graph receives bytes, box and flip of each image and decodes the box alone; what is random was drawn before.
+DALI receives the bytes, crop box and flip of each image; all random numbers are drawn before (sampling.py).
 """
 
 # pyright: reportAttributeAccessIssue=false, reportCallIssue=false, reportArgumentType=false
-# (DALI fills its modules when it is imported, which its stubs do not know)
+# (DALI adds its operators at import time; its stubs do not list them.)
 
+import gc
 import itertools
 import multiprocessing
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,22 +19,28 @@ from torch import Tensor
 
 from ddae.data.decode import resize
 
-PROBE_SECONDS = 120  # a child that has not decoded a few images by then hangs
-PROBE_LEVELS = 2.0  # mean difference, of 255, that two ways to decode a GPU's images may have
+PROBE_TIMEOUT_S = 120.0  # after which the probe process counts as hung
+MAX_PROBE_DIFFERENCE = 2.0  # largest mean difference, of 255, between region and whole-image decoding on a GPU
+
+# A forked process lacks the threads of its parent's pipelines, and finalising such a pipeline there (garbage in a
+# reference cycle) is a segmentation fault. gc.freeze() excludes objects that exist at the fork from collection.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pipeline_def(exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
 def crop_graph(size: int | None, device: str, region: bool, hw_decoder_load: float):
-    """encoded, top-left corner, shape and flip of each image -> uint8 [3, size, size] on `device` ("cpu" or "gpu").
+    """Build the graph from (bytes, top-left corner, shape, flip) to uint8 [3, size, size] on `device` ("cpu", "gpu").
 
-    region: decode the box alone; else the whole image, which is cut then. size None: the box as it is, [H, W, 3].
+    region: decode the box alone; otherwise decode the whole image, then crop. size None: the box without resizing,
+    uint8 [H, W, 3]. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
     """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
     box = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
-    decoder = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}  # boxes are of the stored image
-    if device == "gpu":  # chroma is to be interpolated as on the CPU
+    # Boxes refer to the stored image, without EXIF orientation.
+    decoder = {"device": "cpu", "output_type": types.RGB, "adjust_orientation": False}
+    if device == "gpu":  # fancy upsampling interpolates chroma as the CPU's decoder does
         decoder |= {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
     if region:
         images = fn.decoders.image_slice(encoded, corner, shape, **box, **decoder)
@@ -46,50 +54,53 @@ def crop_graph(size: int | None, device: str, region: bool, hw_decoder_load: flo
 
 
 class DaliDecoder:
-    """Decodes batches of one size; RuntimeError for a batch with an image that cannot be, after which it is of no use.
+    """Decodes and resizes batches of a fixed size.
 
-    size: pixels a side; threads: of the CPU; region and hw_decoder_load: see crop_graph.
-    resizes: whether DALI resizes, too, as it always does on a GPU; else its threads' number of ours do.
+    size: pixels a side; threads: CPU threads; region and hw_decoder_load: see crop_graph().
+    resize_in_dali: resize in DALI's graph, which a GPU always does; otherwise torch resizes in `threads` threads.
     """
 
     def __init__(
         self,
         size: int,
-        batch: int,
+        batch_size: int,
         threads: int,
         device: torch.device,
         region: bool = True,
         hw_decoder_load: float = 0,
-        resizes: bool = False,
+        resize_in_dali: bool = False,
     ):
         self.size, self.device = size, device
         on_gpu = device.type == "cuda"
-        self.resizes = resizes or on_gpu
-        self.threads = ThreadPoolExecutor(threads)  # starts them as they are needed
-        # Its own stream: to wait for the trainer's is to wait for the steps that are queued there.
+        self.resize_in_dali = resize_in_dali or on_gpu
+        self.threads = ThreadPoolExecutor(threads)  # starts its threads on first use
+        # A separate stream: synchronising the trainer's stream would wait for the steps queued on it.
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         self.pipeline = crop_graph(
-            size if self.resizes else None,
+            size if self.resize_in_dali else None,
             "gpu" if on_gpu else "cpu",
             region,
             hw_decoder_load,
-            batch_size=batch,
+            batch_size=batch_size,
             num_threads=threads,
             device_id=device.index if on_gpu else None,
         )
         self.pipeline.build()
 
     def decode(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> Tensor:
-        """uint8 arrays of file bytes, int64 [B, 4] (left, top, width, height), bool [B] -> uint8 [B, 3, S, S]."""
+        """Decode files (uint8 arrays), boxes int64 [B, 4] (left, top, width, height), flips bool [B].
+
+        Return uint8 [B, 3, S, S]. Raise RuntimeError if an image cannot be decoded; the decoder is unusable afterwards.
+        """
         left, top, width, height = boxes.int().unbind(1)
         self.pipeline.feed_input("encoded", encoded)
         self.pipeline.feed_input("corner", torch.stack([top, left], 1).numpy())
         self.pipeline.feed_input("shape", torch.stack([height, width], 1).numpy())
-        if self.resizes:
+        if self.resize_in_dali:
             self.pipeline.feed_input("flip", flips.int().numpy())
         (images,) = self.pipeline.run()
-        if not self.resizes:
-            crops = [np.asarray(image) for image in images]  # DALI's own memory, until the next run
+        if not self.resize_in_dali:
+            crops = [np.asarray(image) for image in images]  # views of DALI's memory, valid until the next run
             resized = self.threads.map(resize, crops, flips.tolist(), itertools.repeat(self.size))
             return torch.from_numpy(np.stack(list(resized)))
         if self.device.type != "cuda":
@@ -104,27 +115,31 @@ class DaliDecoder:
         return batch
 
 
-def region_works(encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_load: float) -> bool:
-    """Whether decoding the boxes alone gives what decoding whole images does; tried in a process that may crash.
+def region_decoding_works(
+    encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_decoder_load: float
+) -> bool:
+    """Return whether region decoding gives the pixels of whole-image decoding. Runs in a process, which may crash.
 
-    nvImageCodec 0.9 was reported to end the process on ordinary JPEGs on A100 and H100 (NVIDIA/nvImageCodec #55).
+    nvImageCodec 0.9 was reported to crash on ordinary JPEGs on A100 and H100 (NVIDIA/nvImageCodec #55).
     """
     child = multiprocessing.get_context("spawn").Process(
-        target=_try_region, args=(encoded, boxes, size, device, hw_load), daemon=True
+        target=_probe_region_decoding, args=(encoded, boxes, size, device, hw_decoder_load), daemon=True
     )
     child.start()
-    child.join(PROBE_SECONDS)
+    child.join(PROBE_TIMEOUT_S)
     if child.is_alive():
         child.kill()
         child.join()
     return child.exitcode == 0
 
 
-def _try_region(encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_load: float) -> None:
+def _probe_region_decoding(
+    encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_decoder_load: float
+) -> None:
     flips = torch.zeros(len(boxes), dtype=torch.bool)
     by_region, whole = (
-        DaliDecoder(size, len(boxes), 2, device, region, hw_load).decode(encoded, boxes, flips).float()
+        DaliDecoder(size, len(boxes), 2, device, region, hw_decoder_load).decode(encoded, boxes, flips).float()
         for region in (True, False)
     )
     difference = (by_region - whole).abs().flatten(1).mean(1).max()
-    raise SystemExit(0 if difference <= PROBE_LEVELS else 1)
+    raise SystemExit(0 if difference <= MAX_PROBE_DIFFERENCE else 1)

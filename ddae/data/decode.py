@@ -1,81 +1,85 @@
-"""Image files to pixels with Pillow (or pillow-simd, which has the same import name), one image at a time."""
+"""JPEG parsing, decoding with Pillow (or pillow-simd, which has the same import name) and resizing, one image each."""
 
 import io
 from collections.abc import Iterator
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.nn import functional as F
+
+SOI, EOI = b"\xff\xd8", b"\xff\xd9"  # JPEG markers: start and end of image
+SOS = 0xDA  # start of scan: entropy-coded data follows, which cannot contain EOI
+SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # frame headers of files that code each row of blocks once, from top to bottom
+TAIL_BYTES = 1024  # where EOI is searched first: it is nearly always among the last bytes of the file
 
 
 def resize(crop: np.ndarray, flip: bool, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [3, S, S], bicubic with antialiasing as torchvision's, flipped left to right or not."""
-    planes = torch.from_numpy(crop).permute(2, 0, 1)[None]  # torch is fast where the colours of a pixel lie together
+    """Resize with antialiased bicubic interpolation, as torchvision does, and flip horizontally if `flip`.
+
+    uint8 [H, W, 3] -> uint8 [3, size, size].
+    """
+    import torch  # here: sharding uses this module and needs no torch
+    from torch.nn import functional as F
+
+    planes = torch.from_numpy(crop).permute(2, 0, 1)[None]  # channels-last strides, which torch resizes faster
     resized = F.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0]
     return (resized.flip(-1) if flip else resized).numpy()
 
 
-SOI, EOI = b"\xff\xd8", b"\xff\xd9"  # begin and end of an image
-SOS = 0xDA  # marker of a scan: coded pixels follow, in which no EOI can occur
-SEQUENTIAL = (0xC0, 0xC1)  # markers of frames whose rows are coded from top to bottom, once
-TAIL = 1024  # bytes; the end of the image is nearly always among the last of the file
-
-
-def is_cut(file: bytes | memoryview) -> bool:
-    """Whether a file that begins as a JPEG does lacks its end."""
+def is_truncated(file: bytes | memoryview) -> bool:
+    """Return whether a JPEG file has no end marker. False for files of other formats."""
     if file[:2] != SOI:
         return False
-    scan = next((place for marker, place in _segments(file) if marker == SOS), None)
+    scan = next((offset for marker, offset in _segments(file) if marker == SOS), None)
     if scan is None:
         return True
-    return EOI not in bytes(file[max(scan, len(file) - TAIL) :]) and EOI not in bytes(file[scan:])
+    return EOI not in bytes(file[max(scan, len(file) - TAIL_BYTES) :]) and EOI not in bytes(file[scan:])
 
 
 def first_rows(data: bytes, rows: int) -> bytes:
-    """The file with its height lowered, so that a decoder stops after the first `rows` rows, or a few more.
+    """Return the JPEG with a smaller height in its header, so that a decoder stops soon after the first `rows` rows.
 
-    Those rows are what the whole file gives, to the bit: the file's own rows of blocks are kept, and one row more, from
-    which the colours of the last are interpolated. Returned as it is where that cannot be: progressive files, no JPEG.
+    These rows decode bit-identically to those of the whole file: the header keeps their rows of blocks and one more,
+    from which chroma is interpolated. Other files (progressive JPEGs, other formats) are returned unchanged.
     """
-    for marker, place in _segments(data):
-        if marker in SEQUENTIAL and len(data) > place + 10:
-            height, components = int.from_bytes(data[place + 5 : place + 7], "big"), data[place + 9]
-            sampling = data[place + 11 : place + 10 + 3 * components : 3]  # of each: across and down, 4 bits each
-            block = 8 * max((each & 15 for each in sampling), default=1)
-            kept = (-(-rows // block) + 1) * block
-            if kept < height:
-                return data[: place + 5] + kept.to_bytes(2, "big") + data[place + 7 :]
+    for marker, offset in _segments(data):
+        if marker in SEQUENTIAL_FRAMES and len(data) > offset + 10:
+            height, num_components = int.from_bytes(data[offset + 5 : offset + 7], "big"), data[offset + 9]
+            # Sampling factors of each component: horizontal and vertical, 4 bits each.
+            sampling_factors = data[offset + 11 : offset + 10 + 3 * num_components : 3]
+            block_rows = 8 * max((factors & 15 for factors in sampling_factors), default=1)
+            new_height = (-(-rows // block_rows) + 1) * block_rows
+            if new_height < height:
+                return data[: offset + 5] + new_height.to_bytes(2, "big") + data[offset + 7 :]
             break
     return data
 
 
 def _segments(file: bytes | memoryview) -> Iterator[tuple[int, int]]:
-    """Marker and place of each segment of a JPEG up to its first scan; an EXIF thumbnail's own are passed over."""
-    place, marker = 2 if file[:2] == SOI else len(file), 0
-    while marker != SOS and place + 4 <= len(file) and file[place] == 0xFF:
-        marker = file[place + 1]
-        yield marker, place
-        # A marker may be preceded by more bytes 0xFF; a segment's length counts its own two bytes.
-        place += 1 if marker == 0xFF else 2 + int.from_bytes(file[place + 2 : place + 4], "big")
+    """Yield marker and offset of each segment up to the first scan. Those of an EXIF thumbnail are not included."""
+    offset, marker = 2 if file[:2] == SOI else len(file), 0
+    while marker != SOS and offset + 4 <= len(file) and file[offset] == 0xFF:
+        marker = file[offset + 1]
+        yield marker, offset
+        # A marker may be preceded by fill bytes 0xFF. A segment's length includes its own two bytes.
+        offset += 1 if marker == 0xFF else 2 + int.from_bytes(file[offset + 2 : offset + 4], "big")
 
 
 def decode_crop(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
-    """An image file's box (left, top, width, height), bicubic with antialiasing to size x size: uint8 [3, S, S].
+    """Decode a box (left, top, width, height) of an image file and resize() it: uint8 [3, size, size].
 
-    Rows below the box are not decoded. Raises ValueError for a box outside the image, and what Pillow raises for a file
-    that it cannot decode.
+    Rows below the box are not decoded. Raise ValueError for a box outside the image, and whatever Pillow raises for a
+    file that it cannot decode.
     """
     left, top, width, height = box
     with Image.open(io.BytesIO(first_rows(encoded, top + height))) as image:
         if left + width > image.width or top + height > image.height:
-            raise ValueError(f"it has {image.width} x {image.height} pixels, fewer than its manifest says")
+            raise ValueError(f"it has {image.width} x {image.height} pixels, fewer than its manifest states")
         crop = image.crop((left, top, left + width, top + height))
-    crop = crop if crop.mode == "RGB" else crop.convert("RGB")  # which would copy what is RGB already
+    crop = crop if crop.mode == "RGB" else crop.convert("RGB")  # convert() would copy an RGB image
     return resize(np.array(crop), flip, size)
 
 
 def decode_image(encoded: bytes) -> np.ndarray:
-    """An image file as it is stored: uint8 [3, H, W]. Raises what Pillow raises for a file that it cannot decode."""
+    """Decode a whole image file, ignoring EXIF orientation: uint8 [3, H, W]. Raise whatever Pillow raises."""
     with Image.open(io.BytesIO(encoded)) as image:
         return np.asarray(image.convert("RGB")).transpose(2, 0, 1)

@@ -1,15 +1,14 @@
-"""An endless stream of micro-batches that any step can be resumed at, whichever back end decodes.
+"""The data loader: an endless stream of micro-batches that can start at any step, with any back end.
 
-Pillow decodes in reader processes; for DALI threads of the training process read, decode and (on a CPU) resize, all of
-them outside of Python's lock. A sample that cannot be decoded is named, counted, and replaced by the next of the data
-set; too many end the run.
+With Pillow, worker processes read and decode. With DALI, threads of the training process read, decode and (on a CPU)
+resize, without holding Python's GIL. A sample that cannot be decoded is logged, counted and replaced by the next of the
+data set; too many of them end the run.
 """
 
 import atexit
 import itertools
 import logging
 import signal
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -24,36 +23,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddae.config.base import ShardsConfig
-from ddae.data.backend import can_decode_regions, check_installed, choose
+from ddae.data.backend import can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
-from ddae.data.dali_fallback import RescuingDecoder
+from ddae.data.dali_fallback import FallbackDecoder
 from ddae.data.masking import Mask
 from ddae.data.reader import Augment, MaskingReader, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
-from ddae.distributed.comm import broadcast_from_main, gather, is_main, rank
+from ddae.distributed.comm import broadcast_from_main, gather, is_main
 from ddae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SYNTHETIC_SAMPLES = 65536  # size of the data set that the synthetic back end stands for
-AHEAD = 2  # micro-batches that DALI decodes while earlier ones are used
-MAX_BAD = 0.001  # share of the data set that may turn out to be bad
-MAX_NAMES_SHOWN = 20  # bad samples that an error names
+SYNTHETIC_SAMPLES = 65536  # size of the synthetic data set
+DALI_PREFETCH = 2  # micro-batches that DALI decodes ahead
+MAX_BAD_FRACTION = 0.001  # of the data set; with more bad samples the run ends
+MAX_NAMES_SHOWN = 20  # bad samples listed in an error
 
 
 class Batch(NamedTuple):
     """One micro-batch."""
 
     images: Tensor  # uint8 [B, 3, S, S]
-    seeds: Tensor  # int64 [B]: counters of the samples in their epochs; masks are drawn from them
-    samples: Tensor  # int64 [B]: numbers of the samples in the data set
-    mask: Mask | None = None  # where a reader has drawn it already; on the CPU
+    seeds: Tensor  # int64 [B]: per sample and epoch; masks are drawn from them
+    samples: Tensor  # int64 [B]: indices into the data set
+    mask: Mask | None = None  # on the CPU, if the loader was given a mask sampler
 
 
 class Loader:
-    """The data set of a run and its stream of micro-batches."""
+    """The training data of a run and its stream of micro-batches."""
 
     READER: type[Reader] = Reader
 
@@ -62,67 +61,81 @@ class Loader:
         config: ShardsConfig,
         size: int,
         seed: int,
-        part: RankBatch,
+        rank_batch: RankBatch,
         device: torch.device,
         augment: Augment | None = None,
         sample_masks: MaskSampler | None = None,
     ):
-        """augment: what becomes of each image after its crop, which Pillow's reader processes see to alone. draw_mask
-        makes masks while earlier micro-batches are used."""
-        self.config, self.part, self.device, self.size, self.augment = config, part, device, size, augment
-        self.sample_masks = sample_masks
+        """Open the shards. Raise UserError if there are fewer images than ranks, or less than a batch to drop from.
+
+        size: pixels a side. augment: applied to each cropped image in Pillow's worker processes; rules DALI out.
+        sample_masks: draws the masks of a micro-batch from its seeds, ahead of its use.
+        """
+        self.config, self.rank_batch, self.device, self.size = config, rank_batch, device, size
+        self.augment, self.sample_masks = augment, sample_masks
         backend = "pillow" if augment is not None and config.backend == "auto" else config.backend
-        self.backend = check_installed(backend)  # "auto" until settle() has chosen
+        self.backend = check_installed(backend)  # select_backend() replaces "auto"
         self.shards: Shards | None = None
-        whole_batches = part.batch_size if config.remainder == "drop" else 1
         if self.backend == "synthetic":
-            first, self.fingerprint = np.array([0, SYNTHETIC_SAMPLES]), "synthetic"
+            shard_starts, self.fingerprint = np.array([0, SYNTHETIC_SAMPLES]), "synthetic"
         else:
             self.shards = open_shards(config.train, open_cache(config))
-            first, self.fingerprint = self.shards.first, self.shards.fingerprint
-        self.order = EpochOrder(first, seed, whole_batches)
+            shard_starts, self.fingerprint = self.shards.shard_starts, self.shards.fingerprint
+        self.order = EpochOrder(shard_starts, seed, rank_batch.batch_size if config.remainder == "drop" else 1)
         self.num_samples, self.epoch_samples = self.order.num_samples, self.order.epoch_samples
-        if self.num_samples < part.ranks:
-            raise UserError(f"data.train holds {self.num_samples} images for {part.ranks} ranks: start fewer ranks")
+        if self.num_samples < rank_batch.world_size:
+            raise UserError(
+                f"data.train holds {self.num_samples} images for {rank_batch.world_size} ranks; expected at least one "
+                "per rank. Start fewer ranks."
+            )
         if not self.epoch_samples:
             raise UserError(
-                f"data.batch_size {part.batch_size} is larger than the {self.num_samples} images of data.train, so "
-                "that data.remainder drop leaves nothing: choose a smaller batch, or --data.remainder carry_over"
+                f"data.batch_size is {rank_batch.batch_size}, larger than the {self.num_samples} images of data.train, "
+                "and data.remainder is drop. Lower --data.batch_size, or pass --data.remainder carry_over."
             )
-        self.bad: dict[int, str] = {}  # samples that could not be decoded, and why
-        self.told = ""  # what led to the choice of the back end
-        self._region = True
-        self._decoded, self._decode_seconds = 0, 0.0
+        self.bad: dict[int, str] = {}  # reason by sample, for those that could not be decoded
+        self.backend_reason = ""  # why select_backend() chose the back end
+        self._decode_regions = True
+        self._num_decoded, self._decode_seconds = 0, 0.0
         self._stream: Generator[Batch, None, None] | None = None
-        atexit.register(
-            self.close
-        )  # before multiprocessing's own hook, which waits for workers ignore_signals to SIGTERM
+        # Runs before multiprocessing's exit handler, which would wait for the workers: they ignore its SIGTERM.
+        atexit.register(self.close)
 
-    def select_backend(self, known: str | None = None) -> None:
-        """Choose the back end that "auto" stands for, on the main rank for all: the one known from an earlier start of
-        the run, else the faster one."""
+    def select_backend(self, previous: str | None = None) -> None:
+        """Replace back end "auto" by `previous`, that of an earlier start of the run, or else by the faster one.
+
+        Rank 0 decides for all ranks; all call it.
+        """
         reader = self._reader()
         if self.backend == "auto":
             assert isinstance(reader, Reader)
-            self.backend, why = broadcast_from_main(lambda: choose(reader, self.config, self.device, known))
-            self.told = f" ({why})"
+            self.backend, self.backend_reason = broadcast_from_main(
+                lambda: choose_backend(reader, self.config, self.device, previous)
+            )
         if self.backend == "dali":
             assert isinstance(reader, Reader)
-            self._region = can_decode_regions(reader, self.config, self.device)
+            self._decode_regions = can_decode_regions(reader, self.config, self.device)
 
     def describe(self) -> str:
-        """The data set and what becomes of an epoch's last batch, in words."""
-        words = f"{self.num_samples} images from {self.backend}{self.told}"
+        """Return the number of images, the back end and the handling of an epoch's last batch, for the log."""
+        text = f"{self.num_samples} images from {self.backend}"
+        if self.backend_reason:
+            text += f" ({self.backend_reason})"
         if self.shards is not None and self.shards.num_bad:
-            words += f", {self.shards.num_bad} more are listed as bad"
-        left = self.num_samples % self.part.batch_size
-        if left:
-            rotated = "go into the next one's first batch" if self.config.remainder == "carry_over" else "are left out"
-            words += f", the last {left} of an epoch {rotated}"
-        return words
+            text += f", {self.shards.num_bad} more are listed as bad"
+        remainder = self.num_samples % self.rank_batch.batch_size
+        if remainder:
+            carried = self.config.remainder == "carry_over"
+            text += f", the last {remainder} of an epoch " + (
+                "are carried over to the next" if carried else "are dropped"
+            )
+        return text
 
     def batches(self, step: int) -> Iterator[Batch]:
-        """Micro-batches without end from the first of `step` on; `part.accumulation` of them make a step."""
+        """Return the endless stream of micro-batches from the first one of `step` on.
+
+        A step has rank_batch.grad_accum_steps of them. Raise UserError if samples cannot be read.
+        """
         self.close()
         if self.backend == "auto":
             self.select_backend()
@@ -130,74 +143,74 @@ class Loader:
         return self._stream
 
     def close(self) -> None:
-        """End the stream and its reader processes."""
+        """End the stream and its worker processes."""
         if self._stream is not None:
             self._stream.close()
             self._stream = None
 
     def sample_name(self, sample: int) -> str:
-        """A sample as a person may look it up."""
+        """Return the name of a sample for messages: SHARD:KEY, or its number for synthetic images."""
         return str(sample) if self.shards is None else self.shards.sample_name(sample)
 
     def read_stats(self) -> dict[str, float]:
-        """Bad samples so far over all ranks, and images/s that this rank's decoders manage (0: none since the last
-        call). All ranks call it; UserError on all where too many samples are bad."""
+        """Return data/decode_errors, over all ranks, and throughput/decode_images_per_s since the last call (or 0).
+
+        All ranks call it. Raise UserError on all of them if too many samples are bad.
+        """
         bad: dict[int, str] = {}
-        for each in gather(self.bad):
-            bad |= each
-        if self.shards is not None and len(bad) > MAX_BAD * self.num_samples:
-            listed = [
-                f"{self.shards.sample_name(sample)} ({why})" for sample, why in sorted(bad.items())[:MAX_NAMES_SHOWN]
-            ]
+        for of_rank in gather(self.bad):
+            bad |= of_rank
+        if len(bad) > MAX_BAD_FRACTION * self.num_samples:
+            shown = sorted(bad.items())[:MAX_NAMES_SHOWN]
+            names = ", ".join(f"{self.sample_name(sample)} ({reason})" for sample, reason in shown)
             more = f" and {len(bad) - MAX_NAMES_SHOWN} more" if len(bad) > MAX_NAMES_SHOWN else ""
             raise UserError(
-                f"{len(bad)} of {self.num_samples} images cannot be decoded, more than {MAX_BAD:.1%}: "
-                f"{', '.join(listed)}{more}: check_shards.py --full --mark_bad lists them, to be left out"
+                f"{len(bad)} of {self.num_samples} images cannot be decoded; expected at most {MAX_BAD_FRACTION:.1%}: "
+                f"{names}{more}. Exclude them with data_prep/check_shards.py --full --mark_bad."
             )
-        rate = self._decoded / self._decode_seconds if self._decode_seconds else 0.0
-        self._decoded, self._decode_seconds = 0, 0.0
+        rate = self._num_decoded / self._decode_seconds if self._decode_seconds else 0.0
+        self._num_decoded, self._decode_seconds = 0, 0.0
         return {"data/decode_errors": len(bad), "throughput/decode_images_per_s": rate}
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
-        over, position = threading.Event(), [step * self.part.batch_size]
-        if self.shards is not None and is_url(self.shards.places[0]):
-            threading.Thread(target=self._fetch_ahead, args=(self.shards, position, over), daemon=True).start()
-        first = step * self.part.accumulation
-        stream = self._dali(self.read_files(first)) if self.backend == "dali" else self._processes(first)
+        closed, position = threading.Event(), [step * self.rank_batch.batch_size]
+        if self.shards is not None and is_url(self.shards.paths[0]):
+            threading.Thread(target=self._prefetch_shards, args=(self.shards, position, closed), daemon=True).start()
+        first = step * self.rank_batch.grad_accum_steps
+        stream = self._dali_batches(self.read_files(first)) if self.backend == "dali" else self._worker_batches(first)
         try:
-            for micro in stream:
-                if micro.mistake:
-                    raise UserError(micro.mistake)
-                self._note(micro)
-                position[0] += self.part.micro_batch * self.part.ranks
-                images = micro.images.to(self.device, non_blocking=True)
-                if micro.images.is_cuda:  # of the decoder's stream: not to be given away before this one has used it
+            for raw in stream:
+                if raw.error:
+                    raise UserError(raw.error)
+                self._record(raw)
+                position[0] += self.rank_batch.micro_batch * self.rank_batch.world_size
+                images = raw.images.to(self.device, non_blocking=True)
+                if raw.images.is_cuda:  # allocated on the decoder's stream; not to be reused before this stream is done
                     images.record_stream(torch.cuda.current_stream(self.device))
-                yield Batch(images, micro.drawn.seeds, micro.drawn.samples, micro.mask)
+                yield Batch(images, raw.plan.seeds, raw.plan.samples, raw.mask)
         except UserError as error:
-            if not is_main():  # which is the one that speaks, and may know nothing of it
-                print(f"ddae: rank {rank()}: {error}", file=sys.stderr, flush=True)
+            if not is_main():  # the command prints errors of rank 0 only, which may not have this one
+                logger.error("%s", error)
             raise
         finally:
-            over.set()
+            closed.set()
             stream.close()
 
     def _reader(self) -> Dataset:
         if self.shards is None:
-            return SyntheticReader(self.order, self.part, self.size)
-        decodes = self.backend == "pillow"
+            return SyntheticReader(self.order, self.rank_batch, self.size)
         crop = crop_policy(self.config.crop, self.config.crop_scale)
-        return self.READER(self.shards, self.order, self.part, self.size, crop, decodes, self.augment)
+        decodes = self.backend == "pillow"
+        return self.READER(self.shards, self.order, self.rank_batch, self.size, crop, decodes, self.augment)
 
     def read_files(self, first: int) -> Generator[RawBatch, None, None]:
-        """Micro-batches from this number on, read by threads and not decoded."""
+        """Yield micro-batches of encoded files, read by threads, from number `first` on."""
         reader, threads = self._reader(), max(1, self.config.workers)
-        return in_order(
-            (partial(reader.__getitem__, number) for number in itertools.count(first)), threads, 2 * threads
-        )
+        tasks = (partial(reader.__getitem__, number) for number in itertools.count(first))
+        return ordered_thread_map(tasks, threads, 2 * threads)
 
-    def _processes(self, first: int) -> Generator[RawBatch, None, None]:
-        """Micro-batches from this number on, read and decoded by processes."""
+    def _worker_batches(self, first: int) -> Generator[RawBatch, None, None]:
+        """Yield micro-batches, read and decoded by worker processes, from number `first` on."""
         workers = 0 if self.shards is None else self.config.workers
         reader = self._reader()
         loader = DataLoader(
@@ -213,68 +226,67 @@ class Loader:
         try:
             yield from stream
         finally:
-            if workers:  # an error's traceback may keep the stream, whose end would end them: exit would wait for ever
+            if workers:  # explicitly: a traceback may keep the iterator alive, and exit would wait for the workers
                 stream._shutdown_workers()  # type: ignore[attr-defined]
 
-    def _note(self, micro: RawBatch) -> None:
-        """Name bad samples that are new; count what was decoded."""
-        for sample, why in micro.bad:
+    def _record(self, batch: RawBatch) -> None:
+        """Log bad samples that are new, and count decoded images and the time they took."""
+        for sample, reason in batch.bad:
             if sample not in self.bad:
-                self.bad[sample] = why
-                assert self.shards is not None
-                logger.warning("skipping %s: %s", self.shards.sample_name(sample), why)
-        self._decoded += len(micro.lengths)
-        self._decode_seconds += micro.seconds / (max(1, self.config.workers) if self.backend == "pillow" else 1)
+                self.bad[sample] = reason
+                logger.warning("skipping %s: %s", self.sample_name(sample), reason)
+        self._num_decoded += len(batch.lengths)
+        self._decode_seconds += batch.seconds / (max(1, self.config.workers) if self.backend == "pillow" else 1)
 
-    def _dali(self, files: Generator[RawBatch, None, None]) -> Generator[RawBatch, None, None]:
-        """Micro-batches decoded by DALI, AHEAD of the user."""
+    def _dali_batches(self, files: Generator[RawBatch, None, None]) -> Generator[RawBatch, None, None]:
+        """Yield micro-batches decoded by DALI, DALI_PREFETCH ahead."""
         from ddae.data.dali import DaliDecoder
 
-        def new_decoder(batch: int) -> DaliDecoder:
+        def new_decoder(batch_size: int) -> DaliDecoder:
             threads, load = max(1, self.config.workers), self.config.hw_decoder_load
-            return DaliDecoder(self.size, batch, threads, self.device, self._region, load)
+            return DaliDecoder(self.size, batch_size, threads, self.device, self._decode_regions, load)
 
         reader = self._reader()
         assert isinstance(reader, Reader)
-        decoder = RescuingDecoder(reader, new_decoder)
+        decoder = FallbackDecoder(reader, new_decoder)
 
         def decode() -> RawBatch:
-            micro = decoder.decode(next(files))
-            return micro if self.sample_masks is None else micro._replace(mask=self.sample_masks(micro.drawn.seeds))
+            batch = decoder.decode(next(files))
+            return batch if self.sample_masks is None else batch._replace(mask=self.sample_masks(batch.plan.seeds))
 
         try:
-            yield from in_order(itertools.repeat(decode), 1, AHEAD)
+            yield from ordered_thread_map(itertools.repeat(decode), 1, DALI_PREFETCH)
         finally:
             files.close()
 
-    def _fetch_ahead(self, shards: Shards, position: list[int], over: threading.Event) -> None:
-        """Download the shards of the windows that are read now and next, before a reader waits for them."""
+    def _prefetch_shards(self, shards: Shards, position: list[int], closed: threading.Event) -> None:
+        """Download the shards of the current and the next shuffle window before a reader needs them."""
         fetched: list[int] = []
-        while not over.wait(0.2):
+        while not closed.wait(0.2):
             near = self.order.shards_near(position[0])
-            for shard in [each for each in near if each not in fetched]:
-                with suppress(UserError):  # the reader that needs it will say so
+            for shard in [shard for shard in near if shard not in fetched]:
+                with suppress(UserError):  # raised again in the reader that needs the shard
                     shards.fetch(shard)
-                if over.is_set():
+                if closed.is_set():
                     return
             fetched = near
 
 
-def in_order(tasks: Iterator[Callable[[], T]], num_threads: int, ahead: int) -> Generator[T, None, None]:
-    """What the tasks return, in order, done by threads up to so many tasks ahead of the user."""
+def ordered_thread_map(tasks: Iterator[Callable[[], T]], num_threads: int, prefetch: int) -> Generator[T, None, None]:
+    """Yield the results of the tasks in order; threads run up to `prefetch` of them ahead."""
     with ThreadPoolExecutor(num_threads) as threads:
-        waiting = deque(threads.submit(task) for task in itertools.islice(tasks, ahead))
+        futures = deque(threads.submit(task) for task in itertools.islice(tasks, prefetch))
         try:
             while True:
-                done = waiting.popleft().result()
-                waiting.append(threads.submit(next(tasks)))
-                yield done
+                result = futures.popleft().result()
+                futures.append(threads.submit(next(tasks)))
+                yield result
         finally:
             threads.shutdown(cancel_futures=True)
 
 
 def ignore_signals(worker: int) -> None:
-    """Begin a reader process: signals are its parent's to hear."""
+    """Initialise a worker process: one thread, and no reaction to signals, which the parent process handles."""
     torch.set_num_threads(1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

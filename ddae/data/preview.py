@@ -1,4 +1,4 @@
-"""A few images to look at, whole and unmirrored."""
+"""A few images for the figures of a run's report."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -10,42 +10,48 @@ from torch import Tensor
 from ddae.config.base import ShardsConfig
 from ddae.data.cache import open_cache
 from ddae.data.decode import decode_crop
-from ddae.data.reader import IN_A_ROW
+from ddae.data.reader import MAX_CONSECUTIVE_BAD
 from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
 
 
 class Preview(NamedTuple):
-    """Images to look at."""
+    """Images for figures."""
 
     images: Tensor  # uint8 [B, 3, S, S]
     held_out: bool  # from validation shards
 
 
 def preview_images(config: ShardsConfig, size: int, count: int) -> Preview:
-    """Images spread evenly over the validation shards beside the training ones; over those if there are none.
+    """Load images spread evenly over the validation shards beside the training shards; if there are none, over these.
 
-    The synthetic back end has no images, and gives zero of them.
+    Images are the largest central squares, resized, not flipped. The synthetic back end has none: return B = 0. Raise
+    UserError if no image can be decoded.
     """
     if config.backend == "synthetic":
         return Preview(torch.empty(0, 3, size, size, dtype=torch.uint8), held_out=False)
     folder = Path(config.train)
     split = "val" if folder.is_dir() and any(folder.glob("val-*.tar")) else "train"
     shards = open_shards(config.train, open_cache(config), split)
-    places = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist()
-    images = [image for place in places if (image := _central(shards, place, size)) is not None]
+    samples = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist()
+    images = [image for sample in samples if (image := _central_square(shards, sample, size)) is not None]
     if not images:
-        raise UserError(f"data.train {config.train!r}: no image can be decoded: run data_prep/check_shards.py --full")
+        raise UserError(
+            f"data.train is {config.train!r}, of which no image can be decoded. "
+            "Find the damage with data_prep/check_shards.py --full."
+        )
     return Preview(torch.from_numpy(np.stack(images)), held_out=split == "val")
 
 
-def _central(shards: Shards, sample: int, size: int) -> np.ndarray | None:
-    """The largest central square of the first image from `sample` on that can be decoded; None where none can."""
-    for each in range(sample, min(sample + IN_A_ROW, len(shards))):
-        width, height = int(shards.width[each]), int(shards.height[each])
+def _central_square(shards: Shards, first: int, size: int) -> np.ndarray | None:
+    """Decode the largest central square of the first decodable image from sample `first` on: uint8 [3, S, S]."""
+    for sample in range(first, min(first + MAX_CONSECUTIVE_BAD, len(shards))):
+        width, height = int(shards.width[sample]), int(shards.height[sample])
         side = min(width, height)
         try:
-            return decode_crop(shards.read(each), ((width - side) // 2, (height - side) // 2, side, side), False, size)
-        except Exception:  # training names what cannot be decoded
+            return decode_crop(
+                shards.read(sample), ((width - side) // 2, (height - side) // 2, side, side), False, size
+            )
+        except Exception:  # training reports undecodable samples
             continue
     return None

@@ -1,4 +1,4 @@
-"""Writing shards in the form that shards.py reads, through webdataset's own writer. Equal samples give equal bytes."""
+"""Writing shards in the format that shards.py reads, with webdataset's writer. Equal samples give equal bytes."""
 
 import hashlib
 import json
@@ -8,40 +8,43 @@ from pathlib import Path
 from tarfile import USTAR_FORMAT, TarFile
 from typing import Any, BinaryIO, NamedTuple, cast
 
-from webdataset.writer import TarWriter
-
+from ddae import atomic
 from ddae.data.shards import FORMAT, INDEX_VERSION, MANIFEST
 
-BLOCK = 512  # bytes of a tar's header, and what its files are padded to
-KEY_LENGTH = 90  # characters; a longer name would want a second header
+BLOCK = 512  # bytes of a tar header; files are padded to multiples of it
+KEY_LENGTH = 90  # characters; a longer name would need a second tar header
 
 
 class Sample(NamedTuple):
+    """One sample of a shard."""
+
     key: str  # unique within a split: at most KEY_LENGTH of A-Z, a-z, 0-9, _ and -
     jpeg: bytes
-    label: int | None  # None: the sample has no class
-    width: int
-    height: int
-    mask: bytes | None = None  # PNG of a class a pixel, for segmentation
+    label: int | None  # class number, if any
+    width: int  # pixels
+    height: int  # pixels
+    mask: bytes | None = None  # for segmentation: PNG with the class of each pixel
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Write one shard and its index, each complete or not at all; returns the shard's manifest entry."""
-    entry = write_unfinished(path, samples)
-    put_in_place(path)
+    """Write a shard and its index atomically. Return the shard's manifest entry."""
+    entry = write_partial_shard(path, samples)
+    commit_shard(path)
     return entry
 
 
-def write_unfinished(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Write a shard and its index beside their places, for put_in_place; returns the shard's manifest entry."""
-    tar, idx = _unfinished(path)
+def write_partial_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
+    """Write a shard and its index under temporary names, for commit_shard(). Return the shard's manifest entry."""
+    tar, idx = _partial_paths(path)
     sizes, index = [], []
     try:
         with open(tar, "wb", buffering=1 << 20) as file:
-            hashed = _HashedFile(file)
-            with TarWriter(cast(BinaryIO, hashed), encoder=False, mtime=0, user="", group="") as writer:
-                # The same bytes in half the time: the stream that TarWriter opens copies each image ten times.
-                writer.tarstream = TarFile(None, "w", cast(BinaryIO, hashed), USTAR_FORMAT, copybufsize=1 << 24)
+            hashing = _HashingFile(file)
+            from webdataset.writer import TarWriter  # imports torch: after the arguments are checked
+
+            with TarWriter(cast(BinaryIO, hashing), encoder=False, mtime=0, user="", group="") as writer:
+                # Same bytes in half the time: the stream that TarWriter opens copies each image ten times.
+                writer.tarstream = TarFile(None, "w", cast(BinaryIO, hashing), USTAR_FORMAT, copybufsize=1 << 24)
                 for sample in samples:
                     files = _files(sample)
                     index.append(_index_line(sample.key, files, writer.tarstream.offset))
@@ -51,16 +54,14 @@ def write_unfinished(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     except BaseException:
         _remove(tar, idx)
         raise
-    return {"samples": len(sizes), "bytes": hashed.size, "sha256": hashed.sha256.hexdigest(), "sizes": sizes}
+    return {"samples": len(sizes), "bytes": hashing.size, "sha256": hashing.sha256.hexdigest(), "sizes": sizes}
 
 
-def put_in_place(path: Path) -> None:
-    """Bring a shard that write_unfinished wrote to the disk, then its index and itself to their places."""
-    tar, idx = _unfinished(path)
+def commit_shard(path: Path) -> None:
+    """Flush a shard of write_partial_shard() to the disk, then rename first its index and then the shard itself."""
+    tar, idx = _partial_paths(path)
     try:
-        for file in (tar, idx):
-            with open(file, "rb") as opened:
-                os.fsync(opened.fileno())
+        atomic.fsync(tar, idx)
         os.replace(idx, path.with_suffix(".idx"))
         os.replace(tar, path)
     except BaseException:
@@ -68,28 +69,29 @@ def put_in_place(path: Path) -> None:
         raise
 
 
-def write_manifest(folder: Path, shards: dict[str, Any], **about: Any) -> None:
-    """Write the folder's manifest, last of all: its presence says that the shards are whole. A line a shard."""
+def write_manifest(folder: Path, shards: dict[str, Any], **metadata: Any) -> None:
+    """Write the folder's manifest, one line per shard. Write it last: it marks the shards as complete."""
     lines = [f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in shards.items()]
-    rest = "".join(f',\n "{key}": {json.dumps(value)}' for key, value in about.items())
+    rest = "".join(f',\n "{key}": {json.dumps(value)}' for key, value in metadata.items())
     body = ",\n".join(lines)
-    replace_text(folder / MANIFEST, f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n')
+    write_text_durably(folder / MANIFEST, f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n')
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a reader finds the old one or the new one, never half of either."""
-    unfinished = path.with_name(path.name + ".part")
+def write_text_durably(path: Path, text: str) -> None:
+    """Write a file atomically, flushed to the disk first. Unlike atomic.write_text() it survives a power failure.
+
+    Characters that UTF-8 cannot encode (of file names in archives) are written as backslash escapes.
+    """
+    partial = path.with_name(path.name + ".part")
     try:
-        with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        atomic.fsync(partial)
+        os.replace(partial, path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
-def _unfinished(path: Path) -> tuple[Path, Path]:
+def _partial_paths(path: Path) -> tuple[Path, Path]:
     return path.with_suffix(".tar.part"), path.with_suffix(".idx.part")
 
 
@@ -98,10 +100,10 @@ def _remove(*paths: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-class _HashedFile:
-    """Counts and hashes what is written to a file, so that nothing is read back."""
+class _HashingFile:
+    """Counts and hashes the bytes written to a file, which then need not be read back."""
 
-    def __init__(self, file):
+    def __init__(self, file: BinaryIO):
         self.file, self.size, self.sha256 = file, 0, hashlib.sha256()
 
     def tell(self) -> int:
@@ -114,7 +116,7 @@ class _HashedFile:
 
 
 def _files(sample: Sample) -> dict[str, bytes]:
-    """A sample's files by extension, in the order in which webdataset writes them."""
+    """Return a sample's files by extension, in the order in which webdataset writes them."""
     files = {"jpg": sample.jpeg}
     if sample.label is not None:
         files["cls"] = str(sample.label).encode()
@@ -124,7 +126,7 @@ def _files(sample: Sample) -> dict[str, bytes]:
 
 
 def _index_line(key: str, files: dict[str, bytes], offset: int) -> str:
-    """A line of DALI's index: extension, offset, size and name of each file of a sample that begins at `offset`."""
+    """Return a line of DALI's index: extension, offset, size and name of each file of the sample at `offset`."""
     parts = []
     for extension, content in files.items():
         parts.append(f"{extension} {offset + BLOCK} {len(content)} {key}.{extension}")

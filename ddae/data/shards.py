@@ -1,12 +1,12 @@
-"""Shards on disk or at URLs: what a set of them holds, where each image lies, and what a reader needs to know of it.
+"""Shards on disk or at URLs: the index of a data set, and reading its samples.
 
-A shard is a tar of samples KEY.jpg + KEY.cls, `SHARD.idx` beside it is DALI's index of it (v1.2), and the folder's
-`manifest.json` says how many samples and bytes each shard has, its sha256 and the size of each image:
+A shard is a tar of samples KEY.jpg + KEY.cls. `SHARD.idx` beside it is DALI's index of it (v1.2). The folder's
+`manifest.json` lists each shard's number of samples and bytes, its sha256 and the size of each image in pixels:
 
     {"format": "ddae-shards-1", "shards": {"train-000000.tar": {"samples": 2, "bytes": 30720, "sha256": "...",
      "sizes": [[500, 375], [640, 480]]}}, "classes": [...], "source": ..., "settings": ...}
 
-An entry may have "bad": keys of samples that cannot be decoded (check_shards.py lists them), which are left out.
+An entry may have "bad": keys of samples that cannot be decoded, which are left out (check_shards.py --mark_bad).
 """
 
 import glob
@@ -22,112 +22,125 @@ from typing import Any
 import numpy as np
 from braceexpand import braceexpand
 
-from ddae.data.cache import Cache, is_url, join, name, parent
+from ddae.data.cache import Cache, is_url, url_join, url_name, url_parent
 from ddae.errors import UserError
 
 FORMAT = "ddae-shards-1"
 MANIFEST = "manifest.json"
 INDEX_VERSION = "v1.2"
-LACKS = {"cls": "classes", "png": "masks"}  # what a sample may be without
-OPEN_FILES = 40  # that a thread keeps open: two windows of shards and some to spare
+OPTIONAL_FILES = {"cls": "classes", "png": "masks"}  # files that samples need not have, by extension
+MAX_OPEN_FILES = 40  # per thread: two shuffle windows of 16 shards, and some more
+MAKE_SHARDS = "Make the shards again with data_prep/."
 
 
 @dataclass(frozen=True)
 class Shards:
-    """A data set: its shards in order, and for each of its N samples where the image's bytes lie.
+    """A data set: S shards in order, and the place of each of its N images in them.
 
-    `first` has one entry more than there are shards: shard s holds samples first[s] to first[s + 1] - 1.
+    Shard s holds samples shard_starts[s] to shard_starts[s + 1] - 1.
     """
 
-    places: list[str]  # paths or URLs
-    entries: list[dict[str, Any]]  # of the manifest
+    paths: list[str]  # local paths or URLs
+    entries: list[dict[str, Any]]  # "bytes" and "sha256" of each shard, from the manifest
     cache: Cache
-    first: np.ndarray  # int64 [S + 1]
+    shard_starts: np.ndarray  # int64 [S + 1]
     offset: np.ndarray  # int64 [N]: of the image within its shard, in bytes
     length: np.ndarray  # int64 [N]: of the image, in bytes
     width: np.ndarray  # int64 [N]: pixels
     height: np.ndarray  # int64 [N]: pixels
-    fingerprint: str  # of the shards' hashes: two data sets with the same images in the same order share it
-    num_bad: int  # samples that the manifest lists as bad, which are not among the N
-    classes: tuple[str, ...]  # their names by number; empty where the manifest has none
+    fingerprint: str  # hash of the shards' hashes: equal for data sets with the same images in the same order
+    num_bad: int  # samples that the manifest lists as bad; not among the N
+    classes: tuple[str, ...]  # class names by number; empty if the manifest has none
     _open: threading.local = field(default_factory=threading.local, compare=False, repr=False)  # files of this thread
 
     def __len__(self) -> int:
-        return int(self.first[-1])
+        return int(self.shard_starts[-1])
 
     def read(self, sample: int) -> bytes:
-        """The image file of one sample; OSError where its shard ends before."""
+        """Return the encoded image of a sample. Raise OSError if the shard is too short."""
         data = bytearray(int(self.length[sample]))
         self.read_into(memoryview(data), sample)
         return bytes(data)
 
-    def read_into(self, place: memoryview, sample: int) -> None:
-        """The image file of one sample, to where it is wanted; OSError where its shard ends before."""
-        got = os.preadv(self._descriptor(self.shard_of(sample)), [place], int(self.offset[sample]))
-        if got < len(place):
-            raise OSError(f"its shard ends {len(place) - got} bytes before it does")
+    def read_into(self, buffer: memoryview, sample: int) -> None:
+        """Read the encoded image of a sample into `buffer`. Raise OSError if the shard is too short."""
+        num_read = os.preadv(self._descriptor(self.shard_of(sample)), [buffer], int(self.offset[sample]))
+        if num_read < len(buffer):
+            raise OSError(f"its shard is {len(buffer) - num_read} bytes too short")
 
     def shard_of(self, sample: int) -> int:
-        return int(np.searchsorted(self.first, sample, side="right")) - 1
+        """Return the index of the shard that holds a sample."""
+        return int(np.searchsorted(self.shard_starts, sample, side="right")) - 1
 
     def sample_name(self, sample: int) -> str:
-        """A sample as a person may look it up: SHARD:KEY."""
+        """Return the name of a sample for messages: SHARD:KEY."""
         shard = self.shard_of(sample)
-        keys, index = read_index(local(self.places[shard].removesuffix(".tar") + ".idx", self.cache))
-        here = np.flatnonzero(index[:, 0] == self.offset[sample])
-        return f"{self.places[shard]}:{keys[here[0]] if len(here) else sample}"
+        keys, index = read_index(self._index_path(shard))
+        rows = np.flatnonzero(index[:, 0] == self.offset[sample])
+        return f"{self.paths[shard]}:{keys[rows[0]] if len(rows) else sample}"
 
     def labels(self, samples: np.ndarray | None = None) -> np.ndarray:
-        """The class of every sample, or of these (int64, ascending): int64 [N]; UserError where they have none."""
+        """Return the class numbers of these samples (int64, ascending; default: all): int64 [N].
+
+        Raise UserError if a sample has no class.
+        """
         samples = np.arange(len(self)) if samples is None else samples
-        found = []
-        for sample, place in zip(samples.tolist(), self.others("cls", samples), strict=True):
-            word = self.read_other(sample, place)
-            if not word.strip().isdigit():
-                raise UserError(f"{self.sample_name(sample)} has the class {word[:20]!r}: expected a number")
-            found.append(int(word))
-        return np.array(found, np.int64)
+        labels = []
+        for sample, location in zip(samples.tolist(), self.file_locations("cls", samples), strict=True):
+            text = self.read_file(sample, location)
+            if not text.strip().isdigit():
+                raise UserError(
+                    f"{self.sample_name(sample)} has the class {text[:20]!r}; expected a class number. {MAKE_SHARDS}"
+                )
+            labels.append(int(text))
+        return np.array(labels, np.int64)
 
-    def others(self, ending: str, samples: np.ndarray | None = None) -> np.ndarray:
-        """Offset and length of the file with this ending beside the image of every sample, or of these (int64,
-        ascending): int64 [N, 2]; UserError where they have none."""
-        found, wanted = [], np.arange(len(self)) if samples is None else samples
-        for shard, place in enumerate(self.places):
-            here = wanted[np.searchsorted(wanted, self.first[shard]) : np.searchsorted(wanted, self.first[shard + 1])]
-            path = local(place.removesuffix(".tar") + ".idx", self.cache)
-            images, files = read_index(path)[1][:, 0], read_index(path, ending)[1]
-            rows = np.minimum(np.searchsorted(images, self.offset[here]), len(images) - 1)
-            if (images[rows] != self.offset[here]).any():
-                raise UserError(f"{path} lists its samples in another order than they lie in: make it again")
-            found.append(files[rows])
-        return np.concatenate(found)
+    def file_locations(self, extension: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Return offset and length, in bytes, of the file KEY.extension of each sample: int64 [N, 2].
 
-    def read_other(self, sample: int, place: np.ndarray) -> bytes:
-        """The file of a sample that lies there, which is a row of others()."""
-        return os.pread(self._descriptor(self.shard_of(sample)), int(place[1]), int(place[0]))
+        samples: int64, ascending; default: all. Raise UserError if the samples have no such file.
+        """
+        locations, samples = [], np.arange(len(self)) if samples is None else samples
+        for shard in range(len(self.paths)):
+            first, end = np.searchsorted(samples, self.shard_starts[shard : shard + 2])
+            offsets = self.offset[samples[first:end]]
+            path = self._index_path(shard)
+            image_offsets, files = read_index(path)[1][:, 0], read_index(path, extension)[1]
+            rows = np.minimum(np.searchsorted(image_offsets, offsets), len(image_offsets) - 1)
+            if (image_offsets[rows] != offsets).any():
+                raise UserError(f"{path} does not list its samples in the order of the shard. {MAKE_SHARDS}")
+            locations.append(files[rows])
+        return np.concatenate(locations)
+
+    def read_file(self, sample: int, location: np.ndarray) -> bytes:
+        """Return the content of a sample's file; location: a row of file_locations()."""
+        return os.pread(self._descriptor(self.shard_of(sample)), int(location[1]), int(location[0]))
 
     def fetch(self, shard: int) -> None:
-        """See to it that a remote shard is in the cache."""
-        if is_url(self.places[shard]):
-            self.cache.fetch(self.places[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
+        """Download a remote shard into the cache, unless it is there."""
+        if is_url(self.paths[shard]):
+            self.cache.fetch(self.paths[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
+
+    def _index_path(self, shard: int) -> Path:
+        return local_path(self.paths[shard].removesuffix(".tar") + ".idx", self.cache)
 
     def _descriptor(self, shard: int) -> int:
-        """An open descriptor of the shard; the least recently used of many is closed."""
-        files = self._open.__dict__.setdefault("files", _Files())
+        """Return a descriptor of the open shard; close the least recently used one if there are too many."""
+        files = self._open.__dict__.setdefault("files", _OpenFiles())
         if shard in files:
             files.move_to_end(shard)
             return files[shard]
-        place, entry = self.places[shard], self.entries[shard]
-        remote = is_url(place)
-        opened = self.cache.open(place, entry["bytes"], entry["sha256"]) if remote else os.open(place, os.O_RDONLY)
-        files[shard] = opened
-        if len(files) > OPEN_FILES:
+        path, entry = self.paths[shard], self.entries[shard]
+        remote = is_url(path)
+        descriptor = self.cache.open(path, entry["bytes"], entry["sha256"]) if remote else os.open(path, os.O_RDONLY)
+        files[shard] = descriptor
+        if len(files) > MAX_OPEN_FILES:
             os.close(files.popitem(last=False)[1])
-        return opened
+        return descriptor
 
 
-class _Files(OrderedDict[int, int]):
-    """Open descriptors by shard, closed with the thread that they belong to."""
+class _OpenFiles(OrderedDict[int, int]):
+    """Descriptors of open shards, closed when the thread that owns them ends."""
 
     def __del__(self):
         for descriptor in self.values():
@@ -135,144 +148,152 @@ class _Files(OrderedDict[int, int]):
 
 
 def find_shards(where: str, split: str = "train") -> list[str]:
-    """The shards that a folder (those of `split`), a pattern or a URL of either names, in order.
+    """Return the shards of a folder (those of `split`), a pattern or a URL pattern, in order.
 
-    UserError where there are none, or one that the pattern names is missing.
+    Return [] for the URL of a folder, whose shards are listed in its manifest. Raise UserError if there are none, or if
+    the pattern names a missing one.
     """
     if not where:
         raise UserError(
-            "data.train is empty: make shards with data_prep/ and name them with --data.train FOLDER, "
-            "or try --preset demo after `make demo`"
+            "data.train is empty. Make shards with data_prep/ and pass --data.train FOLDER, or try --preset demo "
+            "after `make demo`."
         )
     if where.startswith("pipe:"):
-        raise UserError(f"data.train {where!r} would run a command: name a folder, a pattern or a URL of shards")
+        raise UserError(
+            f"data.train is {where!r}, which would run a command. Pass a folder, a pattern or a URL of shards."
+        )
     if is_url(where):
-        return list(braceexpand(where)) if where.endswith(".tar") else []  # a folder's are in its manifest
+        return list(braceexpand(where)) if where.endswith(".tar") else []
     if os.path.isdir(where):
         paths = sorted(glob.glob(os.path.join(where, f"{split}-*.tar")))
     else:
         paths = [path for each in braceexpand(where) for path in (sorted(glob.glob(each)) or [each])]
         missing = [path for path in paths if not os.path.exists(path)]
         if missing and len(paths) > 1:
-            raise UserError(f"data.train {where!r} names {missing[0]}, which does not exist: check the range")
+            raise UserError(f"data.train is {where!r}, but {missing[0]} does not exist. Correct the range.")
         paths = [path for path in paths if path not in missing]
     if not paths:
-        raise UserError(f"data.train {where!r} holds no shards of {split!r}: make them with data_prep/")
+        raise UserError(
+            f"data.train is {where!r}, which holds no shards of split {split!r}. Make them with data_prep/."
+        )
     return paths
 
 
 def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
-    """Find shards and read their manifests and indexes; UserError names the first that is missing or does not fit."""
-    places = find_shards(where, split)
+    """Find shards and read their manifests and indexes. Raise UserError if one is missing or inconsistent."""
+    paths = find_shards(where, split)
     manifests: dict[str, dict[str, Any]] = {}
-    if not places:
+    if not paths:
         manifests[where.rstrip("/")] = manifest = read_manifest(where, cache)
-        places = [join(where, each) for each in sorted(manifest["shards"]) if each.startswith(f"{split}-")]
-        if not places:
-            raise UserError(f"data.train {where!r} holds no shards of {split!r}: see its {MANIFEST}")
-    entries, columns, counts, num_bad = [], [], [], 0
-    for place in places:
-        folder, base = (parent(place), name(place)) if is_url(place) else os.path.split(place)
+        paths = [url_join(where, name) for name in sorted(manifest["shards"]) if name.startswith(f"{split}-")]
+        if not paths:
+            raise UserError(f"data.train is {where!r}, whose {MANIFEST} lists no shards of split {split!r}.")
+    entries, tables, counts, num_bad = [], [], [], 0
+    for path in paths:
+        folder, name = (url_parent(path), url_name(path)) if is_url(path) else os.path.split(path)
         if folder not in manifests:
             manifests[folder] = read_manifest(folder, cache)
-        entry = manifests[folder]["shards"].get(base)
+        entry = manifests[folder]["shards"].get(name)
         if entry is None:
-            raise UserError(f"{place} is not in {folder}/{MANIFEST}: shard the data again, or leave it out")
-        if not is_url(place) and os.path.getsize(place) != entry["bytes"]:
+            raise UserError(f"{path} is not in {folder}/{MANIFEST}. Make the shards again, or remove the file.")
+        if not is_url(path) and os.path.getsize(path) != entry["bytes"]:
             raise UserError(
-                f"{place} has {os.path.getsize(place)} bytes where its manifest says {entry['bytes']}: "
-                "it is cut or changed, shard the data again"
+                f"{path} has {os.path.getsize(path)} bytes; its manifest states {entry['bytes']}. "
+                f"It is truncated or was changed. {MAKE_SHARDS}"
             )
-        keys, index = read_index(local(place.removesuffix(".tar") + ".idx", cache))
+        keys, index = read_index(local_path(path.removesuffix(".tar") + ".idx", cache))
         if len(keys) != entry["samples"]:
-            raise UserError(f"the index of {place} lists {len(keys)} samples of {entry['samples']}: make it again")
-        rows = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
+            raise UserError(
+                f"the index of {path} lists {len(keys)} samples; its manifest states {entry['samples']}. {MAKE_SHARDS}"
+            )
+        table = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
         if entry.get("bad"):
-            rows = rows[~np.isin(keys, entry["bad"])]
-        columns.append(rows)
-        num_bad += len(keys) - len(rows)
-        counts.append(len(rows))
+            table = table[~np.isin(keys, entry["bad"])]
+        tables.append(table)
+        num_bad += len(keys) - len(table)
+        counts.append(len(table))
         entries.append(entry)
     if os.path.isdir(where):
-        lost = {each for each in manifests[where]["shards"] if each.startswith(f"{split}-")} - set(
-            map(os.path.basename, places)
-        )
-        if lost:
+        listed = {name for name in manifests[where]["shards"] if name.startswith(f"{split}-")}
+        if missing := listed - set(map(os.path.basename, paths)):
             raise UserError(
-                f"{where} lacks {min(lost)}, which its {MANIFEST} lists: put it back or shard the data again"
+                f"{where} lacks {min(missing)}, which its {MANIFEST} lists. Restore it, or make the shards again."
             )
-    table = np.concatenate(columns)
-    if not len(table):
-        raise UserError(f"{where} holds shards without a single sample: run data_prep/ again")
-    known = [entry["sha256"] + "".join(sorted(entry.get("bad", ()))) for entry in entries]
+    samples = np.concatenate(tables)
+    if not len(samples):
+        raise UserError(f"{where} holds no samples. {MAKE_SHARDS}")
+    hashes = [entry["sha256"] + "".join(sorted(entry.get("bad", ()))) for entry in entries]
     return Shards(
-        places=places,
+        paths=paths,
         entries=[{key: entry[key] for key in ("bytes", "sha256")} for entry in entries],
         cache=cache,
-        first=np.concatenate([[0], np.cumsum(counts)]),
-        offset=table[:, 0].copy(),
-        length=table[:, 1].copy(),
-        width=table[:, 2].copy(),
-        height=table[:, 3].copy(),
-        fingerprint=hashlib.sha256("".join(known).encode()).hexdigest(),
+        shard_starts=np.concatenate([[0], np.cumsum(counts)]),
+        offset=samples[:, 0].copy(),
+        length=samples[:, 1].copy(),
+        width=samples[:, 2].copy(),
+        height=samples[:, 3].copy(),
+        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
         num_bad=num_bad,
         classes=tuple(next(iter(manifests.values())).get("classes") or ()),
     )
 
 
-def local(place: str, cache: Cache) -> Path:
-    """A small file's local path: its own, or that of a fresh copy."""
-    return cache.fetch_fresh(place) if is_url(place) else Path(place)
+def local_path(path: str, cache: Cache) -> Path:
+    """Return the local path of a small file: its own, or that of a fresh download."""
+    return cache.fetch_fresh(path) if is_url(path) else Path(path)
 
 
 def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, Any]:
-    """The manifest of a folder, or of a folder's URL; UserError where it is missing or is none."""
+    """Return the manifest of a folder or of a folder's URL. Raise UserError if it is missing or invalid."""
     if isinstance(folder, str) and is_url(folder):
         assert cache is not None
-        path = cache.fetch_fresh(join(folder, MANIFEST))
+        path = cache.fetch_fresh(url_join(folder, MANIFEST))
     else:
         path = Path(folder) / MANIFEST
     if not path.exists():
-        raise UserError(f"{path} is missing: the shards beside it were not finished, run data_prep/ again")
+        raise UserError(f"{path} is missing, so its shards are incomplete. {MAKE_SHARDS}")
     try:
         manifest = json.loads(path.read_text())
-    except ValueError as error:  # of JSON, or of text
-        raise UserError(f"{path} is not JSON ({error}): run data_prep/ again") from None
-    if (
-        not isinstance(manifest, dict)
-        or manifest.get("format") != FORMAT
-        or not isinstance(manifest.get("shards"), dict)
-    ):
-        raise UserError(f"{path} is not a manifest of the format {FORMAT}: run data_prep/ again")
-    for shard, entry in manifest["shards"].items():
-        whole = isinstance(entry, dict) and entry.keys() >= {"samples", "bytes", "sha256", "sizes"}
-        if not whole or len(entry["sizes"]) != entry["samples"]:
-            raise UserError(f"{path} does not say all of {shard}: shard the data again")
+    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+        raise UserError(f"{path} is not JSON ({error}). {MAKE_SHARDS}") from None
+    shards = manifest.get("shards") if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+    if not isinstance(shards, dict):
+        raise UserError(f"{path} is not a manifest of format {FORMAT}. {MAKE_SHARDS}")
+    for shard, entry in shards.items():
+        complete = isinstance(entry, dict) and entry.keys() >= {"samples", "bytes", "sha256", "sizes"}
+        if not complete or len(entry["sizes"]) != entry["samples"]:
+            raise UserError(f"the entry for {shard} in {path} is incomplete. {MAKE_SHARDS}")
     return manifest
 
 
-def read_index(path: Path, ending: str = "jpg") -> tuple[list[str], np.ndarray]:
-    """Keys of a shard's samples, and offset and length of their files of this ending int64 [N, 2], from DALI's index
-    of it."""
+def read_index(path: Path, extension: str = "jpg") -> tuple[list[str], np.ndarray]:
+    """Read DALI's index of a shard. Return the keys of its samples, and offset and length of their files KEY.extension.
+
+    Offset and length are in bytes, int64 [N, 2]. Raise UserError if the index is missing or invalid, or has no such
+    files.
+    """
     if not path.exists():
-        shard = path.with_suffix(".tar")
-        raise UserError(f"{shard} has no index {path.name} beside it: run data_prep/ again, or DALI's wds2idx")
+        raise UserError(
+            f"{path.with_suffix('.tar')} has no index {path.name} beside it. {MAKE_SHARDS} DALI's wds2idx makes it too."
+        )
     try:
         header, _, body = path.read_text().partition("\n")
         if not header.startswith(INDEX_VERSION):
-            raise UserError(f"{path} is not an index of version {INDEX_VERSION}: make it again")
-        width = len(body.partition("\n")[0].split())  # of a line: four words a file, the same files in every sample
-        words = body.split()
-        if not words:
+            raise UserError(f"{path} is not an index of version {INDEX_VERSION}. {MAKE_SHARDS}")
+        # Four fields a file (extension, offset, size, name), and the same files in every line.
+        num_fields = len(body.partition("\n")[0].split())
+        fields = body.split()
+        if not fields:
             return [], np.zeros((0, 2), np.int64)
-        image = words.index(ending, 0, width)
-        names = words[image + 3 :: width]
-        if len(names) * width != len(words) or words[image::width].count(ending) != len(names):
+        column = fields.index(extension, 0, num_fields)
+        names = fields[column + 3 :: num_fields]
+        if len(names) * num_fields != len(fields) or fields[column::num_fields].count(extension) != len(names):
             raise ValueError("lines differ")
-        numbers = [np.array(words[image + column :: width], "S").astype(np.int64) for column in (1, 2)]
+        values = [np.array(fields[column + shift :: num_fields], "S").astype(np.int64) for shift in (1, 2)]
     except UserError:
         raise
-    except ValueError:  # of words that are no numbers, or no text
-        lack = f"these shards have no {LACKS[ending]}, name some that have" if ending in LACKS else "make it again"
-        raise UserError(f"{path} has a line without a {ending}'s offset and size: {lack}") from None
-    return [name.removesuffix(f".{ending}") for name in names], np.stack(numbers, 1)
+    except ValueError:  # not text, not numbers, or another layout
+        content = OPTIONAL_FILES.get(extension)
+        fix = MAKE_SHARDS if content is None else f"These shards have no {content}. Pass shards that have them."
+        raise UserError(f"{path} has a line without offset and size of a {extension} file. {fix}") from None
+    return [name.removesuffix(f".{extension}") for name in names], np.stack(values, 1)

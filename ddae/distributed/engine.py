@@ -8,14 +8,13 @@ import socket
 from datetime import timedelta
 from typing import Any, cast
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import barrier, device, sum_over_ranks, world_size
-from ddae.distributed.zero_state import AVERAGES, ZeroState, set_world_group
+from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
 
 OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by launchers that are not supported
@@ -40,6 +39,8 @@ def start_process_group(timeout_s: float = 600.0) -> None:
         os.environ["LOCAL_RANK"] = str(device().index)  # which DeepSpeed reads
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_s)
+        if world_size() == 1:
+            skip_shared_memory_op()
         try:
             deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
         except RuntimeError as error:  # of the rendezvous store, or of gloo, which then connects pairs of ranks

@@ -4,16 +4,25 @@ The only module that reads attributes which DeepSpeed does not document. REQUIRE
 that lacks one is refused at start, by name.
 """
 
+import importlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-import deepspeed
 import torch
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import rank
+
+# DeepSpeed's autotuner imports mlflow if it can, which takes a second on every rank: hide it meanwhile.
+sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+import deepspeed  # noqa: E402
+from deepspeed.utils import groups  # noqa: E402
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
+deepspeed_comm = importlib.import_module("deepspeed.comm.torch")  # deepspeed.comm.torch itself is PyTorch
 
 REQUIRED = {  # ZeRO stage -> attributes of DeepSpeed's optimizer (ours itself at stage 0 in fp32)
     0: (),
@@ -32,6 +41,12 @@ def set_world_group(group: Any) -> None:
     """Replace the process group by which DeepSpeed reduces and gathers, for a timeout of our own."""
     assert hasattr(groups, "_WORLD_GROUP"), _changed("deepspeed.utils.groups._WORLD_GROUP")
     groups._WORLD_GROUP = group
+
+
+def skip_shared_memory_op() -> None:
+    """Do not build DeepSpeed's shared-memory collectives, which take 20 s to compile and serve several CPU ranks."""
+    assert hasattr(deepspeed_comm, "build_shm_op"), _changed("deepspeed.comm.torch.build_shm_op")
+    deepspeed_comm.build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 
 class ZeroState:

@@ -1,7 +1,6 @@
-"""Augmentations of fine-tuning, timm's, each as a pure function of a seed: a resumed run draws what an unbroken one
-draws.
+"""Augmentations of fine-tuning: timm's, each as a pure function of a seed, so that a resumed run draws the same.
 
-B images, S pixels a side, C classes.
+B: batch size, S: image side in pixels, C: number of classes.
 """
 
 import random
@@ -19,40 +18,50 @@ from ddae.config.evaluation import AugmentConfig
 from ddae.errors import UserError
 from ddae.models.patches import NORMALISATIONS
 
-SHIFT = 0.45  # of the side: the largest translation, in timm's training transforms
+MAX_TRANSLATION = 0.45  # of the image side, as in timm's training transforms
 
 
-class Policy:
-    """RandAugment of one image, in a reader process."""
+class RandAugment:
+    """RandAugment of one image; runs in the loader's worker processes."""
 
     def __init__(self, policy: str, size: int, normalisation: str):
-        mean = tuple(min(255, round(255 * each)) for each in NORMALISATIONS[normalisation][0])
-        options = {"translate_const": int(size * SHIFT), "img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
+        """policy: timm's name of it. size: image side in pixels. Raise UserError if timm rejects the policy."""
+        mean = tuple(min(255, round(255 * value)) for value in NORMALISATIONS[normalisation][0])
+        options = {
+            "translate_const": int(size * MAX_TRANSLATION),
+            "img_mean": mean,
+            "interpolation": Image.Resampling.BICUBIC,
+        }
         try:
             self._transform = rand_augment_transform(policy, options)
         except (AssertionError, ValueError, KeyError) as error:
             reason = f" ({error})" if str(error) else ""
-            raise UserError(f"augment.policy {policy!r} is none of timm's{reason}: try rand-m9-mstd0.5-inc1") from None
+            raise UserError(
+                f"augment.policy is {policy!r}; expected the name of a RandAugment policy of timm{reason}. "
+                "Pass --augment.policy rand-m9-mstd0.5-inc1."
+            ) from None
 
         for operation in self._transform.ops:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = posterize
 
     def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
-        """uint8 [3, S, S] -> the same."""
+        """Augment an image: uint8 [3, S, S] -> uint8 [3, S, S]."""
         seed_all(seed)
-        changed = self._transform(Image.fromarray(image.transpose(1, 2, 0)))
-        return np.ascontiguousarray(np.asarray(changed).transpose(2, 0, 1))
+        augmented = self._transform(Image.fromarray(image.transpose(1, 2, 0)))
+        return np.ascontiguousarray(np.asarray(augmented).transpose(2, 0, 1))
 
 
 def posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
-    """The highest `bits` of every channel. The strongest setting of `inc1` keeps none, which is a black image and which
-    Pillow 12 refuses."""
+    """Keep the highest `bits` of every channel.
+
+    The strongest setting of `inc1` keeps none: a black image, which Pillow 12 refuses to make.
+    """
     return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
 
-class Mixer:
-    """Random erasing, then mixup or CutMix, and the soft targets that go with them, of a batch on its device."""
+class BatchAugment:
+    """Random erasing, then mixup or CutMix, and soft targets, of a batch on its device."""
 
     def __init__(self, config: AugmentConfig, num_classes: int, device: torch.device):
         self._smoothing, self._num_classes = config.smoothing, num_classes
@@ -68,9 +77,9 @@ class Mixer:
             )
 
     def __call__(self, pixels: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """[B, 3, S, S], int64 [B] -> the pixels and targets float32 [B, C], whose rows add up to 1.
+        """Return augmented pixels [B, 3, S, S] and targets float32 [B, C], whose rows sum to 1; labels int64 [B].
 
-        B is even where images are mixed.
+        With mixup or CutMix B must be even.
         """
         seed_all(seed)
         if self._erase is not None:
@@ -82,7 +91,7 @@ class Mixer:
 
 
 def seed_all(seed: int) -> None:
-    """Begin all generators of this process anew: Python's, NumPy's and torch's."""
+    """Seed this process's generators: Python's, NumPy's and torch's."""
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     torch.manual_seed(seed)

@@ -1,9 +1,9 @@
-"""Images with their classes, as an evaluation reads them: the central crop of every sample, once, in order.
+"""Labelled validation and training images for downstream tasks: the central crop of each sample, once, in order.
 
-S pixels a side, B images of a batch.
+B: batch size, N: number of samples, S: image side in pixels.
 """
 
-import sys
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,33 +21,38 @@ from ddae.data.shards import open_shards
 from ddae.distributed.comm import is_main, rank, world_size
 from ddae.errors import UserError
 
+logger = logging.getLogger(__name__)
 
-class Examples(NamedTuple):
-    """One batch."""
+
+class ExampleBatch(NamedTuple):
+    """A batch of images with their classes."""
 
     images: Tensor  # uint8 [B, 3, S, S]
-    labels: Tensor  # int64 [B]
+    labels: Tensor  # int64 [B]; -1 for padding
+    indices: Tensor  # int64 [B]: positions in the reader
 
 
 class ExampleReader(Dataset):
-    """The samples of a split, each with its class.
-
-    most: so many of them, evenly over the split; all where it is 0. samples: these alone, int64. UserError where the
-    shards have no classes, unless they need not be labelled: `labels` is empty then, and every class is 0.
-    """
+    """Map-style data set of a split's images and classes."""
 
     def __init__(
         self,
-        where: str,
+        source: str,
         split: str,
         size: int,
         cache: Cache | None = None,
         labelled: bool = True,
-        most: int = 0,
+        max_images: int = 0,
         samples: Tensor | None = None,
     ):
-        self.shards, self.size = open_shards(where, cache or open_cache(ShardsConfig()), split), size
-        count = min(most or len(self.shards), len(self.shards))
+        """Open the shards and read the classes.
+
+        source: as data.train. size: image side in pixels. max_images: number of samples to use, spread evenly over the
+        split; 0: all. samples: int64 [N], use these alone. Raise UserError if the shards have no classes and `labelled`
+        is set; otherwise `labels` is empty and every class is 0.
+        """
+        self.shards, self.size = open_shards(source, cache or open_cache(ShardsConfig()), split), size
+        count = min(max_images or len(self.shards), len(self.shards))
         self.samples = torch.arange(count) * len(self.shards) // count if samples is None else samples
         self.labels = torch.empty(0, dtype=torch.int64)
         try:
@@ -61,22 +66,30 @@ class ExampleReader(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, number: int) -> tuple[np.ndarray, int]:
-        sample = int(self.samples[number])
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """Return an image, uint8 [3, S, S], and its class. Raise UserError if it cannot be decoded."""
+        sample = int(self.samples[index])
         try:
             image = decode_crop(self.shards.read(sample), tuple(self.boxes[sample].tolist()), False, self.size)
         except UserError:
             raise
-        except Exception as error:  # decoders raise whatever a broken file leads them to
-            raise UserError(f"{self.shards.sample_name(sample)} cannot be decoded ({error}): mark it bad") from None
-        return image, int(self.labels[number]) if len(self.labels) else 0
+        except Exception as error:  # decoders raise many kinds of errors for a damaged file
+            raise UserError(
+                f"{self.shards.sample_name(sample)} cannot be decoded ({error}). "
+                "Exclude it with data_prep/check_shards.py --full --mark_bad."
+            ) from None
+        return image, int(self.labels[index]) if len(self.labels) else 0
 
 
-def held_out(train: str, val: str = "") -> str:
-    """Where validation images are: `val`, or the folder of the training shards; UserError where neither says it."""
+def val_location(train: str, val: str = "") -> str:
+    """Return where the validation shards are: `val` if it is given, else the folder of the training shards.
+
+    Raise UserError if `val` is empty and `train` is a pattern of tar files.
+    """
     if not val and train.endswith(".tar"):
         raise UserError(
-            f"data.train {train!r} names its shards one by one: name a folder, or those to validate on with --val"
+            f"data.train is {train}, a list of shards; without --val a folder with splits train and val is expected. "
+            "Pass that folder as --data.train, or the validation shards as --val."
         )
     return val or train
 
@@ -84,89 +97,115 @@ def held_out(train: str, val: str = "") -> str:
 class Labels(NamedTuple):
     """The classes of a training split."""
 
-    numbers: Tensor  # int64 [N], of every sample
-    names: list[str]  # as many as there are classes
+    targets: Tensor  # int64 [N]: class of each sample
+    names: list[str]  # of the classes
 
     @property
-    def count(self) -> int:
+    def num_classes(self) -> int:
         return len(self.names)
 
 
-def labels_of(loader: Loader, val: ExampleReader) -> Labels:
-    """The classes of the loader's samples; UserError where it has none, or `val` has classes beyond them."""
-    where = loader.config.train
+def training_labels(loader: Loader, val: ExampleReader) -> Labels:
+    """Return the classes of the loader's samples.
+
+    Raise UserError if the training data have no classes, or the validation images have classes beyond them.
+    """
     if loader.shards is None:
-        raise UserError(f"data.backend {loader.config.backend} makes images without classes: name shards that have")
-    numbers, names = torch.from_numpy(loader.shards.labels()), [str(name) for name in loader.shards.classes]
-    names += [str(number) for number in range(len(names), int(numbers.max()) + 1)]
+        raise UserError(
+            f"data.backend is {loader.config.backend}, whose images have no classes. Name shards with classes."
+        )
+    targets, names = torch.from_numpy(loader.shards.labels()), [str(name) for name in loader.shards.classes]
+    names += [str(number) for number in range(len(names), int(targets.max()) + 1)]
     if int(val.labels.max()) >= len(names):
         raise UserError(
-            f"the validation images have class {int(val.labels.max())}, and {where} has {len(names)} classes to train "
-            "on: shard both splits with the same classes"
+            f"the validation images have class {int(val.labels.max())}, but {loader.config.train} has {len(names)} "
+            "classes. Write the shards of both splits with the same list of classes."
         )
-    return Labels(numbers, names)
+    return Labels(targets, names)
 
 
-def batches(reader: ExampleReader, batch: int, workers: int, device: torch.device) -> Iterator[Examples]:
-    """All samples in order, the last batch shorter."""
-    yield from _load(reader, range(len(reader)), batch, workers, device)
+def batches(reader: ExampleReader, batch_size: int, workers: int, device: torch.device) -> Iterator[ExampleBatch]:
+    """Yield all samples in order; the last batch may be smaller."""
+    yield from _load_batches(reader, range(len(reader)), batch_size, workers, device)
 
 
-def batches_of_rank(reader: ExampleReader, batch: int, workers: int, device: torch.device) -> Iterator[Examples]:
-    """This rank's share, as many batches on each: where samples run out, the first ones with the label -1."""
+def batches_of_rank(
+    reader: ExampleReader, batch_size: int, workers: int, device: torch.device
+) -> Iterator[ExampleBatch]:
+    """Yield this rank's samples: rank, rank + world size, and so on; the same number of batches on every rank.
+
+    Ranks that run out of samples are padded with the first samples of the split, whose label is -1.
+    """
     share = range(rank(), len(reader) + -len(reader) % world_size(), world_size())
-    for number, examples in enumerate(_load(reader, [n % len(reader) for n in share], batch, workers, device)):
-        over = torch.tensor(share[number * batch : (number + 1) * batch], device=device) >= len(reader)
-        yield Examples(examples.images, examples.labels.masked_fill(over, -1))
+    padded = [index % len(reader) for index in share]
+    for number, batch in enumerate(_load_batches(reader, padded, batch_size, workers, device)):
+        is_padding = torch.tensor(share[number * batch_size : (number + 1) * batch_size], device=device) >= len(reader)
+        yield batch._replace(labels=batch.labels.masked_fill(is_padding, -1))
 
 
-def _load(
-    reader: ExampleReader, samples: Sequence[int], batch: int, workers: int, device: torch.device
-) -> Iterator[Examples]:
-    for images, labels in read(reader, samples, workers, batch, device.type == "cuda"):
-        yield Examples(images.to(device, non_blocking=True), labels.to(device, non_blocking=True))
+def _load_batches(
+    reader: ExampleReader, indices: Sequence[int], batch_size: int, workers: int, device: torch.device
+) -> Iterator[ExampleBatch]:
+    """Yield batches of the samples at these positions, on the device."""
+    positions = torch.tensor(indices, dtype=torch.int64).split(batch_size)
+    loaded = load_samples(reader, indices, workers, batch_size, device.type == "cuda")
+    for (images, labels), of_batch in zip(loaded, positions, strict=False):  # one empty part if there are no samples
+        yield ExampleBatch(*(each.to(device, non_blocking=True) for each in (images, labels, of_batch)))
 
 
-def read(
-    reader: Dataset, samples: Sequence[int], workers: int, batch: int | None = None, pinned: bool = False
+def load_samples(
+    reader: Dataset, indices: Sequence[int], workers: int, batch_size: int | None = None, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """What a reader makes of these samples, in order; in batches, its images and labels stacked. UserError where it
-    raises one, whichever process reads."""
-    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pinned, "worker_init_fn": ignore_signals}
-    stream = iter(DataLoader(_Told(reader), batch, sampler=samples, collate_fn=_collate if batch else None, **options))
+    """Yield the samples of a map-style data set at these positions, in order, read by `workers` processes.
+
+    batch_size: yield stacked images and labels; None: single samples. Raise UserError if the data set raises one, in
+    whichever process.
+    """
+    loader = DataLoader(
+        _UserErrorsAsSamples(reader),
+        batch_size,
+        sampler=indices,
+        collate_fn=_collate if batch_size else None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )
+    stream = iter(loader)
     try:
-        for found in stream:
-            if isinstance(found, _Mistake):
-                if not is_main():  # which is the one that speaks, and knows nothing of it
-                    print(f"ddae: rank {rank()}: {found.words}", file=sys.stderr, flush=True)
-                raise UserError(found.words)
-            yield found
+        for sample in stream:
+            if isinstance(sample, _ErrorMessage):
+                if not is_main():  # commands print UserErrors on rank 0 alone, which may not raise this one
+                    logger.error(sample.text)
+                raise UserError(sample.text)
+            yield sample
     finally:
-        if workers:  # an error's traceback may keep the stream, whose end would end them: exit would wait for ever
+        if workers:  # an error's traceback may keep the iterator alive, and interpreter exit would wait for its workers
             stream._shutdown_workers()  # type: ignore[attr-defined]
 
 
-class _Mistake(NamedTuple):
-    """A UserError, which a reader process cannot raise as it is."""
+class _ErrorMessage(NamedTuple):
+    """The message of a UserError. Raised in a worker process, the error would arrive with a traceback in its text."""
 
-    words: str
+    text: str
 
 
-class _Told(Dataset):
-    """Samples of a reader, or its mistakes."""
+class _UserErrorsAsSamples(Dataset):
+    """A data set that returns the message of a UserError instead of raising it."""
 
     def __init__(self, reader: Dataset):
         self.reader = reader
 
-    def __getitem__(self, sample: int) -> Any:
+    def __getitem__(self, index: int) -> Any:
         try:
-            return self.reader[sample]
+            return self.reader[index]
         except UserError as error:
-            return _Mistake(str(error))
+            return _ErrorMessage(str(error))
 
 
 def _collate(samples: list[Any]) -> Any:
-    if mistakes := [sample for sample in samples if isinstance(sample, _Mistake)]:
-        return mistakes[0]
+    """Return images uint8 [B, 3, S, S] and labels int64 [B], or the first error message."""
+    for sample in samples:
+        if isinstance(sample, _ErrorMessage):
+            return sample
     images, labels = zip(*samples, strict=True)
     return torch.from_numpy(np.stack(images)), torch.tensor(labels)

@@ -1,6 +1,6 @@
-"""Features of a frozen encoder, and what they say of themselves without any label.
+"""Features of a frozen encoder, and label-free statistics of them.
 
-B images, N patches, D width.
+B: batch size, N: number of images, D: encoder width, S: image side in pixels.
 """
 
 from collections import defaultdict
@@ -10,95 +10,98 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ddae.distributed.comm import device, rank, sum_over_ranks, world_size
-from ddae.eval.dataset import ExampleReader, Examples, batches_of_rank
+from ddae.distributed.comm import device, sum_over_ranks
+from ddae.eval.dataset import ExampleBatch, ExampleReader, batches_of_rank
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
 
+BATCH_SIZE = 128  # images of a rank at a time
+RAW_PIXELS = "pixels"  # name of the raw-pixel feature
+
 
 class Features(NamedTuple):
-    """Of a whole split, on the CPU."""
+    """Features of a whole split, on the CPU."""
 
-    by_name: dict[str, Tensor]  # "block 12 cls" -> float32 [B, D]
-    labels: Tensor  # int64 [B]
+    by_name: dict[str, Tensor]  # "block 12 cls" -> float32 [N, D]
+    labels: Tensor  # int64 [N]
 
 
-def quarters(depth: int) -> list[int]:
-    """The last block of each quarter, counted from 1."""
+def quarter_blocks(depth: int) -> list[int]:
+    """Return the last block of each quarter of the encoder, counted from 1."""
     return sorted({max(1, depth * quarter // 4) for quarter in (1, 2, 3, 4)})
 
 
-def pooled(encoder: Encoder, pixels: Tensor, layers: Sequence[int]) -> dict[str, Tensor]:
-    """[B, 3, S, S] -> {"block 12 cls": [B, D], ...}: both poolings of the tokens after each block (counted from 1).
+def pooled_features(encoder: Encoder, pixels: Tensor, layers: Sequence[int]) -> dict[str, Tensor]:
+    """Return the cls token and the mean of the patch tokens after each block of `layers` (counted from 1).
 
-    The last block's go through the encoder's final norm, as those that a downstream model would read; others are as
-    they are.
+    pixels [B, 3, S, S] -> {"block 12 cls": [B, D], "block 12 mean": [B, D], ...}. The encoder's final norm is applied
+    to the last block's tokens, which a downstream model would use; earlier blocks' tokens are not normalised.
     """
-    found = {}
+    features = {}
     for layer, tokens in zip(layers, encoder.features(pixels, layers), strict=True):
         tokens = encoder.norm(tokens) if layer == encoder.shape.depth else tokens
-        found |= {f"block {layer} cls": tokens[:, 0], f"block {layer} mean": tokens[:, 1:].mean(1)}
-    return found
-
-
-BATCH = 128  # images of a rank at a time
-RAW = "pixels"  # the one feature of raw pixels
+        features |= {f"block {layer} cls": tokens[:, 0], f"block {layer} mean": tokens[:, 1:].mean(1)}
+    return features
 
 
 @torch.inference_mode()
-def extract(
-    encoders: Sequence[Encoder], examples: Iterable[Examples], layers: Sequence[int], autocast: bool = False
+def extract_features(
+    encoders: Sequence[Encoder], examples: Iterable[ExampleBatch], layers: Sequence[int], autocast: bool = False
 ) -> list[Features]:
-    """Features of each encoder, in one pass over the images.
+    """Return the pooled_features() of each encoder, computed in one pass over the images.
 
-    They are both poolings of the tokens after each block of `layers` (counted from 1). autocast: products in
-    bf16.
+    layers: blocks, counted from 1. autocast: matrix products in bf16.
     """
-    named: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in encoders]
+    by_encoder: list[dict[str, list[Tensor]]] = [defaultdict(list) for _ in encoders]
     labels = []
     for batch in examples:
-        for parts, encoder in zip(named, encoders, strict=True):
+        for by_name, encoder in zip(by_encoder, encoders, strict=True):
             pixels = normalise(batch.images, encoder.normalisation, torch.float32)
             with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
-                found = pooled(encoder, pixels, layers)
-            for name, values in found.items():
-                parts[name].append(values.float().cpu())
+                features = pooled_features(encoder, pixels, layers)
+            for name, values in features.items():
+                by_name[name].append(values.float().cpu())
         labels.append(batch.labels.cpu())
-    classes = torch.cat(labels)
-    return [Features({name: torch.cat(parts) for name, parts in each.items()}, classes) for each in named]
+    return [
+        Features({name: torch.cat(parts) for name, parts in by_name.items()}, torch.cat(labels))
+        for by_name in by_encoder
+    ]
 
 
 @torch.no_grad()
-def table_of(
-    reader: ExampleReader, workers: int, make: Callable[[Tensor], dict[str, Tensor]], poll: Callable[[], None]
+def map_images(
+    reader: ExampleReader, workers: int, compute: Callable[[Tensor], dict[str, Tensor]], poll: Callable[[], None]
 ) -> dict[str, Tensor]:
-    """What `make` gives for each image of a reader, by name: float32 [N, ..] on the CPU, whole on every rank.
+    """Apply a function to all images of a reader, split over the ranks. Return the results on every rank, on the CPU.
 
-    Each image is read once, by one of the ranks. make: uint8 [B, 3, S, S] -> {name: [B, ..]}. look_around is called at
-    every batch.
+    compute: uint8 [B, 3, S, S] -> {name: [B, ..]}; the result is {name: float32 [N, ..]}. poll() is called before each
+    batch.
     """
-    tables, place = {}, rank()
-    for examples in batches_of_rank(reader, BATCH, workers, device()):
+    results: dict[str, Tensor] = {}
+    for batch in batches_of_rank(reader, BATCH_SIZE, workers, device()):
         poll()
-        counted = place + torch.arange(len(examples.labels), device=device()) * world_size() < len(reader)
-        for name, values in make(examples.images).items():
-            table = tables.setdefault(name, torch.zeros(len(reader), *values.shape[1:], device=device()))
-            places = place + torch.arange(int(counted.sum()), device=device()) * world_size()
-            table[places] = values[counted].float()
-        place += len(examples.labels) * world_size()
-    return {name: sum_over_ranks(table).cpu() for name, table in tables.items()}
+        valid = batch.labels >= 0
+        for name, values in compute(batch.images).items():
+            if name not in results:
+                results[name] = torch.zeros(len(reader), *values.shape[1:], device=device())
+            results[name][batch.indices[valid]] = values[valid].float()
+    return {name: sum_over_ranks(values).cpu() for name, values in results.items()}
 
 
 def effective_rank(features: Tensor) -> float:
-    """How many directions the features [B, D] use: the exponential of the entropy of their singular values' shares
-    (RankMe, Garrido et al. 2023). 1 where they have collapsed to one, at most min(B, D)."""
+    """Return the effective rank of features [B, D]: the exponential of the entropy of the normalised singular values.
+
+    From 1, if all features are collinear, to min(B, D) (RankMe, Garrido et al. 2023).
+    """
     values = torch.linalg.svdvals(features.double())
     shares = values / values.sum() + 1e-7
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def spread(features: Tensor) -> float:
-    """Deviation of a feature over the images, after each image's features are scaled to length sqrt(D): 1 where
-    images differ in every direction alike, 0 where all images look the same."""
+def feature_std(features: Tensor) -> float:
+    """Return the standard deviation over the images of features [B, D], averaged over the dimensions.
+
+    Each image's features are scaled to norm sqrt(D) first: 1 for isotropic features, 0 if they have collapsed.
+    """
     unit = torch.nn.functional.normalize(features, dim=1) * features.shape[1] ** 0.5
     return float(unit.std(0).mean())

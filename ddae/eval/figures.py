@@ -1,4 +1,7 @@
-"""Pictures of what an encoder has learnt. Each function draws one and returns it as a matplotlib figure."""
+"""Figures of evaluations: predictions, confusion matrices, neighbours, codebooks, segmentations.
+
+The drawing functions return a matplotlib figure; class_colours(), blend_classes() and add_legend() work on pixels.
+"""
 
 from collections.abc import Sequence
 
@@ -12,96 +15,101 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddae.eval.dataset import ExampleReader
-from ddae.report.figures import COLOURS
+from ddae.report.figures import COLOURS, style_axis
 
-LISTED = 6  # classes that are named beside an image
-CODES, PATCHES = 12, 16  # of a codebook, and patches of each, that are shown
-MOST = 30  # classes that a confusion matrix shows
-RIGHT, WRONG = COLOURS[0], COLOURS[1]
+MAX_LEGEND_CLASSES = 6  # in the legend beside an image
+MAX_CLASSES = 30  # in a confusion matrix, and at each end of a bar chart
+MAX_CODES, PATCHES_PER_CODE = 12, 16  # rows and columns of patches_by_code()
+CORRECT, WRONG = COLOURS[0], COLOURS[1]
 
 
 def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
-    """int64 [C, C], true classes in rows -> shares of each row. Of many classes, those that are mistaken most."""
-    shares = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
-    chosen = torch.arange(len(counts))
-    if len(counts) > MOST:
-        mistaken = (1 - shares.diagonal()).where(counts.sum(1) > 0, -1)
-        chosen = mistaken.topk(MOST).indices.sort().values
-    shown = shares[chosen][:, chosen]
-    side = 2.4 + 0.26 * len(chosen)
+    """Draw a confusion matrix, each row normalised to 1. counts: int64 [C, C], true classes in rows.
+
+    Of more than MAX_CLASSES classes only those with the largest error rates are drawn.
+    """
+    rates = counts.float() / counts.sum(1, keepdim=True).clamp(min=1)
+    classes = torch.arange(len(counts))
+    if len(counts) > MAX_CLASSES:
+        errors = (1 - rates.diagonal()).where(counts.sum(1) > 0, -1)
+        classes = errors.topk(MAX_CLASSES).indices.sort().values
+    rates = rates[classes][:, classes]
+    side = 2.4 + 0.26 * len(classes)
     figure, axis = plt.subplots(figsize=(side + 0.8, side))
-    picture = axis.imshow(shown, cmap="Blues", vmin=0, vmax=1)
-    words = [_name(names, number) for number in chosen.tolist()]
-    axis.set_xticks(range(len(words)), words, rotation=90, fontsize=7)
-    axis.set_yticks(range(len(words)), words, fontsize=7)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true")
-    if len(chosen) <= 15:
-        for row in range(len(chosen)):
-            for column in range(len(chosen)):
-                share = float(shown[row, column])
-                if share >= 0.005:
-                    colour = "white" if share > 0.5 else "#333"
-                    axis.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=6, color=colour)
-    if len(counts) > MOST:
-        axis.set_title(f"the {MOST} of {len(counts)} classes that are mistaken most", fontsize=9)
-    figure.colorbar(picture, ax=axis, shrink=0.7, label="share of a true class")
+    image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
+    labels = [_name(names, number) for number in classes.tolist()]
+    axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(labels)), labels, fontsize=7)
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    if len(classes) <= 15:
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                rate = float(rates[row, column])
+                if rate >= 0.005:
+                    colour = "white" if rate > 0.5 else "#333"
+                    axis.text(column, row, f"{rate:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    if len(counts) > MAX_CLASSES:
+        axis.set_title(f"the {MAX_CLASSES} of {len(counts)} classes with the largest error rates", fontsize=9)
+    figure.colorbar(image, ax=axis, shrink=0.7, label="share of the true class")
     figure.tight_layout()
     return figure
 
 
-def predictions(images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[str]) -> Figure:
-    """uint8 [B, 3, H, W], int64 [B], [B, C] -> pictures with the predicted class and its probability, and the true
-    class where that is another."""
+def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, names: Sequence[str]) -> Figure:
+    """Draw images with the predicted class and its probability, and with the true class if the prediction is wrong.
+
+    images: uint8 [B, 3, H, W]; labels: int64 [B]; logits: [B, C].
+    """
     columns = min(6, len(images))
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.15 * rows), squeeze=False)
-    probabilities, best = logits.float().softmax(1).max(1)
+    probabilities, predicted = logits.float().softmax(1).max(1)
     for axis in axes.flat:
         axis.set_axis_off()
-    for axis, image, label, guess, sure in zip(axes.flat, images, labels, best, probabilities, strict=False):
+    for axis, image, label, guess, confidence in zip(axes.flat, images, labels, predicted, probabilities, strict=False):
         axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        right, true, said = bool(label == guess), _name(names, int(label)), _name(names, int(guess))
-        words = f"{said}, {float(sure):.0%}" + ("" if right else f"\nnot {true}")
-        axis.set_title(words, fontsize=7, color=RIGHT if right else WRONG)
+        correct = bool(label == guess)
+        title = f"{_name(names, int(guess))}, {float(confidence):.0%}"
+        title += "" if correct else f"\nnot {_name(names, int(label))}"
+        axis.set_title(title, fontsize=7, color=CORRECT if correct else WRONG)
     figure.tight_layout(pad=0.4)
     return figure
 
 
 def patches_by_code(images: Tensor, codes: Tensor, patch: int) -> Figure:
-    """uint8 [B, 3, H, W], int64 [B, N] -> a row for each of the codes that most patches take, with some of its patches
-    in their surroundings (three patches a side, the code's own in the middle)."""
+    """Draw a row of example patches for each of the most frequent codes.
+
+    images: uint8 [B, 3, H, W]; codes: int64 [B, N]; patch: pixels a side. Each example is the patch, framed, with its
+    eight neighbours.
+    """
     side = images.shape[-1] // patch
     counts = codes.flatten().bincount()
-    chosen = counts.argsort(descending=True)[: min(CODES, int((counts > 0).sum()))]
-    framed = torch.nn.functional.pad(images, (patch,) * 4, value=255)
+    frequent = counts.argsort(descending=True)[: min(MAX_CODES, int((counts > 0).sum()))]
+    padded = torch.nn.functional.pad(images, (patch,) * 4, value=255)
     generator = torch.Generator().manual_seed(0)
-    figure, axes = plt.subplots(len(chosen), PATCHES, figsize=(0.62 * PATCHES, 0.66 * len(chosen)), squeeze=False)
-    for row, code in zip(axes, chosen.tolist(), strict=True):
-        found = (codes == code).nonzero()
-        found = found[torch.randperm(len(found), generator=generator)[:PATCHES]]
+    size = (0.62 * PATCHES_PER_CODE, 0.66 * len(frequent))
+    figure, axes = plt.subplots(len(frequent), PATCHES_PER_CODE, figsize=size, squeeze=False)
+    for row, code in zip(axes, frequent.tolist(), strict=True):
+        positions = (codes == code).nonzero()
+        positions = positions[torch.randperm(len(positions), generator=generator)[:PATCHES_PER_CODE]]
         row[0].set_title(f"code {code}", fontsize=6, loc="left", pad=2)
         for axis in row:
             axis.set_axis_off()
-        for axis, (image, place) in zip(row, found.tolist(), strict=False):
-            top, left = place // side * patch, place % side * patch
-            axis.imshow(framed[image, :, top : top + 3 * patch, left : left + 3 * patch].permute(1, 2, 0).numpy())
+        for axis, (image, position) in zip(row, positions.tolist(), strict=False):
+            top, left = position // side * patch, position % side * patch
+            axis.imshow(padded[image, :, top : top + 3 * patch, left : left + 3 * patch].permute(1, 2, 0).numpy())
             corner = (patch - 0.5, patch - 0.5)
             axis.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=COLOURS[1], linewidth=1))
     figure.tight_layout(pad=0.2)
     return figure
 
 
-def _name(names: Sequence[str], number: int) -> str:
-    return _short(names[number]) if number < len(names) else str(number)
+def metric_by_block(values: dict[str, float], ylabel: str, baselines: dict[str, float]) -> Figure:
+    """Draw a metric over the blocks, one line per pooling; baselines, by name, are dashed lines.
 
-
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "…"
-
-
-def by_block(values: dict[str, float], what: str, baselines: dict[str, float]) -> Figure:
-    """{"block 12 cls": 60.3, ...} -> one line a pooling over the blocks; baselines by name as dashed lines."""
+    values: {"block 12 cls": 60.3, ...}.
+    """
     figure, axis = plt.subplots(figsize=(4.6, 3.2))
     poolings = list(dict.fromkeys(name.split()[2] for name in values))
     for pooling, colour in zip(poolings, COLOURS, strict=False):
@@ -111,103 +119,115 @@ def by_block(values: dict[str, float], what: str, baselines: dict[str, float]) -
     for number, (name, value) in enumerate(baselines.items()):
         axis.axhline(value, color="#777", linewidth=1, linestyle=("--", "-.", ":")[number % 3], label=name)
     axis.set_xticks(sorted({int(name.split()[1]) for name in values}))
-    axis.set_xlabel("block")
-    axis.set_ylabel(what)
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    style_axis(axis, "block", ylabel)
     axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     return figure
 
 
-def neighbours(
+def neighbour_grid(
     rows: Sequence[tuple[int, Sequence[int]]], queries: ExampleReader, bank: ExampleReader, names: Sequence[str]
 ) -> Figure:
-    """Each row: a query and the images of the bank that are nearest to it, by their numbers; with their classes, where
-    these have names."""
+    """Draw query images, each with its nearest images of the bank, and their classes if `names` is not empty.
+
+    rows: (index of a query, indices of its neighbours in the bank).
+    """
     columns = 1 + len(rows[0][1])
     figure, axes = plt.subplots(len(rows), columns, figsize=(1.35 * columns, 1.6 * len(rows)), squeeze=False)
-    for axis_row, (query, near) in zip(axes, rows, strict=True):
+    for axis_row, (query, nearest) in zip(axes, rows, strict=True):
         image, label = queries[query]
-        shown = [(image, label), *(bank[number] for number in near)]
-        for axis, (picture, number) in zip(axis_row, shown, strict=True):
+        examples = [(image, label), *(bank[index] for index in nearest)]
+        for axis, (picture, number) in zip(axis_row, examples, strict=True):
             axis.set_axis_off()
             axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
             if names:
-                axis.set_title(_name(names, number), fontsize=7, color=RIGHT if number == label else WRONG)
+                axis.set_title(_name(names, number), fontsize=7, color=CORRECT if number == label else WRONG)
         axis_row[0].set_title(_name(names, label) if names else "query", fontsize=7, color="black", fontweight="bold")
     figure.tight_layout(pad=0.4)
     return figure
 
 
-def palette(count: int) -> np.ndarray:
-    """Colours of classes, uint8 [count, 3]: neighbours differ in hue by the golden angle and in lightness by turns."""
-    hues = (np.arange(count) * 0.61803) % 1
-    values, strengths = np.tile([0.95, 0.6, 0.8], count)[:count], np.tile([0.75, 0.9, 0.45, 0.6], count)[:count]
-    return (255 * hsv_to_rgb(np.stack([hues, strengths, values], -1))).round().astype(np.uint8)
+def segmentation_grid(examples: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str]) -> Figure:
+    """Draw images beside their true and predicted classes, with a legend of the most frequent classes.
 
-
-def painted(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """uint8 [H, W, 3] with each pixel's class in its colour over it; labels that are no class leave it grey."""
-    known = labels < len(colours)
-    over = np.where(known[..., None], colours[np.where(known, labels, 0)], 128)
-    return (image * (1 - strength) + over * strength).astype(np.uint8)
-
-
-def captioned(picture: np.ndarray, names: Sequence[str], colours: Sequence[Sequence[int]]) -> Image.Image:
-    """uint8 [H, W, 3] with a line below it for each name, in its colour."""
-    height, width = picture.shape[:2]
-    line = max(14, width // 30)
-    whole = Image.new("RGB", (width, height + line * len(names)), "white")
-    whole.paste(Image.fromarray(picture))
-    draw, font = ImageDraw.Draw(whole), ImageFont.load_default(line * 0.7)
-    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
-        top = height + line * number
-        draw.rectangle((0, top, line - 2, top + line - 2), tuple(colour))
-        draw.text((line + 4, top), name, "black", font)
-    return whole
-
-
-def overlays(seen: Sequence[tuple[Tensor, Tensor, Tensor]], names: Sequence[str]) -> Figure:
-    """Each row: an image uint8 [3, h, w], its classes int64 [H, W] and the predicted ones, with the colours of those
-    that there are most of."""
-    colours = palette(len(names))
-    figure, axes = plt.subplots(len(seen), 3, figsize=(8.4, 2.5 * len(seen)), squeeze=False)
-    for number, (axis_row, (image, labels, guesses)) in enumerate(zip(axes, seen, strict=True)):
+    examples: (image uint8 [3, h, w], true classes int64 [H, W], predicted classes int64 [H, W]).
+    """
+    colours = class_colours(len(names))
+    figure, axes = plt.subplots(len(examples), 3, figsize=(8.4, 2.5 * len(examples)), squeeze=False)
+    for number, (axis_row, (image, labels, predicted)) in enumerate(zip(axes, examples, strict=True)):
         size = labels.shape[1], labels.shape[0]
         picture = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size))
-        shown = [picture, *(painted(picture, each.numpy(), colours) for each in (labels, guesses))]
-        for axis, each, title in zip(axis_row, shown, ("image", "true classes", "predicted classes"), strict=True):
+        pictures = [picture, *(blend_classes(picture, each.numpy(), colours) for each in (labels, predicted))]
+        for axis, each, title in zip(axis_row, pictures, ("image", "true classes", "predicted classes"), strict=True):
             axis.imshow(each, interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(title if number == 0 else "", fontsize=9)
-        there = torch.cat([labels[labels < len(names)], guesses.flatten()]).bincount(minlength=len(names))
-        most = there.topk(min(LISTED, len(names)))
+        counts = torch.cat([labels[labels < len(names)], predicted.flatten()]).bincount(minlength=len(names))
+        frequent = counts.topk(min(MAX_LEGEND_CLASSES, len(names)))
         patches = [
             Patch(color=tuple(colours[label] / 255), label=_name(names, label))
-            for label, count in zip(most.indices.tolist(), most.values.tolist(), strict=True)
+            for label, count in zip(frequent.indices.tolist(), frequent.values.tolist(), strict=True)
             if count
         ]
-        place = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-        axis_row[-1].legend(handles=patches, fontsize=7, frameon=False, **place)
+        position = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
+        axis_row[-1].legend(handles=patches, fontsize=7, frameon=False, **position)
     figure.tight_layout(pad=0.4)
     return figure
 
 
-def bars(values: dict[str, float], what: str) -> Figure:
-    """A bar for each name, the longest first; of many names the first and the last ones."""
+def bar_chart(values: dict[str, float], xlabel: str) -> Figure:
+    """Draw one bar per name, the longest first; of more than 2 * MAX_CLASSES only the longest and the shortest."""
     ordered = sorted(values.items(), key=lambda pair: pair[1])
-    if len(ordered) > 2 * MOST:
-        ordered = ordered[:MOST] + ordered[-MOST:]
+    if len(ordered) > 2 * MAX_CLASSES:
+        ordered = ordered[:MAX_CLASSES] + ordered[-MAX_CLASSES:]
     figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.19 * len(ordered)))
     axis.barh(range(len(ordered)), [value for _, value in ordered], color=COLOURS[0], height=0.7)
-    axis.set_yticks(range(len(ordered)), [_short(name) for name, _ in ordered])
+    axis.set_yticks(range(len(ordered)), [_shorten(name) for name, _ in ordered])
     if len(ordered) < len(values):
-        axis.set_title(f"the {MOST} best and the {MOST} worst of {len(values)} classes", fontsize=9)
-    axis.set_xlabel(what)
+        axis.set_title(f"the {MAX_CLASSES} best and the {MAX_CLASSES} worst of {len(values)} classes", fontsize=9)
+    axis.set_xlabel(xlabel)
     axis.set_ylim(-0.6, len(ordered) - 0.4)
     axis.tick_params(axis="y", labelsize=7)
     axis.grid(alpha=0.25, axis="x")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     return figure
+
+
+def class_colours(count: int) -> np.ndarray:
+    """Return a colour per class, uint8 [count, 3].
+
+    Consecutive classes differ in hue by the golden angle; brightness and saturation cycle.
+    """
+    hues = (np.arange(count) * 0.61803) % 1
+    values, saturations = np.tile([0.95, 0.6, 0.8], count)[:count], np.tile([0.75, 0.9, 0.45, 0.6], count)[:count]
+    return (255 * hsv_to_rgb(np.stack([hues, saturations, values], -1))).round().astype(np.uint8)
+
+
+def blend_classes(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.65) -> np.ndarray:
+    """Return the image uint8 [H, W, 3] blended with the colours of its classes; pixels of no class are blended grey."""
+    valid = labels < len(colours)
+    overlay = np.where(valid[..., None], colours[np.where(valid, labels, 0)], 128)
+    return (image * (1 - alpha) + overlay * alpha).astype(np.uint8)
+
+
+def add_legend(picture: np.ndarray, names: Sequence[str], colours: Sequence[Sequence[int]]) -> Image.Image:
+    """Return the picture uint8 [H, W, 3] with a line of text below it for each name, beside a square of its colour."""
+    height, width = picture.shape[:2]
+    line = max(14, width // 30)
+    canvas = Image.new("RGB", (width, height + line * len(names)), "white")
+    canvas.paste(Image.fromarray(picture))
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(line * 0.7)
+    for number, (name, colour) in enumerate(zip(names, colours, strict=True)):
+        top = height + line * number
+        draw.rectangle((0, top, line - 2, top + line - 2), tuple(colour))
+        draw.text((line + 4, top), name, "black", font)
+    return canvas
+
+
+def _name(names: Sequence[str], number: int) -> str:
+    return _shorten(names[number]) if number < len(names) else str(number)
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"

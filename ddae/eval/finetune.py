@@ -1,6 +1,6 @@
 """Fine-tuning of a whole encoder on labelled images (docs/evaluation.md; paper, appendix "Fine-tuning").
 
-B images, C classes.
+B: batch size, N: number of validation images, C: number of classes, S: image side in pixels.
 """
 
 import gc
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddae import atomic
 from ddae.config import deepspeed as ds_config
 from ddae.config.base import flatten
 from ddae.config.evaluation import FinetuneConfig
@@ -23,15 +24,15 @@ from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
 from ddae.data.shards import open_shards
 from ddae.distributed.checkpoint_format import Checkpointable
-from ddae.distributed.comm import broadcast_from_main, device, is_main, rank, sum_over_ranks, world_size
+from ddae.distributed.comm import broadcast_from_main, device, is_main, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine, start_process_group
 from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
-from ddae.eval.augment import Mixer, Policy
-from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, held_out, labels_of
-from ddae.eval.figures import confusion_matrix, predictions
-from ddae.eval.knn import raw_pixels
+from ddae.eval.augment import BatchAugment, RandAugment
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, val_location
+from ddae.eval.figures import confusion_matrix, prediction_grid
+from ddae.eval.knn import raw_pixel_accuracy
 from ddae.export.encoder import load_encoder, write_timm
 from ddae.method.teacher import MovingAverage
 from ddae.models.patches import normalise
@@ -45,42 +46,21 @@ from ddae.training.run import Run
 from ddae.training.schedules import warmup_cosine
 from ddae.training.tracker import run_id_of
 
-
-class Classifier(nn.Module):
-    """Mean of the patches and a fresh norm, or the cls token and the encoder's norm; then a linear head (BEiT, MAE)."""
-
-    def __init__(self, encoder: Encoder, num_classes: int, pool: str, head_std: float, generator: torch.Generator):
-        super().__init__()
-        self.encoder, self.pool = encoder, pool
-        self.fc_norm = LayerNorm(encoder.shape.width) if pool == "mean" else nn.Identity()
-        if pool == "mean":
-            encoder.norm = nn.Identity()  # type: ignore[assignment]  # no token is normed but their mean
-        self.head = nn.Linear(encoder.shape.width, num_classes)
-        nn.init.normal_(self.head.weight, std=head_std, generator=generator)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, pixels: Tensor, targets: Tensor | None = None) -> Tensor:
-        """[B, 3, H, W] -> logits [B, C]; with targets [B, C], whose rows add up to 1, the mean cross-entropy."""
-        (tokens,) = self.encoder(pixels, layers=(self.encoder.shape.depth,))
-        pooled = tokens[:, 1:].mean(1) if self.pool == "mean" else self.encoder.norm(tokens[:, 0])
-        logits = self.head(self.fc_norm(pooled))
-        return logits if targets is None else F.cross_entropy(logits.float(), targets)
-
-
+MAX_BATCH = 128  # validation images of a rank at a time
+EXAMPLES_SHOWN = 18  # images in the figure of predictions
+METRIC = "fine-tuned top-1"  # name of the accuracy in the verdict
+UNTRAINED = "untrained weights"  # in place of the encoder's path in the config of an untrained encoder's run
+CORRECT_FILE = "val_right.txt"  # for each validation image 1 if the final weights classify it correctly, else 0
 logger = logging.getLogger(__name__)
-SHOWN = 18  # images with their predictions
-WHAT = "fine-tuned top-1"  # in words
-UNTRAINED = "untrained weights"  # stands for the encoder's path
-RIGHT = "val_right.txt"  # 1 for each validation image that is classified right at the end, else 0
 
 
 def finetune(config: FinetuneConfig, stop: StopSignal | None = None) -> None:
-    """Train to the end, or from the newest checkpoint on; then write results, pictures and the classifier.
+    """Fine-tune to the end, resuming from the newest checkpoint; then write results, figures and the classifier.
 
     With tune.untrained the same architecture is first trained from initial weights by the same recipe, in the folder
-    untrained/, unless data.cache holds its result; the results then compare with it. SystemExit with code 75 where a
-    signal stops the run before its end. UserError where the encoder or the shards cannot be read, shards have no
-    classes, or those of the two splits do not fit.
+    untrained/, unless its result is cached in data.cache; the results then include it as a baseline. Raise SystemExit
+    with code 75 if a signal stops the run, and UserError if the encoder or the shards cannot be read, the shards have
+    no classes, or the classes of the two splits differ.
     """
     stop = stop or StopSignal()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
@@ -88,76 +68,114 @@ def finetune(config: FinetuneConfig, stop: StopSignal | None = None) -> None:
     run_dir.check(config)
     untrained = None
     if config.tune.untrained:
-        start_process_group(config.train.watchdog_timeout_s + 60)  # the ranks look together for what is remembered
-        untrained = _untrained(config, baselines.untrained_encoder(encoder, config.train.seed), stop)
-    _fit(config, encoder, untrained, stop)
+        start_process_group(config.train.watchdog_timeout_s + 60)  # rank 0 broadcasts the cached result
+        initial = baselines.untrained_encoder(encoder, config.train.seed)
+        untrained = _evaluate_untrained(config, initial, stop)
+    _finetune(config, encoder, untrained, stop)
     if untrained is not None and is_main():
-        _compare_later(Path(config.folder), untrained)
+        _add_untrained_baseline(Path(config.folder), untrained)
 
 
-def _fit(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: StopSignal) -> None:
-    """untrained: bool [N], which validation images an untrained encoder got right by the same recipe."""
+def _finetune(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: StopSignal) -> None:
+    """Run one fine-tuning; untrained: bool [N], which validation images the untrained encoder classifies correctly."""
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     run = Run(config, stop, resolved.json, resolved.micro_batch)
     size, normalisation = encoder.shape.image_size, encoder.normalisation
-    policy = Policy(config.augment.policy, size, normalisation) if config.augment.policy else None
-    loader = Loader(config.data, size, config.train.seed, run.rank_batch, device(), policy)
-    val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data))
+    augment = RandAugment(config.augment.policy, size, normalisation) if config.augment.policy else None
+    loader = Loader(config.data, size, config.train.seed, run.rank_batch, device(), augment)
+    val = ExampleReader(val_location(config.data.train, config.val), "val", size, open_cache(config.data))
     if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
-        raise UserError(f"a micro-batch of {resolved.micro_batch} cannot be mixed in pairs: choose an even one")
-    task = Finetune(config, encoder, labels_of(loader, val), val, untrained)
-    fit(task, run, loader)
+        raise UserError(
+            f"the micro-batch has {resolved.micro_batch} images; mixup and CutMix expect an even number. "
+            "Choose another --data.batch_size, or pass --augment.mixup 0 --augment.cutmix 0."
+        )
+    fit(Finetune(config, encoder, training_labels(loader, val), val, untrained), run, loader)
 
 
-def _untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSignal) -> Tensor:
-    """Which validation images an untrained encoder gets right by this recipe: bool [N], remembered or trained now."""
-    val = open_shards(held_out(config.data.train, config.val), open_cache(config.data), "val")
+def _evaluate_untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSignal) -> Tensor:
+    """Return which validation images an untrained encoder classifies correctly after this recipe: bool [N].
+
+    The result is read from the cache, or the encoder is trained now.
+    """
+    val = open_shards(val_location(config.data.train, config.val), open_cache(config.data), "val")
     train = open_shards(config.data.train, open_cache(config.data), "train")
     recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}
     protocol = {"task": "finetune", "recipe": recipe, "data": [train.fingerprint, val.fingerprint]}
-    if known := broadcast_from_main(lambda: baselines.recall(config.data.cache, encoder, protocol)):
-        return known.right
+    cached = broadcast_from_main(lambda: baselines.load_cached(config.data.cache, encoder, protocol))
+    if cached is not None:
+        return cached.correct
     folder = Path(config.folder) / "untrained"
-    logger.info("%s: training untrained weights by the same recipe, to compare with", folder)
-    alone = replace(
+    logger.info("%s: training untrained weights by the same recipe, as a baseline", folder)
+    baseline_config = replace(
         config,
         run_dir=str(folder),
         encoder=UNTRAINED,
         train=replace(config.train, report=False),
         tune=replace(config.tune, untrained=False),
     )
-    _fit(alone, deepcopy(encoder), None, stop)
+    _finetune(baseline_config, deepcopy(encoder), None, stop)
     gc.collect()
 
-    def result() -> Tensor:
-        right = _read_right(folder)
-        if len(right) != len(val):
-            raise UserError(f"{folder} was measured on {len(right)} validation images, not {len(val)}: delete it")
-        measured = baselines.Measured("fine-tuned", 100 * float(right.float().mean()), right)
-        baselines.remember(config.data.cache, encoder, protocol, measured)
-        return right
+    def read_result() -> Tensor:
+        correct = _read_correct(folder)
+        if len(correct) != len(val):
+            raise UserError(
+                f"{folder} holds results on {len(correct)} validation images; expected {len(val)}. "
+                "Delete the folder and run the same command again."
+            )
+        result = baselines.FeatureAccuracy("fine-tuned", 100 * float(correct.float().mean()), correct)
+        baselines.store_cached(config.data.cache, encoder, protocol, result)
+        return correct
 
-    return broadcast_from_main(result)
+    return broadcast_from_main(read_result)
 
 
-def _read_right(folder: Path) -> Tensor:
-    return torch.tensor([digit == "1" for digit in (folder / RIGHT).read_text()])
+def _read_correct(folder: Path) -> Tensor:
+    """Return which validation images a finished run classifies correctly: bool [N]."""
+    return torch.tensor([digit == "1" for digit in (folder / CORRECT_FILE).read_text()])
 
 
-def _compare_later(folder: Path, untrained: Tensor) -> None:
-    """Compare a run that was complete before its untrained counterpart; its results, page and card are rewritten."""
+def _add_untrained_baseline(folder: Path, untrained: Tensor) -> None:
+    """Add the baseline to the results, page and model card of a run that was finished without it.
+
+    untrained: bool [N], which validation images the untrained encoder classifies correctly.
+    """
     results = json.loads((folder / "results.json").read_text())
     if results.get("untrained") is not None or "raw_pixels" not in results:
         return
-    compared = baselines.compare(_read_right(folder), untrained, results["raw_pixels"], results["chance"])
-    results |= compared.results(WHAT)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    comparison = baselines.compare(_read_correct(folder), untrained, results["raw_pixels"], results["chance"])
+    results |= comparison.results(METRIC)
+    atomic.write_json(folder / "results.json", results)
     report.add_evaluation(folder, {})
     logger.info(results["verdict"])
 
 
+class Classifier(nn.Module):
+    """Encoder and linear head (BEiT, MAE).
+
+    Pooling "mean": mean of the patch tokens, then a new LayerNorm. "cls": cls token after the encoder's norm.
+    """
+
+    def __init__(self, encoder: Encoder, num_classes: int, pool: str, head_std: float, generator: torch.Generator):
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        self.fc_norm = LayerNorm(encoder.shape.width) if pool == "mean" else nn.Identity()
+        if pool == "mean":
+            encoder.norm = nn.Identity()  # type: ignore[assignment]  # fc_norm replaces it
+        self.head = nn.Linear(encoder.shape.width, num_classes)
+        nn.init.normal_(self.head.weight, std=head_std, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, pixels: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits [B, C] of pixels [B, 3, S, S]; with soft targets [B, C] their mean cross-entropy []."""
+        (tokens,) = self.encoder(pixels, layers=(self.encoder.shape.depth,))
+        pooled = tokens[:, 1:].mean(1) if self.pool == "mean" else self.encoder.norm(tokens[:, 0])
+        logits = self.head(self.fc_norm(pooled))
+        return logits if targets is None else F.cross_entropy(logits.float(), targets)
+
+
 class Finetune:
-    """What fit() trains and measures."""
+    """The task that fit() trains and evaluates."""
 
     schedule = staticmethod(warmup_cosine)
     engine: Engine
@@ -172,41 +190,43 @@ class Finetune:
         val: ExampleReader,
         untrained: Tensor | None = None,
     ):
-        self.untrained = untrained  # bool [N]: which validation images an untrained encoder got right
-        self.config, self.encoder, self.labels, self.val = config, encoder, labels, val
+        """untrained: bool [N], which validation images the untrained encoder classifies correctly."""
+        self.config, self.encoder, self.labels, self.val, self.untrained = config, encoder, labels, val, untrained
         self.evaluate_every = config.tune.evaluate_every
         self.folder = Path(config.folder)
         self.parent = run_id_of(Path(config.encoder))
         self.average: MovingAverage | None = None
-        self._mixer = Mixer(config.augment, self.labels.count, device())
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None  # images, labels and logits of the last evaluation
-        self._confusion = torch.zeros(self.labels.count, self.labels.count)
-        self._right = torch.zeros(0)  # bool [N]: of the validation images
+        self._augment = BatchAugment(config.augment, labels.num_classes, device())
+        # Of the last evaluation: images, labels and logits of its first batch; C x C counts; correct, bool [N].
+        self._examples: tuple[Tensor, Tensor, Tensor] | None = None
+        self._confusion = torch.zeros(labels.num_classes, labels.num_classes)
+        self._correct = torch.zeros(0)
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         tune, encoder = self.config.tune, self.encoder
-        encoder.drop_paths(tune.drop_path)
-        encoder.learn_positions()
+        encoder.set_drop_path(tune.drop_path)
+        encoder.make_positions_learnable()
         encoder.activation_checkpointing = self.config.engine.activation_checkpointing
         generator = torch.Generator().manual_seed(self.config.train.seed)
-        module = Classifier(encoder, self.labels.count, tune.pool, tune.head_std, generator)
+        module = Classifier(encoder, self.labels.num_classes, tune.pool, tune.head_std, generator)
         module.train().requires_grad_(True)
         copy = deepcopy(module) if tune.ema else None
         assert tune.layer_decay is not None
         optimizer = build_layerwise_optimizer(module, encoder.shape.depth, tune.layer_decay, self.config.optim)
         self.engine = Engine(module, optimizer, ds_json)
         self.optimizable, self.description = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
-        parts: dict[str, Checkpointable] = {"engine": self.engine}
+        state: dict[str, Checkpointable] = {"engine": self.engine}
         if copy is not None:
             masters = self.engine.masters(self.engine.module)
             copy = copy.to(self.engine.device, self.engine.dtype)
-            parts["average"] = self.average = MovingAverage(copy, masters, self.engine.sharded)
-        return parts
+            state["average"] = self.average = MovingAverage(copy, masters, self.engine.sharded)
+        return state
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
-        """Cross-entropy with the soft targets of mixed, erased images."""
+        """Return the mean cross-entropy [] of augmented images with soft targets."""
         pixels = normalise(batch.images, self.encoder.normalisation, torch.float32)
-        pixels, targets = self._mixer(pixels, self.labels.numbers[batch.samples.cpu()].to(pixels.device), seed)
+        labels = self.labels.targets[batch.samples.cpu()].to(pixels.device)
+        pixels, targets = self._augment(pixels, labels, seed)
         return self.engine(pixels.to(self.engine.dtype), targets)
 
     def after_step(self, applied: Tensor) -> None:
@@ -214,125 +234,128 @@ class Finetune:
             self.average.update(self.config.tune.ema, applied)
 
     def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
-        """Top-1 and top-5 in per cent and the cross-entropy, of the weights and of their average, if there is one."""
-        modules = {"": self.engine.module} | ({"ema_": self.average.module} if self.average is not None else {})
-        sums = {name: torch.zeros(4, device=self.engine.device) for name in modules}  # images, right, near, loss
-        confusion = torch.zeros_like(self._confusion, device=self.engine.device)
-        self.engine.module.eval()
-        micro = self.config.data.batch_size // world_size()
-        right = torch.zeros(len(self.val), device=self.engine.device)
-        place, self._seen = rank(), None
+        """Return top-1 and top-5 accuracy in per cent and cross-entropy, of the weights and of their average."""
+        engine, num_classes = self.engine, self.labels.num_classes
+        modules = {"": engine.module} | ({"ema_": self.average.module} if self.average is not None else {})
+        sums = {prefix: torch.zeros(4, device=engine.device) for prefix in modules}
+        confusion = torch.zeros_like(self._confusion, device=engine.device)
+        correct = torch.zeros(len(self.val), device=engine.device)
+        self._examples = None
+        engine.module.eval()
+        batch_size = min(self.config.data.batch_size // world_size(), MAX_BATCH)
         with torch.no_grad():
-            for examples in batches_of_rank(self.val, min(micro, 128), self.config.data.workers, self.engine.device):
+            for batch in batches_of_rank(self.val, batch_size, self.config.data.workers, engine.device):
                 poll()
-                pixels = normalise(examples.images, self.encoder.normalisation, self.engine.dtype)
-                counted = examples.labels >= 0
-                for name, module in modules.items():
-                    with self.engine.autocast():
-                        logits = module(pixels).float()
-                    sums[name] += scores(logits[counted], examples.labels[counted])
-                    if name == "":
-                        pairs = examples.labels[counted] * self.labels.count + logits[counted].argmax(1)
-                        confusion += pairs.bincount(minlength=self.labels.count**2).view_as(confusion)
-                        places = place + torch.arange(len(pairs), device=right.device) * world_size()
-                        right[places] = (logits.argmax(1) == examples.labels)[counted].float()
-                        place += len(pairs) * world_size()
-                        if self._seen is None:
-                            shown = examples.images, examples.labels, logits
-                            self._seen = tuple(each[counted].cpu() for each in shown)  # type: ignore[assignment]
-        self.engine.module.train()
-        self._confusion, self._right = sum_over_ranks(confusion).cpu(), sum_over_ranks(right).cpu() > 0
+                pixels = normalise(batch.images, self.encoder.normalisation, engine.dtype)
+                valid = batch.labels >= 0
+                labels = batch.labels[valid]
+                for prefix, module in modules.items():
+                    with engine.autocast():
+                        logits = module(pixels).float()[valid]
+                    sums[prefix] += sum_metrics(logits, labels)
+                    if prefix == "":
+                        predicted = logits.argmax(1)
+                        pairs = labels * num_classes + predicted
+                        confusion += pairs.bincount(minlength=num_classes**2).view_as(confusion)
+                        correct[batch.indices[valid]] = (predicted == labels).float()
+                        if self._examples is None:
+                            self._examples = batch.images[valid].cpu(), labels.cpu(), logits.cpu()
+        engine.module.train()
+        self._confusion, self._correct = sum_over_ranks(confusion).cpu(), sum_over_ranks(correct).cpu() > 0
         row = {}
-        for name, values in sums.items():
-            count, right, near, loss = sum_over_ranks(values).tolist()
-            row |= {f"val/{name}top1": 100 * right / count, f"val/{name}top5": 100 * near / count}
-            row[f"val/{name}loss"] = loss / count
+        for prefix, values in sums.items():
+            count, top1, top5, loss = sum_over_ranks(values).tolist()
+            row |= {f"val/{prefix}top1": 100 * top1 / count, f"val/{prefix}top5": 100 * top5 / count}
+            row[f"val/{prefix}loss"] = loss / count
         return row
 
     def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
         weights = self.engine.weights(self.engine.module)
-        if self._seen is None:  # evaluated by an earlier start
+        if self._examples is None:  # the last evaluation was made by an earlier start
             self.evaluate(heartbeat)
-        where = held_out(self.config.data.train, self.config.val)
-        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, heartbeat)
+        source = val_location(self.config.data.train, self.config.val)
+        raw = raw_pixel_accuracy(self.config.data, source, self.encoder.shape.image_size, heartbeat)
         if not is_main():
             return []
-        assert self._seen is not None
+        assert self._examples is not None
         rows = run.rows()
         results = self._results(rows, raw)
-        (self.folder / RIGHT).write_text("".join(map(str, self._right.int().tolist())))
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (self.folder / CORRECT_FILE).write_text("".join(map(str, self._correct.int().tolist())))
+        atomic.write_json(self.folder / "results.json", results)
         self._export({name: values.contiguous() for name, values in weights.items()})
         if not self.config.train.report:
             return []
-        tops, top_1 = [name for name in rows[-1] if name.endswith("top1")], "validation top-1 in %"
-        images, labels, logits = self._seen
-        some = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:SHOWN]
-        drawn = {
-            "curves": curves(
-                *(rows, {"loss": ["loss/total"], top_1: tops, "lr": ["lr"]}, ""),
-                {top_1: baselines.lines(results)},
-            ),
+        accuracies, title = [name for name in rows[-1] if name.endswith("top1")], "validation top-1 in %"
+        images, labels, logits = self._examples
+        shown = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:EXAMPLES_SHOWN]
+        panels = {"loss": ["loss/total"], title: accuracies, "lr": ["lr"]}
+        figures = {
+            "curves": curves(rows, panels, "", {title: baselines.by_label(results)}),
             "confusion": confusion_matrix(self._confusion, self.labels.names),
-            "examples": predictions(images[some], labels[some], logits[some], self.labels.names),
+            "examples": prediction_grid(images[shown], labels[shown], logits[shown], self.labels.names),
         }
-        return report.add_evaluation(self.folder, drawn)
+        return report.add_evaluation(self.folder, figures)
 
     def summary(self) -> str:
-        """The results in words, and where the classifier is."""
+        """Return the results as text, and where the classifier is."""
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
         lines = [
-            baselines.first_line(results),
-            f"top-1 {last['top1']:.2f} % after the last epoch, {best['top1']:.2f} % after epoch {best['epoch']}, "
-            "the best on these images",
+            baselines.verdict_of(results),
+            f"top-1 {last['top1']:.2f} % after the last epoch; best on these images: {best['top1']:.2f} % after epoch "
+            f"{best['epoch']}",
         ]
         if results.get("untrained") is None and self.config.encoder != UNTRAINED:
-            lines.append("--tune.untrained trains untrained weights by the same recipe, to compare with")
+            lines.append("Pass --tune.untrained to train untrained weights by the same recipe, as a baseline.")
         if "ema_top1" in last:
-            lines.append(f"averaged weights: {last['ema_top1']:.2f} %, {best['ema_top1']:.2f} % at best")
+            lines.append(
+                f"averaged weights: {last['ema_top1']:.2f} % after the last epoch, best {best['ema_top1']:.2f} %"
+            )
         return "\n".join([*lines, f"classifier:           {self.folder / 'classifier'}"])
 
     def _export(self, weights: dict[str, Tensor]) -> None:
-        """The classifier as timm loads it."""
-        shape, normalisation = self.encoder.shape, self.encoder.normalisation
-        encoder = Encoder(shape)
-        encoder.normalisation = normalisation
-        ours = {
-            name.removeprefix("encoder."): values for name, values in weights.items() if name.startswith("encoder.")
-        }
-        encoder.load_state_dict(ours, strict=False)
-        head = {name: values for name, values in weights.items() if not name.startswith("encoder.")}
+        """Write the classifier in timm's format."""
+        encoder = Encoder(self.encoder.shape)
+        encoder.normalisation = self.encoder.normalisation
+        prefix = "encoder."
+        of_encoder = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+        of_head = {name: each for name, each in weights.items() if not name.startswith(prefix)}
+        encoder.load_state_dict(of_encoder, strict=False)
         if self.config.tune.pool == "mean":
             encoder.norm = nn.Identity()  # type: ignore[assignment]
         pool = {"mean": "avg", "cls": "token"}[self.config.tune.pool]
-        write_timm(encoder, self.folder / "classifier", head, pool, self.labels.names)
+        write_timm(encoder, self.folder / "classifier", of_head, pool, self.labels.names)
 
     def _results(self, rows: list[dict[str, float]], raw: float) -> dict[str, Any]:
-        """Of the last evaluation, and the best of every number; raw: accuracy of raw pixels."""
-        chance = baselines.chance(self.labels.numbers, self.val.labels)
-        measured = [row for row in rows if "val/top1" in row]
-        epoch = self.config.data.batch_size / len(self.labels.numbers)
-        last = {name.removeprefix("val/"): value for name, value in measured[-1].items() if name.startswith("val/")}
-        finest = max(measured, key=lambda row: row["val/top1"])
-        best = {name: max(row[f"val/{name}"] for row in measured) for name in last if "top" in name}
+        """Return results.json: the last evaluation, and the best value of each metric.
+
+        rows: all rows of metrics. raw: accuracy of raw pixels in per cent.
+        """
+        chance = baselines.chance(self.labels.targets, self.val.labels)
+        evaluations = [row for row in rows if "val/top1" in row]
+        epochs_per_step = self.config.data.batch_size / len(self.labels.targets)
+        last = {name.removeprefix("val/"): value for name, value in evaluations[-1].items() if name.startswith("val/")}
+        best_row = max(evaluations, key=lambda row: row["val/top1"])
+        best = {name: max(row[f"val/{name}"] for row in evaluations) for name in last if "top" in name}
         return {
             "task": "finetune",
             "encoder": self.config.encoder,
             "recipe": self.config.preset,
             "data": self.config.to_dict()["data"]["train"],
-            "classes": self.labels.count,
-            "images": {"train": len(self.labels.numbers), "val": len(self.val)},
-            **baselines.compare(self._right, self.untrained, raw, chance).results(WHAT),
-            "last": last | {"epoch": round(measured[-1]["step"] * epoch, 2)},
-            "best": best | {"epoch": round(finest["step"] * epoch, 2)},
+            "classes": self.labels.num_classes,
+            "images": {"train": len(self.labels.targets), "val": len(self.val)},
+            **baselines.compare(self._correct, self.untrained, raw, chance).results(METRIC),
+            "last": last | {"epoch": round(evaluations[-1]["step"] * epochs_per_step, 2)},
+            "best": best | {"epoch": round(best_row["step"] * epochs_per_step, 2)},
         }
 
 
-def scores(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B, C], int64 [B] -> float32 [4]: images, those whose class is the likeliest, or among the five likeliest, and
-    the sum of their cross-entropies."""
-    near = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
+def sum_metrics(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of images, of correct ones (top-1, top-5), and the sum of their cross-entropies: float32 [4].
+
+    logits [B, C], labels int64 [B].
+    """
+    is_top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     loss = F.cross_entropy(logits, labels, reduction="sum")
-    counts = [torch.tensor(float(len(labels)), device=logits.device), near[:, 0].sum(), near.sum(), loss]
-    return torch.stack([each.float() for each in counts])
+    sums = [torch.tensor(float(len(labels)), device=logits.device), is_top[:, 0].sum(), is_top.sum(), loss]
+    return torch.stack([each.float() for each in sums])

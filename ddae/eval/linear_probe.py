@@ -1,8 +1,9 @@
-"""Linear probes of a frozen encoder: heads on several blocks and both poolings, trained in one pass over the data
+"""Linear probing of a frozen encoder: heads on several blocks and both poolings, trained in one pass over the data
 (docs/evaluation.md; paper, appendix "Linear probing").
 
-The same heads learn on an untrained encoder of the same architecture beside it. A part of the training images is held
-out to choose between heads. B images, H heads of all encoders, C classes, D width.
+The same heads are trained on an untrained encoder of the same architecture. A part of the training images is held out
+to select a head. B: batch size, H: number of heads of all encoders, N: number of images, C: number of classes, D:
+encoder width.
 """
 
 import itertools
@@ -16,6 +17,7 @@ from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddae import atomic
 from ddae.config.evaluation import ProbeConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
@@ -24,10 +26,10 @@ from ddae.distributed.comm import device, is_main, mean_over_ranks, rank, sum_ov
 from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
-from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, held_out, labels_of
-from ddae.eval.features import pooled, table_of
-from ddae.eval.figures import by_block, confusion_matrix
-from ddae.eval.knn import raw_pixels
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, val_location
+from ddae.eval.features import BATCH_SIZE, map_images, pooled_features
+from ddae.eval.figures import confusion_matrix, metric_by_block
+from ddae.eval.knn import raw_pixel_accuracy
 from ddae.export.encoder import load_encoder
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
@@ -38,12 +40,38 @@ from ddae.training.run import Run
 from ddae.training.schedules import warmup_cosine
 from ddae.training.tracker import run_id_of
 
-EPS = 1e-6  # of the batch norm
-KEPT = 0.9  # of the norm's running mean and variance, a micro-batch
+BATCH_NORM_EPS = 1e-6
+BATCH_NORM_MOMENTUM = 0.1  # weight of a micro-batch in the running mean and variance
+TRUST_COEFFICIENT = 0.001  # LARS's
+IGNORED = -100  # class of the training images that are held out
+
+
+def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
+    """Train all heads to the end, resuming from the newest checkpoint; then write results and figures.
+
+    Raise SystemExit with code 75 if a signal stops the run, and UserError if the encoder or the shards cannot be read,
+    the shards have no classes, or the classes of the two splits differ.
+    """
+    stop = stop or StopSignal()
+    encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
+    config = config.resolved_for(encoder.shape.depth)
+    batch_size = config.data.batch_size
+    micro_batch = min(config.probe.micro_batch, batch_size // world_size())
+    if micro_batch == 0 or batch_size % (micro_batch * world_size()):
+        raise UserError(
+            f"data.batch_size {batch_size} is not divisible by {world_size()} ranks x probe.micro_batch {micro_batch}. "
+            "Change one of them."
+        )
+    run, size = Run(config, stop, {}, micro_batch), encoder.shape.image_size
+    loader_class = IndexLoader if config.probe.cache else Loader
+    loader = loader_class(config.data, size, config.train.seed, run.rank_batch, device())
+    val = ExampleReader(val_location(config.data.train, config.val), "val", size, open_cache(config.data))
+    task = LinearProbe(config, encoder, training_labels(loader, val), val, run.rank_batch.grad_accum_steps)
+    fit(task, run, loader)
 
 
 class Heads(nn.Module):
-    """Forward: features float32 [H, B, D] -> logits [H, B, C]."""
+    """H linear classifiers, each after a batch norm without affine parameters. Their initial weights are equal."""
 
     def __init__(self, count: int, width: int, num_classes: int, seed: int):
         super().__init__()
@@ -57,10 +85,12 @@ class Heads(nn.Module):
         self.register_buffer("var", torch.ones(count * width))
 
     def forward(self, features: Tensor) -> Tensor:
-        flat = features.transpose(0, 1).flatten(1)  # every feature of every head is normed over the batch
-        flat = F.batch_norm(flat, self.mean, self.var, training=self.training, momentum=1 - KEPT, eps=EPS)
-        normed = flat.unflatten(1, (len(self.weights), -1)).transpose(0, 1)
-        return torch.baddbmm(torch.stack(list(self.biases))[:, None], normed, torch.stack(list(self.weights)).mT)
+        """Return logits [H, B, C] of features float32 [H, B, D]."""
+        flat = features.transpose(0, 1).flatten(1)  # each feature of each head is normalised over the batch
+        momentum, eps = BATCH_NORM_MOMENTUM, BATCH_NORM_EPS
+        flat = F.batch_norm(flat, self.mean, self.var, training=self.training, momentum=momentum, eps=eps)
+        normalised = flat.unflatten(1, (len(self.weights), -1)).transpose(0, 1)
+        return torch.baddbmm(torch.stack(list(self.biases))[:, None], normalised, torch.stack(list(self.weights)).mT)
 
 
 class HeadsOptimizer:
@@ -68,15 +98,15 @@ class HeadsOptimizer:
 
     sharded = False  # every rank has all of it
 
-    def __init__(self, heads: Heads, momentum: float, weight_decay: float, accumulation: int, device: torch.device):
+    def __init__(self, heads: Heads, momentum: float, weight_decay: float, grad_accum_steps: int, device: torch.device):
         self.module, self.device = heads.to(device), device
-        self._accumulation, self._remaining = accumulation, accumulation  # micro-batches of a step
+        self._grad_accum_steps = self._remaining = grad_accum_steps  # micro-batches of a step
         self._applied = torch.ones((), device=device)
         groups = [
             {"params": list(heads.weights), "always_adapt": True},
             {"params": list(heads.biases), "always_adapt": False, "weight_decay": 0.0},
         ]
-        options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay, "trust_coeff": 0.001}
+        options: dict[str, Any] = {"momentum": momentum, "weight_decay": weight_decay, "trust_coeff": TRUST_COEFFICIENT}
         self.optimizer = Lars(groups, lr=0.0, **options)
         for parameter in heads.parameters():
             self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -95,7 +125,7 @@ class HeadsOptimizer:
         self._remaining -= 1
         if self._remaining:
             return self._applied
-        self._remaining = self._accumulation
+        self._remaining = self._grad_accum_steps
         heads, statistics = self.module, [self.module.mean, self.module.var]
         parameters = [parameter for parameter in heads.parameters() if parameter.grad is not None]
         averaged = [*(parameter.grad for parameter in parameters), *statistics]
@@ -127,77 +157,50 @@ class HeadsOptimizer:
         self._statistics = [self.module.mean.clone(), self.module.var.clone()]
 
 
-BATCH = 128  # images of an evaluation at a time
-IGNORED = -100  # the class of training images that are held out
-
-
-def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
-    """Train all heads to the end, or from the newest checkpoint on; then write results and pictures.
-
-    SystemExit with code 75 where the run is told to stop before. UserError where the encoder or the shards cannot be
-    read, shards have no classes, or those of the two splits do not fit.
-    """
-    stop = stop or StopSignal()
-    encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
-    config = config.resolved_for(encoder.shape.depth)
-    batch = config.data.batch_size
-    micro = min(config.probe.micro_batch, batch // world_size())
-    if micro == 0 or batch % (micro * world_size()):
-        raise UserError(
-            f"data.batch_size {batch} is not divisible by {world_size()} ranks x probe.micro_batch {micro}: "
-            "change one of them"
-        )
-    run, size = Run(config, stop, {}, micro), encoder.shape.image_size
-    kind = Numbers if config.probe.cache else Loader
-    loader = kind(config.data, size, config.train.seed, run.rank_batch, device())
-    val = ExampleReader(held_out(config.data.train, config.val), "val", size, open_cache(config.data))
-    task = LinearProbe(config, encoder, labels_of(loader, val), val, run.rank_batch.accumulation)
-    fit(task, run, loader)
-
-
-class Numbers(Loader):
-    """The same stream of samples without their images, where what is wanted of them is known."""
+class IndexLoader(Loader):
+    """The same sequence of samples without images, for training on cached features."""
 
     def select_backend(self, known: str | None = None) -> None:
         self.backend = "cache"
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
-        for number in itertools.count(step * self.part.accumulation):
-            epochs, samples = self.order.samples(self.part.positions(number))
+        for number in itertools.count(step * self.rank_batch.grad_accum_steps):
+            epochs, samples = self.order.samples(self.rank_batch.positions(number))
             yield Batch(torch.empty(0), self.order.seeds(epochs, samples), samples)
 
 
 class LinearProbe:
-    """What fit() trains and measures."""
+    """The task that fit() trains and evaluates."""
 
     schedule = staticmethod(warmup_cosine)
     optimizable: HeadsOptimizer
     description: str
 
-    def __init__(self, config: ProbeConfig, encoder: Encoder, labels: Labels, val: ExampleReader, accumulation: int):
+    def __init__(
+        self, config: ProbeConfig, encoder: Encoder, labels: Labels, val: ExampleReader, grad_accum_steps: int
+    ):
         self.config, self.encoder, self.labels, self.val = config, encoder.to(device()), labels, val
         self.encoders = [self.encoder]
         if config.probe.untrained:
             self.encoders.append(baselines.untrained_encoder(encoder, config.train.seed).to(device()))
         self.evaluate_every, self.parent = config.probe.evaluate_every, run_id_of(Path(config.encoder))
         self.folder = Path(config.folder)
-        layers = config.probe.layers
-        self.names = [f"block {layer} {pool}" for layer in layers for pool in ("cls", "mean")]
-        self.held = baselines.selection_part(len(labels.numbers))  # bool [N]: those that choose between heads
-        self._learnt = labels.numbers.masked_fill(self.held, IGNORED)
-        self._accumulation = accumulation
-        self._tables: dict[str, Tensor] = {}  # by split, where features are kept: float32 [N, H, D]
+        self.names = [f"block {layer} {pool}" for layer in config.probe.layers for pool in ("cls", "mean")]
+        self.is_selection = baselines.selection_mask(len(labels.targets))  # bool [N]: held out to select a head
+        self._train_targets = labels.targets.masked_fill(self.is_selection, IGNORED)
+        self._grad_accum_steps = grad_accum_steps
+        self._feature_cache: dict[str, Tensor] = {}  # by split, with probe.cache: float32 [N, H, D]
+        # Of the last evaluation: counts [H, C * C], and which validation images are correct, bool [H, N].
         self._confusion: Tensor | None = None
-        self._right: Tensor | None = None  # bool [H, N]: of the validation images
+        self._correct: Tensor | None = None
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
-        optim, width = self.config.optim, self.encoder.shape.width
+        optim, seed = self.config.optim, self.config.train.seed
         count = len(self.encoders) * len(self.names)
-        self.heads = Heads(count, width, self.labels.count, self.config.train.seed)
+        self.heads = Heads(count, self.encoder.shape.width, self.labels.num_classes, seed)
         momentum = self.config.probe.momentum
-        self.optimizable = HeadsOptimizer(self.heads, momentum, optim.weight_decay, self._accumulation, device())
-        products = "bf16" if self._autocast else "fp32"
-        self.description = f"{count} heads on features in {products}"
+        self.optimizable = HeadsOptimizer(self.heads, momentum, optim.weight_decay, self._grad_accum_steps, device())
+        self.description = f"{count} heads on features in {'bf16' if self._autocast else 'fp32'}"
         return {"heads": self.optimizable}
 
     @property
@@ -205,84 +208,87 @@ class LinearProbe:
         return self.config.engine.precision != "fp32" and device().type == "cuda"
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
-        """The sum of all heads' cross-entropies: none has a say in another's gradient."""
+        """Return the sum [] of all heads' mean cross-entropies; each head's gradient depends on its own loss alone."""
         if self.config.probe.cache:
-            features = self._kept("train")[batch.samples].to(device())
+            features = self._cached_features("train")[batch.samples].to(device())
         else:
             features = self.features(batch.images)
-        labels = self._learnt[batch.samples.cpu()].to(device())
+        targets = self._train_targets[batch.samples.cpu()].to(device())
         logits = self.heads(features.transpose(0, 1))
-        count = (labels != IGNORED).sum().clamp(min=1)
-        summed = (F.cross_entropy(each, labels, ignore_index=IGNORED, reduction="sum") for each in logits)
-        return sum(summed, torch.zeros((), device=device())) / count
+        count = (targets != IGNORED).sum().clamp(min=1)
+        losses = (F.cross_entropy(each, targets, ignore_index=IGNORED, reduction="sum") for each in logits)
+        return sum(losses, torch.zeros((), device=device())) / count
 
     def after_step(self, applied: Tensor) -> None:
-        """Nothing follows the heads."""
+        """Nothing depends on the heads' weights."""
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, S, S] -> float32 [B, H, D], one encoder after the other: the last block's under the encoder's
-        norm, earlier ones' under one without affine (BootMAE)."""
+        """Return the heads' inputs, float32 [B, H, D], of images uint8 [B, 3, S, S]; the untrained encoder's last.
+
+        The last block's tokens are normalised by the encoder's norm, earlier blocks' by a LayerNorm without affine
+        parameters (BootMAE).
+        """
         pixels = normalise(images, self.encoder.normalisation, torch.float32)
-        last, width = f"block {self.encoder.shape.depth} ", self.encoder.shape.width
-        normed = []
+        last_block, width = f"block {self.encoder.shape.depth} ", self.encoder.shape.width
+        inputs = []
         for encoder in self.encoders:
             with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=self._autocast):
-                found = pooled(encoder, pixels, self.config.probe.layers)
-            normed += [
-                found[name].float() if name.startswith(last) else F.layer_norm(found[name].float(), (width,), eps=1e-6)
-                for name in self.names
-            ]
-        return torch.stack(normed, 1)
+                pooled = pooled_features(encoder, pixels, self.config.probe.layers)
+            for name in self.names:
+                values = pooled[name].float()
+                inputs.append(values if name.startswith(last_block) else F.layer_norm(values, (width,), eps=1e-6))
+        return torch.stack(inputs, 1)
 
     @torch.no_grad()
     def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
-        """Top-1 and top-5 of every head, in per cent; names of the untrained encoder's begin with `untrained/`."""
-        count, heads = self.labels.count, len(self.heads.weights)
-        right = torch.zeros(2, heads, len(self.val), device=device())  # top-1 and top-5
-        confusion = torch.zeros(heads, count**2, device=device())
-        place = rank()
-        for logits, labels in self._logits(self._of_val(poll)):
-            near = logits.topk(min(5, count), -1).indices == labels[None, :, None]
-            places = place + torch.arange(len(labels), device=device()) * world_size()
-            right[:, :, places] = torch.stack([near[..., 0], near.any(-1)]).float()
-            place += len(labels) * world_size()
-            for counts, guesses in zip(confusion, logits.argmax(-1), strict=True):
-                counts += (labels * count + guesses).bincount(minlength=count**2)
-        right = sum_over_ranks(right).cpu()
-        self._right, self._confusion = right[0] > 0, sum_over_ranks(confusion).cpu()
-        names = [self._metric(name) for name in self._all_names()]
-        shares = 100 * right.mean(2)
+        """Return top-1 and top-5 accuracy of all heads in per cent; `untrained/` marks the untrained encoder's."""
+        num_classes, num_heads = self.labels.num_classes, len(self.heads.weights)
+        confusion = torch.zeros(num_heads, num_classes**2, device=device())
+        parts = []
+        for logits, labels in self._logits(self._val_features(poll)):
+            is_top = logits.topk(min(5, num_classes), -1).indices == labels[None, :, None]
+            parts.append(torch.stack([is_top[..., 0], is_top.any(-1)]).float())
+            for counts, predicted in zip(confusion, logits.argmax(-1), strict=True):
+                counts += (labels * num_classes + predicted).bincount(minlength=num_classes**2)
+        correct = torch.zeros(2, num_heads, len(self.val), device=device())  # top-1 and top-5
+        correct[:, :, rank() :: world_size()] = torch.cat(parts, -1)
+        correct = sum_over_ranks(correct).cpu()
+        self._correct, self._confusion = correct[0] > 0, sum_over_ranks(confusion).cpu()
         return {
-            f"val/{top}/{name}": float(share)
-            for top, values in zip(("top1", "top5"), shares, strict=True)
-            for name, share in zip(names, values, strict=True)
+            f"val/{top}/{self._metric(name)}": float(value)
+            for top, values in zip(("top1", "top5"), 100 * correct.mean(2), strict=True)
+            for name, value in zip(self._all_names(), values, strict=True)
         }
 
     @torch.no_grad()
     def select(self, poll: Callable[[], None]) -> list[str]:
-        """The head of each encoder that is best on the held-out part of the training images; all ranks call it."""
-        numbers = self.held.nonzero()[:, 0]
-        if not len(numbers):
-            return [self.names[-1]] * len(self.encoders)
-        right = torch.zeros(len(self.heads.weights), device=device())
-        data, size = self.config.data, self.encoder.shape.image_size
-        if self.config.probe.cache:
-            mine = numbers[rank() :: world_size()]
-            features, labels = self._kept("train")[mine].to(device()), self.labels.numbers[mine].to(device())
-            parts = zip(features.split(BATCH), labels.split(BATCH), strict=True)
-        else:
-            reader = ExampleReader(data.train, "train", size, open_cache(data), samples=numbers)
-            parts = self._of(reader, poll)
-        for logits, labels in self._logits(parts):
-            right += (logits.argmax(-1) == labels).sum(1)
-        right = sum_over_ranks(right).view(len(self.encoders), -1)
-        return [self.names[best] for best in right.argmax(1).tolist()]
+        """Return the most accurate head of each encoder on the held-out training images. All ranks call it.
 
-    def _logits(self, parts: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        Without held-out images (fewer than ten training images) return the last head.
+        """
+        indices = self.is_selection.nonzero()[:, 0]
+        if not len(indices):
+            return [self.names[-1]] * len(self.encoders)
+        correct = torch.zeros(len(self.heads.weights), device=device())
+        if self.config.probe.cache:
+            share = indices[rank() :: world_size()]
+            features, labels = (
+                self._cached_features("train")[share].to(device()),
+                self.labels.targets[share].to(device()),
+            )
+            batches: Iterable = zip(features.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+        else:
+            batches = self._rank_features(self._train_reader(indices), poll)
+        for logits, labels in self._logits(batches):
+            correct += (logits.argmax(-1) == labels).sum(1)
+        by_encoder = sum_over_ranks(correct).view(len(self.encoders), -1)
+        return [self.names[best] for best in by_encoder.argmax(1).tolist()]
+
+    def _logits(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits [H, B, C] and classes for each (features [B, H, D], classes), with the heads in eval mode."""
         self.heads.eval()
-        for features, labels in parts:
+        for features, labels in batches:
             yield self.heads(features.transpose(0, 1)), labels
         self.heads.train()
 
@@ -292,85 +298,94 @@ class LinearProbe:
 
     @staticmethod
     def _metric(name: str) -> str:
+        """Return a head's name within a metric."""
         return name.replace(" ", "_")
 
     def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
-        if self._confusion is None:  # evaluated by an earlier start
+        if self._confusion is None:  # the last evaluation was made by an earlier start
             self.evaluate(heartbeat)
-        chosen = self.select(heartbeat)
-        where = held_out(self.config.data.train, self.config.val)
-        raw = raw_pixels(self.config.data, where, self.encoder.shape.image_size, heartbeat)
+        selected = self.select(heartbeat)
+        source = val_location(self.config.data.train, self.config.val)
+        raw = raw_pixel_accuracy(self.config.data, source, self.encoder.shape.image_size, heartbeat)
         if not is_main():
             return []
         assert self._confusion is not None
         rows = run.rows()
-        results = self._results([row for row in rows if any(name.startswith("val/") for name in row)], chosen, raw)
-        (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        last = next(row for row in reversed(rows) if any(name.startswith("val/") for name in row))
+        results = self._results(last, selected, raw)
+        atomic.write_json(self.folder / "results.json", results)
         if not self.config.train.report:
             return []
-        tops = [f"val/top1/{self._metric(name)}" for name in self.names]
-        top_1 = "validation top-1 in %"
-        best = self._confusion[self.names.index(results["best"])].view(self.labels.count, -1)
-        drawn = {
-            "curves": curves(
-                *(rows, {"sum of the heads' losses": ["loss/total"], top_1: tops}, ""),
-                {top_1: baselines.lines(results)},
-            ),
-            "blocks": by_block(
-                {name: row["top1"] for name, row in results["heads"].items()}, "top-1 in %", baselines.lines(results)
-            ),
-            "confusion": confusion_matrix(best, self.labels.names),
+        accuracies, title = [f"val/top1/{self._metric(name)}" for name in self.names], "validation top-1 in %"
+        confusion = self._confusion[self.names.index(results["best"])].view(self.labels.num_classes, -1)
+        lines, panels = baselines.by_label(results), {"sum of the heads' losses": ["loss/total"], title: accuracies}
+        top1 = {name: row["top1"] for name, row in results["heads"].items()}
+        figures = {
+            "curves": curves(rows, panels, "", {title: lines}),
+            "blocks": metric_by_block(top1, "top-1 in %", lines),
+            "confusion": confusion_matrix(confusion, self.labels.names),
         }
-        return report.add_evaluation(self.folder, drawn)
+        return report.add_evaluation(self.folder, figures)
 
     def summary(self) -> str:
-        """The results in words."""
+        """Return the results as text."""
         results = json.loads((self.folder / "results.json").read_text())
-        lines = [baselines.first_line(results), f"{'features':18}{'top-1':>8}{'top-5':>8}"]
+        lines = [baselines.verdict_of(results), f"{'features':18}{'top-1':>8}{'top-5':>8}"]
         for name, row in results["heads"].items():
-            mark = "  <-- chosen on a part of train" if name == results["best"] else ""
+            mark = "  <-- selected on a part of train" if name == results["best"] else ""
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")
         return "\n".join(lines)
 
-    def _kept(self, split: str, poll: Callable[[], None] = lambda: None) -> Tensor:
-        """The features of a split, each image read once by one of the ranks."""
-        if split not in self._tables:
-            reader = self.val
-            if split == "train":
-                data, size = self.config.data, self.encoder.shape.image_size
-                reader = ExampleReader(data.train, "train", size, open_cache(data))
-            made = table_of(reader, self.config.data.workers, lambda images: {"": self.features(images)}, poll)
-            self._tables[split] = made[""]
-        return self._tables[split]
+    def _train_reader(self, samples: Tensor | None = None) -> ExampleReader:
+        """Return a reader of all training images, or of these, int64 [N], without augmentation."""
+        data, size = self.config.data, self.encoder.shape.image_size
+        return ExampleReader(data.train, "train", size, open_cache(data), samples=samples)
 
-    def _of_val(self, poll: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """This rank's share of the validation images: features [B, H, D] and classes int64 [B]."""
-        if self.config.probe.cache:
-            mine = self._kept("val", poll)[rank() :: world_size()]
-            labels = self.val.labels[rank() :: world_size()]
-            yield from zip(mine.to(device()).split(BATCH), labels.to(device()).split(BATCH), strict=True)
+    def _cached_features(self, split: str, poll: Callable[[], None] = lambda: None) -> Tensor:
+        """Return the features of a whole split, float32 [N, H, D] on the CPU, computed at the first call."""
+        if split not in self._feature_cache:
+            reader = self.val if split == "val" else self._train_reader()
+            results = map_images(reader, self.config.data.workers, lambda images: {"": self.features(images)}, poll)
+            self._feature_cache[split] = results[""]
+        return self._feature_cache[split]
+
+    def _val_features(self, poll: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's validation samples: features [B, H, D] and classes int64 [B]."""
+        if not self.config.probe.cache:
+            yield from self._rank_features(self.val, poll)
             return
-        yield from self._of(self.val, poll)
+        features = self._cached_features("val", poll)[rank() :: world_size()].to(device())
+        labels = self.val.labels[rank() :: world_size()].to(device())
+        yield from zip(features.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
 
-    def _of(self, reader: ExampleReader, poll: Callable[[], None]) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """This rank's share of a reader's images: features [B, H, D] and classes int64 [B]."""
-        for examples in batches_of_rank(reader, BATCH, self.config.data.workers, device()):
+    def _rank_features(self, reader: ExampleReader, poll: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield this rank's samples of a reader without padding: features [B, H, D] and classes int64 [B]."""
+        for batch in batches_of_rank(reader, BATCH_SIZE, self.config.data.workers, device()):
             poll()
-            counted = examples.labels >= 0
-            yield self.features(examples.images)[counted], examples.labels[counted]
+            valid = batch.labels >= 0
+            yield self.features(batch.images)[valid], batch.labels[valid]
 
-    def _results(self, measured: list[dict[str, float]], chosen: list[str], raw: float) -> dict[str, Any]:
-        """Return results.json. chosen: the name of one head per encoder; raw: accuracy of raw pixels in per cent."""
-        last, best, names = measured[-1], chosen[0], self._all_names()
+    def _results(self, last: dict[str, float], selected: list[str], raw: float) -> dict[str, Any]:
+        """Return results.json.
+
+        last: metrics of the last evaluation. selected: one head per encoder. raw: accuracy of raw pixels in per cent.
+        """
+        names = self._all_names()
         heads = {
             name: {top: last[f"val/{top}/{self._metric(name)}"] for top in ("top1", "top5")} for name in self.names
         }
-        assert self._right is not None
-        untrained = self._right[names.index(f"untrained/{chosen[1]}")] if len(chosen) > 1 else None
-        chance = baselines.chance(self.labels.numbers, self.val.labels)
-        compared = baselines.compare(self._right[names.index(best)], untrained, raw, chance)
-        about = {"encoder": self.config.encoder, "recipe": self.config.preset}
-        about["data"] = self.config.to_dict()["data"]["train"]
-        images = {"train": len(self.labels.numbers), "val": len(self.val)}
-        found = {**compared.results("linear probe top-1"), "best": best, "heads": heads}
-        return {"task": "linear_probe", **about, "classes": self.labels.count, "images": images, **found}
+        assert self._correct is not None
+        untrained = self._correct[names.index(f"untrained/{selected[1]}")] if len(selected) > 1 else None
+        chance = baselines.chance(self.labels.targets, self.val.labels)
+        comparison = baselines.compare(self._correct[names.index(selected[0])], untrained, raw, chance)
+        return {
+            "task": "linear_probe",
+            "encoder": self.config.encoder,
+            "recipe": self.config.preset,
+            "data": self.config.to_dict()["data"]["train"],
+            "classes": self.labels.num_classes,
+            "images": {"train": len(self.labels.targets), "val": len(self.val)},
+            **comparison.results("linear probe top-1"),
+            "best": selected[0],
+            "heads": heads,
+        }

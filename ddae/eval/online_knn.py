@@ -1,8 +1,6 @@
-"""What an encoder knows while it is pretrained: k-NN on a held-out split, and its features' health without labels.
+"""Online evaluation during pretraining: k-NN accuracy on the validation split, effective rank and std of features.
 
-The first measurement comes before the first step: the encoder untrained, which later ones are compared with.
-
-D width.
+The first measurement is made before the first step, on the untrained encoder, as the baseline of later ones.
 """
 
 from collections.abc import Callable
@@ -15,35 +13,46 @@ from ddae.distributed.comm import is_main
 from ddae.distributed.engine import Engine
 from ddae.errors import UserError
 from ddae.eval import baselines
-from ddae.eval.dataset import ExampleReader, held_out
-from ddae.eval.features import RAW, effective_rank, pooled, quarters, spread, table_of
+from ddae.eval.dataset import ExampleReader, val_location
+from ddae.eval.features import (
+    RAW_PIXELS,
+    effective_rank,
+    feature_std,
+    map_images,
+    pooled_features,
+    quarter_blocks,
+)
 from ddae.eval.knn import accuracy, vote
 from ddae.models.patches import normalise
 
-MOST = {"train": 20_000, "val": 5_000}  # images of each split, evenly over it
+MAX_IMAGES = {"train": 20_000, "val": 5_000}  # of each split, spread evenly over it
 K = 20
 
 
 class OnlineProbe:
-    """Measures an encoder on the splits train and val of data.train's folder; all ranks share the work."""
+    """Evaluates an encoder on the splits train and val in the folder data.train; all ranks share the images."""
 
     def __init__(self, config: DataConfig, image_size: int):
-        """UserError where there is no split val."""
+        """Raise UserError if there is no split val."""
         try:
-            where = held_out(config.train)
-            cache = open_cache(config)
-            self.readers = {s: ExampleReader(where, s, image_size, cache, labelled=False, most=MOST[s]) for s in MOST}
+            source, cache = val_location(config.train), open_cache(config)
+            self.readers = {
+                split: ExampleReader(source, split, image_size, cache, labelled=False, max_images=max_images)
+                for split, max_images in MAX_IMAGES.items()
+            }
         except UserError as error:
-            raise UserError(f"--probe_every wants a split to hold out: {error}") from None
+            raise UserError(f"--probe_every needs a validation split: {error}") from None
         self._workers, self._normalisation = config.workers, config.normalisation
-        self._first = True  # raw pixels are measured once per start, on all ranks
-        self._fixed: dict[str, float] = {}  # what no step changes: on the main rank
+        self._first = True  # whether to measure raw pixels, too: once per start, on all ranks
+        self._constant: dict[str, float] = {}  # metrics that do not depend on the encoder; on rank 0
 
     def measure(self, engine: Engine, poll: Callable[[], None]) -> dict[str, float]:
-        """Of each quarter's block: `knn/tap_12/cls` and `knn/tap_12/mean`, the accuracy in per cent, where there are
-        labels, beside `knn/raw_pixels` and `knn/chance`; `features/effective_rank/tap_12` and `features/std/tap_12` of the mean of
-        the patches."""
-        found = {split: self._features(engine, split, poll) for split in self.readers}
+        """Return metrics of the last block of each quarter, such as block 12; empty on ranks other than 0.
+
+        `features/effective_rank/tap_12` and `features/std/tap_12` of the mean of the patches. With labels also the
+        accuracies in per cent `knn/tap_12/cls`, `knn/tap_12/mean`, `knn/raw_pixels` and `knn/chance`.
+        """
+        features = {split: self._features(engine, split, poll) for split in self.readers}
         self._first = False
         if not is_main():
             return {}
@@ -53,31 +62,29 @@ class OnlineProbe:
         def knn(bank: Tensor, queries: Tensor) -> float:
             return accuracy(vote(bank, labels["train"], queries, min(K, len(bank))).votes, labels["val"])
 
-        raw = {split: features.pop(RAW, None) for split, features in found.items()}
+        raw = {split: by_name.pop(RAW_PIXELS, None) for split, by_name in features.items()}
         if labelled and raw["train"] is not None and raw["val"] is not None:
             mean = raw["train"].mean(0)
-            self._fixed["knn/raw_pixels"] = knn(raw["train"] - mean, raw["val"] - mean)
-            self._fixed["knn/chance"] = baselines.chance(labels["train"], labels["val"])
-        for name, queries in found["val"].items():
+            self._constant["knn/raw_pixels"] = knn(raw["train"] - mean, raw["val"] - mean)
+            self._constant["knn/chance"] = baselines.chance(labels["train"], labels["val"])
+        for name, queries in features["val"].items():
             _, layer, pool = name.split()
             tap = tap_name(int(layer))
             if labelled:
-                row[f"knn/{tap}/{pool}"] = knn(found["train"][name], queries)
+                row[f"knn/{tap}/{pool}"] = knn(features["train"][name], queries)
             if pool == "mean":
-                row |= {
-                    f"features/effective_rank/{tap}": effective_rank(queries),
-                    f"features/std/{tap}": spread(queries),
-                }
-        return row | self._fixed
+                row[f"features/effective_rank/{tap}"] = effective_rank(queries)
+                row[f"features/std/{tap}"] = feature_std(queries)
+        return row | self._constant
 
     def _features(self, engine: Engine, split: str, poll: Callable[[], None]) -> dict[str, Tensor]:
-        """Features of a split by name, whole, on the CPU; raw pixels among them in the first measurement of a start."""
+        """Return all features of a split by name, float32 [N, D] on the CPU; at the first call also raw pixels."""
         encoder = engine.module.encoder
-        layers = quarters(encoder.shape.depth)
+        layers = quarter_blocks(encoder.shape.depth)
 
-        def make(images: Tensor) -> dict[str, Tensor]:
+        def compute(images: Tensor) -> dict[str, Tensor]:
             with engine.autocast():
-                found = pooled(encoder, normalise(images, self._normalisation, engine.dtype), layers)
-            return found | ({RAW: baselines.pixel_features(images)} if self._first else {})
+                features = pooled_features(encoder, normalise(images, self._normalisation, engine.dtype), layers)
+            return features | ({RAW_PIXELS: baselines.pixel_features(images)} if self._first else {})
 
-        return table_of(self.readers[split], self._workers, make, poll)
+        return map_images(self.readers[split], self._workers, compute, poll)

@@ -1,4 +1,4 @@
-"""What a fine-tuned classifier takes somebody's pictures for, and where a segmenter sees what."""
+"""Predictions for image files: classes by a fine-tuned classifier, class maps by a segmenter."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,80 +10,82 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_model_data_config
 
 from ddae.distributed.comm import device
-from ddae.errors import UserError
-from ddae.eval.figures import captioned, painted, palette
-from ddae.eval.segmentation_data import fitting, resized
-from ddae.eval.upernet import classify, load_segmenter
+from ddae.errors import UserError, one_line
+from ddae.eval.figures import add_legend, blend_classes, class_colours
+from ddae.eval.segmentation_data import resize_image, resized_shape
+from ddae.eval.upernet import load_segmenter, predict_classes
 from ddae.models.patches import normalise
 
-BEST = 5
+TOP_K = 5  # classes returned for an image
 
 
-class Guess(NamedTuple):
-    """A class and its probability, or its share of a picture."""
+class Prediction(NamedTuple):
+    """A class with its probability (classifier) or its share of the pixels (segmenter)."""
 
     name: str
     share: float
 
 
-def predict(folder: Path, photos: list[Path]) -> dict[Path, list[Guess]]:
-    """The likeliest classes of each photograph, by the classifier of a fine-tuning's folder.
+def classify_images(folder: Path, photos: list[Path]) -> dict[Path, list[Prediction]]:
+    """Return the TOP_K most likely classes of each image file.
 
-    UserError where there is no classifier, or a file is no picture.
+    folder: of a fine-tuning run, or its classifier/. Raise UserError if it contains no classifier, or if a file is not
+    an image.
     """
     classifier = folder / "classifier" if (folder / "classifier").is_dir() else folder
     if not (classifier / "model.safetensors").exists():
-        raise UserError(f"{folder} holds no classifier: name the folder of a finished fine-tuning, runs/NAME/finetune")
+        raise UserError(f"{folder} contains no classifier; expected a finished fine-tuning run, runs/NAME/finetune.")
     model: Any = timm.create_model(f"local-dir:{classifier}", pretrained=True).eval()
     names = model.pretrained_cfg["label_names"]
     transform: Any = create_transform(**resolve_model_data_config(model))
-    guesses = {}
+    predictions = {}
     for photo in photos:
-        pixels = transform(opened(photo))
+        pixels = transform(load_rgb(photo))
         with torch.inference_mode():
-            shares = model(pixels[None]).softmax(1)[0]
-        guesses[photo] = most(shares, names)
-    return guesses
+            probabilities = model(pixels[None]).softmax(1)[0]
+        predictions[photo] = top_classes(probabilities, names)
+    return predictions
 
 
-def segment(folder: Path, photos: list[Path], out: Path) -> dict[Path, list[Guess]]:
-    """The classes that cover most of each photograph, by the segmenter of a segmentation's folder; a picture with the
-    classes' colours over it goes to `out`: of photo.jpg photo_classes.png.
+def segment_images(folder: Path, photos: list[Path], out: Path) -> dict[Path, list[Prediction]]:
+    """Return the TOP_K classes with most pixels of each image file, and write photo_classes.png for photo.jpg to `out`.
 
-    UserError where there is no segmenter, a file is no picture, or two of them would be written to one place.
+    folder: of a segmentation run, or its segmenter/. Raise UserError if it contains no segmenter, if a file is not an
+    image, or if two files have the same output path.
     """
-    where = folder / "segmenter" if (folder / "segmenter").is_dir() else folder
-    segmenter, stride, names = load_segmenter(where)
+    segmenter, stride, names = load_segmenter(folder / "segmenter" if (folder / "segmenter").is_dir() else folder)
     segmenter.to(device())
-    places = [out / f"{photo.stem}_classes.png" for photo in photos]
-    if len({*places, *photos}) < len(places) + len(photos):
-        raise UserError(f"two of the pictures would have one place in {out}: name them one after the other")
-    colours, guesses = palette(len(names)), {}
-    for photo, place in zip(photos, places, strict=True):
-        image = np.asarray(opened(photo))
-        planes = resized(image.transpose(2, 0, 1), *fitting(image.shape[:2], segmenter.encoder.shape.image_size))
-        pixels = normalise(torch.from_numpy(planes).to(device()), segmenter.encoder.normalisation, torch.float32)
-        labels = classify(segmenter, pixels, stride, image.shape[:2]).cpu()
-        out.mkdir(parents=True, exist_ok=True)
+    outputs = [out / f"{photo.stem}_classes.png" for photo in photos]
+    if len({*outputs, *photos}) < len(outputs) + len(photos):
+        raise UserError(
+            f"two images have the same output file in {out}; expected different names. Run them one by one."
+        )
+    colours, predictions = class_colours(len(names)), {}
+    for photo, output in zip(photos, outputs, strict=True):
+        image = np.asarray(load_rgb(photo))
+        shape = resized_shape(image.shape[:2], segmenter.encoder.shape.image_size)
+        resized = torch.from_numpy(resize_image(image.transpose(2, 0, 1), *shape)).to(device())
+        pixels = normalise(resized, segmenter.encoder.normalisation, torch.float32)
+        labels = predict_classes(segmenter, pixels, stride, image.shape[:2]).cpu()
         shares = labels.flatten().bincount(minlength=len(names)) / labels.numel()
-        guesses[photo] = seen = [guess for guess in most(shares, names) if guess.share]
-        words = [f"{guess.name} {guess.share:.0%}" for guess in seen]
-        shown = [colours[names.index(guess.name)].tolist() for guess in seen]
-        captioned(painted(image, labels.numpy(), colours), words, shown).save(place)
-    return guesses
+        predictions[photo] = top = [each for each in top_classes(shares, names) if each.share]
+        out.mkdir(parents=True, exist_ok=True)
+        legend = [f"{each.name} {each.share:.0%}" for each in top]
+        legend_colours = [colours[names.index(each.name)].tolist() for each in top]
+        add_legend(blend_classes(image, labels.numpy(), colours), legend, legend_colours).save(output)
+    return predictions
 
 
-def opened(photo: Path) -> Image.Image:
-    """A picture in RGB, turned as its EXIF says; UserError where the file is none."""
+def load_rgb(photo: Path) -> Image.Image:
+    """Load an image file as RGB in its EXIF orientation. Raise UserError if the file is not an image."""
     try:
         with Image.open(photo) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{photo} cannot be read as a picture ({error})") from None
+        raise UserError(f"{photo} cannot be read as an image: {one_line(error)}.") from None
 
 
-def most(shares: torch.Tensor, names: list[str]) -> list[Guess]:
-    """The largest of float [C], by name."""
-    found = shares.topk(min(BEST, len(names)))
-    both = zip(found.indices.tolist(), found.values.tolist(), strict=True)
-    return [Guess(names[number], share) for number, share in both]
+def top_classes(shares: torch.Tensor, names: list[str]) -> list[Prediction]:
+    """Return the TOP_K classes with the largest values of float [C], largest first."""
+    top = shares.topk(min(TOP_K, len(names)))
+    return [Prediction(names[i], share) for i, share in zip(top.indices.tolist(), top.values.tolist(), strict=True)]

@@ -1,12 +1,13 @@
-"""The README.md of an exported encoder: what it is, what it was trained on and how, what it knows, how to use it."""
+"""Model card: the README.md of an exported encoder, with its architecture, training, evaluations and usage."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddae.models.patches import NORMALISATIONS
 
-USE = {
+USAGE = {
     "ddae": """import ddae
 
 encoder = ddae.load_encoder("{folder}")
@@ -19,20 +20,21 @@ tokens = encoder.forward_features(images)  # [B, 3, {size}, {size}] normalised -
 
 
 def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: str, source: Path) -> None:
-    """Write README.md into an export. shape: as ModelConfig has it; source: the run that the encoder is of, or a file.
+    """Write README.md into an export.
 
-    Evaluations that lie in the run's folder are listed; what a run does not say is left out.
+    form: a key of encoder.WRITERS; shape: a ModelConfig as a dict; source: the run folder or file that the encoder was
+    loaded from. The card lists the evaluations in the run folder; facts that the run did not record are left out.
     """
     mean, std = NORMALISATIONS[normalisation]
     size, width = shape["image_size"], shape["width"]
     rows = {
         "architecture": f"Vision Transformer, {shape['depth']} blocks of width {width}, {shape['heads']} heads",
-        "input": f"{size} x {size} pixels in patches of {shape['patch_size']}",
+        "input": f"{size} x {size} pixels in patches of {shape['patch_size']} x {shape['patch_size']}",
         "normalisation": f"{normalisation}: mean {mean}, std {std}, of pixels in [0, 1]",
     }
-    config, environment = _read(source / "config.json"), _read(source / "environment.json")
+    config, environment = _read_json(source / "config.json"), _read_json(source / "environment.json")
     if "train" in config:
-        last = _last_row(source / "metrics.jsonl")
+        last = _last_training_row(source / "metrics.jsonl")
         branches = [name for name in ("pixel", "feature", "token") if config.get(name, {}).get("enabled")]
         rows |= {
             "pretraining": f"{config['preset']}: {' and '.join(branches)} branch, {config['mask']['kind']} masks of "
@@ -43,39 +45,39 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     else:
         rows["source"] = str(source)
     if environment:
-        changed = ", with changes" if environment.get("dirty") else ""
+        changed = ", with uncommitted changes" if environment.get("dirty") else ""
         versions = {name: version for name, version in environment["versions"].items() if version}
-        rows["code"] = f"commit {environment['commit']}{changed}" if environment.get("commit") else "of no commit"
+        rows["code"] = f"commit {environment['commit']}{changed}" if environment.get("commit") else "unknown commit"
         rows["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines = ["# " + (config.get("preset") or source.stem), "", "Label-free pretrained encoder, written by ddae.", ""]
     lines += _table(("", ""), rows.items())
-    if found := _evaluations(source):
-        head = ("evaluation", "of", "result", "untrained weights", "raw pixels", "chance")
-        lines += ["", "## Evaluation", "", *_table(head, found)]
-    use = USE.get(form, USE["ddae"]).format(folder=folder.name, size=size, width=width)
-    lines += ["", "## Use", "", "```python", use, "```", ""]
+    if evaluations := _evaluations(source):
+        head = ("task", "metric", "result", "untrained weights", "raw pixels", "chance")
+        lines += ["", "## Evaluation", "", *_table(head, evaluations)]
+    usage = USAGE.get(form, USAGE["ddae"]).format(folder=folder.name, size=size, width=width)
+    lines += ["", "## Usage", "", "```python", usage, "```", ""]
     (folder / "README.md").write_text("\n".join(lines))
 
 
 def _evaluations(run: Path) -> list[tuple[str, ...]]:
-    """Task, of what the number is, the number and its baselines, of each evaluation that is finished."""
+    """Return task, metric, result and its baselines of each finished evaluation in a run folder."""
     rows = []
     for file in sorted(run.glob("*/results.json")):
-        results = _read(file)
+        results = _read_json(file)
         task = results.get("task", file.parent.name)
         if task == "segment":
             chance = results.get("chance", {}).get("miou")
             rows += [
-                (task, f"{when} epoch, mIoU", _percent(results[when]["miou"]), "not measured", "", _percent(chance))
-                for when in ("last", "best")
+                (task, f"{epoch} epoch, mIoU", _percent(results[epoch]["miou"]), "not measured", "", _percent(chance))
+                for epoch in ("last", "best")
             ]
         elif results.get("accuracy") is not None:
-            of = results["best"] if isinstance(results.get("best"), str) else "last epoch"
+            evaluated = results["best"] if isinstance(results.get("best"), str) else "last epoch"
             value = _percent(results["accuracy"])
             if results.get("gain") is not None:
                 value += f" ({results['gain']:+.1f} ± {results['standard_error']:.1f})"
-            others = [_percent(results.get(name)) for name in ("untrained", "raw_pixels", "chance")]
-            rows.append((task, f"{of}, top-1", value, *others))
+            baselines = [_percent(results.get(name)) for name in ("untrained", "raw_pixels", "chance")]
+            rows.append((task, f"{evaluated}, top-1", value, *baselines))
     return rows
 
 
@@ -83,19 +85,22 @@ def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f} %"
 
 
-def _table(head: tuple[str, ...], rows: Any) -> list[str]:
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, {} if it cannot be read."""
     try:
-        found = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
-def _last_row(file: Path) -> dict[str, float]:
+def _last_training_row(file: Path) -> dict[str, float]:
+    """Return the last row of a metrics.jsonl that has an epoch, i.e. of a training step."""
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return next((row for row in reversed(rows) if "epoch" in row), {"step": 0, "epoch": 0.0})

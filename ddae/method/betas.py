@@ -1,12 +1,12 @@
-"""The learnable exponents of the distances, one a tap (paper Eq. 2), with their optimizer and their regulariser.
+"""Betas: the learnable exponents of the distances, one per tap (paper Eq. 2), with their optimizer and regulariser.
 
-They stand outside the DeepSpeed engine: bf16 would round them and a clipping of the encoder's gradients would clip
-them. Their gradient has three parts, of the global batch each (B images, K betas, M masked patches):
+They are kept outside the DeepSpeed engine, so that they are neither rounded to bf16 nor clipped with the encoder's
+gradients. Their gradient is the sum of three terms, each over the global batch (B images, K betas, M masked patches):
 
-    the loss's                  by autograd, summed over accumulation; averaged over ranks here
-    weight_norm_coef * sum_k R_k     R_k = sqrt(norm_batch * mean_b sum_i w_kbi^2), the norm of Eq. 6; its mean runs over
-                                all images of the step, so S_k = R_k^2 / norm_batch is averaged before the root
-    beta_l2 / 2 * beta^2     keeps beta from running away (METHOD.md, "What holds beta")
+    of the loss                     by autograd, summed over micro-batches, averaged over ranks
+    weight_norm_coef * sum_k R_k    R_k = sqrt(norm_batch * mean_b sum_i w_kbi^2), the norm of Eq. 6; the mean is over
+                                    all images of the step, so R_k^2 / norm_batch is averaged before the root is taken
+    beta_l2 / 2 * beta^2            keeps the betas bounded (METHOD.md, "What keeps beta bounded")
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 
 import ddae_kernels as dk
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from ddae.config.pretrain import DynamicConfig
@@ -24,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Betas:
-    """One fp32 tensor [K], its AdamW, and what a step has gathered for its gradient."""
+    """The betas, fp32 [K], with their AdamW optimizer and the sums from which a step's gradient is computed."""
 
     def __init__(self, names: list[str], config: DynamicConfig, adam_betas: tuple[float, float], device: torch.device):
         self.names = names
@@ -33,30 +34,30 @@ class Betas:
         self.values = start.requires_grad_()
         self.optimizer = torch.optim.AdamW([self.values], lr=0.0, betas=adam_betas, weight_decay=0.0, fused=True)
         self.gradient = torch.zeros_like(start)  # of the last step
-        self.last_values = start.detach().clone()  # with which the last step was computed
+        self.last_values = start.detach().clone()  # values that the last step used
         self.regulariser = torch.zeros((), device=device)  # of the last step, for the log
         self._squares, self._slopes = torch.zeros_like(start), torch.zeros_like(start)
         self._micro_batches = 0
         self._warned = False
 
-    def used(self) -> Tensor:
-        """The betas as the loss uses them, held in the clamp's range; differentiable."""
+    def clamped(self) -> Float[Tensor, " K"]:
+        """Return the betas clamped to dynamic.clamp, as the loss uses them; differentiable."""
         return self.values.clamp(*self.config.clamp)
 
-    def add_norm(self, distance: Tensor) -> None:
-        """Add one micro-batch's share of the norm and of its slope: distance [B, M]."""
+    def accumulate_norm(self, distance: Float[Tensor, "B M"]) -> None:
+        """Add a micro-batch's squared norm of the weights and its slope to the step's sums."""
         if self.names:
-            mean_square = dk.weight_norm(distance, self.used()).square()
+            mean_square = dk.weight_norm(distance, self.clamped()).square()
             (slope,) = torch.autograd.grad(mean_square.sum(), self.values)
             self._squares += mean_square.detach()
             self._slopes += slope
         self._micro_batches += 1
 
-    def step(self, lr: float, applied: Tensor) -> None:
-        """Complete the gradient over accumulation and ranks, and follow it where the engine took its step too (applied,
-        [], is 1 and not 0).
+    def step(self, lr: float, applied: Float[Tensor, ""]) -> None:
+        """Complete the gradient over micro-batches and ranks, and update the betas. lr: the encoder's learning rate.
 
-        The loss's own part is in values.grad: summed over the micro-batches, each of which is a share of the step.
+        applied: 1, or 0 to skip the update because the engine skipped its step. values.grad holds the loss's gradient,
+        summed over the micro-batches, each of which is a share of the step's loss.
         """
         self.last_values = self.values.detach().clone()
         if self.names:
@@ -94,6 +95,6 @@ class Betas:
         with torch.no_grad():
             self.values.copy_(state["values"])
         saved = copy.deepcopy(state["optimizer"])
-        for group in saved["param_groups"]:  # the implementation of AdamW is not state
+        for group in saved["param_groups"]:  # the AdamW implementation is not part of the state
             group |= {"fused": True, "foreach": None}
         self.optimizer.load_state_dict(saved)

@@ -1,9 +1,9 @@
-"""The method as a competent engineer writes it first, one line of the paper after the other, for MAE and its kin and
-for DDAE without options: what the training step is measured against, and what its losses and gradients must equal.
+"""Naive reference implementation of MAE, its variants and DDAE without options, a direct transcription of the paper.
 
-Frozen. Nothing here is made faster, and nothing is taken from the code that is. Parameters have that code's names.
+Tests compare the training step's losses and gradients with it; benchmarks use it as the baseline. Frozen: it is not
+optimised, and shares no code with the optimised implementation, except for the parameter names.
 
-Shape letters: B images, N patches, V visible, M masked, D width, P numbers of a patch.
+Shape letters: B images, N patches, V visible patches, M masked patches, D width, P values of a patch.
 """
 
 from collections.abc import Iterable
@@ -48,7 +48,7 @@ class NaiveEncoder(nn.Module):
         self.norm = norm(model.width)
 
     def forward(self, pixels: Tensor, visible: Tensor | None = None) -> list[Tensor]:
-        """[B, 3, H, W] -> the tokens after each block."""
+        """Return the tokens after each block: [B, 3, H, W] -> [B, 1 + V, D], or [B, 1 + N, D] without `visible`."""
         tokens = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
         tokens = tokens + self.pos_embed[:, 1:].to(tokens.dtype)
         if visible is not None:
@@ -75,7 +75,7 @@ class NaiveDecoder(nn.Module):
         self.head = nn.Linear(width, out_width)
 
     def forward(self, tokens: Tensor, restore: Tensor) -> Tensor:
-        """[B, 1 + V, D], int64 [B, N] -> [B, N, P]."""
+        """Predict all patches: tokens [B, 1 + V, D], restoring permutation int64 [B, N] -> [B, N, P]."""
         tokens = self.embed(tokens)
         mask_tokens = self.mask_token.expand(len(tokens), restore.shape[1] + 1 - tokens.shape[1], -1)
         patches = gather(torch.cat([tokens[:, 1:], mask_tokens], dim=1), restore)
@@ -92,8 +92,8 @@ class NaiveBranch(nn.Module):
 
 
 class NaiveMethod(nn.Module):
-    """forward(images uint8 [B, 3, H, W], visible [B, V], masked [B, M], distance [B, M], betas, the teacher's tokens
-    after each block, the feature branch's weight) -> loss []."""
+    """Return the loss []: forward(images uint8 [B, 3, H, W], visible [B, V], masked [B, M], distance [B, M], betas,
+    teacher's tokens after each block, weight of the feature branch)."""
 
     def __init__(self, config: PretrainConfig):
         super().__init__()
@@ -156,7 +156,7 @@ def to_pixels(images: Tensor, normalisation: str) -> Tensor:
 
 
 def pixel_target(pixels: Tensor, patch: int, normalised: str) -> Tensor:
-    """[B, 3, H, W] -> [B, N, P]."""
+    """Return the normalised patches: [B, 3, H, W] -> [B, N, P]."""
     batch, _, height, width = pixels.shape
     patches = pixels.reshape(batch, 3, height // patch, patch, width // patch, patch)
     patches = patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch, 3)
@@ -171,7 +171,7 @@ def pixel_target(pixels: Tensor, patch: int, normalised: str) -> Tensor:
 
 @torch.no_grad()
 def ema_update(teacher: nn.Module, student: Iterable[tuple[str, Tensor]], momentum: float) -> None:
-    """teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter."""
+    """Update every parameter: teacher <- momentum * teacher + (1 - momentum) * student."""
     averages = dict(teacher.named_parameters())
     for name, values in student:
         averages[name].mul_(momentum).add_(values.float(), alpha=1 - momentum)

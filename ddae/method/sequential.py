@@ -1,50 +1,51 @@
-"""A loss of several parts, each forward and backward before the next one begins: what a part keeps for its backward
-pass is gone by then, so that the largest part alone decides on the memory.
+"""Sequential forward and backward of the parts of a loss: each part's activations are freed before the next one runs,
+so that peak memory is that of the largest part.
 
-For autograd it is one operation, whose gradients are ready when it has run. Parameters get theirs in the backward pass,
-once, as from any other: DeepSpeed's hooks notice nothing.
+For autograd it is one operation, which computes its gradients in the forward pass. Parameters receive theirs in the
+backward pass, once, so that DeepSpeed's gradient hooks work unchanged.
 """
 
 from collections.abc import Callable, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-TapFn = Callable[..., tuple[Tensor, Tensor, Tensor]]  # (number, *inputs) -> loss [], values [1, ..] and values [1, ..]
+TapFn = Callable[..., tuple[Tensor, Tensor, Tensor]]  # (index, *inputs) -> loss [], two detached tensors [1, ..]
 
 
 def sequential_backward(
     run: TapFn, parts: int, inputs: Sequence[Tensor], parameters: Sequence[nn.Parameter]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The sum of the parts' losses, differentiable, and the two other values of each, [parts, ..], detached.
+) -> tuple[Float[Tensor, ""], Float[Tensor, "K ..."], Float[Tensor, "K ..."]]:
+    """Return the differentiable sum of the losses of K parts, and their two detached outputs, concatenated.
 
-    run(number, *inputs) computes a part from the inputs and the parameters.
+    run(index, *inputs) computes one part from the inputs and the parameters.
     """
-    return _OneByOne.apply(run, parts, len(inputs), *inputs, *parameters)  # type: ignore[return-value]
+    return _SequentialBackward.apply(run, parts, len(inputs), *inputs, *parameters)  # type: ignore[return-value]
 
 
-class _OneByOne(torch.autograd.Function):
+class _SequentialBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, run: TapFn, parts: int, count: int, *tensors: Tensor):  # type: ignore[override]
-        inputs = [each.detach().requires_grad_(each.requires_grad) for each in tensors[:count]]
-        leaves = [*inputs, *tensors[count:]]
-        places = [place for place, leaf in enumerate(leaves) if leaf.requires_grad]
+    def forward(ctx, run: TapFn, parts: int, num_inputs: int, *tensors: Tensor):  # type: ignore[override]
+        inputs = [each.detach().requires_grad_(each.requires_grad) for each in tensors[:num_inputs]]
+        leaves = [*inputs, *tensors[num_inputs:]]
+        trainable = [index for index, leaf in enumerate(leaves) if leaf.requires_grad]
         sums: list[Tensor | None] = [None] * len(leaves)
         results = []
-        for number in range(parts):
+        for part in range(parts):
             with torch.enable_grad():
-                loss, *others = run(number, *inputs)
-            found = torch.autograd.grad(loss, [leaves[place] for place in places], allow_unused=True)
-            for place, gradient in zip(places, found, strict=True):
+                loss, *others = run(part, *inputs)
+            gradients = torch.autograd.grad(loss, [leaves[index] for index in trainable], allow_unused=True)
+            for index, gradient in zip(trainable, gradients, strict=True):
                 if gradient is not None:
-                    sums[place] = _add(sums[place], gradient)
+                    sums[index] = _add(sums[index], gradient)
             results.append((loss.detach(), *others))
-            del loss, found
+            del loss, gradients  # frees the part's graph before the next one runs
         ctx.gradients, ctx.dtypes = sums, [leaf.dtype for leaf in leaves]
         losses, *others = zip(*results, strict=True)
         outputs = torch.stack(losses).sum(), *(torch.cat(each) for each in others)
         ctx.mark_non_differentiable(*outputs[1:])
-        ctx.set_materialize_grads(False)  # no zeros for the outputs that are not differentiated
+        ctx.set_materialize_grads(False)  # no zero gradients for the detached outputs
         return outputs
 
     @staticmethod
@@ -59,8 +60,8 @@ class _OneByOne(torch.autograd.Function):
         )
 
 
-def _add(before: Tensor | None, gradient: Tensor) -> Tensor:
-    """Their sum, in fp32 where they are of less."""
-    if before is not None:
-        return before + gradient  # not in place: what autograd gives may be another gradient's, too
+def _add(total: Tensor | None, gradient: Tensor) -> Tensor:
+    """Add a gradient to the sum so far; sums of bf16 and fp16 gradients are fp32."""
+    if total is not None:
+        return total + gradient  # not in place: autograd may return the same tensor for several inputs
     return gradient.float() if gradient.dtype in (torch.bfloat16, torch.float16) else gradient

@@ -1,13 +1,15 @@
-"""The teacher: a copy of the encoder that follows the student slowly and reads whole images (paper Eq. 5).
+"""EMA teacher: an exponential moving average of the encoder that encodes whole images (paper Eq. 5).
 
-Its master weights are fp32 and follow the optimizer's fp32 masters. Each rank keeps the slices that it owns of the
-student's masters; a copy in the student's precision, gathered once a step, runs the forward pass, or the masters
-themselves where they are whole and alike. B images, N patches, M masked, K taps, D width, P numbers of a patch.
+Its fp32 master weights average the optimizer's fp32 master weights; each rank stores the slices of them that it has of
+the student's. The forward pass runs on a copy in the student's precision, gathered once per step, or on the master
+weights themselves where these are complete and of the same precision. Shape letters: B images, N patches, M masked
+patches, K taps, D width, P values of a patch.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from ddae.data.masking import Mask
@@ -15,20 +17,23 @@ from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import sum_over_ranks
 from ddae.models.vit import Encoder
 
-PART = 2**22  # numbers that follow at a time: what that needs besides is small, and on a CPU still in the cache
+CHUNK_SIZE = 2**22  # values updated at a time: limits temporary memory, and stays in a CPU's cache
 
 
 class MovingAverage:
-    """A module that follows another slowly, over fragments of that one's masters, views that live as long as the run;
-    `sharded` says that each element belongs to one rank alone.
+    """Exponential moving average of a module's fp32 master weights.
 
     The module given becomes the average that runs forward.
     """
 
-    def __init__(self, module: nn.Module, fragments: list[TensorShard], sharded: bool):
+    def __init__(self, module: nn.Module, shards: list[TensorShard], sharded: bool):
+        """shards: this rank's slices of the averaged module's master weights, views that stay valid during the run.
+
+        sharded: whether each element belongs to one rank only.
+        """
         self.module = module.eval().requires_grad_(False)
-        self._places = [(fragment.name, fragment.start) for fragment in fragments]
-        self._followed = [fragment.values for fragment in fragments]
+        self._locations = [(shard.name, shard.start) for shard in shards]
+        self._student = [shard.values for shard in shards]
         self.sharded = sharded
         parameters = dict(module.named_parameters())
         first = next(iter(parameters.values()))
@@ -38,99 +43,105 @@ class MovingAverage:
             offsets[name] = used
             parameter.data = self._flat[used : used + parameter.numel()].view_as(parameter)
             used += parameter.numel()
-        self._slices = [
-            self._flat[offsets[f.name] + f.start : offsets[f.name] + f.start + f.values.numel()] for f in fragments
+        self._model_slices = [
+            self._flat[offsets[s.name] + s.start : offsets[s.name] + s.start + s.values.numel()] for s in shards
         ]
-        # Where nothing is sharded, rounded or offloaded the weights that run are themselves the masters.
-        same = not sharded and all(f.values.dtype == first.dtype and f.values.device == first.device for f in fragments)
-        self.masters = self._slices if same else [torch.empty_like(fragment.values) for fragment in fragments]
-        for master, fragment in zip(self.masters, fragments, strict=True):
-            master.copy_(fragment.values)
-        self.rounding = [torch.zeros_like(master) for master in self.masters]  # what fp32 lost so far
-        self._parts = list(_parts([master.numel() for master in self.masters]))
+        # Without sharding, rounding and offloading the model weights are the master weights.
+        same = not sharded and all(s.values.dtype == first.dtype and s.values.device == first.device for s in shards)
+        self.masters = self._model_slices if same else [torch.empty_like(shard.values) for shard in shards]
+        for master, shard in zip(self.masters, shards, strict=True):
+            master.copy_(shard.values)
+        self.compensation = [torch.zeros_like(master) for master in self.masters]  # rounding errors of past additions
+        self._chunks = list(_chunks([master.numel() for master in self.masters]))
         self.sync_model_weights()
 
     @torch.no_grad()
-    def update(self, momentum: float, applied: Tensor | None = None) -> None:
-        """masters <- momentum * masters + (1 - momentum) * student, with Kahan's compensation.
+    def update(self, momentum: float, applied: Float[Tensor, ""] | None = None) -> None:
+        """masters <- momentum * masters + (1 - momentum) * student, with Kahan summation.
 
-        A plain fp32 average at m = 0.99999 rounds a fifth of the way away; what an addition loses is kept and given
-        to the next. applied: [], 1 where the student has made its step; with 0 the masters stay where they are.
+        Plain fp32 averages at momentum 0.99999 lose a fifth of the change to rounding. applied: 1 if the student was
+        updated; 0 leaves the average unchanged.
         """
-        if self.masters:  # with many ranks some own none of the encoder
+        if self.masters:  # with many ranks some own no slice of the encoder
             rate = torch.full((), 1 - momentum, device=self.masters[0].device)
             rate = rate if applied is None else rate * applied.to(rate.device)
-            for part in self._parts:
-                _update_part(self._followed[part], self.masters[part], self.rounding[part], rate)
+            for chunk in self._chunks:
+                _kahan_update(self._student[chunk], self.masters[chunk], self.compensation[chunk], rate)
         self.sync_model_weights()
 
     @torch.no_grad()
     def sync_model_weights(self) -> None:
-        """Bring the masters into the module that runs forward."""
+        """Copy the master weights into the module that runs forward. All ranks call it."""
         if self.sharded:
             self._flat.zero_()
-        if self.masters and self.masters is not self._slices:
-            torch._foreach_copy_(self._slices, self.masters)
+        if self.masters and self.masters is not self._model_slices:
+            torch._foreach_copy_(self._model_slices, self.masters)
         if self.sharded:
-            sum_over_ranks(self._flat)  # each element is one rank's and zero elsewhere: the sum is exact
+            sum_over_ranks(self._flat)  # exact: each element is zero on all ranks but one
 
     def local_shards(self) -> dict[str, list[TensorShard]]:
-        """This rank's slices of the masters and of what fp32 lost: views; who fills them calls publish()."""
-        both = {"teacher": self.masters, "teacher_rounding": self.rounding}
+        """Return this rank's slices of the master weights and of the compensation: views."""
+        tensors = {"teacher": self.masters, "teacher_rounding": self.compensation}
         return {
-            of: [TensorShard(*place, values) for place, values in zip(self._places, tensors, strict=True)]
-            for of, tensors in both.items()
+            kind: [TensorShard(*location, each) for location, each in zip(self._locations, values, strict=True)]
+            for kind, values in tensors.items()
         }
 
 
-def _parts(sizes: list[int]) -> Iterator[slice]:
-    """Neighbours that are of at least PART numbers together."""
-    first, numbers = 0, 0
-    for place, size in enumerate(sizes, 1):
-        numbers += size
-        if numbers >= PART or place == len(sizes):
-            yield slice(first, place)
-            first, numbers = place, 0
+def _chunks(sizes: list[int]) -> Iterator[slice]:
+    """Yield slices of consecutive tensors, each of at least CHUNK_SIZE values in total."""
+    first, values = 0, 0
+    for number, size in enumerate(sizes, 1):
+        values += size
+        if values >= CHUNK_SIZE or number == len(sizes):
+            yield slice(first, number)
+            first, values = number, 0
 
 
-def _update_part(values: list[Tensor], masters: list[Tensor], rounding: list[Tensor], rate: Tensor) -> None:
-    """A part of follow(), in place: what stays from step to step stays where it is in memory."""
-    change = torch._foreach_sub(values, masters)
+def _kahan_update(student: list[Tensor], masters: list[Tensor], compensation: list[Tensor], rate: Tensor) -> None:
+    """Compute masters += rate * (student - masters) with Kahan summation, in place."""
+    change = torch._foreach_sub(student, masters)
     torch._foreach_mul_(change, rate)
-    torch._foreach_sub_(change, rounding)
-    torch._foreach_copy_(rounding, masters)
+    torch._foreach_sub_(change, compensation)
+    torch._foreach_copy_(compensation, masters)
     torch._foreach_add_(masters, change)
-    torch._foreach_sub_(rounding, masters)  # what was, less what is: the step that was made, with the other sign
-    torch._foreach_add_(rounding, change)
-    torch._foreach_neg_(rounding)
+    torch._foreach_sub_(compensation, masters)  # old - new: the negative of the change that was actually added
+    torch._foreach_add_(compensation, change)
+    torch._foreach_neg_(compensation)
 
 
 class Teacher(MovingAverage):
-    """Momentum encoder."""
+    """EMA encoder, whose tokens are the feature branch's targets."""
 
     module: Encoder
 
-    only_masked = True  # the last block works on masked patches alone: the same targets with less work
-    stream: torch.cuda.Stream | None = None  # where start() runs
+    skip_unused_tokens = True  # the last block outputs masked patches only: equal targets with less computation
+    stream: torch.cuda.Stream | None = None  # side stream of start_targets()
 
-    def start(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> tuple[Tensor, torch.cuda.Event | None]:
-        """targets() beside what comes next on the current stream, and what that has to wait for before it reads them.
-        The arguments must live until it has waited."""
+    def start_targets(
+        self, patches: Float[Tensor, "B N P"], taps: Sequence[int], mask: Mask
+    ) -> tuple[Float[Tensor, "K B M D"], torch.cuda.Event | None]:
+        """Compute targets() on the side stream; return them and the event to wait for before they are used.
+
+        The arguments must stay alive until then. Without a side stream the event is None.
+        """
         if self.stream is None:
             return self.targets(patches, taps, mask), None
-        self.stream.wait_stream(torch.cuda.current_stream())  # patches, and the last step's follow()
+        self.stream.wait_stream(torch.cuda.current_stream())  # for the patches, and for the last EMA update
         with torch.cuda.stream(self.stream):
             targets = self.targets(patches, taps, mask)
         ready = torch.cuda.Event()
         ready.record(self.stream)
-        targets.record_stream(torch.cuda.current_stream())  # not to be freed for the next ones while they are read
+        targets.record_stream(torch.cuda.current_stream())  # their memory is not reused while that stream uses them
         return targets, ready
 
     @torch.no_grad()
-    def targets(self, patches: Tensor, taps: Sequence[int], mask: Mask) -> Tensor:
-        """Tokens of the masked patches after each tap, before any norm: normalised [B, N, P], visible patches first,
-        then masked ones -> [K, B, M, D]."""
+    def targets(self, patches: Float[Tensor, "B N P"], taps: Sequence[int], mask: Mask) -> Float[Tensor, "K B M D"]:
+        """Return the tokens of the masked patches after each tap, before any norm.
+
+        patches: normalised, the visible ones first, then the masked ones.
+        """
         num_masked = mask.masked.shape[1]
-        wanted = num_masked if self.only_masked else None
-        tokens = self.module(patches, taps, torch.cat(mask, 1), wanted=wanted)
-        return torch.stack([of_tap[:, of_tap.shape[1] - num_masked :] for of_tap in tokens])
+        num_outputs = num_masked if self.skip_unused_tokens else None
+        tokens = self.module(patches, taps, torch.cat(mask, 1), num_outputs=num_outputs)
+        return torch.stack([each[:, each.shape[1] - num_masked :] for each in tokens])

@@ -1,14 +1,14 @@
-"""The light decoder: from visible tokens to something of every masked patch. Written once, built once for pixels and
-once for features.
+"""Light decoder: predicts something of every masked patch (pixels or features) from the visible tokens.
 
-Shape letters: B images, N patches, V visible, M masked, K taps, D encoder width, P output width, T tokens, W width,
-H heads.
+Shape letters: B images, N patches, V visible patches, M masked patches, K taps, S = 1 + V encoder tokens, T decoder
+tokens, D encoder width, W decoder width, P predicted values per patch.
 """
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from ddae.models.patches import sincos_positions
@@ -16,7 +16,7 @@ from ddae.models.vit import Block, LayerNorm, MaskTokens, build_blocks, run_bloc
 
 
 class CrossAttention(nn.Module):
-    """Attention of [B, T, W] to a context [B, 1 + V, D], which passes a norm of its own first."""
+    """Cross-attention from decoder tokens to encoder tokens, which pass an own norm first."""
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__()
@@ -25,36 +25,41 @@ class CrossAttention(nn.Module):
         self.q, self.kv = nn.Linear(width, width), nn.Linear(context_width, 2 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, context: Tensor) -> Tensor:
-        def by_head(each: Tensor) -> Tensor:
-            return each.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def forward(self, tokens: Float[Tensor, "B T W"], context: Float[Tensor, "B S D"]) -> Float[Tensor, "B T W"]:
+        def split_heads(values: Tensor) -> Tensor:
+            return values.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
         key, value = self.kv(self.norm(context)).chunk(2, -1)
-        seen = F.scaled_dot_product_attention(by_head(self.q(tokens)), by_head(key), by_head(value))
-        return self.proj(seen.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(split_heads(self.q(tokens)), split_heads(key), split_heads(value))
+        return self.proj(attended.transpose(1, 2).flatten(2))
 
 
 class CrossBlock(Block):
-    """A pre-norm transformer block that attends to a context between its attention and its MLP (BootMAE)."""
+    """Pre-norm transformer block with cross-attention between its self-attention and its MLP (BootMAE)."""
 
     def __init__(self, width: int, heads: int, context_width: int):
         super().__init__(width, heads)
         self.norm_cross, self.cross = LayerNorm(width), CrossAttention(width, heads, context_width)
 
     def forward(  # type: ignore[override]
-        self, tokens: Tensor, context: Tensor, wanted: int | None = None, masked: MaskTokens | None = None
-    ) -> Tensor:
-        tokens = self.attend(tokens, wanted, masked)
+        self,
+        tokens: Float[Tensor, "B T W"],
+        context: Float[Tensor, "B S D"],
+        num_outputs: int | None = None,
+        mask_tokens: MaskTokens | None = None,
+    ) -> Float[Tensor, "B U W"]:
+        """Transform a sequence of tokens; num_outputs and mask_tokens as in Block.forward()."""
+        tokens = self.attend(tokens, num_outputs, mask_tokens)
         tokens = tokens + self.cross(self.norm_cross(tokens), context)
         return tokens + self.mlp(self.norm2(tokens))
 
 
 class Decoder(nn.Module):
-    """Linear projection, mask tokens, positions, transformer blocks, norm, linear head.
+    """Linear embedding, mask tokens, positions, transformer blocks, norm, linear head.
 
-    Tokens stand in the order cls, visible, masked: attention does not mind, and nothing needs to be shuffled back.
-    Only the masked tokens, which the loss reads, pass the norm and the head. num_heads > 1: so many linear heads, one a
-    tap. crosses: its blocks attend to a context, too.
+    Tokens are ordered cls, visible, masked: attention is permutation-equivariant, so nothing is shuffled back. Only the
+    masked tokens pass the norm and the head. num_tap_heads: number of linear heads, 1 or one per tap. cross_attention:
+    its blocks cross-attend to a context.
     """
 
     def __init__(
@@ -66,55 +71,58 @@ class Decoder(nn.Module):
         out_width: int,
         grid: tuple[int, int],
         positions: str,
-        num_heads: int = 1,
-        crosses: bool = False,
+        num_tap_heads: int = 1,
+        cross_attention: bool = False,
     ):
         super().__init__()
-        self.activation_checkpointing = False  # activations in the backward pass
-        # The same outputs with less work: mask tokens enter the first block once a step, where they are alike in all
-        # images, and only masked patches leave the last one.
-        self.enter_once, self.leave_masked = True, True
-        self.places_visible = True  # visible tokens get positions, too; otherwise mask tokens alone (BootMAE)
+        self.activation_checkpointing = False
+        # Equal outputs with less computation: norm and qkv of the mask tokens are computed once for all images in the
+        # first block, and the last block outputs masked tokens only.
+        self.skip_unused_tokens = True
+        self.visible_positions = True  # add positions to visible tokens, too; False: to mask tokens only (BootMAE)
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed: Tensor
         self.register_buffer("pos_embed", sincos_positions(grid, width, positions))
-        if crosses:
+        if cross_attention:
             self.blocks = nn.ModuleList([CrossBlock(width, heads, in_width) for _ in range(depth)])
         else:
             self.blocks = build_blocks(width, depth, heads)
         self.norm = LayerNorm(width)
-        if num_heads == 1:
+        if num_tap_heads == 1:
             self.head = nn.Linear(width, out_width)
         else:
-            self.heads = nn.ModuleList([nn.Linear(width, out_width) for _ in range(num_heads)])
+            self.heads = nn.ModuleList([nn.Linear(width, out_width) for _ in range(num_tap_heads)])
 
     def forward(
         self,
-        tokens: Tensor,
-        visible: Tensor,
-        masked: Tensor,
-        context: Tensor | None = None,
-        places: Sequence[int] = (0,),
-    ) -> Tensor:
-        """[K * B, 1 + V, D] (cls first), int64 [B, V], int64 [B, M], context [K * B, 1 + V, D] -> [K * B, M, P].
+        tokens: Float[Tensor, "KB S D"],
+        visible: Int64[Tensor, "B V"],
+        masked: Int64[Tensor, "B M"],
+        context: Float[Tensor, "KB S D"] | None = None,
+        tap_indices: Sequence[int] = (0,),
+    ) -> Float[Tensor, "KB M P"]:
+        """Predict the masked patches from encoder tokens [K * B, 1 + V, D] of K taps, cls token first.
 
-        places: of the heads that the taps have, where each has its own.
+        visible, masked: positions of the patches. context: encoder tokens to cross-attend to, where the blocks do.
+        tap_indices: the head of each of the K taps, where each tap has its own.
         """
         positions, num_masked = self.pos_embed[0].to(tokens.dtype), masked.shape[1]
         tokens = self.embed(tokens)
-        if self.places_visible:
-            shown = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], 1)  # cls has the table's first row
-            tokens = (tokens.unflatten(0, (-1, len(shown))) + F.embedding(shown, positions)).flatten(0, 1)
-        to_come: MaskTokens | None = MaskTokens(self.mask_token[0] + positions[1:], masked)
-        if not self.enter_once:
-            tokens, to_come = to_come.after(tokens), None
+        if self.visible_positions:
+            rows = torch.cat(
+                [torch.zeros_like(visible[:, :1]), 1 + visible], 1
+            )  # row 0 of the table is the cls token's
+            tokens = (tokens.unflatten(0, (-1, len(rows))) + F.embedding(rows, positions)).flatten(0, 1)
+        mask_tokens: MaskTokens | None = MaskTokens(self.mask_token[0] + positions[1:], masked)
+        if not self.skip_unused_tokens:
+            tokens, mask_tokens = mask_tokens.append_to(tokens), None
         for number, block in enumerate(self.blocks, 1):
-            wanted = num_masked if self.leave_masked and number == len(self.blocks) else None
-            tokens = run_block(block, self.activation_checkpointing, tokens, context, wanted, to_come)
-            to_come = None
+            num_outputs = num_masked if self.skip_unused_tokens and number == len(self.blocks) else None
+            tokens = run_block(block, self.activation_checkpointing, tokens, context, num_outputs, mask_tokens)
+            mask_tokens = None  # appended by the first block
         normed = self.norm(tokens[:, tokens.shape[1] - num_masked :])
         if not hasattr(self, "heads"):
             return self.head(normed)
-        parts = zip(places, normed.chunk(len(places)), strict=True)
-        return torch.cat([self.heads[place](part) for place, part in parts])
+        parts = zip(tap_indices, normed.chunk(len(tap_indices)), strict=True)
+        return torch.cat([self.heads[tap](part) for tap, part in parts])

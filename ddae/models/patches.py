@@ -1,16 +1,18 @@
-"""Patches of images and their places: cutting, putting together, sin-cos position tables.
+"""Image patches: extraction, reassembly, normalisation, sin-cos position tables.
 
-Shape letters: B images, N patches of a grid H x W, D width, P numbers of a patch in (row, column, channel) order.
+Shape letters: B images, N patches of a grid H x W, V selected patches, D width, P values of a patch in (row, column,
+channel) order.
 """
 
 from functools import cache
 
 import torch
 from ddae_kernels.reference import patchify
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 __all__ = [
-    "constant",
+    "cached_tensor",
     "gather_tokens",
     "normalise",
     "normalise_patches",
@@ -27,49 +29,61 @@ LAYOUTS = ("rowfirst", "colfirst")
 
 
 @cache
-def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """These numbers as float32 on the device, sent there once. (A buffer would follow its module into bf16.)"""
+def cached_tensor(values: tuple[float, ...], device: torch.device) -> Float[Tensor, " n"]:
+    """Return the values as float32 on the device; each tuple is copied there once.
+
+    A registered buffer would be converted to bf16 with its module.
+    """
     return torch.tensor(values, device=device)
 
 
-def normalise(images_u8: Tensor, normalisation: str, dtype: torch.dtype) -> Tensor:
-    """uint8 [B, 3, H, W] -> floats of mean about 0 and deviation about 1, on the images' own device."""
-    mean, std = (constant(x, images_u8.device).view(3, 1, 1) for x in NORMALISATIONS[normalisation])
+def normalise(
+    images_u8: UInt8[Tensor, "*B 3 H W"], normalisation: str, dtype: torch.dtype
+) -> Float[Tensor, "*B 3 H W"]:
+    """Scale pixels to [0, 1], subtract the mean and divide by the standard deviation of each channel."""
+    mean, std = (cached_tensor(x, images_u8.device).view(3, 1, 1) for x in NORMALISATIONS[normalisation])
     return ((images_u8.float() / 255 - mean) / std).to(dtype)
 
 
-def normalise_patches(patches_u8: Tensor, normalisation: str, dtype: torch.dtype) -> Tensor:
-    """The same of patches that are cut already: uint8 [.., P] -> [.., P]."""
-    mean, std = (constant(x, patches_u8.device) for x in NORMALISATIONS[normalisation])
+def normalise_patches(
+    patches_u8: UInt8[Tensor, "*B P"], normalisation: str, dtype: torch.dtype
+) -> Float[Tensor, "*B P"]:
+    """Normalise extracted patches as normalise() does images."""
+    mean, std = (cached_tensor(x, patches_u8.device) for x in NORMALISATIONS[normalisation])
     return ((patches_u8.unflatten(-1, (-1, 3)).float() / 255 - mean) / std).flatten(-2).to(dtype)
 
 
-def unpatchify(patches: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """[B, N, P] -> [B, 3, H * patch, W * patch]; the inverse of `patchify`."""
+def unpatchify(patches: Shaped[Tensor, "B N P"], grid: tuple[int, int], patch: int) -> Shaped[Tensor, "B 3 H W"]:
+    """Assemble images from all their patches: the inverse of patchify(). H and W are in pixels."""
     tiles = patches.reshape(len(patches), *grid, patch, patch, 3)
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), 3, grid[0] * patch, grid[1] * patch)
 
 
-def gather_tokens(tokens: Tensor, positions: Tensor) -> Tensor:
-    """Tokens at the given positions of each image: [B, N, D], int64 [B, V] -> [B, V, D]."""
+def gather_tokens(tokens: Shaped[Tensor, "B N D"], positions: Int64[Tensor, "B V"]) -> Shaped[Tensor, "B V D"]:
+    """Select the tokens at the given positions of each image."""
     return tokens.gather(1, positions[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
-def sincos_positions(grid: tuple[int, int], width: int, layout: str) -> Tensor:
-    """Fixed 2-D sin-cos positions with a zero row for the cls token in front: float32 [1, 1 + N, D].
+def sincos_positions(grid: tuple[int, int], width: int, layout: str) -> Float[Tensor, "1 T D"]:
+    """Return fixed 2-D sin-cos position embeddings in float32, T = 1 + N; row 0, for the cls token, is zero.
 
-    One half of the width encodes a patch's row, the other its column, each as sines then cosines of falling
-    frequency. "rowfirst" puts the row in the first half (BootMAE, MoCo v3), "colfirst" the column (MAE).
+    The embedding of the patch at (row, column) is [e(row), e(column)] for "rowfirst" (BootMAE, MoCo v3) and
+    [e(column), e(row)] for "colfirst" (MAE), with q = width / 4, f_i = 10000^(-(i - 1) / q), and
+    e(x) = [sin(x f_1), ..., sin(x f_q), cos(x f_1), ..., cos(x f_q)].
+
+    Raise ValueError if the layout is unknown, or if width is not a multiple of 4.
     """
     if layout not in LAYOUTS:
-        raise ValueError(f"model.positions is {layout!r}: choose one of {', '.join(LAYOUTS)}")
+        raise ValueError(
+            f"model.positions is {layout!r}; expected one of {', '.join(LAYOUTS)}. Pass --model.positions {LAYOUTS[0]}."
+        )
     if width % 4:
-        raise ValueError(f"a width of {width} cannot hold sin-cos positions: choose a multiple of 4")
+        raise ValueError(f"the width is {width}; sin-cos positions need a multiple of 4. Choose another width.")
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     halves = []
-    for places in (rows, columns) if layout == "rowfirst" else (columns, rows):
-        angles = places.reshape(-1, 1) * frequencies
+    for coordinates in (rows, columns) if layout == "rowfirst" else (columns, rows):
+        angles = coordinates.reshape(-1, 1) * frequencies
         halves += [angles.sin(), angles.cos()]
     table = torch.cat(halves, 1)
     return torch.cat([table.new_zeros(1, width), table])[None].float()

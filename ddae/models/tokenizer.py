@@ -1,13 +1,14 @@
-"""A tokenizer: every patch of an image becomes one of a codebook's codes (BEiT-v2's VQ-KD).
+"""Tokenizer: maps every patch of an image to a code of a codebook (BEiT-v2's VQ-KD).
 
-    image -> encoder that sees all patches -> two layers -> unit vectors -> the nearest code, by cosine
+    image -> ViT encoder of all patches -> two linear layers -> unit vectors -> nearest code by cosine similarity
 
-Trained by vector quantisation: a decoder has to tell a teacher's features from the codes alone. B images, N patches,
-D width of the encoder, W width of a code, C codes, F width of the teacher's features.
+It is trained by vector quantisation: a decoder reconstructs a teacher's features from the codes alone. Shape letters:
+B images, N patches, E width of a code, C codes, F width of the teacher's features.
 """
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ddae.config.pretrain import ModelConfig
@@ -15,11 +16,11 @@ from ddae.distributed.comm import is_main, mean_over_ranks, sum_over_ranks
 from ddae.models.patches import normalise, sincos_positions
 from ddae.models.vit import Encoder, LayerNorm, build_blocks
 
-NORMALISATION = "half"  # pixels reach a tokenizer in [-1, 1]
+NORMALISATION = "half"  # the tokenizer's input is in [-1, 1]
 
 
 class Tokenizer(nn.Module):
-    """codes(images) is what pretraining asks for."""
+    """Encoder and codebook; codes(images) gives the targets of pretraining."""
 
     def __init__(self, shape: ModelConfig, codes: int, code_width: int):
         super().__init__()
@@ -29,28 +30,29 @@ class Tokenizer(nn.Module):
         self.codebook: Tensor
         self.register_buffer("codebook", torch.zeros(codes, code_width))
 
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> unit vectors [B, N, W]."""
+    def encode(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B N E"]:
+        """Return a unit vector for each patch, before quantisation."""
         tokens = self.encoder(normalise(images, NORMALISATION, torch.float32))[:, 1:]
-        with torch.autocast(tokens.device.type, enabled=False):  # which of two near codes it is shall not be rounded
+        with torch.autocast(tokens.device.type, enabled=False):  # bf16 would change the nearest of two close codes
             return F.normalize(self.to_code(tokens.float()), dim=-1)
 
-    def nearest(self, vectors: Tensor) -> Tensor:
-        """The nearest code of each unit vector: [.., W] -> int64 [..]."""
-        with torch.autocast(vectors.device.type, enabled=False):  # rounded, many a patch would have another code
+    def nearest_code(self, vectors: Float[Tensor, "*B E"]) -> Int64[Tensor, "*B"]:
+        """Return the index of the code nearest to each unit vector."""
+        with torch.autocast(vectors.device.type, enabled=False):  # in bf16 many patches would get another code
             return (vectors @ self.codebook.T).argmax(-1)
 
     @torch.no_grad()
-    def codes(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> int64 [B, N], patches row by row."""
-        return self.nearest(self.encode(images))
+    def codes(self, images: UInt8[Tensor, "B 3 H W"]) -> Int64[Tensor, "B N"]:
+        """Return the code of each patch, in row-major order of the patches."""
+        return self.nearest_code(self.encode(images))
 
 
 class Quantizer(nn.Module):
-    """A tokenizer in training: with a decoder towards a teacher's features, and a codebook that follows what it is
-    given, by moving averages (van den Oord et al. 2017), not by a gradient.
+    """A tokenizer in training: with a decoder that predicts a teacher's features, and EMA updates of the codebook.
 
-    decay: of the averages; a code whose share of patches falls below `dead` / C begins anew at a random patch.
+    The codebook has no gradient; it follows the vectors assigned to each code by exponential moving averages (van den
+    Oord et al. 2017). decay: of the averages. dead_threshold: a code whose share of patches is below
+    dead_threshold / C is reset to the vector of a random patch.
     """
 
     def __init__(
@@ -61,10 +63,10 @@ class Quantizer(nn.Module):
         width: int,
         heads: int,
         decay: float = 0.99,
-        dead: float = 0.01,
+        dead_threshold: float = 0.01,
     ):
         super().__init__()
-        self.tokenizer, self.decay, self.dead = tokenizer, decay, dead
+        self.tokenizer, self.decay, self.dead_threshold = tokenizer, decay, dead_threshold
         codes, code_width = tokenizer.codebook.shape
         self.embed = nn.Linear(code_width, width)
         self.pos_embed: Tensor
@@ -73,32 +75,32 @@ class Quantizer(nn.Module):
         self.norm = LayerNorm(width)
         self.to_feature = _two_layers(width, feature_width)
         self.share: Tensor
-        self.register_buffer("share", torch.zeros(codes))  # of patches that take each code, averaged; 0 at the start
+        self.register_buffer("share", torch.zeros(codes))  # EMA of each code's share of patches
         self.centre: Tensor
-        self.register_buffer(
-            "centre", torch.zeros(feature_width)
-        )  # of the features: what all patches have says nothing
+        self.register_buffer("centre", torch.zeros(feature_width))  # EMA of the features' mean
+        self._accumulated: tuple[Tensor, Tensor, int] | None = None  # sums over the micro-batches of a step
+        self._last_vectors: Tensor | None = None  # of the last micro-batch
 
-    def forward(self, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 images, the teacher's features [B, N, F] -> loss [], unit vectors [B, N, W] for `gather`.
+    def forward(
+        self, images: UInt8[Tensor, "B 3 H W"], features: Float[Tensor, "B N F"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B N E"]]:
+        """Return the loss, and the unit vectors for accumulate(). features: the teacher's.
 
-        The loss is 1 - cosine of told and real features, the latter without their centre, and the mean square of how
-        far vectors are from their codes.
+        The loss is the mean of 1 - cosine similarity of predicted and centred features, plus the commitment loss: the
+        mean squared difference of vectors and their codes.
         """
         vectors = self.tokenizer.encode(images)
-        quantised = F.embedding(self.tokenizer.nearest(vectors), self.tokenizer.codebook)
-        told = self.decode_features(
-            vectors + (quantised - vectors).detach()
-        )  # the gradient passes as if nothing were quantised
-        loss = (1 - self.cosine(told, features)).mean()
+        quantised = F.embedding(self.tokenizer.nearest_code(vectors), self.tokenizer.codebook)
+        straight_through = vectors + (quantised - vectors).detach()  # its gradient is that of the vectors
+        loss = (1 - self.cosine(self.decode_features(straight_through), features)).mean()
         return loss + (vectors - quantised).square().mean(), vectors.detach()
 
-    def cosine(self, told: Tensor, features: Tensor) -> Tensor:
-        """[B, N, F] each -> [B, N]."""
-        return F.cosine_similarity(told.float(), features.float() - self.centre, -1)
+    def cosine(self, predicted: Float[Tensor, "B N F"], features: Float[Tensor, "B N F"]) -> Float[Tensor, "B N"]:
+        """Return the cosine similarity of predicted features and the teacher's centred ones."""
+        return F.cosine_similarity(predicted.float(), features.float() - self.centre, -1)
 
-    def decode_features(self, quantised: Tensor) -> Tensor:
-        """Codes' vectors [B, N, W] -> features [B, N, F]."""
+    def decode_features(self, quantised: Float[Tensor, "B N E"]) -> Float[Tensor, "B N F"]:
+        """Predict the teacher's features from the vectors of codes."""
         tokens = self.embed(quantised)
         tokens = tokens + self.pos_embed.to(tokens.dtype)
         for block in self.blocks:
@@ -106,57 +108,61 @@ class Quantizer(nn.Module):
         return self.to_feature(self.norm(tokens))
 
     @torch.no_grad()
-    def init_codebook(self, images: Tensor, features: Tensor, seed: int) -> None:
-        """Have a codebook of some patches of a first batch, and its centre."""
-        self.tokenizer.codebook.copy_(self._picked(self.tokenizer.encode(images).flatten(0, -2), seed))
+    def init_codebook(self, images: UInt8[Tensor, "B 3 H W"], features: Float[Tensor, "B N F"], seed: int) -> None:
+        """Initialise the codebook with random patches of the first batch, and the centre with its mean."""
+        self.tokenizer.codebook.copy_(self._random_vectors(self.tokenizer.encode(images).flatten(0, -2), seed))
         self.centre.copy_(mean_over_ranks(features.float().mean((0, 1))))
         self.share.fill_(1 / len(self.share))
 
     @torch.no_grad()
-    def accumulate(self, vectors: Tensor, features: Tensor, first: bool) -> None:
-        """Note the unit vectors [B, N, W] and features [B, N, F] of a micro-batch, the step's first or a later one."""
+    def accumulate(self, vectors: Float[Tensor, "B N E"], features: Float[Tensor, "B N F"], first: bool) -> None:
+        """Add a micro-batch's unit vectors and features to the step's sums. first: whether it is the step's first."""
         flat = vectors.flatten(0, -2)
-        both = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
-        sums = flat.new_zeros(len(self.share), both.shape[1]).index_add_(0, self.tokenizer.nearest(flat), both)
-        centre = features.float().mean((0, 1))
-        kept = None if first else self._gathered
-        self._gathered = (sums, centre, 1) if kept is None else (kept[0] + sums, kept[1] + centre, kept[2] + 1)
-        self._last = flat
+        with_count = torch.cat([flat, torch.ones_like(flat[:, :1])], 1)
+        sums = flat.new_zeros(len(self.share), with_count.shape[1])
+        sums.index_add_(0, self.tokenizer.nearest_code(flat), with_count)
+        centre, micro_batches = features.float().mean((0, 1)), 1
+        if not first and self._accumulated is not None:
+            old_sums, old_centre, old_micro_batches = self._accumulated
+            sums, centre, micro_batches = old_sums + sums, old_centre + centre, old_micro_batches + 1
+        self._accumulated, self._last_vectors = (sums, centre, micro_batches), flat
 
     @torch.no_grad()
-    def update_codebook(self, seed: int, applied: Tensor) -> None:
-        """Move codebook and centre towards what all ranks have accumulated in this step.
+    def update_codebook(self, seed: int, applied: Float[Tensor, ""]) -> None:
+        """Move the codebook and the centre towards the step's averages over all ranks.
 
-        applied: float32 []; with 0 nothing changes. seed: by which unused codes choose new vectors.
+        applied: 1, or 0 to leave everything unchanged. seed: of the patches that replace dead codes.
         """
-        assert self._gathered is not None
-        assert self._last is not None
-        before = [self.tokenizer.codebook.clone(), self.centre.clone(), self.share.clone()]
-        sums, centre, micro_batches = self._gathered
+        assert self._accumulated is not None
+        assert self._last_vectors is not None
+        old_buffers = [self.tokenizer.codebook.clone(), self.centre.clone(), self.share.clone()]
+        sums, centre, micro_batches = self._accumulated
         codebook = self.tokenizer.codebook
         sums, counts = sum_over_ranks(sums).split([codebook.shape[1], 1], 1)
         self.centre.lerp_(mean_over_ranks(centre / micro_batches), 1 - self.decay)
         self.share.lerp_(counts[:, 0] / counts.sum(), 1 - self.decay)
         moved = F.normalize(codebook.lerp(F.normalize(sums, dim=-1), 1 - self.decay), dim=-1)
         codebook.copy_(torch.where(counts > 0, moved, codebook))
-        dead = self.share < self.dead / len(self.share)
-        codebook.copy_(torch.where(dead[:, None], self._picked(self._last, seed), codebook))
+        dead = self.share < self.dead_threshold / len(self.share)
+        codebook.copy_(torch.where(dead[:, None], self._random_vectors(self._last_vectors, seed), codebook))
         self.share.masked_fill_(dead, 1 / len(self.share))
-        for buffer, old in zip((codebook, self.centre, self.share), before, strict=True):
+        for buffer, old in zip((codebook, self.centre, self.share), old_buffers, strict=True):
             buffer.copy_(torch.where(applied > 0, buffer, old))
 
-    def _picked(self, flat: Tensor, seed: int) -> Tensor:
-        """A vector of the main rank's for every code."""
+    def _random_vectors(self, flat: Float[Tensor, "BN E"], seed: int) -> Float[Tensor, "C E"]:
+        """Return one of the main rank's vectors for each code, drawn with replacement, equal on all ranks."""
         picks = torch.randint(len(flat), (len(self.share),), generator=torch.Generator().manual_seed(seed))
         picked = flat[picks.to(flat.device)]
         return sum_over_ranks(picked if is_main() else torch.zeros_like(picked))
 
 
-def usage(share: Tensor) -> tuple[float, float]:
-    """Of a codebook, from each code's share of patches [C]: the codes taken at all, in per cent, and how many codes
-    were as good if all were taken alike (perplexity)."""
-    taken = share[share > 0] / share.sum()
-    return 100 * len(taken) / len(share), float(torch.exp(-(taken * taken.log()).sum()))
+def codebook_usage(share: Float[Tensor, " C"]) -> tuple[float, float]:
+    """Return the percentage of codes in use and the perplexity, from each code's share (or count) of patches.
+
+    The perplexity is the number of equally frequent codes with the same entropy.
+    """
+    used = share[share > 0] / share.sum()
+    return 100 * len(used) / len(share), float(torch.exp(-(used * used.log()).sum()))
 
 
 def _two_layers(width: int, out: int) -> nn.Sequential:

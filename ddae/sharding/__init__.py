@@ -1,1 +1,1 @@
-"""From archives of images to shards: reading, checking and converting images, writing."""
+"""Converts archives and folders of images to shards: scan sources, inspect and convert images, write, verify."""

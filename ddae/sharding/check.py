@@ -1,6 +1,7 @@
-"""Shards against their manifest: is everything there, whole, and what it is said to be?
+"""Verify shards against their manifest.
 
-Fast: sizes and indexes. Full: every hash, every tar header, every image decoded.
+The fast check compares sizes and indexes; the full check also hashes every shard, reads every tar header and decodes
+every image.
 """
 
 import hashlib
@@ -14,103 +15,102 @@ from ddae.sharding import workers
 from ddae.sharding.inspection import MAX_BYTES, inspect
 from ddae.sharding.tar import members, read_at
 
-CHUNK = 1 << 22  # bytes
-
 
 class Problem(NamedTuple):
-    """Something that is not as the manifest says."""
+    """A difference between a shard and its manifest entry."""
 
     shard: str
-    what: str
-    bad_key: str = ""  # the sample, where it is an image that cannot be decoded
+    description: str
+    bad_key: str = ""  # key of a sample that cannot be decoded
 
     def __str__(self) -> str:
-        return ": ".join(filter(None, (self.shard, self.bad_key, self.what)))
+        return ": ".join(filter(None, (self.shard, self.bad_key, self.description)))
 
 
 def check(folder: Path, full: bool, num_workers: int) -> tuple[list[Problem], int]:
-    """All problems of a folder of shards, and the number of images in it; UserError where there is no manifest."""
+    """Return all problems of a folder of shards, and its number of images. Raise UserError without a manifest."""
     manifest = read_manifest(folder)
     shards, num_classes = manifest["shards"], len(manifest.get("classes", []))
-    problems = [problem for name, entry in shards.items() for problem in _look(folder / name, entry)]
+    problems = [problem for name, entry in shards.items() for problem in _check_sizes(folder / name, entry)]
     problems += [Problem(p.name, "is not in the manifest") for p in folder.glob("*.tar") if p.name not in shards]
-    problems += [Problem(path.name, "was never finished") for path in folder.glob("*.part")]
+    problems += [Problem(path.name, "is an incomplete file") for path in folder.glob("*.part")]
     total = sum(entry["samples"] for entry in shards.values())
     if full:
         tasks = [(folder / name, shards[name], num_classes) for name in shards if (folder / name).is_file()]
-        for found in workers.run(_read, tasks, num_workers, total) if tasks else ():
-            problems += found
+        for of_shard in workers.run(_check_content, tasks, num_workers, total) if tasks else ():
+            problems += of_shard
     return sorted(set(problems)), total
 
 
 def mark_bad(folder: Path, problems: list[Problem]) -> int:
-    """List images that cannot be decoded in the manifest, so that training leaves them out; how many are listed."""
+    """Add images that cannot be decoded to the manifest's "bad" lists, so that training skips them.
+
+    Return the number of images that are listed now.
+    """
     manifest = read_manifest(folder)
     shards = manifest.pop("shards")
     for problem in problems:
         if problem.bad_key:
             entry = shards[problem.shard]
             entry["bad"] = sorted({*entry.get("bad", []), problem.bad_key})
-    del manifest["format"]
+    del manifest["format"]  # added by write_manifest()
     write_manifest(folder, shards, **manifest)
     return sum(len(entry.get("bad", [])) for entry in shards.values())
 
 
-def _look(shard: Path, entry: dict[str, Any]) -> list[Problem]:
-    """What the sizes and the index of a shard show."""
+def _check_sizes(shard: Path, entry: dict[str, Any]) -> list[Problem]:
+    """Check a shard's size and index, without reading the shard."""
     if not shard.is_file():
         return [Problem(shard.name, "is missing")]
     problems, size = [], shard.stat().st_size
     if size != entry["bytes"]:
-        problems.append(Problem(shard.name, f"has {size} bytes, not {entry['bytes']}"))
+        problems.append(Problem(shard.name, f"has {size} bytes; expected {entry['bytes']}"))
     try:
         keys, index = read_index(shard.with_suffix(".idx"))
     except UserError as error:
         return [*problems, Problem(shard.name, str(error))]
     if len(keys) != entry["samples"] or (index.sum(1) > entry["bytes"]).any():
-        problems.append(Problem(shard.name, "has an index that does not fit it"))
+        problems.append(Problem(shard.name, "does not match its index"))
     return problems
 
 
-def _read(shard: Path, entry: dict[str, Any], num_classes: int) -> list[Problem]:
-    """What the bytes of a shard show; in a worker."""
-    problems, digest = [], hashlib.sha256()
+def _check_content(shard: Path, entry: dict[str, Any], num_classes: int) -> list[Problem]:
+    """Check a shard's hash, tar headers, labels, images and index; in a worker."""
+    problems = []
     with open(shard, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    if digest.hexdigest() != entry["sha256"]:
-        problems.append(Problem(shard.name, "its bytes are not those that were written (sha256)"))
-    found, known_bad = [], set(entry.get("bad", []))
+        if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+            problems.append(Problem(shard.name, "has changed since it was written (SHA-256)"))
+    images, known_bad = [], set(entry.get("bad", []))
     try:
         for member in members(shard):
             key, _, ending = member.name.partition(".")
             if ending == "cls":
                 label = read_at(shard, member.offset, min(member.length, 32))
                 if num_classes and not (label.isdigit() and int(label) < num_classes):
-                    problems.append(Problem(shard.name, f"{member.name} is {label!r}, none of {num_classes} classes"))
+                    description = f"{member.name} is {label!r}; expected a number below {num_classes}"
+                    problems.append(Problem(shard.name, description))
             if ending != "jpg":
                 continue
             if key not in known_bad:
-                problems += _decode(
-                    shard, key, member.offset, member.length, entry["sizes"][len(found) : len(found) + 1]
-                )
-            found.append((key, member.offset, member.length))
-            workers.count_one()
+                size = entry["sizes"][len(images) : len(images) + 1]
+                problems += _check_image(shard, key, member.offset, member.length, size)
+            images.append((key, member.offset, member.length))
+            workers.count_image()
         keys, index = read_index(shard.with_suffix(".idx"))
-        if found != [(key, *place) for key, place in zip(keys, index.tolist(), strict=True)]:
-            problems.append(Problem(shard.name, "has an index that does not fit it"))
+        if images != [(key, *row) for key, row in zip(keys, index.tolist(), strict=True)]:
+            problems.append(Problem(shard.name, "does not match its index"))
     except UserError as error:
         problems.append(Problem(shard.name, str(error)))
     return problems
 
 
-def _decode(shard: Path, key: str, offset: int, length: int, size: list[list[int]]) -> list[Problem]:
-    """What decoding one image shows."""
-    finding = inspect(read_at(shard, offset, min(length, MAX_BYTES + 1)))
-    if finding.jpeg is None:
-        return [Problem(shard.name, f"cannot be decoded ({', '.join(finding.kinds)})", key)]
-    if finding.kinds:
-        return [Problem(shard.name, f"{key} is no plain RGB JPEG ({', '.join(finding.kinds)})")]
-    if [[finding.width, finding.height]] != size:
-        return [Problem(shard.name, f"{key} is {finding.width} x {finding.height} pixels, its manifest says {size}")]
+def _check_image(shard: Path, key: str, offset: int, length: int, size: list[list[int]]) -> list[Problem]:
+    """Decode one image and compare its size with the manifest's. size: [[width, height]], or [] if not listed."""
+    image = inspect(read_at(shard, offset, min(length, MAX_BYTES + 1)))
+    if image.jpeg is None:
+        return [Problem(shard.name, f"cannot be decoded ({', '.join(image.kinds)})", key)]
+    if image.kinds:
+        return [Problem(shard.name, f"{key} is not a plain RGB JPEG ({', '.join(image.kinds)})")]
+    if [[image.width, image.height]] != size:
+        return [Problem(shard.name, f"{key} has {image.width} x {image.height} pixels; its manifest lists {size}")]
     return []

@@ -1,4 +1,4 @@
-"""ImageNet's development kit: which synset each validation image shows."""
+"""Read ImageNet's development kit: the synsets and the label of each validation image."""
 
 import io
 import re
@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat
 
-from ddae.errors import UserError
+from ddae.errors import UserError, one_line
 
-META, TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
-LARGEST = 1 << 26  # bytes of a file of the kit; meta.mat has under a million
-MEND = "give ILSVRC2012_devkit_t12.tar.gz, or the folder unpacked from it"
+META, GROUND_TRUTH = "data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt"
+MAX_FILE_BYTES = 1 << 26  # of a file in the kit; meta.mat has less than 1 MB
+FIX = "Pass ILSVRC2012_devkit_t12.tar.gz, or the folder unpacked from it."
 
 
 @dataclass(frozen=True)
@@ -23,56 +22,61 @@ class Devkit:
 
     synsets: list[str]  # n01440764, ...
     words: list[str]  # "tench, Tinca tinca", ...
-    truth: list[str]  # synset of validation image 1, 2, ...
+    ground_truth: list[str]  # synset of validation image 1, 2, ...
 
-    def synsets_of(self, names: list[str], where: str) -> list[str | int | None]:
-        """The synsets of validation images by their numbered names; UserError where a name has no number in range."""
-        found: list[str | int | None] = []
+    def synsets_of(self, names: list[str], source: str) -> list[str | int | None]:
+        """Return the synsets of validation images by their numbered names.
+
+        Raise UserError if a name has no number, or one that is out of range. source: path shown in the error.
+        """
+        synsets: list[str | int | None] = []
         for name in names:
             number = re.search(r"(\d+)\.\w+$", name)
-            if number is None or not 1 <= int(number[1]) <= len(self.truth):
+            if number is None or not 1 <= int(number[1]) <= len(self.ground_truth):
                 raise UserError(
-                    f"{where} holds {name}, which is not one of the devkit's {len(self.truth)} validation images: "
-                    "give ILSVRC2012_img_val.tar"
+                    f"{source} contains {name}, which is not one of the devkit's {len(self.ground_truth)} validation "
+                    "images. Pass --val ILSVRC2012_img_val.tar."
                 )
-            found.append(self.truth[int(number[1]) - 1])
-        return found
+            synsets.append(self.ground_truth[int(number[1]) - 1])
+        return synsets
 
 
 def read_devkit(path: Path) -> Devkit:
-    """Read meta.mat and the ground truth from the kit's archive or folder; UserError where they cannot be had."""
-    meta, truth = (_content(path, name) for name in (META, TRUTH))
+    """Read meta.mat and the ground truth from the kit's archive or folder. Raise UserError if that fails."""
+    from scipy.io import loadmat  # takes 0.5 s to import
+
+    meta, ground_truth = (_read_file(path, name) for name in (META, GROUND_TRUTH))
     try:
         synsets = np.atleast_1d(loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"])
         leaves = {int(s["ILSVRC2012_ID"]): s for s in synsets if int(s["num_children"]) == 0}
-        by_number = {number: (str(s["WNID"]), str(s["words"])) for number, s in leaves.items()}
-    except Exception as error:  # whatever a file that is no meta.mat leads the reader to
-        raise UserError(f"{path}: {META} cannot be read ({error}): {MEND}") from None
-    lines = truth.decode(errors="replace").split()
-    wrong = [line for line in lines if not line.isdecimal() or int(line) not in by_number]
-    if wrong or not lines:
+        by_id = {number: (str(s["WNID"]), str(s["words"])) for number, s in leaves.items()}
+    except Exception as error:  # loadmat raises many types of errors for a damaged file
+        raise UserError(f"--devkit {path}: {META} cannot be read ({one_line(error)}). {FIX}") from None
+    lines = ground_truth.decode(errors="replace").split()
+    invalid = [line for line in lines if not line.isdecimal() or int(line) not in by_id]
+    if invalid or not lines:
         raise UserError(
-            f"{path}: {TRUTH} names class {wrong[0] if wrong else 'nothing'!r}, outside meta.mat's {len(by_number)} "
-            f"classes: {MEND}"
+            f"--devkit {path}: {GROUND_TRUTH} contains class {invalid[0] if invalid else ''!r}, outside "
+            f"meta.mat's {len(by_id)} classes. {FIX}"
         )
-    named = dict(sorted(by_number.values()))
-    return Devkit(list(named), list(named.values()), [by_number[int(line)][0] for line in lines])
+    words = dict(sorted(by_id.values()))
+    return Devkit(list(words), list(words.values()), [by_id[int(line)][0] for line in lines])
 
 
-def _content(path: Path, name: str) -> bytes:
-    """One file of the kit, by the end of its name."""
+def _read_file(path: Path, name: str) -> bytes:
+    """Return the file of the kit whose path ends in `name`. Raise UserError if there is none."""
     try:
         if path.is_dir():
-            found = next((each for each in sorted(path.rglob(Path(name).name)) if each.as_posix().endswith(name)), None)
-            if found is not None:
-                return found.read_bytes()
+            for candidate in sorted(path.rglob(Path(name).name)):
+                if candidate.as_posix().endswith(name):
+                    return candidate.read_bytes()
         else:
             with tarfile.open(path) as archive:
                 for member in archive:
-                    if member.isfile() and member.name.endswith(name) and member.size <= LARGEST:
+                    if member.isfile() and member.name.endswith(name) and member.size <= MAX_FILE_BYTES:
                         file = archive.extractfile(member)
                         assert file is not None
                         return file.read()
     except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise UserError(f"--devkit {path} cannot be read ({' '.join(str(error).split())}): {MEND}") from None
-    raise UserError(f"--devkit {path} does not hold {name}: {MEND}")
+        raise UserError(f"--devkit {path} cannot be read ({one_line(error)}). {FIX}") from None
+    raise UserError(f"--devkit {path} does not contain {name}. {FIX}")

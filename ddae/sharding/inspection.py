@@ -1,6 +1,7 @@
-"""Looking at one image file: is it a plain RGB JPEG, what is odd about it, and what it becomes in a shard.
+"""Inspect an image file: whether it is a plain RGB JPEG, how it differs from one, and what is stored in a shard.
 
-Every image is decoded to its end. An odd one that decodes becomes an RGB JPEG, upright; the rest cannot be used.
+Every image is decoded completely. If it decodes but is not a plain RGB JPEG, it is converted to an upright one; if it
+does not decode, it is unusable.
 """
 
 import io
@@ -10,82 +11,85 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddae.data.decode import is_cut
+from ddae.data.decode import is_truncated
 
-MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest has 61
+MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest image has 61 million
 MAX_BYTES = 1 << 28  # of one image file: 256 MiB
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # what Pillow itself decodes
-ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoded by Pillow itself, without other programs
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter guard
-warnings.filterwarnings("ignore", module="PIL")  # of metadata that is odd or cut: what matters is found below
-
-
-class Finding(NamedTuple):
-    """What was found in an image file."""
-
-    kinds: tuple[str, ...]  # what is odd: none for a plain RGB JPEG
-    jpeg: bytes | None  # what goes into a shard; None where the file cannot be used
-    width: int = 0
-    height: int = 0
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter limit
+warnings.filterwarnings("ignore", module="PIL")  # about malformed metadata; damaged pixels are detected below
 
 
-def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Finding:
-    """Decode an image file and say what it is.
+class Inspection(NamedTuple):
+    """The result of inspecting an image file."""
 
-    Where the shorter side is larger than resize_shorter (pixels; 0: never) the image is made smaller. What is not kept
-    byte for byte is written as JPEG of that quality.
+    kinds: tuple[str, ...]  # differences from a plain RGB JPEG (docs/data.md lists them); empty: none
+    jpeg: bytes | None  # stored in a shard; None: the file is unusable
+    width: int = 0  # pixels
+    height: int = 0  # pixels
+
+
+def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Inspection:
+    """Decode an image file, and convert it if it is not a plain RGB JPEG or is too large.
+
+    An image whose shorter side exceeds resize_shorter (pixels; 0: no limit) is resized to it. quality: of every JPEG
+    that is encoded here; plain RGB JPEGs that are not resized keep their bytes.
     """
     if not data:
-        return Finding(("empty",), None)
+        return Inspection(("empty",), None)
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS or len(data) > MAX_BYTES:
-            return Finding(("bomb",), None)
+            return Inspection(("bomb",), None)
         if image.mode == "F":
-            return Finding(("unreadable",), None)  # numbers of no known range
-        size, smaller = image.size, 0 < resize_shorter < min(image.size)
-        turned = _orientation(image) != 1  # which loading a TIFF undoes
-        if not smaller:  # a JPEG's coded blocks are all read, where damage shows, but few pixels made of them
+            return Inspection(("unreadable",), None)  # the range of floating-point pixels is unknown
+        size, downscale = image.size, 0 < resize_shorter < min(image.size)
+        rotated = _orientation(image) != 1  # read before load(), which rotates a TIFF
+        if not downscale:  # reads all coded blocks of a JPEG, and so detects damage, but computes few pixels
             image.draft(image.mode, (1, 1))
         image.load()
-        if is_cut(data):  # all pixels came, the last of them perhaps guessed
-            return Finding(("truncated",), None)
-        kinds = _kinds(image, data, turned)
+        if is_truncated(data):  # Pillow may have made up the last pixels
+            return Inspection(("truncated",), None)
+        kinds = _kinds(image, data, rotated)
     except Image.DecompressionBombError:
-        return Finding(("bomb",), None)
-    except Exception:  # Pillow's decoders raise whatever a broken file leads them to
-        return Finding(("truncated" if _lacks_its_end(data) else "unreadable",), None)
-    if not kinds and not smaller:
-        return Finding((), data, *size)
+        return Inspection(("bomb",), None)
+    except Exception:  # Pillow's decoders raise many types of errors for a damaged file
+        return Inspection(("truncated" if _lacks_end(data) else "unreadable",), None)
+    if not kinds and not downscale:
+        return Inspection((), data, *size)
     if image.size != size:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     image = _upright_rgb(image)
-    if smaller:
-        share = resize_shorter / min(image.size)
-        image = image.resize([max(1, round(side * share)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return Finding(kinds, buffer.getvalue(), image.width, image.height)
+    if downscale:
+        scale = resize_shorter / min(image.size)
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
+    return Inspection(kinds, _encode_jpeg(image, quality), image.width, image.height)
 
 
-def thumbnail(data: bytes) -> bytes | None:
-    """A JPEG of the image within 128 x 128 pixels; None for one that cannot be decoded."""
+def make_thumbnail(data: bytes) -> bytes | None:
+    """Return a JPEG of the image within 128 x 128 pixels; None if it cannot be decoded."""
     try:
-        image, buffer = Image.open(io.BytesIO(data), formats=FORMATS), io.BytesIO()
-        image.draft(image.mode, (128, 128))  # a JPEG is decoded at half its size or less, as long as it stays above
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        image.draft(image.mode, (128, 128))  # decodes a JPEG at 1/2, 1/4 or 1/8 of its size, but not below 128
         image = _upright_rgb(image)
         image.thumbnail((128, 128))
-        image.save(buffer, "JPEG", quality=85)
-    except Exception:  # as in inspect
+        return _encode_jpeg(image, 85)
+    except Exception:  # as in inspect()
         return None
+
+
+def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
-def _kinds(image: Image.Image, data: bytes, turned: bool) -> tuple[str, ...]:
-    """What is odd about an opened image that has all its pixels."""
+def _kinds(image: Image.Image, data: bytes, rotated: bool) -> tuple[str, ...]:
+    """Return how a decoded image differs from a plain RGB JPEG."""
     kinds = []
-    if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs in one file, of which the first is read
+    if image.format not in ("JPEG", "MPO"):  # MPO: several JPEGs in one file; the first is decoded
         kinds.append(str(image.format).lower())  # png, webp, gif, ...
     if image.mode.startswith("I") or (image.format == "PNG" and data[24:25] == b"\x10"):
         kinds.append("16bit")
@@ -93,32 +97,33 @@ def _kinds(image: Image.Image, data: bytes, turned: bool) -> tuple[str, ...]:
         kinds.append("greyscale")
     elif image.mode == "CMYK":
         kinds.append("cmyk")
-    if turned or _orientation(image) != 1:  # of a PNG it may come last
+    if rotated or _orientation(image) != 1:  # a PNG may have its EXIF after its pixels
         kinds.append("exif_rotated")
     return tuple(kinds)
 
 
 def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing or invalid."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # broken metadata says nothing
+    except Exception:  # malformed EXIF
         return 1
     return value if value in range(2, 9) else 1
 
 
-def _lacks_its_end(data: bytes) -> bool:
-    """Whether a file that does not decode begins as an image does and lacks its end."""
+def _lacks_end(data: bytes) -> bool:
+    """Return whether a file that does not decode starts as an image file does and lacks its end."""
     if data.startswith(b"\x89PNG"):
         return b"IEND" not in data[-64:]
     if data.startswith(b"RIFF"):
         return len(data) < int.from_bytes(data[4:8], "little") + 8
-    return is_cut(data)
+    return is_truncated(data)
 
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
-    """The image as a person sees it: turned as its EXIF says, three channels of 8 bits."""
+    """Return the image rotated as its EXIF orientation requires, as RGB with 8 bits per channel."""
     upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
-    if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip
+    if upright.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
         values = np.asarray(upright).astype(np.int32)
         np.clip(values, 0, 65535, out=values)
         values += 128

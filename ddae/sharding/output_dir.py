@@ -1,7 +1,7 @@
-"""The folder that shards are made in: whose it is, what in it is done, whether there is room.
+"""The sharder's output directory: lock, progress of earlier runs, completeness, disk space.
 
-.progress/plan.json              settings and sources; a run with others is refused
-.progress/train-000000.tar.json  what the manifest and the report will say of that shard, once it is whole
+.progress/plan.json              settings and sources; a run with others is rejected
+.progress/train-000000.tar.json  data for manifest and report of that shard, written when the shard is complete
 """
 
 import fcntl
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddae.data.shard_writer import replace_text
+from ddae.data.shard_writer import write_text_durably
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError
 
@@ -20,105 +20,115 @@ PROGRESS = ".progress"
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
-    """Whether the folder holds the very shards that this identity stands for; UserError where it holds others."""
+    """Return whether the directory contains all shards of this identity (settings and sources).
+
+    Raise UserError if it contains anything else, or complete shards of which one was lost.
+    """
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: name a folder")
+        raise UserError(f"--out {out} is a file. Pass a folder.")
     for path, verb in ((out / MANIFEST, "made"), (out / PROGRESS / "plan.json", "begun")):
         if path.exists():
-            before = _read(path) or {}
-            settings = before.get("settings")
+            previous = _read_json(path) or {}
+            settings = previous.get("settings")
             if isinstance(settings, dict) and settings.get("on_bad") == "stop" and path.name != MANIFEST:
-                settings["on_bad"] = identity["settings"]["on_bad"]  # no shard with a bad image was finished
+                settings["on_bad"] = identity["settings"]["on_bad"]  # no shard with a reported image was completed
             for key, value in identity.items():
-                if before.get(key) != value:
+                if previous.get(key) != value:
                     raise UserError(
-                        f"--out {out} holds shards {verb} with another {key} "
-                        f"({_difference(before.get(key), value)}): choose another folder or delete it"
+                        f"--out {out} contains shards {verb} with another {key} "
+                        f"({_difference(previous.get(key), value)}). Pass another folder, or delete this one."
                     )
             if path.name != MANIFEST:
                 return False
-            lost = next((name for name, entry in before["shards"].items() if not _is_there(out / name, entry)), None)
-            if lost is not None:
+            missing = [name for name, entry in previous["shards"].items() if not _has_shard(out / name, entry)]
+            if missing:
                 raise UserError(
-                    f"--out {out} lacks {lost} or its index as its {MANIFEST} lists it: delete the folder to begin anew"
+                    f"--out {out} lacks {missing[0]} or its index as listed in {MANIFEST}. "
+                    "Delete the folder and run the same command again."
                 )
-            forget(out)
+            clear_progress(out)
             return True
     if out.exists() and any(out.glob("*.tar")):
-        raise UserError(f"--out {out} holds tars without {MANIFEST}: choose an empty folder")
+        raise UserError(f"--out {out} contains tars without {MANIFEST}. Pass an empty folder.")
     return False
 
 
 @contextmanager
-def own(out: Path, identity: dict[str, Any]) -> Iterator[None]:
-    """Hold the folder against other processes while shards are made in it; a mistake leaves nothing half-written."""
-    made = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
+def locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
+    """Create and lock the directory while shards are written, and remove partial files at the end.
+
+    After a UserError everything that was created is removed too, unless a shard is complete. Raise UserError if the
+    directory is not writable or another process has locked it.
+    """
+    created = [folder for folder in (out, *out.absolute().parents) if not folder.exists()]
     try:
         (out / PROGRESS).mkdir(parents=True, exist_ok=True)
-        lock = open(out / PROGRESS / "lock", "w")  # noqa: SIM115 - held as long as the work
+        lock = open(out / PROGRESS / "lock", "w")  # noqa: SIM115 - closed by the with statement below
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): choose another folder") from None
+        raise UserError(f"--out {out} cannot be written ({error.strerror}). Pass another folder.") from None
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"--out {out}: another process makes shards there, wait for it") from None
-        sweep(out)
-        replace_text(out / PROGRESS / "plan.json", json.dumps(identity))
+            raise UserError(f"--out {out} is in use by another process. Wait until that ends.") from None
+        remove_partial_files(out)
+        write_text_durably(out / PROGRESS / "plan.json", json.dumps(identity))
         try:
             yield
         except UserError:
             if not any(out.glob("*.tar")):
-                shutil.rmtree(out if made else out / PROGRESS)
-                for folder in made[1:]:
+                shutil.rmtree(out if created else out / PROGRESS)
+                for folder in created[1:]:
                     folder.rmdir()
             raise
         finally:
             if out.exists():
-                sweep(out)
+                remove_partial_files(out)
 
 
-def sweep(out: Path) -> None:
-    """Remove what was being written when a process ended."""
+def remove_partial_files(out: Path) -> None:
+    """Remove files that were incomplete when a process ended."""
     for pattern in ("*.tar.part", "*.idx.part", "report.*.part", f"{MANIFEST}.part", f"{PROGRESS}/*.part"):
-        for unfinished in out.glob(pattern):
-            unfinished.unlink(missing_ok=True)
+        for path in out.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
-def note(out: Path, name: str, record: dict[str, Any]) -> None:
-    """A shard is whole: note what is to be said of it."""
-    replace_text(out / PROGRESS / f"{name}.json", json.dumps(record))
+def save_record(out: Path, name: str, record: dict[str, Any]) -> None:
+    """Save the record of a complete shard: its manifest entry and what the report needs."""
+    write_text_durably(out / PROGRESS / f"{name}.json", json.dumps(record))
 
 
-def noted(out: Path, name: str) -> dict[str, Any] | None:
-    """What was noted of a shard; None if nothing was, or the shard is not there as noted."""
-    record = _read(out / PROGRESS / f"{name}.json")
-    return record if record is not None and _is_there(out / name, record.get("entry")) else None
+def load_record(out: Path, name: str) -> dict[str, Any] | None:
+    """Return the record of a shard; None if there is none or the shard's files do not match it."""
+    record = _read_json(out / PROGRESS / f"{name}.json")
+    return record if record is not None and _has_shard(out / name, record.get("entry")) else None
 
 
-def forget(out: Path) -> None:
-    """All is done: clear the notes away."""
+def clear_progress(out: Path) -> None:
+    """Remove the records, after the manifest was written."""
     shutil.rmtree(out / PROGRESS, ignore_errors=True)
 
 
-def check_room(out: Path, needed: int) -> None:
-    """UserError where so many bytes will not fit."""
+def check_disk_space(out: Path, needed: int) -> None:
+    """Raise UserError if less than `needed` bytes are free."""
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
-            f"no space left on {out}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} free, make room"
+            f"no space left on {out}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed. Free space there, or "
+            "pass another --out."
         )
 
 
-def _is_there(shard: Path, entry: Any) -> bool:
-    """Whether a shard is there in its full length, with its index."""
+def _has_shard(shard: Path, entry: Any) -> bool:
+    """Return whether a shard has the size of its manifest entry and an index."""
     try:
         return shard.stat().st_size == entry["bytes"] and shard.with_suffix(".idx").exists()
     except (OSError, KeyError, TypeError):
         return False
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object; None if the file is missing or has another content."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -126,11 +136,12 @@ def _read(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _difference(before: Any, now: Any) -> str:
-    """The first field that two dicts do not share, as "max_count 10, not 20"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in now:
-            if before.get(key) != now[key]:
-                inner = isinstance(now[key], dict) and isinstance(before.get(key), dict)
-                return _difference(before[key], now[key]) if inner else f"{key} {before.get(key)}, not {now[key]}"
-    return "it names none" if before is None else f"{before}, not {now}"
+def _difference(previous: Any, current: Any) -> str:
+    """Return the first field in which two dicts differ, as "max_count 10, not 20"."""
+    if isinstance(previous, dict) and isinstance(current, dict):
+        for key, value in current.items():
+            old = previous.get(key)
+            if old != value:
+                nested = isinstance(value, dict) and isinstance(old, dict)
+                return _difference(old, value) if nested else f"{key} {old}, not {value}"
+    return "not recorded" if previous is None else f"{previous}, not {current}"

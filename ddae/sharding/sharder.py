@@ -1,9 +1,8 @@
-"""Images -> shuffled shards, on all cores: the same bytes whatever the number of workers, however often it is killed.
+"""Write images as shuffled shards with all cores. The output does not depend on the number of workers or on restarts.
 
-What goes where is planned before anything is read: the images of a split are permuted by the seed and cut into shards.
-A worker makes one shard at a time: it reads each image once, decodes it, and writes it. The main process brings each
-shard to its place and notes that it is whole (output_dir.py), so that a run begun again makes only what is missing. The
-manifest comes last.
+The layout is planned before anything is read: the images of a split are permuted by the seed and divided into shards. A
+worker writes one shard at a time: it reads, inspects and writes each image once. The main process renames each complete
+shard and saves its record (output_dir.py), so that a restarted run writes only missing shards. The manifest is last.
 """
 
 import errno
@@ -16,234 +15,246 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ddae.data.shard_writer import Sample, put_in_place, write_manifest, write_unfinished
+from ddae.data.shard_writer import Sample, commit_shard, write_manifest, write_partial_shard
 from ddae.errors import UserError
 from ddae.sharding import output_dir, workers
-from ddae.sharding.inspection import MAX_BYTES, Finding, inspect, thumbnail
-from ddae.sharding.report import OddImage, write_report
+from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect, make_thumbnail
+from ddae.sharding.report import ReportedImage, write_report
 from ddae.sharding.sources import UNLABELLED, Index
 
-FEWEST = 16  # shards that a split is cut into where it has images enough, so that all workers have some
-SHOWN = 40  # thumbnails of a kind
-PER_SAMPLE = 2048  # bytes that a tar spends on a sample besides its image
+MIN_SHARDS = 16  # per split, if it has enough images: work for all workers
+MAX_THUMBNAILS = 40  # per kind
+SAMPLE_OVERHEAD = 2048  # bytes of a tar per sample, in addition to its image
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the bytes of the shards."""
+    """Settings that determine the bytes of the shards."""
 
     seed: int = 0
-    max_count: int = 1000  # images of a shard
-    max_size: int = 1 << 30  # bytes of a shard, by the sizes of the files it is made of
-    resize_shorter: int = 0  # pixels; 0: images keep their size
-    quality: int = 95  # of JPEGs that are written anew
+    max_count: int = 1000  # images per shard
+    max_size: int = 1 << 30  # bytes per shard, computed from the sizes of the source files
+    resize_shorter: int = 0  # pixels; 0: never resize
+    quality: int = 95  # of JPEGs that are encoded here
     on_bad: Literal["keep", "stop", "drop_all"] = "keep"
 
 
-Place = tuple[int, int]  # of an image: number of its split, number within
+ImageId = tuple[int, int]  # number of the split, number of the image in its index
+Irregularity = tuple[int, list[str], str]  # number of an image in its index, kinds, action
 
 
-class Planned(NamedTuple):
-    """One shard to be made: its file's name, its split, and its images in order."""
+class ShardPlan(NamedTuple):
+    """One shard to be written."""
 
-    name: str
+    name: str  # of its file
     split: int  # number in the list of indexes
-    images: np.ndarray  # int64
+    images: np.ndarray  # int64, numbers in the index, in order
 
 
-def shard(indexes: list[Index], out: Path, settings: Settings, num_workers: int, **about: Any) -> str:
-    """Write the shards of all splits, their manifest and report; what was done, in a sentence.
+def shard(indexes: list[Index], out: Path, settings: Settings, num_workers: int, **facts: Any) -> str:
+    """Write the shards of all splits, their manifest and report. Return a summary for the user.
 
-    about: more that the manifest shall say. UserError where the folder holds something else, and for a bad image with
-    on_bad="stop".
+    facts: further entries of the manifest. Raise UserError if the directory contains anything else, if the disk is
+    full, and for the first image that is not a plain RGB JPEG if on_bad is "stop".
     """
     identity = {"source": {i.split: _fingerprint(i) for i in indexes}, "settings": asdict(settings)}
     if output_dir.is_complete(out, identity):
-        return f"{out} is complete; delete it to make it again"
+        return f"{out} is complete. Delete it to write it again."
     try:
-        with output_dir.own(out, identity):
-            return _Sharder(indexes, out, settings, num_workers).run(identity, about)
+        with output_dir.locked(out, identity):
+            return _Sharder(indexes, out, settings, num_workers).run(identity, facts)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"no space left on {out}: make room; the same command goes on where it was") from None
+        raise UserError(f"no space left on {out}. Free space there; the same command resumes.") from None
 
 
-def plan_split(number: int, index: Index, settings: Settings) -> list[Planned]:
-    """The shards of a split: its images in an order of the seed's, cut where a shard is full."""
-    order = np.random.RandomState(settings.seed).permutation(len(index))  # NumPy keeps this stream for ever
-    count = max(1, min(settings.max_count, -(-len(index) // FEWEST)))
+def plan_split(split: int, index: Index, settings: Settings) -> list[ShardPlan]:
+    """Permute the images of a split by the seed and divide them into shards."""
+    order = np.random.RandomState(settings.seed).permutation(len(index))  # NumPy guarantees this stream
+    count = max(1, min(settings.max_count, -(-len(index) // MIN_SHARDS)))
     starts, size = [0], 0
     for position, length in enumerate(index.length[order].tolist()):
-        size += length + PER_SAMPLE
+        size += length + SAMPLE_OVERHEAD
         if position - starts[-1] >= count or (size > settings.max_size and position > starts[-1]):
             starts.append(position)
-            size = length + PER_SAMPLE
+            size = length + SAMPLE_OVERHEAD
     pieces = np.split(order, starts[1:])
-    return [Planned(f"{index.split}-{i:06d}.tar", number, images) for i, images in enumerate(pieces)]
+    return [ShardPlan(f"{index.split}-{i:06d}.tar", split, images) for i, images in enumerate(pieces)]
 
 
 class _Sharder:
-    """One run of the sharder; worker processes inherit it as it is."""
+    """One run of the sharder; forked workers inherit it."""
 
     def __init__(self, indexes: list[Index], out: Path, settings: Settings, num_workers: int):
         self.indexes, self.out, self.settings, self.num_workers = indexes, out, settings, num_workers
-        self.plan = [planned for number, index in enumerate(indexes) for planned in plan_split(number, index, settings)]
-        self.suspects = _suspects(indexes)
+        self.plans = [plan for split, index in enumerate(indexes) for plan in plan_split(split, index, settings)]
+        self.may_be_duplicate = _may_be_duplicate(indexes)
 
-    def run(self, identity: dict[str, Any], about: dict[str, Any]) -> str:
-        missing = [planned for planned in self.plan if output_dir.noted(self.out, planned.name) is None]
-        if not self.settings.resize_shorter:  # else their size is not known
-            lengths = [self.indexes[planned.split].length[planned.images] for planned in missing]
-            output_dir.check_room(self.out, sum(int(each.sum()) + PER_SAMPLE * len(each) for each in lengths))
-        self.make([(planned, frozenset()) for planned in missing])
-        records = self.records()
-        copies = self.copies(records)
-        if copies and self.settings.on_bad == "stop":
-            (split, image), first = next(iter(copies.items()))
+    def run(self, identity: dict[str, Any], facts: dict[str, Any]) -> str:
+        missing = [plan for plan in self.plans if output_dir.load_record(self.out, plan.name) is None]
+        if not self.settings.resize_shorter:  # the size of resized images is unknown
+            lengths = [self.indexes[plan.split].length[plan.images] for plan in missing]
+            needed = sum(int(each.sum()) + SAMPLE_OVERHEAD * len(each) for each in lengths)
+            output_dir.check_disk_space(self.out, needed)
+        self.write_shards([(plan, frozenset()) for plan in missing])
+        records = self.load_records()
+        duplicates = self.find_duplicates(records)
+        if duplicates and self.settings.on_bad == "stop":
+            image, first = next(iter(duplicates.items()))
             raise UserError(
-                f"{self.indexes[split].source(image)} is an exact copy of {self.indexes[first[0]].source(first[1])}: "
-                f"take it out and delete {self.out}, or let --on_bad keep keep it"
+                f"{self.source(image)} has the same bytes as {self.source(first)}. Remove it and delete {self.out}, "
+                "or pass --on_bad keep."
             )
-        if copies and self.settings.on_bad == "drop_all":  # which image is a copy is known when all have been read
-            self.make(self.holders(copies, records))
-            records = self.records()
-        return self.finish(records, copies, identity, about)
+        if duplicates and self.settings.on_bad == "drop_all":  # duplicates are known only after all images were read
+            self.write_shards(self.with_duplicates(duplicates, records))
+            records = self.load_records()
+        return self.finish(records, duplicates, identity, facts)
 
-    def make(self, tasks: list[tuple[Planned, frozenset[int]]]) -> None:
-        """Make these shards, each without the images that are named beside it."""
-        total = sum(len(planned.images) for planned in self.plan)
-        done = total - sum(len(planned.images) for planned, _ in tasks)
+    def source(self, image: ImageId) -> str:
+        """Return archive or folder and path of an image."""
+        split, number = image
+        return self.indexes[split].source(number)
+
+    def write_shards(self, tasks: list[tuple[ShardPlan, frozenset[int]]]) -> None:
+        """Write shards in the workers. Each task: a plan, and which of its images to leave out."""
         if not tasks:
             return
-        for name, record in workers.run(self.write, tasks, self.num_workers, total, done):
-            put_in_place(self.out / name)  # here, as it waits for the disk: the workers go on
-            output_dir.note(self.out, name, record)
+        total = sum(len(plan.images) for plan in self.plans)
+        done = total - sum(len(plan.images) for plan, _ in tasks)
+        for name, record in workers.run(self.write_shard, tasks, self.num_workers, total, done):
+            commit_shard(self.out / name)  # in the main process: fsync would block a worker
+            output_dir.save_record(self.out, name, record)
 
-    def write(self, planned: Planned, without: frozenset[int]) -> tuple[str, dict[str, Any]]:
-        """Write one shard; its name, and what is to be noted of it. In a worker."""
-        odd: list[tuple[int, list[str], str]] = []
+    def write_shard(self, plan: ShardPlan, omit: frozenset[int]) -> tuple[str, dict[str, Any]]:
+        """Write one shard. Return its name and its record; in a worker."""
+        irregular: list[Irregularity] = []
         digests: dict[int, str] = {}
-        entry = write_unfinished(self.out / planned.name, self.samples(planned, without, odd, digests))
-        return planned.name, {"entry": entry, "odd": odd, "digests": digests}
+        entry = write_partial_shard(self.out / plan.name, self.samples(plan, omit, irregular, digests))
+        return plan.name, {"entry": entry, "odd": irregular, "digests": digests}
 
     def samples(
-        self, planned: Planned, without: frozenset[int], odd: list[tuple[int, list[str], str]], digests: dict[int, str]
+        self, plan: ShardPlan, omit: frozenset[int], irregular: list[Irregularity], digests: dict[int, str]
     ) -> Iterator[Sample]:
-        """The samples of a shard, in order; adds what is odd, and the hashes by which copies are found."""
-        index, settings = self.indexes[planned.split], self.settings
-        for image in planned.images.tolist():
-            too_long = index.length[image] > MAX_BYTES
-            data = b"" if too_long else index.read(image)
-            found = Finding(("bomb",), None) if too_long else inspect(data, settings.resize_shorter, settings.quality)
-            kinds = [*found.kinds, *(["duplicate_key"] if index.repeated[image] else [])]
+        """Yield the samples of a shard in order. Append irregular images, and hashes of possible duplicates."""
+        index, settings = self.indexes[plan.split], self.settings
+        for image in plan.images.tolist():
+            if index.length[image] > MAX_BYTES:
+                data, inspected = b"", Inspection(("bomb",), None)
+            else:
+                data = index.read(image)
+                inspected = inspect(data, settings.resize_shorter, settings.quality)
+            kinds = [*inspected.kinds, *(["duplicate_key"] if index.duplicate_key[image] else [])]
             if kinds and settings.on_bad == "stop":
                 raise UserError(
-                    f"{index.source(image)} is no plain RGB JPEG of its own ({', '.join(kinds)}): mend it or take it "
-                    "out, or let --on_bad keep convert what is usable"
+                    f"{index.source(image)} is not a plain RGB JPEG with a unique key ({', '.join(kinds)}). "
+                    "Fix or remove it, or pass --on_bad keep to convert usable images."
                 )
-            if found.jpeg is not None and self.suspects[planned.split][image]:
+            if inspected.jpeg is not None and self.may_be_duplicate[plan.split][image]:
                 digests[image] = hashlib.sha256(data).hexdigest()[:32]
-            left_out = found.jpeg is None or image in without or (bool(kinds) and settings.on_bad == "drop_all")
+            left_out = inspected.jpeg is None or image in omit or (bool(kinds) and settings.on_bad == "drop_all")
             if kinds or left_out:
-                odd.append((image, kinds, "left_out" if left_out else "converted" if found.kinds else "kept"))
-            if found.jpeg is not None and not left_out:
-                label = int(index.label[image])
-                yield Sample(
-                    index.key_of(image),
-                    found.jpeg,
-                    None if label == UNLABELLED else label,
-                    found.width,
-                    found.height,
-                )
-            workers.count_one()
+                irregular.append((image, kinds, "left_out" if left_out else "converted" if inspected.kinds else "kept"))
+            if inspected.jpeg is not None and not left_out:
+                label = None if index.label[image] == UNLABELLED else int(index.label[image])
+                yield Sample(index.key_of(image), inspected.jpeg, label, inspected.width, inspected.height)
+            workers.count_image()
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """What was noted of each shard."""
-        return {planned.name: output_dir.noted(self.out, planned.name) or {} for planned in self.plan}
+    def load_records(self) -> dict[str, dict[str, Any]]:
+        """Return the record of each shard."""
+        return {plan.name: output_dir.load_record(self.out, plan.name) or {} for plan in self.plans}
 
-    def copies(self, records: dict[str, dict[str, Any]]) -> dict[Place, Place]:
-        """Each exact copy -> the first image with its bytes, which is not one that is left out for another reason."""
-        odd = {(p.split, image) for p in self.plan for image, kinds, _ in records[p.name]["odd"] if kinds}
-        left_out = odd if self.settings.on_bad == "drop_all" else set()
-        by_digest: dict[str, list[Place]] = {}
-        for planned in self.plan:
-            for image, digest in records[planned.name]["digests"].items():
-                by_digest.setdefault(digest, []).append((planned.split, int(image)))
-        copies = {}
+    def find_duplicates(self, records: dict[str, dict[str, Any]]) -> dict[ImageId, ImageId]:
+        """Return for each duplicate the first image with the same bytes.
+
+        With on_bad="drop_all" an image that is left out for another reason counts as the first only if all are.
+        """
+        irregular = {(p.split, image) for p in self.plans for image, kinds, _ in records[p.name]["odd"] if kinds}
+        left_out = irregular if self.settings.on_bad == "drop_all" else set()
+        by_digest: dict[str, list[ImageId]] = {}
+        for plan in self.plans:
+            for image, digest in records[plan.name]["digests"].items():
+                by_digest.setdefault(digest, []).append((plan.split, int(image)))
+        duplicates = {}
         for same in by_digest.values():
-            first, *rest = sorted(same, key=lambda place: (place in left_out, place))
-            copies |= dict.fromkeys(rest, first)
-        return dict(sorted(copies.items()))
+            first, *rest = sorted(same, key=lambda image: (image in left_out, image))
+            duplicates |= dict.fromkeys(rest, first)
+        return dict(sorted(duplicates.items()))
 
-    def holders(
-        self, copies: Iterable[Place], records: dict[str, dict[str, Any]]
-    ) -> list[tuple[Planned, frozenset[int]]]:
-        """The shards that still hold copies, with the copies that were planned for them."""
+    def with_duplicates(
+        self, duplicates: Iterable[ImageId], records: dict[str, dict[str, Any]]
+    ) -> list[tuple[ShardPlan, frozenset[int]]]:
+        """Return the shards that contain duplicates, each with the duplicates to leave out."""
         tasks = []
-        for planned in self.plan:
-            own = {image for split, image in copies if split == planned.split} & set(planned.images.tolist())
-            gone = {image for image, _, action in records[planned.name]["odd"] if action == "left_out"}
-            if own - gone:
-                tasks.append((planned, frozenset(own)))
+        for plan in self.plans:
+            planned = {image for split, image in duplicates if split == plan.split} & set(plan.images.tolist())
+            left_out = {image for image, _, action in records[plan.name]["odd"] if action == "left_out"}
+            if planned - left_out:
+                tasks.append((plan, frozenset(planned)))
         return tasks
 
     def finish(
         self,
         records: dict[str, dict[str, Any]],
-        copies: dict[Place, Place],
+        duplicates: dict[ImageId, ImageId],
         identity: dict[str, Any],
-        about: dict[str, Any],
+        facts: dict[str, Any],
     ) -> str:
-        """Write report and manifest; what was done, in a sentence."""
-        noted = {
-            (p.split, image): (kinds, action) for p in self.plan for image, kinds, action in records[p.name]["odd"]
+        """Write report and manifest. Return a summary. Raise UserError if no image is usable."""
+        irregular = {
+            (p.split, image): (kinds, action) for p in self.plans for image, kinds, action in records[p.name]["odd"]
         }
-        for place in copies:
-            kinds, action = noted.get(place, ([], "kept"))
-            noted[place] = ([*kinds, "duplicate"], action)
-        odd, shown = [], Counter()
-        for (split, image), (kinds, action) in sorted(noted.items()):
-            index, first = self.indexes[split], copies.get((split, image))
-            same_as = None if first is None else self.indexes[first[0]].source(first[1])
-            small = thumbnail(index.read(image)) if shown.get(kinds[-1], 0) < SHOWN and "bomb" not in kinds else None
-            shown[kinds[-1]] += small is not None
-            odd.append(OddImage(index.source(image), index.key_of(image), kinds, action, same_as, small))
-        shards = {planned.name: records[planned.name]["entry"] for planned in self.plan}
-        read = sum(len(index) for index in self.indexes)
-        written = sum(entry["samples"] for entry in shards.values())
-        if not written:
+        for image in duplicates:
+            kinds, action = irregular.get(image, ([], "kept"))
+            irregular[image] = ([*kinds, "duplicate"], action)
+        reported, num_thumbnails = [], Counter()
+        for (split, image), (kinds, action) in sorted(irregular.items()):
+            index, first = self.indexes[split], duplicates.get((split, image))
+            same_as = None if first is None else self.source(first)
+            wanted = num_thumbnails[kinds[-1]] < MAX_THUMBNAILS and "bomb" not in kinds
+            thumbnail = make_thumbnail(index.read(image)) if wanted else None
+            num_thumbnails[kinds[-1]] += thumbnail is not None
+            reported.append(ReportedImage(index.source(image), index.key_of(image), kinds, action, same_as, thumbnail))
+        shards = {plan.name: records[plan.name]["entry"] for plan in self.plans}
+        num_read = sum(len(index) for index in self.indexes)
+        num_written = sum(entry["samples"] for entry in shards.values())
+        kinds = Counter(kind for image in reported for kind in image.kinds).most_common()
+        if not num_written:
             for name in shards:  # they are empty
                 (self.out / name).unlink()
                 (self.out / name).with_suffix(".idx").unlink()
-            what = Counter(kind for image in odd for kind in image.kinds).most_common(3)
-            raise UserError(f"none of the {read} images can be used ({dict(what)}): look at {odd[0].source}")
-        write_report(
-            self.out, read, written, odd, [f"{i.where}: {name}" for i in self.indexes for name in i.passed_over]
-        )
+            raise UserError(
+                f"none of the {num_read} images is usable ({_counts(kinds[:3])}). Check {reported[0].source}."
+            )
+        skipped = [f"{index.location}: {name}" for index in self.indexes for name in index.skipped]
+        write_report(self.out, num_read, num_written, reported, skipped)
         classes = max((index.classes for index in self.indexes), key=len)
-        write_manifest(self.out, shards, classes=classes, **identity, **about)
-        output_dir.forget(self.out)
-        kinds = Counter(kind for image in odd for kind in image.kinds)
-        told = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
-        return f"{self.out}: {written} of {read} images in {len(shards)} shards, {read - written} left out" + (
-            f"; {told}: see {self.out / 'report.html'}" if odd else "; all were plain RGB JPEGs"
+        write_manifest(self.out, shards, classes=classes, **identity, **facts)
+        output_dir.clear_progress(self.out)
+        found = f"{_counts(kinds)}; see {self.out / 'report.html'}" if reported else "all were plain RGB JPEGs"
+        return (
+            f"{self.out}: {num_written} of {num_read} images in {len(shards)} shards, "
+            f"{num_read - num_written} left out; {found}"
         )
 
 
-def _suspects(indexes: list[Index]) -> list[np.ndarray]:
-    """For each split, which images are as long as another of any split: bool [N]. Only these can be copies."""
+def _counts(kinds: list[tuple[str, int]]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds)
+
+
+def _may_be_duplicate(indexes: list[Index]) -> list[np.ndarray]:
+    """Return for each split which images have the length of another image of any split: bool [N]."""
     lengths, counts = np.unique(np.concatenate([index.length for index in indexes]), return_counts=True)
     return [counts[np.searchsorted(lengths, index.length)] > 1 for index in indexes]
 
 
 def _fingerprint(index: Index) -> dict[str, Any]:
-    """What a source is known by: its name, and a hash of what lies where in it."""
+    """Return a source's identity: name, size, and a hash of its images' names, lengths, labels and keys."""
     digest = hashlib.sha256()
     for column in (index.name, index.length, index.label, index.key):
         digest.update(np.ascontiguousarray(column).tobytes())
     return {
-        "name": Path(index.where).name,
+        "name": Path(index.location).name,
         "images": len(index),
         "bytes": int(index.length.sum()),
         "sha256": digest.hexdigest(),

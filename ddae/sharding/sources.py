@@ -1,9 +1,9 @@
-"""Where a data set comes from: archives, folders or shards, as one index of its images in one order.
+"""Scan a data set (archives, folders or shards) into one index of its images, in a reproducible order.
 
-    a tar of one tar a class (ILSVRC2012_img_train.tar), or a folder of such class tars
-    a tar of images without classes (ILSVRC2012_img_val.tar), labelled by the devkit; or of class folders
+    a tar of class tars (ILSVRC2012_img_train.tar), or a folder of class tars
+    a tar of class folders, or of images without classes (ILSVRC2012_img_val.tar), labelled by the devkit
     a folder of class folders, or of images without classes
-    shards in webdataset's form (timm's, Hugging Face's, ours): KEY.jpg with KEY.cls or KEY.json
+    webdataset shards (timm's, Hugging Face's, ours): KEY.jpg with KEY.cls or KEY.json
 
 Classes are numbered in the order of their names, which for ImageNet is the usual order of its synsets.
 """
@@ -28,112 +28,114 @@ from ddae.errors import UserError
 from ddae.sharding.imagenet_devkit import Devkit
 from ddae.sharding.tar import members, read_at
 
-
-def unique_keys(names: list[str], groups: list[str | int | None], by_folder: bool) -> tuple[list[str], np.ndarray]:
-    """Names and classes of images -> a key for each, and which of them repeat an earlier name: bool [N].
-
-    by_folder: a name stands for an image of its class's folder alone, and the key has the class before it. Else a name
-    that begins with a class, as ImageNet's do, repeats any like it, and another one those of its class. Names that only
-    look alike once they are written as keys get a number too, but are no repetition.
-    """
-    classes = {group for group in groups if isinstance(group, str)}
-    keys, repeated, seen, used = [], [], set(), {}
-    for name, group in zip(names, groups, strict=True):
-        head, underscore, _ = name.partition("_")
-        begins_with_class = bool(underscore) and head in classes
-        identity = (None if begins_with_class and not by_folder else group, name)
-        repeated.append(identity in seen)
-        seen.add(identity)
-        key = plain = _plain(f"{group}_{name}" if by_folder and group is not None and head != group else name)
-        while key in used:
-            used[plain] += 1
-            key = f"{plain}--{used[plain]}"
-        used[key] = 1
-        keys.append(key)
-    return keys, np.array(repeated, bool)
-
-
-def _plain(name: str) -> str:
-    """The name in ASCII letters, digits, _ and -, with room left for a number."""
-    plain = re.sub(r"[^0-9A-Za-z_-]", lambda found: "_" if found[0].isascii() else f"x{ord(found[0]):x}", name)
-    if len(plain) <= KEY_LENGTH - 10:
-        return plain
-    return plain[: KEY_LENGTH - 21] + "-" + hashlib.sha1(name.encode(errors="replace")).hexdigest()[:10]
-
-
 JPEG_ENDINGS = (".jpg", ".jpeg")
 IMAGE_ENDINGS = (*JPEG_ENDINGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 LABEL_ENDINGS = (".cls", ".json")
 UNLABELLED = -1
-SPLIT_WORD = re.compile(r"(?<![A-Za-z])(train|val|test)")
-SHARD_NAME = re.compile(r"[-_]\d{3,}\.tar$")  # of one among many, not a class
+SPLIT_IN_NAME = re.compile(r"(?<![A-Za-z])(train|val|test)")
+SHARD_NAME = re.compile(r"[-_]\d{3,}\.tar$")  # a numbered shard, not a class tar
 SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test"}
+Class = str | int | None  # of an image in a source: its name, its number, or not known
 
 
 @dataclass(frozen=True)
 class Index:
-    """The N images of one split: what they are called, where their bytes lie, what class they are of."""
+    """The N images of one split: names, positions of their bytes, and labels."""
 
     split: str
-    where: str  # as the user named it
+    location: str  # path or pattern that the user passed
     files: list[Path]  # archives, or the one folder
-    file: np.ndarray  # int32 [N]: which of `files`
-    offset: np.ndarray  # int64 [N]: within the archive; -1 where the image is a file of its own
+    file_number: np.ndarray  # int32 [N]: position in `files`
+    offset: np.ndarray  # int64 [N]: bytes, in the archive; -1: the image is a file of its own
     length: np.ndarray  # int64 [N]: bytes
     label: np.ndarray  # int32 [N]
-    name: np.ndarray  # UTF-8 bytes [N]: path within the archive or folder
+    name: np.ndarray  # UTF-8 bytes [N]: path in the archive or folder
     key: np.ndarray  # ASCII bytes [N]: unique
-    repeated: np.ndarray  # bool [N]: an earlier image has the same key, so this one's ends in a number
+    duplicate_key: np.ndarray  # bool [N]: an earlier image has the same name, so this one's key ends in a number
     classes: list[str]
-    passed_over: list[str] = field(default_factory=list)  # files that are no images
+    skipped: list[str] = field(default_factory=list)  # files that are not images
 
     def __len__(self) -> int:
         return len(self.length)
 
     def source(self, i: int) -> str:
-        """Image i by a name that its owner knows."""
-        return f"{self.files[self.file[i]].name}/{bytes(self.name[i]).decode(errors='replace')}"
+        """Return archive or folder and path of image i, for messages and reports."""
+        return f"{self.files[self.file_number[i]].name}/{bytes(self.name[i]).decode(errors='replace')}"
 
     def key_of(self, i: int) -> str:
+        """Return the key of image i in the shards."""
         return bytes(self.key[i]).decode()
 
     def read(self, i: int) -> bytes:
-        """The file of image i."""
-        path = self.files[self.file[i]]
+        """Return the bytes of image i. Raise UserError if it cannot be read."""
+        path = self.files[self.file_number[i]]
         if self.offset[i] < 0:
             try:
                 return (path / os.fsdecode(bytes(self.name[i]))).read_bytes()
             except OSError as error:
-                raise UserError(f"{self.source(i)} cannot be read ({error.strerror}): put it back") from None
+                raise UserError(f"{self.source(i)} cannot be read ({error.strerror}). Restore it.") from None
         return read_at(path, int(self.offset[i]), int(self.length[i]))
 
 
-def index(split: str, where: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
-    """Find all images of a split; UserError where there are none, or their classes cannot be known.
+def build_index(split: str, location: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
+    """Find all images of a split. Raise UserError if there are none, or if their classes are unknown or inconsistent.
 
-    classes: those of the training split, where that is labelled (none of them: by numbers alone); others are refused.
+    classes: those of a labelled training split, in which case others are rejected; []: training has class numbers only.
     """
-    if where.startswith("pipe:"):
-        raise UserError(f"--{split} {where!r} would run a command: name archives, shards or a folder")
-    path = Path(where)
+    if location.startswith("pipe:"):
+        raise UserError(f"--{split} {location!r} would run a command. Pass archives, shards or a folder.")
+    path = Path(location)
     if path.is_dir():
         tars = sorted(each for each in path.glob("*.tar") if not each.name.startswith("."))
-        found = _folder(path) if not tars else _archives(_of_split(tars, split), known_classes(path))
+        scan = _scan_archives(_of_split(tars, split), _manifest_classes(path)) if tars else _scan_folder(path)
     elif path.is_file():
-        found = _archives([path], known_classes(path.parent))
+        scan = _scan_archives([path], _manifest_classes(path.parent))
     else:
-        tars = [Path(name) for each in braceexpand(where) for name in sorted(glob.glob(each)) or [each]]
+        tars = [Path(name) for each in braceexpand(location) for name in sorted(glob.glob(each)) or [each]]
         missing = [tar for tar in tars if not tar.is_file()]
         if missing:
-            raise UserError(f"--{split} {where}: {missing[0]} does not exist: check the name")
-        found = _archives(tars, known_classes(tars[0].parent))
-    if not len(found.length):
-        raise UserError(f"--{split} {where} holds no image ({', '.join(IMAGE_ENDINGS)}): name the archive or folder")
-    return found.finish(split, where, classes, devkit)
+            raise UserError(f"--{split} {location}: {missing[0]} does not exist. Check the path.")
+        scan = _scan_archives(tars, _manifest_classes(tars[0].parent))
+    if not len(scan.length):
+        raise UserError(f"--{split} {location} contains no image. Pass files ending in {', '.join(IMAGE_ENDINGS)}.")
+    return scan.finish(split, location, classes, devkit)
 
 
-def known_classes(folder: Path) -> list[str] | None:
-    """The class names that a manifest of ours in this folder gives; None where there is none."""
+def unique_keys(names: list[str], classes: list[Class], by_folder: bool) -> tuple[list[str], np.ndarray]:
+    """Return a unique key for each image, and which images have the name of an earlier one: bool [N].
+
+    by_folder: names are unique only in their class folder, and the class is prepended to the key. Otherwise a name that
+    starts with a class, as ImageNet's do, must be unique in the split, and any other name in its class. Names that
+    differ but map to the same key get a numeric suffix without counting as duplicates.
+    """
+    class_names = {each for each in classes if isinstance(each, str)}
+    keys, duplicate, names_seen, suffixes = [], [], set(), {}
+    for name, class_ in zip(names, classes, strict=True):
+        head, underscore, _ = name.partition("_")
+        starts_with_class = bool(underscore) and head in class_names
+        identity = (None if starts_with_class and not by_folder else class_, name)
+        duplicate.append(identity in names_seen)
+        names_seen.add(identity)
+        prepend = by_folder and class_ is not None and head != class_
+        key = base = _ascii_key(f"{class_}_{name}" if prepend else name)
+        while key in suffixes:
+            suffixes[base] += 1
+            key = f"{base}--{suffixes[base]}"
+        suffixes[key] = 1
+        keys.append(key)
+    return keys, np.array(duplicate, bool)
+
+
+def _ascii_key(name: str) -> str:
+    """Return the name in ASCII letters, digits, _ and -, short enough that a numeric suffix can be appended."""
+    key = re.sub(r"[^0-9A-Za-z_-]", lambda char: "_" if char[0].isascii() else f"x{ord(char[0]):x}", name)
+    if len(key) <= KEY_LENGTH - 10:
+        return key
+    return key[: KEY_LENGTH - 21] + "-" + hashlib.sha1(name.encode(errors="replace")).hexdigest()[:10]
+
+
+def _manifest_classes(folder: Path) -> list[str] | None:
+    """Return the class names in the manifest of a folder of our shards; None if there are none."""
     try:
         return json.loads((folder / MANIFEST).read_text())["classes"] or None
     except (OSError, ValueError, KeyError, TypeError):
@@ -141,120 +143,126 @@ def known_classes(folder: Path) -> list[str] | None:
 
 
 def _of_split(tars: list[Path], split: str) -> list[Path]:
-    """Of a folder's tars those that are named after the split; all, where not all are named after one."""
-    found = [SPLIT_WORD.search(tar.name) for tar in tars]
-    if not all(found):
+    """Return the tars of a folder that have the split in their name; all of them unless every name has a split."""
+    splits = [match and match[1] for match in (SPLIT_IN_NAME.search(tar.name) for tar in tars)]
+    if not all(splits):
         return tars
-    named = [tar for tar, word in zip(tars, found, strict=True) if word is not None and word[1] == split]
-    if not named:
-        raise UserError(f"{tars[0].parent} holds tars, but none with {split!r} in its name: name a pattern")
-    return named
+    of_split = [tar for tar, name in zip(tars, splits, strict=True) if name == split]
+    if not of_split:
+        raise UserError(f"{tars[0].parent} contains tars, but none with {split!r} in its name. Pass a pattern.")
+    return of_split
 
 
-class _Found:
-    """What a scan has found so far, in compact columns: there may be millions of images."""
+class _Scan:
+    """Images found in files, in compact columns: there may be millions."""
 
-    def __init__(self, files: list[Path], classes: list[str] | None = None):
-        self.files, self.classes = files, classes
-        self.file, self.offset, self.length = array("i"), array("q"), array("q")
+    def __init__(self, files: list[Path], manifest_classes: list[str] | None = None):
+        self.files, self.manifest_classes = files, manifest_classes
+        self.file_number, self.offset, self.length = array("i"), array("q"), array("q")
         self.name: list[bytes] = []
-        self.stem: list[str] = []
-        self.group: list[str | int | None] = []  # class name, or number, or neither
-        self.passed_over: list[str] = []
+        self.stem: list[str] = []  # from which the key is made
+        self.class_: list[Class] = []
+        self.skipped: list[str] = []
 
-    def add(self, file: int, name: str, offset: int, length: int, stem: str, group: str | int | None) -> None:
-        self.file.append(file)
+    def add(self, file_number: int, name: str, offset: int, length: int, stem: str, class_: Class) -> None:
+        """Append an image."""
+        self.file_number.append(file_number)
         self.offset.append(offset)
         self.length.append(length)
         self.name.append(name.encode(errors="surrogateescape"))
         self.stem.append(stem)
-        self.group.append(group)
+        self.class_.append(class_)
 
-    def finish(self, split: str, where: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
-        keys, repeated = unique_keys(self.stem, self.group, by_folder=-1 in self.offset[:1])
-        label, own = self._labels(split, where, classes, devkit)
+    def finish(self, split: str, location: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
+        """Return the index, with unique keys and labels. Raise UserError as build_index()."""
+        keys, duplicate_key = unique_keys(self.stem, self.class_, by_folder=-1 in self.offset[:1])
+        label, classes = self._labels(split, location, classes, devkit)
         return Index(
             split=split,
-            where=where,
+            location=location,
             files=self.files,
-            file=np.array(self.file, np.int32),
+            file_number=np.array(self.file_number, np.int32),
             offset=np.array(self.offset, np.int64),
             length=np.array(self.length, np.int64),
             label=label,
             name=np.array(self.name),
             key=np.array(keys, "S"),
-            repeated=repeated,
-            classes=own,
-            passed_over=self.passed_over,
+            duplicate_key=duplicate_key,
+            classes=classes,
+            skipped=self.skipped,
         )
 
     def _labels(
-        self, split: str, where: str, classes: list[str] | None, devkit: Devkit | None
+        self, split: str, location: str, classes: list[str] | None, devkit: Devkit | None
     ) -> tuple[np.ndarray, list[str]]:
-        """The class number of each image, and the names of all classes."""
-        if all(group is None for group in self.group):
+        """Return the label of each image, int32 [N], and the names of all classes."""
+        source = f"--{split} {location}"
+        if all(each is None for each in self.class_):
             if devkit is not None:
-                self.group = devkit.synsets_of([name.decode(errors="replace") for name in self.name], where)
+                self.class_ = devkit.synsets_of([name.decode(errors="replace") for name in self.name], location)
                 classes = classes or devkit.synsets
             elif classes is not None:
-                raise UserError(f"--{split} {where} has no classes of its own: give its labels with --devkit")
+                raise UserError(f"{source} has no classes, but training has. Pass --devkit.")
             else:
-                return np.full(len(self.group), UNLABELLED, np.int32), []
-        if any(group is None for group in self.group):
-            lost = self.name[self.group.index(None)].decode(errors="replace")
-            raise UserError(f"--{split} {where}: {lost} has no label, though others have: complete it or take it out")
-        numbered = [group for group in self.group if isinstance(group, int)]
-        if numbered:
-            known = classes or self.classes or []
-            if self.classes and known != self.classes:
-                raise UserError(f"--{split} {where} numbers other classes than training does: shard each by itself")
-            limit = len(known) or 1 << 31
-            if min(numbered) < 0 or max(numbered) >= limit:
-                wrong = min(numbered) if min(numbered) < 0 else max(numbered)
-                raise UserError(f"--{split} {where} has label {wrong}, outside its {limit} classes: mend its .cls")
-            return np.array(numbered, np.int32), known
+                return np.full(len(self.class_), UNLABELLED, np.int32), []
+        if None in self.class_:
+            name = self.name[self.class_.index(None)].decode(errors="replace")
+            raise UserError(f"{source}: {name} has no label, but other images have. Add its label, or remove it.")
+        numbers = [each for each in self.class_ if isinstance(each, int)]
+        if numbers:
+            expected = classes or self.manifest_classes or []
+            if self.manifest_classes and expected != self.manifest_classes:
+                raise UserError(f"{source} has other classes than training. Shard it with a separate command.")
+            limit = len(expected) or 1 << 31
+            if min(numbers) < 0 or max(numbers) >= limit:
+                invalid = min(numbers) if min(numbers) < 0 else max(numbers)
+                raise UserError(f"{source} has label {invalid}; expected 0 to {limit - 1}. Fix its .cls or .json.")
+            return np.array(numbers, np.int32), expected
         if classes == []:
-            raise UserError(f"--{split} {where} names its classes, training only numbers them: shard each by itself")
-        own = classes or sorted({str(group) for group in self.group})
-        number = {name: i for i, name in enumerate(own)}
-        strange = sorted({str(group) for group in self.group} - number.keys())
-        if strange:
             raise UserError(
-                f"--{split} {where} has class {strange[0]!r}, which is not among the {len(own)} of training: "
-                "is it another data set's?"
+                f"{source} has class names, but training has class numbers only. Shard it with a separate command."
             )
-        return np.array([number[str(group)] for group in self.group], np.int32), own
+        names = [str(each) for each in self.class_]
+        classes = classes or sorted(set(names))
+        number = {name: i for i, name in enumerate(classes)}
+        unknown = sorted(set(names) - number.keys())
+        if unknown:
+            raise UserError(
+                f"{source} has class {unknown[0]!r}, which is not among the {len(classes)} classes of training. "
+                "Pass a split of the same data set."
+            )
+        return np.array([number[name] for name in names], np.int32), classes
 
 
-def _archives(tars: list[Path], classes: list[str] | None) -> _Found:
+def _scan_archives(tars: list[Path], manifest_classes: list[str] | None) -> _Scan:
     """Scan tars: shards, class tars, or images with or without class folders."""
     first = next(iter(members(tars[0])), None)
-    if first is not None and ".tar/" not in first.name and _holds_shards(tars[0]):
-        return _shards(tars, classes)
-    found = _Found(tars)
+    if first is not None and ".tar/" not in first.name and _is_shard(tars[0]):
+        return _scan_shards(tars, manifest_classes)
+    scan = _Scan(tars)
     for number, tar in enumerate(tars):
         for member in members(tar):
-            if _is_image(member.name, found.passed_over):
+            if _is_image(member.name, scan.skipped):
                 path = PurePosixPath(member.name)
-                group = None
+                class_ = None
                 if ".tar/" in member.name:
-                    group = member.name.partition(".tar/")[0].rpartition("/")[2]
+                    class_ = member.name.partition(".tar/")[0].rpartition("/")[2]
                 elif len(tars) > 1:
-                    group = None if SHARD_NAME.search(tar.name) else tar.stem
+                    class_ = None if SHARD_NAME.search(tar.name) else tar.stem
                 elif len(path.parts) > 1:
-                    group = path.parts[-2]
-                found.add(number, member.name, member.offset, member.length, path.stem, group)
-    if len(tars) == 1 and len(set(found.group)) == 1 and not any(b".tar/" in name for name in found.name[:1]):
-        found.group = [None] * len(found.group)  # one folder around all images is not a class
-    return found
+                    class_ = path.parts[-2]
+                scan.add(number, member.name, member.offset, member.length, path.stem, class_)
+    if len(tars) == 1 and len(set(scan.class_)) == 1 and not any(b".tar/" in name for name in scan.name[:1]):
+        scan.class_ = [None] * len(scan.class_)  # a single folder around all images is not a class
+    return scan
 
 
-def _holds_shards(tar: Path) -> bool:
-    """Whether images have labels or masks beside them, under the same name; seen in the first few files."""
-    found: dict[str, set[str]] = {}
+def _is_shard(tar: Path) -> bool:
+    """Return whether an image among the first few files has a label or a mask of the same name."""
+    endings_of: dict[str, set[str]] = {}
     for member in itertools.islice(members(tar), 22):
         folder, _, base = member.name.rpartition("/")
-        endings = found.setdefault(f"{folder}/{base.partition('.')[0]}", set())
+        endings = endings_of.setdefault(f"{folder}/{base.partition('.')[0]}", set())
         endings.add("." + base.partition(".")[2].lower())
         labels = {ending for ending in endings if ending.endswith(LABEL_ENDINGS)}
         if (labels and labels != endings) or (endings & {*JPEG_ENDINGS} and endings & {*IMAGE_ENDINGS[2:]}):
@@ -262,33 +270,34 @@ def _holds_shards(tar: Path) -> bool:
     return False
 
 
-def _shards(tars: list[Path], classes: list[str] | None) -> _Found:
-    """Scan shards in webdataset's form: what is before the first dot of a file's name is its sample's key."""
-    found = _Found(tars, classes)
+def _scan_shards(tars: list[Path], manifest_classes: list[str] | None) -> _Scan:
+    """Scan webdataset shards: the part of a file's name before the first dot is its sample's key."""
+    scan = _Scan(tars, manifest_classes)
     for number, tar in enumerate(tars):
-        places, labels = [], {}
+        images, labels = [], {}
         for member in members(tar):
             folder, _, base = member.name.rpartition("/")
             sample = f"{folder}/{base.partition('.')[0]}"
             if member.name.endswith(LABEL_ENDINGS):
-                label = _label(read_at(tar, member.offset, min(member.length, 1 << 20)))
+                label = _parse_label(read_at(tar, member.offset, min(member.length, 1 << 20)))
                 if label is None and member.name.endswith(".cls"):
-                    raise UserError(f"{tar} holds {member.name}, whose label is no number: class numbers are expected")
+                    raise UserError(f"{tar}: the label {member.name} is not a number. Expected a class number.")
                 if label is not None:
                     labels.setdefault(sample, label)
-            elif _is_image(member.name, found.passed_over):
-                places.append((member, sample))
-        photos = {sample for member, sample in places if member.name.lower().endswith(JPEG_ENDINGS)}
-        for member, sample in places:
-            if sample in photos and not member.name.lower().endswith(JPEG_ENDINGS):
-                found.passed_over.append(member.name)  # a photograph's mask
+            elif _is_image(member.name, scan.skipped):
+                images.append((member, sample))
+        jpegs = {sample for member, sample in images if member.name.lower().endswith(JPEG_ENDINGS)}
+        for member, sample in images:
+            if sample in jpegs and not member.name.lower().endswith(JPEG_ENDINGS):
+                scan.skipped.append(member.name)  # the mask of a JPEG
                 continue
-            found.add(number, member.name, member.offset, member.length, sample.rpartition("/")[2], labels.get(sample))
-    return found
+            stem = sample.rpartition("/")[2]
+            scan.add(number, member.name, member.offset, member.length, stem, labels.get(sample))
+    return scan
 
 
-def _label(content: bytes) -> int | None:
-    """The class number that a .cls or .json file holds."""
+def _parse_label(content: bytes) -> int | None:
+    """Return the class number in a .cls or .json file; None if there is none."""
     try:
         value = json.loads(content)
         return int(value["label"] if isinstance(value, dict) else value)
@@ -296,28 +305,28 @@ def _label(content: bytes) -> int | None:
         return None
 
 
-def _folder(root: Path) -> _Found:
+def _scan_folder(root: Path) -> _Scan:
     """Scan a folder of class folders, or of images."""
-    found = _Found([root])
+    scan = _Scan([root])
     folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    loose = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
-    images = [name for name in loose if _is_image(name, found.passed_over)]
+    files = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+    images = [name for name in files if _is_image(name, scan.skipped)]
     if images and folders:
-        raise UserError(f"{root} holds images ({images[0]}) beside folders ({folders[0]}): name one or the other")
+        raise UserError(f"{root} contains both images ({images[0]}) and folders ({folders[0]}). Expected only one.")
     if len({name.lower() for name in folders} & SPLIT_FOLDERS) > 1:
-        raise UserError(f"{root} holds {' and '.join(folders)}: name each with --train and --val")
+        raise UserError(f"{root} contains several splits ({', '.join(folders)}). Pass each with --train or --val.")
     for name in images:
-        found.add(0, name, -1, (root / name).stat().st_size, Path(name).stem, None)
-    for group in folders:
-        for name in _walk(root / group):
-            path = PurePosixPath(group, name)
-            if _is_image(str(path), found.passed_over):
-                found.add(0, str(path), -1, (root / path).stat().st_size, path.stem, group)
-    return found
+        scan.add(0, name, -1, (root / name).stat().st_size, Path(name).stem, None)
+    for class_ in folders:
+        for name in _walk(root / class_):
+            path = PurePosixPath(class_, name)
+            if _is_image(str(path), scan.skipped):
+                scan.add(0, str(path), -1, (root / path).stat().st_size, path.stem, class_)
+    return scan
 
 
 def _walk(folder: Path) -> Iterator[str]:
-    """Regular files below a folder, by their paths within it, in order."""
+    """Yield the relative paths of all regular files below a folder, in order."""
     for current, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
@@ -325,10 +334,10 @@ def _walk(folder: Path) -> Iterator[str]:
                 yield str((Path(current) / name).relative_to(folder))
 
 
-def _is_image(name: str, passed_over: list[str]) -> bool:
-    """Whether a file's name is an image's; if not, the name is noted."""
+def _is_image(name: str, skipped: list[str]) -> bool:
+    """Return whether a path has the ending of an image; append it to `skipped` if not."""
     base = name.rpartition("/")[2]
     if base.lower().endswith(IMAGE_ENDINGS) and not base.startswith("."):
         return True
-    passed_over.append(name)
+    skipped.append(name)
     return False

@@ -1,4 +1,4 @@
-"""Work spread over processes, with a progress bar; nothing of it outlives this process, whatever ends it."""
+"""Run tasks in worker processes with a progress bar. No worker outlives the main process, however that ends."""
 
 import ctypes
 import multiprocessing
@@ -16,54 +16,55 @@ from tqdm import tqdm
 from ddae.errors import UserError
 
 T = TypeVar("T")
-tqdm.set_lock(threading.RLock())  # its own is shared between processes, and stays held by one that is killed
-tqdm.monitor_interval = 0  # nor may a thread hold it while workers are forked
-_FORK = multiprocessing.get_context("fork")  # what is to be done, and all it knows, is inherited and not sent
-_done = _FORK.Value("q", 0)
+tqdm.set_lock(threading.RLock())  # the default lock is shared between processes: a killed worker would never release it
+tqdm.monitor_interval = 0  # a monitor thread could have that lock acquired while workers are forked
+_FORK = multiprocessing.get_context("fork")  # workers inherit the task function and its state, without pickling
+_num_done = _FORK.Value("q", 0)  # images
 _work: Callable[..., Any]
 
 
-def count_one() -> None:
-    """One image more is done; called by the work."""
-    with _done.get_lock():
-        _done.value += 1
+def count_image() -> None:
+    """Advance the progress bar by one image; called in a worker."""
+    with _num_done.get_lock():
+        _num_done.value += 1
 
 
-def run(work: Callable[..., T], tasks: list[tuple], workers: int, total: int, done: int = 0) -> Iterator[T]:
-    """Yield work(*task) of each task as it comes, from worker processes; the bar counts images, `total` in all.
+def run(work: Callable[..., T], tasks: list[tuple], num_workers: int, total: int, done: int = 0) -> Iterator[T]:
+    """Yield work(*task) of each task in the order of completion, computed in worker processes.
 
-    `work` may be any callable. An error in it ends all workers and is raised here; UserError where one was killed.
+    `work` may be any callable. The progress bar counts images from `done` to `total`. The first error in a worker ends
+    all workers and is raised here. Raise UserError if a worker was killed.
     """
-    _done.value = done
-    start = (work, os.getpid())
+    _num_done.value = done
+    initargs = (work, os.getpid())
     with (
-        ProcessPoolExecutor(max(1, min(workers, len(tasks))), _FORK, _be_a_worker, start) as pool,
+        ProcessPoolExecutor(max(1, min(num_workers, len(tasks))), _FORK, _init_worker, initargs) as pool,
         tqdm(total=total, initial=done, unit=" images", mininterval=0.3 if sys.stderr.isatty() else 10) as bar,
     ):
         try:
             pending = {pool.submit(_call, *task) for task in tasks}
             while pending:
                 finished, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
-                bar.update(_done.get_obj().value - bar.n)  # without the lock, which a killed worker may hold
+                bar.update(_num_done.get_obj().value - bar.n)  # not locked: a killed worker never releases the lock
                 for future in finished:
                     yield future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker was killed, perhaps for want of memory: try fewer --workers; the same command goes on"
+                "a worker was killed, possibly because memory ran out. Pass fewer --workers; the same command resumes."
             ) from None
         finally:
-            if pending:  # an error, or nobody wants the rest
+            if pending:  # an error, or the caller closed the generator
                 for child in multiprocessing.active_children():
                     child.kill()
 
 
-def _be_a_worker(work: Callable[..., Any], parent: int) -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it."""
+def _init_worker(work: Callable[..., Any], parent: int) -> None:
+    """Initialise a worker: ignore Ctrl-C, which the parent handles, and die with the parent."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it died before prctl()
         os._exit(1)
 
 

@@ -1,6 +1,7 @@
-"""How fast data comes: each way to load or to decode in a process of its own, all ways in turn, several rounds.
+"""Throughput of image loaders and of sharding, in images/s.
 
-What counts is the ratio of two rates of one run: machines differ, and the same machine from hour to hour.
+Each loader is measured in its own process. Candidates are interleaved over several rounds so that machine noise
+cancels; compare ratios within one run, not rates of different machines or times.
 """
 
 import csv
@@ -8,6 +9,7 @@ import io
 import json
 import multiprocessing
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -38,46 +40,65 @@ from ddae.data.shards import open_shards
 from ddae.distributed.comm import device
 from ddae.sharding.inspection import inspect
 from ddae.sharding.sharder import Settings, shard
-from ddae.sharding.sources import Index, index
+from ddae.sharding.sources import Index, build_index
 
 SIZE, BATCH = 224, 64  # pixels a side; images a batch
-WARM_UP = 4  # batches
+WARMUP_BATCHES = 4
+READ_ONLY = "read only"  # files and crop boxes without decoding
+
+
+def benchmark_loaders(data: str, workers: int, rounds: int, seconds: float, simd: str, out: str) -> None:
+    """Measure the loaders on shards `data` and report their rates; then compare the pixels of Pillow and DALI."""
+    rates = loader_rates(data, workers, rounds, seconds, simd)
+    report(rates, "torchvision", _title(workers), out)
+    mean, largest = pixel_differences(data)
+    print(f"Pillow's and DALI's crops differ by {mean:.2f} of 255 on average, by {largest:.2f} in the worst image")
+
+
+def benchmark_sharding(data: str, workers: int, rounds: int, out: str) -> None:
+    """Measure sharding of the archive `data` and report its rates."""
+    report(sharding_rates(data, workers, rounds), "decoding alone", _title(workers), out)
+
+
+def _title(workers: int) -> str:
+    return f"{workers} workers, {os.cpu_count()} cores, {platform.machine()}"
 
 
 def loader_rates(data: str, workers: int, rounds: int, seconds: float, simd: str) -> dict[str, list[float]]:
-    """Images/s of each loader, round by round. `simd`: folder that pillow-simd was installed into, if any.
+    """Return images/s of each loader, one value a round.
 
-    torchvision's is the baseline: ImageFolder, RandomResizedCrop and flip on Pillow, DataLoader.
+    The baseline is torchvision's pipeline: ImageFolder, RandomResizedCrop and flip on Pillow, DataLoader.
+    simd: folder that pillow-simd was installed into, "" to leave it out.
     """
     with tempfile.TemporaryDirectory() as folder:
-        unpack(data, Path(folder))
-        ways = {
+        extract_images(data, Path(folder))
+        loaders = {
             "torchvision": (["torchvision", folder], {}),
             "pillow": (["pillow", data], {}),
             "dali": (["dali", data], {}),
-            "read only": (["read", data], {}),
+            READ_ONLY: (["read", data], {}),
         }
         if simd:
             path = os.pathsep.join(filter(None, (simd, os.environ.get("PYTHONPATH"))))
-            ways["pillow, simd"] = (["pillow", data], {"PYTHONPATH": path})
-        rates: dict[str, list[float]] = {name: [] for name in ways}
+            loaders["pillow, simd"] = (["pillow", data], {"PYTHONPATH": path})
+        rates: dict[str, list[float]] = {name: [] for name in loaders}
         for _ in range(rounds):
-            for name, (words, environment) in ways.items():
-                command = [sys.executable, "-m", "ddae.tools.bench_data", *words, str(workers), str(seconds)]
-                done = subprocess.run(
+            for name, (args, environment) in loaders.items():
+                command = [sys.executable, "-m", "ddae.tools.bench_data", *args, str(workers), str(seconds)]
+                process = subprocess.run(
                     command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
                 )
-                answer = json.loads(done.stdout.splitlines()[-1])
-                assert ("post" in answer["pillow"]) == (name == "pillow, simd"), (
-                    f"{name} ran on Pillow {answer['pillow']}"
+                result = json.loads(process.stdout.splitlines()[-1])
+                assert ("post" in result["pillow"]) == (name == "pillow, simd"), (
+                    f"{name} ran on Pillow {result['pillow']}"
                 )
-                rates[name].append(answer["rate"])
-                print(f"{name:14s} {answer['rate']:8.0f} images/s", flush=True)
+                rates[name].append(result["rate"])
+                _print_rate(name, result["rate"])
     return rates
 
 
-def unpack(data: str, folder: Path) -> None:
-    """The images of shards as files in class folders, as ImageFolder reads them."""
+def extract_images(data: str, folder: Path) -> None:
+    """Write the images of shards as files in class folders, the layout of torchvision's ImageFolder."""
     shards = open_shards(data, open_cache(ShardsConfig()))
     for sample in range(len(shards)):
         path = folder / f"class_{sample % 10}" / f"{sample:06d}.jpg"
@@ -85,16 +106,16 @@ def unpack(data: str, folder: Path) -> None:
         path.write_bytes(shards.read(sample))
 
 
-def measure(way: str, where: str, workers: int, seconds: float) -> float:
-    """Images/s of one loader in this process, after a warm-up."""
-    match way:
+def measure_rate(loader: str, data: str, workers: int, seconds: float) -> float:
+    """Return images/s of one loader in this process, after a warm-up."""
+    match loader:
         case "torchvision":
-            batches = torchvision_batches(where, workers)
+            batches = torchvision_batches(data, workers)
         case "read":
-            batches = read_batches(where, workers)
+            batches = undecoded_batches(data, workers)
         case _:
-            batches = own_batches(way, where, workers)
-    for _ in range(WARM_UP):
+            batches = ddae_batches(loader, data, workers)
+    for _ in range(WARMUP_BATCHES):
         next(batches)
     start, images = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
@@ -104,9 +125,9 @@ def measure(way: str, where: str, workers: int, seconds: float) -> float:
     return rate
 
 
-def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tensor, None, None]:
-    """This project's loader."""
-    config = ShardsConfig(train=where, batch_size=BATCH, workers=workers, backend=backend)  # type: ignore[arg-type]
+def ddae_batches(backend: str, data: str, workers: int) -> Generator[torch.Tensor, None, None]:
+    """Yield batches of this project's loader: uint8 [B, 3, S, S]."""
+    config = ShardsConfig(train=data, batch_size=BATCH, workers=workers, backend=backend)  # type: ignore[arg-type]
     loader = Loader(config, SIZE, 0, RankBatch(BATCH, BATCH, 0, 1), device())
     loader.select_backend()
     try:
@@ -118,23 +139,23 @@ def own_batches(backend: str, where: str, workers: int) -> Generator[torch.Tenso
         loader.close()
 
 
-def read_batches(where: str, workers: int) -> Generator[torch.Tensor, None, None]:
-    """Reader threads alone: files and crops, nothing decoded."""
-    config = ShardsConfig(train=where, batch_size=4 * BATCH, workers=workers, backend="dali")
+def undecoded_batches(data: str, workers: int) -> Generator[torch.Tensor, None, None]:
+    """Yield the file lengths of batches that the reader threads have read but not decoded: int64 [B]."""
+    config = ShardsConfig(train=data, batch_size=4 * BATCH, workers=workers, backend="dali")
     loader = Loader(config, SIZE, 0, RankBatch(4 * BATCH, 4 * BATCH, 0, 1), torch.device("cpu"))
     for micro in loader.read_files(0):
         yield micro.lengths
 
 
-def torchvision_batches(where: str, workers: int) -> Generator[torch.Tensor, None, None]:
-    """What is written today where nothing faster is at hand."""
+def torchvision_batches(data: str, workers: int) -> Generator[torch.Tensor, None, None]:
+    """Yield batches of torchvision's standard training pipeline: float32 [B, 3, S, S]."""
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
     crop = transforms.RandomResizedCrop(SIZE, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
-    steps = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
-    images = ImageFolder(where, steps)
+    augment = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()])
+    images = ImageFolder(data, augment)
     sampler = RandomSampler(images, replacement=True, num_samples=10**9)
     for batch, _ in DataLoader(
         images, BATCH, sampler=sampler, num_workers=workers, prefetch_factor=4 if workers else None
@@ -143,101 +164,115 @@ def torchvision_batches(where: str, workers: int) -> Generator[torch.Tensor, Non
 
 
 def pixel_differences(data: str) -> tuple[float, float]:
-    """Mean and largest over images of the mean absolute difference between Pillow's crops and those of DALI's whole
-    graph, of 255."""
+    """Compare the crops of Pillow with those of DALI's complete graph on up to 512 images.
+
+    Return mean and maximum over images of the mean absolute difference, on the scale 0 to 255.
+    """
     from ddae.data.dali import DaliDecoder
 
     config = ShardsConfig()
     shards = open_shards(data, open_cache(config))
     reader = Reader(
-        shards, EpochOrder(shards.first, 0), RankBatch(1, 1, 0, 1), SIZE, crop_policy(config.crop, config.crop_scale)
+        shards,
+        EpochOrder(shards.shard_starts, 0),
+        RankBatch(1, 1, 0, 1),
+        SIZE,
+        crop_policy(config.crop, config.crop_scale),
     )
-    files, drawn = first_files(reader, 512)
-    decoder = DaliDecoder(SIZE, len(files), 2, torch.device("cpu"), resizes=True)
-    theirs = decoder.decode(files, drawn.crops.boxes, drawn.crops.flips)
-    ours, _, _ = reader.fill(drawn, reader.decode)
-    each = [float(np.abs(a.astype(int) - b.numpy().astype(int)).mean()) for a, b in zip(ours, theirs, strict=True)]
-    return statistics.mean(each), max(each)
+    files, plan = first_files(reader, 512)
+    decoder = DaliDecoder(SIZE, len(files), 2, torch.device("cpu"), resize_in_dali=True)
+    from_dali = decoder.decode(files, plan.crops.boxes, plan.crops.flips)
+    from_pillow, _, _ = reader.load_samples(plan, reader.decode)
+    differences = [
+        float(np.abs(pillow.astype(int) - dali.numpy().astype(int)).mean())
+        for pillow, dali in zip(from_pillow, from_dali, strict=True)
+    ]
+    return statistics.mean(differences), max(differences)
 
 
 def sharding_rates(archive: str, workers: int, rounds: int) -> dict[str, list[float]]:
-    """Images/s of the sharder, of decoding alone by as many processes, which makes every pixel, and of the sharder's
-    own look at each image alone, which reads every coded block."""
-    images = index("train", archive, None, None)
+    """Return images/s of the sharder and of two lower bounds with as many processes, one value a round.
+
+    The bounds: decoding every pixel, and the sharder's inspection, which reads every coded block.
+    """
+    images = build_index("train", archive, None, None)
     rates: dict[str, list[float]] = {"decoding alone": [], "inspection alone": [], "sharding": []}
     for image in range(len(images)):
-        images.read(image)  # for all ways to find the archive in memory
+        images.read(image)  # load the archive into the page cache, for all candidates alike
     for _ in range(rounds):
         with tempfile.TemporaryDirectory(dir=".") as folder:
-            ways = (
-                partial(look_at_all, images, _decode),
-                partial(look_at_all, images, inspect),
+            candidates = (
+                partial(process_all, images, _decode),
+                partial(process_all, images, inspect),
                 partial(shard, [images], Path(folder) / "shards", Settings()),
             )
-            for name, work in zip(rates, ways, strict=True):
+            for name, run in zip(rates, candidates, strict=True):
                 start = time.perf_counter()
-                work(workers)
+                run(workers)
                 rates[name].append(len(images) / (time.perf_counter() - start))
-                print(f"{name:14s} {rates[name][-1]:8.0f} images/s", flush=True)
+                _print_rate(name, rates[name][-1])
     return rates
 
 
-def look_at_all(images: Index, look: Callable[[bytes], object], workers: int) -> None:
-    """Read each image in worker processes, 64 a task, and look at it."""
-    global _look_at
-    _look_at = lambda image: look(images.read(image))  # noqa: E731
+def _print_rate(name: str, rate: float) -> None:
+    print(f"{name:16s} {rate:8.0f} images/s", flush=True)
+
+
+def process_all(images: Index, process: Callable[[bytes], object], workers: int) -> None:
+    """Read each image in worker processes, 64 a task, and process its bytes."""
+    global _process_image
+    _process_image = lambda image: process(images.read(image))  # noqa: E731
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
         starts = range(0, len(images), BATCH)
-        list(pool.map(_look_at_some, starts, [min(start + BATCH, len(images)) for start in starts]))
+        list(pool.map(_process_range, starts, [min(start + BATCH, len(images)) for start in starts]))
 
 
-_look_at: Callable[[int], object]  # of the workers, which inherit it
+_process_image: Callable[[int], object]  # inherited by the forked workers
 
 
-def _look_at_some(start: int, end: int) -> None:
+def _process_range(start: int, end: int) -> None:
     for image in range(start, end):
-        _look_at(image)
+        _process_image(image)
 
 
 def _decode(data: bytes) -> None:
     Image.open(io.BytesIO(data)).load()
 
 
-def ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, float]:
-    """Median over rounds of each way's rate over the baseline's in the same round."""
+def median_ratios(rates: dict[str, list[float]], baseline: str) -> dict[str, float]:
+    """Return the median over rounds of each rate divided by the baseline's rate in the same round."""
     return {
-        name: statistics.median(a / b for a, b in zip(each, rates[baseline], strict=True))
-        for name, each in rates.items()
+        name: statistics.median(rate / base for rate, base in zip(by_round, rates[baseline], strict=True))
+        for name, by_round in rates.items()
     }
 
 
-def show(rates: dict[str, list[float]], baseline: str, about: str, out: str) -> None:
-    """Print a table; with `out`, append a row a way to OUT.csv and draw OUT.png."""
-    against = ratios(rates, baseline)
-    print(f"\n{about}: median of {len(rates[baseline])} rounds in turn")
+def report(rates: dict[str, list[float]], baseline: str, title: str, out: str) -> None:
+    """Print a table; if `out` is not empty, append its rows to OUT.csv and draw OUT.png."""
+    ratios = median_ratios(rates, baseline)
+    print(f"\n{title}: median of {len(rates[baseline])} interleaved rounds")
     rows = []
-    for name, each in rates.items():
-        low, middle, high = min(each), statistics.median(each), max(each)
-        print(f"{name:16s} {middle:8.0f} images/s ({low:.0f} to {high:.0f})   {against[name]:.2f} x {baseline}")
-        rows.append(
-            [about, name, len(each), f"{low:.0f}", f"{middle:.0f}", f"{high:.0f}", f"{against[name]:.2f}", baseline]
-        )
+    for name, by_round in rates.items():
+        low, median, high = min(by_round), statistics.median(by_round), max(by_round)
+        print(f"{name:16s} {median:8.0f} images/s ({low:.0f} to {high:.0f})   {ratios[name]:.2f} x {baseline}")
+        numbers = [f"{low:.0f}", f"{median:.0f}", f"{high:.0f}", f"{ratios[name]:.2f}"]
+        rows.append([title, name, len(by_round), *numbers, baseline])
     if not out:
         return
     path = Path(out).with_suffix(".csv")
-    fresh = not path.exists()
+    is_new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        if fresh:
+        if is_new:
             writer.writerow(["about", "way", "rounds", "lowest", "median", "highest", "ratio", "over"])
         writer.writerows(rows)
-    drawn = [name for name in rates if name != "read only"][::-1]  # which would dwarf those that decode
-    figure, axis = plt.subplots(figsize=(6.4, 0.5 * len(drawn) + 1))
-    bars = axis.barh(drawn, [against[name] for name in drawn], color="#0b6e99", height=0.6)
-    axis.bar_label(bars, [f" {against[name]:.2f} x" for name in drawn], fontsize=9)
+    names = [name for name in rates if name != READ_ONLY][::-1]  # its bar would dwarf those of the decoders
+    figure, axis = plt.subplots(figsize=(6.4, 0.5 * len(names) + 1))
+    bars = axis.barh(names, [ratios[name] for name in names], color="#0b6e99", height=0.6)
+    axis.bar_label(bars, [f" {ratios[name]:.2f} x" for name in names], fontsize=9)
     axis.axvline(1, color="#444444", linewidth=0.8)
-    axis.set_xlabel(f"images/s over those of {baseline}", fontsize=9)
-    axis.set_title(about, fontsize=9)
+    axis.set_xlabel(f"images/s relative to {baseline}", fontsize=9)
+    axis.set_title(title, fontsize=9)
     axis.spines[["top", "right"]].set_visible(False)
     axis.margins(x=0.15)
     figure.tight_layout()
@@ -246,8 +281,7 @@ def show(rates: dict[str, list[float]], baseline: str, about: str, out: str) -> 
 
 
 if __name__ == "__main__":
-    way, where, workers, seconds = sys.argv[1:]
+    loader, data, workers, seconds = sys.argv[1:]
     torch.set_num_threads(1)
-    print(
-        json.dumps({"rate": measure(way, where, int(workers), float(seconds)), "pillow": PIL.__version__}), flush=True
-    )
+    rate = measure_rate(loader, data, int(workers), float(seconds))
+    print(json.dumps({"rate": rate, "pillow": PIL.__version__}), flush=True)

@@ -1,7 +1,6 @@
-"""What evaluations cost: a linear probe of many heads over that of one, and nearest neighbours. On noise: what is
-measured does not depend on what images show.
-"""
+"""Cost of evaluations on random data: a linear probe with many heads relative to one head, and k-NN search."""
 
+import os
 import time
 from dataclasses import replace
 
@@ -15,28 +14,33 @@ from ddae.eval.dataset import Labels
 from ddae.eval.knn import vote
 from ddae.eval.linear_probe import LinearProbe
 from ddae.models.vit import Encoder, initialise
+from ddae.tools.bench_data import report
 
 BATCH, CLASSES = 64, 1000
 BANK, QUERIES, WIDTH, K = 50_000, 5_000, 384, 20
 
 
+def benchmark_evaluation(rounds: int, out: str) -> None:
+    """Measure and report both."""
+    report(probe_rates(rounds), "one head", f"linear probe step, {os.cpu_count()} cores", out)
+    print(f"k-NN: {QUERIES:,} queries, {BANK:,} images, k = {K}, width {WIDTH}: {knn_seconds():.1f} s")
+
+
 def probe_rates(rounds: int) -> dict[str, list[float]]:
-    """Images/s of a step of the paper's linear probe of ViT-S/16, with one head and with all, round by round."""
+    """Return images/s of a step of the paper's linear probe of ViT-S/16 with one head and all, one value a round."""
     encoder = Encoder(ModelConfig(width=384, depth=12, heads=6))
     initialise(encoder, torch.Generator().manual_seed(0))
     encoder.requires_grad_(False).eval()
     numbers = torch.arange(BATCH)
     labels = Labels(numbers % CLASSES, [str(number) for number in range(CLASSES)])
     images = torch.randint(0, 256, (BATCH, 3, 224, 224), dtype=torch.uint8, device=device())
-    tasks = {}
-    for name, layers in {"one head": (encoder.shape.depth,), "all heads": ()}.items():
+    depth, tasks = encoder.shape.depth, {}
+    for name, layers in {"one head": (depth,), "all heads": ()}.items():
         config = probe_recipe("paper")
-        config = replace(config, probe=replace(config.probe, layers=layers, untrained=False)).resolved_for(
-            encoder.shape.depth
-        )
-        tasks[name] = task = LinearProbe(config, encoder, labels, None, 1)  # type: ignore[arg-type]  # nothing is validated
+        config = replace(config, probe=replace(config.probe, layers=layers, untrained=False)).resolved_for(depth)
+        tasks[name] = task = LinearProbe(config, encoder, labels, None, 1)  # type: ignore[arg-type]  # no validation
         if name == "one head":
-            task.names = [f"block {encoder.shape.depth} cls"]
+            task.names = [f"block {depth} cls"]
         task.build({})
     rates: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
@@ -49,8 +53,8 @@ def probe_rates(rounds: int) -> dict[str, list[float]]:
     return rates
 
 
-def neighbour_seconds() -> float:
-    """Seconds in which 5,000 images find their 20 nearest of 50,000 by features of width 384."""
+def knn_seconds() -> float:
+    """Return the seconds in which QUERIES features vote among their K nearest of BANK features of dimension WIDTH."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = (torch.randn(count, WIDTH, generator=generator) for count in (BANK, QUERIES))
     start = time.perf_counter()

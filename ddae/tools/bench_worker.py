@@ -1,11 +1,12 @@
-"""One way to compute a training step, in a process of its own (ladder.py starts it): what it is asked on its standard
-input it answers on its standard output, in JSON.
+"""One way to compute a training step, in its own process, which bench_step.py starts.
 
-    build        (first) makes two steps
+Each request is a line of standard input, each result a line "RESULT" with JSON on standard output.
+
+    build        build the model and run two steps; must come first
     time N       seconds of each of N steps
-    peak         bytes that a step takes at most: of the GPU, or resident
-    count        floating-point operations an image, and how often the host waits for the device in a step
-    profile F    writes a trace of a step to F; a table of where its time goes
+    peak         peak memory of a step in bytes: allocated on the GPU, or resident on a CPU
+    count        floating-point operations an image, and host syncs a step
+    profile F    write a profiler trace of a step to file F; the result is a table of operators by time
 """
 
 import json
@@ -45,14 +46,14 @@ from ddae.training.step import (
 )
 
 LR, MOMENTUM = 1e-4, 0.999
-WAITS = {
+HOST_SYNCS = {  # profiler events, by device
     "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
     "cpu": ("aten::_local_scalar_dense",),
 }
 
 
-class OwnStep:
-    """This project's step, as pretraining runs it."""
+class PretrainStep:
+    """The step that pretraining runs."""
 
     def __init__(self, config: PretrainConfig, ds_json: dict[str, Any]):
         resolved, backend = resolve_auto(config, ds_json), resolve_loss_backend(config)
@@ -74,16 +75,16 @@ class OwnStep:
 
 
 class NaiveStep:
-    """naive.py under DeepSpeed as it comes, or, with `own_engine`, under this project's engine and average."""
+    """The step of naive.py with plain DeepSpeed, or with this project's Engine and EMA update."""
 
-    def __init__(self, config: PretrainConfig, ds_json: dict[str, Any], own_engine: bool):
-        self.config, self.own = config, own_engine
+    def __init__(self, config: PretrainConfig, ds_json: dict[str, Any], use_engine: bool):
+        self.config, self.use_engine = config, use_engine
         method = NaiveMethod(config)
         method.load_state_dict(build_model(config).state_dict())
         teacher = NaiveEncoder(config).to(device()).requires_grad_(False).eval()
         teacher.load_state_dict(method.encoder.state_dict())
         self.teacher = teacher if config.feature.enabled else None
-        if own_engine:
+        if use_engine:
             self.engine: Any = Engine(method, build_optimizer(method, config.optim), ds_json)
             masters = self.engine.masters(self.engine.module.encoder)
             if self.teacher is not None:
@@ -100,18 +101,18 @@ class NaiveStep:
         self.applied = torch.ones((), device=device())
 
     def __call__(self, batch: Batch) -> Tensor:
-        config, module, low = self.config, self.engine.module, self.config.engine.precision != "fp32"
+        config, module, autocast = self.config, self.engine.module, self.config.engine.precision != "fp32"
         mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(device())
         distance = masked_distance(mask, config.grid, "reference", config.dynamic.distance_norm)
         tokens = None
         if self.teacher is not None:
             pixels = to_pixels(batch.images, config.data.normalisation)
-            with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=low):
-                tokens = self.teacher(pixels.to(self.engine.dtype if self.own else torch.float32))
-        self.betas.add_norm(distance)
-        loss = self.engine(batch.images, mask.visible, mask.masked, distance, self.betas.used(), tokens, 1.0)
+            with torch.no_grad(), torch.autocast(device().type, torch.bfloat16, enabled=autocast):
+                tokens = self.teacher(pixels.to(self.engine.dtype if self.use_engine else torch.float32))
+        self.betas.accumulate_norm(distance)
+        loss = self.engine(batch.images, mask.visible, mask.masked, distance, self.betas.clamped(), tokens, 1.0)
         self.engine.backward(loss)
-        if self.own:
+        if self.use_engine:
             applied = self.engine.step(LR)
             self.betas.step(LR, applied)
             if self.teacher is not None:
@@ -127,13 +128,14 @@ class NaiveStep:
         return loss.detach()
 
 
-def build(kind: str, config: PretrainConfig) -> Callable[[Batch], Tensor]:
+def build_step(kind: str, config: PretrainConfig) -> Callable[[Batch], Tensor]:
+    """Return the step of a kind of bench_step.Variant: naive, engine or ddae."""
     ds_json = ds_config.resolve(ds_config.load(config.ds_config), config, 1).json
-    return OwnStep(config, ds_json) if kind == "own" else NaiveStep(config, ds_json, kind == "engine")
+    return PretrainStep(config, ds_json) if kind == "ddae" else NaiveStep(config, ds_json, kind == "engine")
 
 
 def batches(config: PretrainConfig) -> Iterator[Batch]:
-    """Of the loader, or, without data, the same random images again and again."""
+    """Yield batches of the loader; without data.train the same batch of random images again and again."""
     size, count = config.model.image_size, config.data.batch_size
     if config.data.train:
         loader = build_loader(config, RankBatch(count, count, 0, 1))
@@ -141,18 +143,19 @@ def batches(config: PretrainConfig) -> Iterator[Batch]:
         yield from loader.batches(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device())
     numbers = torch.arange(count)
-    mask = mask_sampler(config)(numbers)  # by readers, as the images
+    mask = mask_sampler(config)(numbers)  # in advance, as the loader's workers do
     while True:
         yield Batch(images, numbers, numbers, mask)
 
 
 def synchronise() -> None:
+    """Wait until the GPU, if there is one, is idle."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def seconds(step: Callable[[], object], count: int) -> list[float]:
-    """Of each of `count` steps; on a GPU their mean, for they overlap."""
+def step_seconds(step: Callable[[], object], count: int) -> list[float]:
+    """Return the seconds of each of `count` steps; on a GPU their mean, `count` times, because steps overlap."""
     synchronise()
     times = [time.perf_counter()]
     for _ in range(count):
@@ -166,94 +169,103 @@ def seconds(step: Callable[[], object], count: int) -> list[float]:
 
 
 def peak_bytes(step: Callable[[], object]) -> int:
-    """Of one step: allocated on the GPU, or resident in memory."""
+    """Return the peak memory of one step in bytes: allocated on the GPU, or resident on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         step()
         return torch.cuda.max_memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     step()
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def measure_flops(work: Callable[[], object]) -> int:
-    """Of matrix products and attention, whose backward pass counts twice its forward pass; torch's counter takes the
-    CPU's fused attention for nothing, and others' backward pass for two and a half."""
+def measure_flops(run: Callable[[], object]) -> int:
+    """Return the floating-point operations of matrix products and attention in `run`.
+
+    Attention's backward pass counts twice its forward pass. FlopCounterMode's own formulas ignore the CPU's fused
+    attention and count 2.5 times the forward pass for the backward pass of the others.
+    """
     aten = torch.ops.aten
-    forwards = [
+    forward_ops = [
         *(aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
         *(aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention),
     ]
-    backwards = [
+    backward_ops = [
         *(aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._scaled_dot_product_flash_attention_backward),
         *(aten._scaled_dot_product_efficient_attention_backward, aten._scaled_dot_product_cudnn_attention_backward),
     ]
 
-    def attention(query, key, *_, out_shape=None, **__) -> int:
+    def forward_flops(query, key, *_, out_shape=None, **__) -> int:
         *batch, length, width = query
         return 4 * int(torch.tensor(batch).prod()) * length * key[-2] * width
 
-    def backward(_, query, key, *more, **options) -> int:
-        return 2 * attention(query, key)
+    def backward_flops(_, query, key, *more, **options) -> int:
+        return 2 * forward_flops(query, key)
 
-    formulas: dict[Any, Any] = dict.fromkeys(forwards, attention) | dict.fromkeys(backwards, backward)
+    formulas: dict[Any, Any] = dict.fromkeys(forward_ops, forward_flops) | dict.fromkeys(backward_ops, backward_flops)
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        work()
+        run()
     return counter.get_total_flops()
 
 
-def profiled(step: Callable[[], object]) -> profile:
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    with profile(activities=kinds) as seen:
+def profile_step(step: Callable[[], object]) -> profile:
+    """Return the profile of one step, which ends with a synchronisation of the GPU."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    with profile(activities=activities) as profiler:
         step()
-    return seen  # its end waits for the device
+    return profiler
 
 
-def host_syncs(step: Callable[[], object]) -> int:
-    """How often the host waits for the device in a step. On a CPU: how often it looks at a number that a GPU would have
-    to deliver; AdamW's own count of its steps is no such number."""
+def count_host_syncs(step: Callable[[], object]) -> int:
+    """Return how often one step synchronises host and device.
+
+    On a CPU: how often it reads the value of a tensor that a GPU would have to deliver. AdamW reads its step count from
+    a tensor on the CPU, which is not counted.
+    """
     synchronise()
-    waits = copies = 0
-    for event in profiled(step).events() or ():
-        above = event
-        while above is not None and not above.name.startswith("Optimizer.step"):
-            above = above.cpu_parent
-        waits += event.name in WAITS[device().type] and above is None
-        copies += "Pageable -> Device" in event.name  # for which the host waits, whether or not it says so as well
-    return max(waits - torch.cuda.is_available(), copies)  # less the one that ends the profile
+    syncs = copies = 0
+    for event in profile_step(step).events() or ():
+        ancestor = event
+        while ancestor is not None and not ancestor.name.startswith("Optimizer.step"):
+            ancestor = ancestor.cpu_parent
+        syncs += event.name in HOST_SYNCS[device().type] and ancestor is None
+        copies += "Pageable -> Device" in event.name  # blocks the host, with or without an event of its own
+    return max(syncs - torch.cuda.is_available(), copies)  # without the one that ends the profile
 
 
-def table(seen: profile) -> str:
+def operator_table(profiler: profile) -> str:
+    """Return the 25 operators that take most time, as text."""
     column = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return seen.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60)
+    return profiler.key_averages().table(sort_by=column, row_limit=25, max_name_column_width=60)
 
 
 def main() -> None:
-    asked = json.loads(sys.argv[1])
-    config = parse(asked["words"])
+    """Serve requests until standard input ends. The task, JSON with `kind` and `args`, is the first argument."""
+    task = json.loads(sys.argv[1])
+    config = parse(task["args"])
     step: Callable[[], object] = lambda: None  # noqa: E731
     for line in sys.stdin:
         request, _, argument = line.strip().partition(" ")
-        answer: object = None
+        result: object = None
         if request == "build":
             start_process_group()
             torch.manual_seed(0)
-            run, coming = build(asked["kind"], config), batches(config)
-            step = lambda run=run, coming=coming: run(next(coming))  # noqa: E731
-            seconds(step, 2)
+            train_step, stream = build_step(task["kind"], config), batches(config)
+            step = lambda train_step=train_step, stream=stream: train_step(next(stream))  # noqa: E731
+            step_seconds(step, 2)
         elif request == "time":
-            answer = seconds(step, int(argument))
+            result = step_seconds(step, int(argument))
         elif request == "peak":
-            answer = peak_bytes(step)
+            result = peak_bytes(step)
         elif request == "count":
-            answer = {"flops": measure_flops(step) / config.data.batch_size, "waits": host_syncs(step)}
+            result = {"flops": measure_flops(step) / config.data.batch_size, "host_syncs": count_host_syncs(step)}
         else:
-            seen = profiled(step)
-            seen.export_chrome_trace(argument)
-            answer = table(seen)
+            profiler = profile_step(step)
+            profiler.export_chrome_trace(argument)
+            result = operator_table(profiler)
         torch.cuda.empty_cache()  # other variants use the same GPU
-        print("ANSWER", json.dumps(answer), flush=True)
+        print("RESULT", json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

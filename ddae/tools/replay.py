@@ -1,4 +1,4 @@
-"""Replay of a dumped step (training/nonfinite.py), in one process and without DeepSpeed: which layer, which sample?"""
+"""Replay of a dumped step (training/nonfinite.py) in one process, without DeepSpeed, to find layer and sample."""
 
 import json
 import math
@@ -51,8 +51,8 @@ class EagerEngine:
 def replay(dump: Path) -> int:
     """Run every rank's micro-batches again and print each layer's maxima.
 
-    Return 1 if a number is non-finite, as in the run, else 0. Of a supervised task, whose loss is not in the dump, print
-    the maxima that the run recorded. Raise UserError if the folder is not a dump.
+    Return 1 if a value is non-finite, as in the run, else 0. For a supervised task, whose loss is not in the dump,
+    print the maxima that the run recorded. Raise UserError if the folder is not a dump.
     """
     missing = [name for name in ("config.json", STATE, "batch_00000.safetensors") if not (dump / name).exists()]
     if missing:

@@ -1,20 +1,26 @@
-"""What a step works: floating-point operations of one image, counted from the shapes, and what GPUs are able to do.
+"""Floating-point operations of an image, counted by PyTorch on a meta model, and the peak rates of GPUs.
 
-D width, T tokens, M masked patches.
+A multiplication and its addition are two operations. Only matrix products and attention count.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig
+from ddae.data.masking import Mask
+from ddae.method.branches import Inputs, Tokens
+from ddae.method.model import build_uninitialised_model
+from ddae.models.vit import Encoder
 
 
 class Gpu(NamedTuple):
-    memory: float  # GiB that a process can have
+    memory: float  # GiB that a process can allocate
     teraflops: float  # dense bf16, the vendor's figure
-    in_fp32: float  # the same without bf16 (and without TF32)
+    in_fp32: float  # the same in fp32, without TF32
 
 
 GPUS = {
@@ -28,7 +34,7 @@ GPUS = {
 
 
 class Flops(NamedTuple):
-    """Floating-point operations of one image, forward and backward (twice the forward's; the teacher has none)."""
+    """Operations of one image, forward and backward; the teacher or tokenizer has no backward pass."""
 
     encoder: float
     teacher: float
@@ -52,68 +58,85 @@ class Flops(NamedTuple):
 
 
 def count_flops(config: PretrainConfig) -> Flops:
-    """A product of numbers and its addition are two; a block has 24 D^2 + 4 T D a token, T tokens in all. Work that is
-    done once for all images, on mask tokens before they mix with others, counts as none."""
-    patches = config.grid[0] * config.grid[1]
-    visible, width, masked = encoder_patches(config), config.model.width, config.num_masked
-    patch_numbers, engine = config.model.patch_size**2 * 3, config.engine
+    """Count the operations of one image, including those that activation checkpointing repeats.
 
-    def blocks(depth: int, tokens: int, width: int) -> float:
-        return depth * tokens * (24 * width**2 + 4 * tokens * width)
+    Work that is done once a step for all images is not counted: it is the difference between two images and one.
+    """
+    one, two = (_count(config, images) for images in (1, 2))
+    return Flops(*(b - a for a, b in zip(one, two, strict=True)))
 
-    def saved(tokens: int, width: int) -> float:
-        """What a last block leaves out that works on masked patches alone: query, attention, output and MLP."""
-        return (tokens - masked) * (20 * width**2 + 4 * tokens * width)
 
-    def inside(branch: PixelConfig | FeatureConfig) -> float:
-        """The blocks of a decoder, for one tap."""
-        inner, read, depth = branch.decoder_width, 1 + visible, branch.decoder_depth
-        total, crossing = blocks(depth, 1 + patches, inner), 0.0
-        outputs = depth * (1 + patches)
-        if engine.skip_unused_tokens:  # and the first one leaves out queries, keys and values of mask tokens
-            total -= saved(1 + patches, inner) + 6 * masked * inner**2
-            outputs -= read
-        if branch.cross_attention:  # query and output, key and value of the context, attention
-            crossing = outputs * (4 * inner**2 + 4 * read * inner) + depth * 4 * read * width * inner
-        return total + crossing
+def count_model_flops(config: PretrainConfig) -> Flops:
+    """Count the operations that the model needs, without those that activation checkpointing repeats."""
+    once = {"activation_checkpointing": False, "decoder_activation_checkpointing": False, "skip_unused_tokens": True}
+    return count_flops(replace(config, engine=replace(config.engine, **once)))
 
-    def decoder(branch: PixelConfig | FeatureConfig, out: int) -> float:
-        if not branch.enabled:
-            return 0.0
-        ends = 2 * branch.decoder_width * ((1 + visible) * width + masked * out)
-        again = engine.activation_checkpointing or engine.decoder_activation_checkpointing
-        return len(branch.taps) * ((4 if again else 3) * inside(branch) + 3 * ends)
 
-    encoder = blocks(config.model.depth, 1 + visible, width)
-    of_teacher, of_token, token = 0.0, 0.0, config.token
-    if config.feature.enabled:
-        of_teacher = blocks(max(config.feature.taps), 1 + patches, width) + 2 * patches * patch_numbers * width
-        of_teacher -= saved(1 + patches, width) if engine.skip_unused_tokens else 0
-    if token.enabled:  # the tokenizer is taken to be as large as the encoder
-        of_teacher = blocks(config.model.depth, 1 + patches, width) + 2 * patches * patch_numbers * width
-        heads = 2 * (len(token.taps) + token.cls) * masked * width * token.codes
-        own_blocks = token.cls * blocks(token.cls_depth, 1 + patches, width)
-        of_token = 3 * (heads + own_blocks)
-    return Flops(
-        (4 if engine.activation_checkpointing else 3) * encoder + 3 * 2 * visible * patch_numbers * width,
-        of_teacher,
-        decoder(config.pixel, patch_numbers),
-        decoder(config.feature, width),
-        of_token,
-    )
+def _count(config: PretrainConfig, images: int) -> Flops:
+    """Count the operations of so many images."""
+    config = replace(config, engine=replace(config.engine, tap_execution="batched"))
+    model, grid, num_masked = config.model, config.grid, config.num_masked
+    num_patches = grid[0] * grid[1]
+    with torch.device("meta"):
+        pretrain_model = build_uninitialised_model(config)
+        visible, masked = (torch.zeros(images, n, dtype=torch.int64) for n in (num_patches - num_masked, num_masked))
+        inputs = Inputs(
+            images=torch.zeros(images, 3, model.image_size, model.image_size, dtype=torch.uint8),
+            mask=Mask(visible, masked),
+            distance=torch.ones(images, num_masked),
+            betas=torch.zeros(2 * model.depth),
+            feature_weight=torch.ones(()),
+            share=1.0,
+            loss_backend="reference",
+            teacher_tokens=torch.zeros(len(config.feature.taps), images, num_masked, model.width),
+            codes=masked,
+            patches=torch.zeros(images, num_patches, model.patch_size**2 * 3),
+        )
+        patches = None if config.mask.use_mask_token else inputs.patches
+        tokens = pretrain_model.encode(inputs.images, visible, patches)
+
+        def encode() -> None:
+            again = pretrain_model.encode(inputs.images, visible, patches)
+            torch.stack([each.sum() for each in (*again.raw.values(), *again.normed.values())]).sum().backward()
+
+        def run_branch(name: str) -> None:
+            raw, normed = (
+                {block: each.detach().requires_grad_() for block, each in of.items()}
+                for of in (tokens.raw, tokens.normed)
+            )
+            pretrain_model.branches[name](Tokens(raw, normed), inputs).loss.backward()
+
+        @torch.no_grad()
+        def run_teacher() -> None:
+            teacher, short = Encoder(model), num_masked if config.engine.skip_unused_tokens else None
+            if config.token.enabled:  # a tokenizer as large as the encoder
+                teacher(torch.zeros(images, 3, model.image_size, model.image_size))
+            elif config.feature.enabled:
+                order = torch.zeros(images, num_patches, dtype=torch.int64)
+                teacher(inputs.patches, config.feature.taps, order, num_outputs=short)
+
+        branches = {name: _flops_of(lambda name=name: run_branch(name)) for name in pretrain_model.branches}
+        return Flops(
+            encoder=_flops_of(encode),
+            teacher=_flops_of(run_teacher),
+            pixel=branches.get("pixel", 0.0),
+            feature=branches.get("feature", 0.0),
+            token=branches.get("token", 0.0) + branches.get("cls", 0.0),
+        )
+
+
+def _flops_of(run: Callable[[], object]) -> float:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
 
 
 def encoder_patches(config: PretrainConfig) -> int:
-    """Patches of an image that the encoder works on, mask tokens among them."""
+    """Return the number of patches that the encoder processes, mask tokens included."""
     patches = config.grid[0] * config.grid[1]
     return patches if config.mask.use_mask_token else patches - config.num_masked
 
 
 def decoder_branches(config: PretrainConfig) -> list[PixelConfig | FeatureConfig]:
+    """Return the enabled branches that have a decoder."""
     return [branch for branch in (config.pixel, config.feature) if branch.enabled]
-
-
-def count_model_flops(config: PretrainConfig) -> Flops:
-    """Return the operations that the model needs, without those that activation checkpointing repeats."""
-    once = {"activation_checkpointing": False, "decoder_activation_checkpointing": False, "skip_unused_tokens": True}
-    return count_flops(replace(config, engine=replace(config.engine, **once)))

@@ -63,7 +63,7 @@ class SpikeDetector:
         self._before = deque((loss for loss in losses if math.isfinite(loss)), maxlen=200)
 
     def is_spike(self, loss: float) -> bool:
-        """Return whether the loss is non-finite, or above the median by SPIKE median absolute deviations; then add it."""
+        """Return whether the loss is non-finite, or SPIKE median absolute deviations above the median; then add it."""
         spike = not math.isfinite(loss)
         if len(self._before) >= MIN_LOSSES and not spike:
             median = statistics.median(self._before)

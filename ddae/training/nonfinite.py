@@ -113,7 +113,7 @@ class NonFiniteGuard:
         )
 
     def _complete_dump(self, folder: Path, step: int, batches: list[Batch]) -> None:
-        """Add each rank's micro-batches, and the maxima of its layers in a repeated forward pass, to the saved state."""
+        """Add each rank's micro-batches, and the maxima of its layers in a repeated forward pass, to the dump."""
         with LayerMaxima(self.module) as maxima, torch.compiler.set_stance("force_eager"):  # compiled: no hooks
             for batch in batches:
                 self.forward(step, batch)

@@ -1,4 +1,4 @@
-"""Parameter groups of the encoder and the decoders; the betas have their own optimizer (betas.py)."""
+"""AdamW's parameter groups: weight decay, learning rates by layer. The betas have their own optimizer (betas.py)."""
 
 import re
 
@@ -9,8 +9,10 @@ from ddae.config.base import OptimConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with decoupled decay on matrices only: biases, norms, cls and mask tokens are exempt; mask tokens are not
-    where config.decay_mask_tokens."""
+    """Return AdamW with decoupled weight decay on matrices.
+
+    Biases, norms, cls and mask tokens are exempt; mask tokens decay if config.decay_mask_tokens.
+    """
     decayed, exempt = [], []
     for name, parameter in module.named_parameters():
         is_token = name.endswith("cls_token" if config.decay_mask_tokens else ("cls_token", "mask_token"))
@@ -22,17 +24,16 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW
     return torch.optim.AdamW(groups, lr=0.0, betas=config.adam_betas, fused=True)
 
 
-def layer_of(name: str, depth: int) -> int:
-    """0 for what makes tokens, I for block I (counted from 1), depth + 1 for all that comes after (BEiT, BootMAE)."""
-    name = name.removeprefix("encoder.")
-    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
-        return 0
-    block = re.match(r"blocks\.(\d+)\.", name)
-    return int(block[1]) + 1 if block else depth + 1
+def build_layerwise_optimizer(
+    module: nn.Module, depth: int, layer_decay: float, config: OptimConfig
+) -> torch.optim.AdamW:
+    """Return AdamW with a learning rate for each layer of a module that contains an encoder."""
+    groups = layer_groups(module, depth, layer_decay, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.adam_betas, fused=True)
 
 
 def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay: float) -> list[dict]:
-    """Parameter groups by layer, whose learning rate is layer_decay ^ (depth + 1 - layer) of the step's (`lr_scale`).
+    """Return parameter groups by layer, whose `lr_scale` is layer_decay ^ (depth + 1 - layer).
 
     Biases, norms, cls token and positions are exempt from weight decay.
     """
@@ -45,9 +46,10 @@ def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay
     return [groups[key] for key in sorted(groups)]
 
 
-def build_layerwise_optimizer(
-    module: nn.Module, depth: int, layer_decay: float, optim: OptimConfig
-) -> torch.optim.AdamW:
-    """AdamW with a learning rate a layer."""
-    groups = layer_groups(module, depth, layer_decay, optim.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.adam_betas, fused=True)
+def layer_of(name: str, depth: int) -> int:
+    """Return the layer of a parameter: 0 for embeddings, I for block I (from 1), depth + 1 for the rest (BEiT)."""
+    name = name.removeprefix("encoder.")
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    block = re.match(r"blocks\.(\d+)\.", name)
+    return int(block[1]) + 1 if block else depth + 1

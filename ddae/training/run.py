@@ -54,7 +54,8 @@ class Run:
         self.rank_batch = RankBatch(config.data.batch_size, micro_batch, rank(), world_size())
         self.tracker: Tracker | None = None  # on rank 0
         self.evaluated_steps: set[float] = set()  # by an earlier start
-        self.flops: Flops | None = None  # of an image, for model FLOPs utilisation
+        self.count_flops: Callable[[], Flops] | None = None  # of an image, for model FLOPs utilisation
+        self._flops: Flops | None = None
         self._state: dict[str, Checkpointable] = {}
         self._stop = stop or StopSignal()
         self._stop.timeout_s = self._timeout_s
@@ -115,8 +116,8 @@ class Run:
         """Log what is about to be trained."""
         batch = self.rank_batch
         logger.info(
-            f"{self.folder}: steps {start} to {num_steps} of {batch.batch_size} images on {batch.ranks} ranks "
-            f"({batch.accumulation} x {batch.micro_batch} each), {self.loader.describe()}, {more}"
+            f"{self.folder}: steps {start} to {num_steps} of {batch.batch_size} images on {batch.world_size} ranks "
+            f"({batch.grad_accum_steps} x {batch.micro_batch} each), {self.loader.describe()}, {more}"
         )
 
     def poll(self, step: int) -> None:
@@ -167,9 +168,12 @@ class Run:
         """Complete a training step's row with spike, throughput and system load; write it and log the progress."""
         row["loss/spike"] = float(self._spikes.is_spike(row["loss/total"]))
         row |= self.timer.read(self.rank_batch.batch_size) | self.loader.read_stats() | system_metrics()
-        if self.flops is not None:
-            precision = self.config.engine.precision
-            row |= self.flops.utilisation(row["throughput/images_per_s"] / world_size(), precision)
+        if self.count_flops is not None and self._flops is None:
+            with self.timer.measure("evaluate"):
+                self._flops = self.count_flops()
+        if self._flops is not None:
+            rate = row["throughput/images_per_s"] / world_size()
+            row |= self._flops.utilisation(rate, self.config.engine.precision)
         log_progress(row, num_steps)
         self.log(row)
 

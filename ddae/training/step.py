@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from ddae_kernels.implementation import choose
+from ddae_kernels.implementation import resolve_impl
 from torch import Tensor
 
 from ddae.config.pretrain import PretrainConfig
@@ -70,7 +70,7 @@ def _largest_activation(config: PretrainConfig, images: int) -> int:
 def resolve_loss_backend(config: PretrainConfig) -> str:
     """Return the loss implementation for this device: reference or triton. Raise UserError if it cannot run here."""
     try:
-        return choose(config.engine.loss_backend, device(), quiet=True)
+        return resolve_impl(config.engine.loss_backend, device(), quiet=True)
     except ValueError as error:
         raise UserError(f"engine.loss_backend is {config.engine.loss_backend}: {error}") from None
 
@@ -117,7 +117,7 @@ class TeacherTargets(Targets):
     def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
         assert patches is not None
         with self._engine.autocast():
-            tokens, event = self.teacher.start(patches, self._taps, mask)
+            tokens, event = self.teacher.start_targets(patches, self._taps, mask)
         return {"teacher_tokens": tokens, "teacher_event": event}
 
     def update(self, momentum: float, applied: Tensor) -> None:
@@ -160,7 +160,7 @@ def build_teacher(config: PretrainConfig, engine: Engine) -> Teacher | None:
 
 def configure_teacher(teacher: Teacher, config: PretrainConfig) -> None:
     """Apply the settings that change the teacher's speed, not its targets."""
-    teacher.only_masked = config.engine.skip_unused_tokens
+    teacher.skip_unused_tokens = config.engine.skip_unused_tokens
     teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
 
 
@@ -208,12 +208,12 @@ class ForwardPass:
         distance = masked_distance(mask, config.grid, self.loss_backend, config.dynamic.distance_norm)
         patches = None if config.mask.use_mask_token else extract_patches(batch.images, mask, config, engine.dtype)
         targets = self.targets(batch.images, patches, mask)
-        self.betas.add_norm(distance)
+        self.betas.accumulate_norm(distance)
         inputs = Inputs(
             images=batch.images,
             mask=mask,
             distance=distance,
-            betas=self.betas.used(),
+            betas=self.betas.clamped(),
             feature_weight=torch.full((), feature_weight, device=engine.device),
             share=self.share,
             loss_backend=self.loss_backend,

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl always, MLflow if wanted. The only import of mlflow.
+"""Experiment tracking: metrics.jsonl always, MLflow if wanted. The only import of mlflow.
 
-MLflow is somebody else's server: a thread of its own talks to it, from a queue that holds so many rows. A server that
-is slow, down or failing delays nothing; what it missed is sent when it answers again, as far as the queue reaches.
+A thread sends rows to MLflow from a bounded queue. A server that is slow, down or failing delays nothing; rows that it
+missed are sent when it answers again, as far as the queue reaches.
 """
 
 import atexit
@@ -18,68 +18,67 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ddae import atomic
 from ddae.config.base import TrackerConfig, flatten
+from ddae.errors import one_line
 
+STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI is set; `mlflow ui` finds it by itself
+RUN_ID = "mlflow_run_id"  # file in the run directory, by which a resumed run continues the same MLflow run
+PROCESS_TAG = "ddae.opened_by"
+QUEUE_ROWS = 5000  # buffered for a server that does not answer
+ROWS_PER_CALL = 16  # sent together; a call holds 1000 numbers at most
+RETRY_PAUSE_S = (1.0, 60.0)  # between attempts: the first, and the longest
+TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # defaults retry for minutes
+FOLDERS = ("figures", "encoder", "classifier")  # of a run directory that are kept as folders of artifacts
 logger = logging.getLogger(__name__)
-
-STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI says otherwise; `mlflow ui` finds it by itself
-RUN_ID = "mlflow_run_id"  # file in the run folder, by which a resumed run goes on in the same MLflow run
-MARK = "ddae.opened_by"
-WAITING = 5000  # rows that wait for a server that does not answer
-ROWS_A_CALL = 16  # that are sent together; a call holds 1000 numbers at most
-PAUSE = (1.0, 60.0)  # seconds between attempts: the first, and the longest
-IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # it would try for minutes
 
 
 class Tracker:
-    """Rows of metrics by step, into the run folder's metrics.jsonl; rows beyond `step` are cut first."""
+    """Appends rows of metrics to the run directory's metrics.jsonl; rows beyond `step` are removed first."""
 
     def __init__(self, folder: Path, step: int):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if row["step"] <= step]
-        unfinished = self.path.with_suffix(".part")
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(unfinished, self.path)
+        rows = [row for row in read_metrics(self.path) if row["step"] <= step]
+        atomic.write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open as long as the run
-        self._unwritten = b""  # what a full disk has not taken yet
+        self._unwritten = b""  # buffered while the disk is full
 
     def log(self, row: dict[str, float]) -> None:
-        """One row; it has a key `step`. A disk that is full ends no run: the row waits for the next."""
-        waited, self._unwritten = bool(self._unwritten), self._unwritten + json.dumps(row).encode() + b"\n"
+        """Write one row, which has a `step`. If the disk is full, the row is buffered until the next call."""
+        was_full, self._unwritten = bool(self._unwritten), self._unwritten + json.dumps(row).encode() + b"\n"
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            if not waited:
+            if not was_full:
                 logger.warning("%s cannot be written (%s); its rows are buffered", self.path, error.strerror)
 
     @property
     def run_id(self) -> str:
-        """The run's name at a server; empty where there is none."""
+        """The server's name of this run, "" if there is none."""
         return ""
 
     def finish(self, files: list[Path], status: str = "FINISHED", timeout_s: float = 60.0) -> None:
-        """The run ends, in one of MLflow's words for it; `files` are what people may want to look at. What cannot be
-        sent within `patience` seconds is left."""
+        """End the run with one of MLflow's statuses. files: artifacts. What takes longer than timeout_s is not sent."""
         self._file.close()
 
 
 class MlflowTracker(Tracker):
-    """The same, and into one MLflow run: parameters, metrics, files; `run_id` names the one to go on with."""
+    """Also sends parameters, metrics and artifacts to one MLflow run; run_id: the one to continue."""
 
     def __init__(self, folder: Path, step: int, experiment: str, params: dict[str, Any], run_id: str, parent: str):
         super().__init__(folder, step)
-        known = folder / RUN_ID
-        self._known, self._experiment, self._params, self._parent = known, experiment, params, parent
-        of_folder = known.read_text().strip() if known.exists() else os.environ.get("MLFLOW_RUN_ID", "")
-        self._run_id = run_id or of_folder
-        self._mark = uuid.uuid4().hex  # of a run that this process opens, to know it by if the answer is lost
+        self._run_id_file = folder / RUN_ID
+        self._experiment, self._params, self._parent = experiment, params, parent
+        known = self._run_id_file.read_text().strip() if self._run_id_file.exists() else ""
+        self._run_id = run_id or known or os.environ.get("MLFLOW_RUN_ID", "")
+        self._tag = uuid.uuid4().hex  # identifies a run that this process created, if the server's answer is lost
         self._client: Any = None
-        self._fresh = False  # whether this process made the run, and its parameters are to be sent
-        self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(WAITING)  # None: nothing comes after it
+        self._is_new = False  # whether this process created the run, and sends its parameters
+        self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(QUEUE_ROWS)  # None: the last item
         self._ending: tuple[list[Path], str] = ([], "")
-        self._leave_by = float("inf")
-        self._left_out, self._failing = 0, False
+        self._deadline = float("inf")
+        self._dropped, self._failing = 0, False
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         atexit.register(self._fail)
@@ -95,58 +94,58 @@ class MlflowTracker(Tracker):
     def finish(self, files: list[Path], status: str = "FINISHED", timeout_s: float = 60.0) -> None:
         super().finish(files)
         atexit.unregister(self._fail)
-        self._ending, self._leave_by = (files, status), time.monotonic() + timeout_s
+        self._ending, self._deadline = (files, status), time.monotonic() + timeout_s
         self._put(None)
         self._thread.join(timeout_s + 1)
-        left = self._left_out + sum(row is not None for row in list(self._queue.queue))
-        if left or self._thread.is_alive():
-            logger.warning("MLflow lacks at least %d rows; metrics.jsonl is complete", left)
+        missing = self._dropped + sum(row is not None for row in list(self._queue.queue))
+        if missing or self._thread.is_alive():
+            logger.warning("MLflow lacks at least %d rows; metrics.jsonl is complete", missing)
 
     def _fail(self) -> None:
-        """The process ends without finish()."""
+        """End the run of a process that exits without finish()."""
         self.finish([], "FAILED", timeout_s=5)
 
     def _put(self, row: dict[str, float] | None) -> None:
-        """Queue a row; where there is no room, in the place of the oldest."""
+        """Queue a row; if the queue is full, in place of the oldest."""
         while True:
             try:
                 return self._queue.put_nowait(row)
             except queue.Full:
                 with contextlib.suppress(queue.Empty):
                     self._queue.get_nowait()
-                    self._left_out += 1
+                    self._dropped += 1
 
     def _send_all(self) -> None:
-        """The thread: open the run, send rows as they come, and what belongs to its end."""
-        last = not self._attempt(self._open)
+        """Thread: open the run, send rows as they come, then artifacts and status."""
+        last = not self._retry(self._open)
         while not last:
-            rows = [self._queue.get()]
+            items = [self._queue.get()]
             with contextlib.suppress(queue.Empty):
-                while len(rows) < ROWS_A_CALL and rows[-1] is not None:
-                    rows.append(self._queue.get_nowait())
-            last = rows[-1] is None
-            numbers = [row for row in rows if row is not None]
-            if numbers and not self._attempt(lambda numbers=numbers: self._send(numbers)):
-                self._left_out += len(numbers)
+                while len(items) < ROWS_PER_CALL and items[-1] is not None:
+                    items.append(self._queue.get_nowait())
+            last = items[-1] is None
+            rows = [row for row in items if row is not None]
+            if rows and not self._retry(lambda rows=rows: self._send(rows)):
+                self._dropped += len(rows)
                 last = True
         if self._client is not None:
-            self._attempt(self._close)
+            self._retry(self._close)
 
-    def _attempt(self, call: Callable[[], None]) -> bool:
-        """Make a call until it succeeds or the run has ended and waits no longer. An outage is told once."""
-        pause = PAUSE[0]
+    def _retry(self, call: Callable[[], None]) -> bool:
+        """Repeat a call until it succeeds, or the run has ended and its deadline passed. Log an outage once."""
+        pause = RETRY_PAUSE_S[0]
         while True:
             try:
                 call()
-            except Exception as error:  # whatever a server, a client or a database may throw
+            except Exception as error:  # of the server, the client or the database
                 if not self._failing:
-                    reason = re.sub(r"://[^/\s]*@", "://", " ".join(str(error).split()))[:200]
+                    reason = re.sub(r"://[^/\s]*@", "://", one_line(error, 10_000))[:200]
                     logger.warning("MLflow does not answer (%s); training continues, its rows are buffered", reason)
                 self._failing = True
-                if time.monotonic() + pause > self._leave_by:
+                if time.monotonic() + pause > self._deadline:
                     return False
                 self._sleep(pause)
-                pause = min(2 * pause, PAUSE[1])
+                pause = min(2 * pause, RETRY_PAUSE_S[1])
             else:
                 if self._failing:
                     logger.warning("MLflow answers again")
@@ -155,34 +154,35 @@ class MlflowTracker(Tracker):
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while time.monotonic() < min(end, self._leave_by):
+        while time.monotonic() < min(end, self._deadline):
             time.sleep(0.1)
 
     def _open(self) -> None:
-        """The run to go on with, or a new one."""
-        for name, value in IMPATIENT.items():
+        """Continue the run, or create one."""
+        for name, value in TIMEOUTS.items():
             os.environ.setdefault(name, value)
-        import mlflow  # seconds to import, and not wanted on every rank
+        import mlflow  # takes seconds, and is needed on rank 0 alone
         from mlflow.entities import Param
 
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", STORE))
-        if self._run_id and not _goes_on(client, self._run_id):
+        if self._run_id and not _continue_run(client, self._run_id):
             logger.warning("MLflow has no run %s any more; a new one is created", self._run_id)
             self._run_id = ""
         if not self._run_id:
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", self._experiment)
             experiment = client.get_experiment_by_name(name)
-            number = client.create_experiment(name) if experiment is None else experiment.experiment_id
-            opened = client.search_runs([number], f"tags.`{MARK}` = '{self._mark}'", max_results=1)
-            tags = {MARK: self._mark} | ({"mlflow.parentRunId": self._parent} if self._parent else {})
-            run = opened[0] if opened else client.create_run(number, None, tags, self._known.parent.name)
-            self._run_id, self._fresh = run.info.run_id, True
-        self._known.write_text(self._run_id)
-        if self._fresh:
+            experiment_id = client.create_experiment(name) if experiment is None else experiment.experiment_id
+            created = client.search_runs([experiment_id], f"tags.`{PROCESS_TAG}` = '{self._tag}'", max_results=1)
+            tags = {PROCESS_TAG: self._tag} | ({"mlflow.parentRunId": self._parent} if self._parent else {})
+            run_name = self._run_id_file.parent.name
+            run = created[0] if created else client.create_run(experiment_id, None, tags, run_name)
+            self._run_id, self._is_new = run.info.run_id, True
+        self._run_id_file.write_text(self._run_id)
+        if self._is_new:
             params = [Param(key, str(value)[:500]) for key, value in self._params.items()]
-            for first in range(0, len(params), 100):  # as many as a call may hold
+            for first in range(0, len(params), 100):  # the most that a call may hold
                 client.log_batch(self._run_id, params=params[first : first + 100])
         self._client = client
 
@@ -190,22 +190,22 @@ class MlflowTracker(Tracker):
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        numbers = [
+        metrics = [
             Metric(key, value, now, int(row["step"])) for row in rows for key, value in row.items() if key != "step"
         ]
-        for first in range(0, len(numbers), 1000):
-            self._client.log_batch(self._run_id, metrics=numbers[first : first + 1000])
+        for first in range(0, len(metrics), 1000):
+            self._client.log_batch(self._run_id, metrics=metrics[first : first + 1000])
 
     def _close(self) -> None:
         files, status = self._ending
         self._client.set_terminated(self._run_id, status)
         for file in sorted(files, key=lambda file: file.stat().st_size):  # the largest may take too long
-            folder = None if file.parent.name not in ("figures", "encoder", "classifier") else file.parent.name
+            folder = file.parent.name if file.parent.name in FOLDERS else None
             self._client.log_artifact(self._run_id, str(file), folder)
 
 
-def _goes_on(client: Any, run_id: str) -> bool:
-    """Set a run to running again; whether the server has it."""
+def _continue_run(client: Any, run_id: str) -> bool:
+    """Set a run's status to running. Return whether the server has it."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -222,15 +222,17 @@ def _goes_on(client: Any, run_id: str) -> bool:
 def start_tracker(
     config: TrackerConfig, folder: Path, step: int, params: dict[str, Any], run_id: str = "", parent: str = ""
 ) -> Tracker:
-    """The tracker of rank 0, which continues a run at `step`; params is the nested config, run_id what the checkpoint
-    knows of MLflow's run, parent the one that it is shown under."""
+    """Return rank 0's tracker of a run that continues at `step`.
+
+    params: the nested config. run_id: MLflow's run as the checkpoint has it. parent: the one to nest it under.
+    """
     if config.kind == "mlflow":
         return MlflowTracker(folder, step, config.experiment, flatten(params), run_id, parent)
     return Tracker(folder, step)
 
 
 def run_id_of(folder: Path) -> str:
-    """MLflow's run of the run folder that this path is or lies in; empty where there is none."""
+    """Return the MLflow run of the run directory that this path is or lies in, "" if there is none."""
     for each in (folder, *list(folder.parents)[:2]):
         if (each / RUN_ID).is_file():
             return (each / RUN_ID).read_text().strip()
@@ -238,7 +240,7 @@ def run_id_of(folder: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """Return the rows of a metrics.jsonl; a last line that a kill cut off is skipped."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

@@ -1,11 +1,11 @@
-"""Time of the losses, forward and backward, beside their byte floor, eager torch and torch.compile.
+"""Benchmark of the losses (forward + backward) against eager torch, torch.compile and their memory-traffic floor.
 
     python kernels/bench/bench.py [--batch 256 512] [--only mse pixel feature] [--step ddae_vit_b16_100e]
 
-On a GPU: bf16, random data, inputs that rotate through more memory than the L2 cache holds, upstream gradient 1. The
-calls are captured in CUDA graphs, so that the device's time is measured and not Python's ("launched" rows are the same
-calls as Python launches them), and replayed in turn, one implementation after the other. Rows are appended to
-results.csv. Without a GPU the same code runs on tiny shapes and writes only where --out says.
+On a GPU: bf16, random data, upstream gradient 1. The inputs rotate through more memory than the L2 cache holds. Calls
+are captured in CUDA graphs, which excludes Python overhead; rows with mode "launched" are the same calls launched from
+Python. Implementations are interleaved so that drift of the machine affects all of them. Rows are appended to
+results.csv. Without a GPU the same code runs on tiny shapes and writes a file only if --out is given.
 """
 
 import argparse
@@ -31,56 +31,62 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 K, PATCH, IMAGE = 4, 16, 224 if CUDA else 64
 GRID = IMAGE // PATCH
 M = round(0.75 * GRID**2)
-LOSSES = ["mse", "feature", "instance", "pixel"]  # instance: features with target_norm instance_layer
+LOSSES = ["mse", "feature", "instance", "pixel"]  # instance: dynamic_feature_mse with target_norm instance_layer
 WIDTHS = {"S": 384, "B": 768, "L": 1024} if CUDA else {"nano": 48}
-ROTATED = 600e6 if CUDA else 0  # bytes: an H200's L2 cache holds 60 MB
+ROTATED_BYTES = 600e6 if CUDA else 0  # 10 times the L2 cache of an H200 (60 MB)
 ROUNDS = 30 if CUDA else 3
+WARMUP_ROUNDS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Case(NamedTuple):
-    """One loss at one size: its calls, one for each set of rotating inputs, and the bytes it cannot avoid."""
+    """One loss at one size: a call for each set of rotating inputs, and the minimum memory traffic."""
 
     loss: str
     size: str
     batch: int
     width: int
     calls: dict[str, list[Callable[[], Any]]]  # by implementation
-    floor_bytes: int
-    grad_bytes: int
+    floor_bytes: int  # pred and target read once, gradient written once
+    grad_bytes: int  # of pred
 
 
-def build(loss: str, size: str, width: int, batch: int) -> Case:
-    """Random inputs as training has them; pred, target and gradient are what must be moved."""
-    torch._dynamo.reset()  # each case is compiled for itself
+def build_case(loss: str, size: str, width: int, batch: int) -> Case:
+    """Return a case with random inputs of training's shapes."""
+    torch._dynamo.reset()  # compile every case from scratch
     width = 3 * PATCH**2 if loss == "pixel" else width
     pred_bytes = K * batch * M * width * 2
     target_bytes = {"mse": pred_bytes // K, "pixel": batch * M * width}.get(loss, pred_bytes)
-    sets = [inputs(loss, width, batch) for _ in range(1 + int(ROTATED // (2 * pred_bytes + target_bytes)))]
+    input_sets = [
+        random_inputs(loss, width, batch) for _ in range(1 + int(ROTATED_BYTES // (2 * pred_bytes + target_bytes)))
+    ]
     call = {"mse": dk.dynamic_mse, "pixel": dk.dynamic_pixel_mse}.get(loss, dk.dynamic_feature_mse)
-    how: dict[str, Any] = {"patch": PATCH, "mean": MEAN, "std": STD} if loss == "pixel" else {}
+    options: dict[str, Any] = {"patch": PATCH, "mean": MEAN, "std": STD} if loss == "pixel" else {}
     if loss == "instance":
-        how = {"target_norm": "instance_layer"}
+        options = {"target_norm": "instance_layer"}
 
-    def step(impl: str, function: Callable, arguments: tuple[Tensor, ...]) -> Callable[[], Any]:
-        pred, beta = arguments[0], arguments[-2]
-        return lambda: torch.autograd.grad(function(*arguments, impl=impl, **how).loss, (pred, beta))
+    def forward_backward(impl: str, function: Callable, args: tuple[Tensor, ...]) -> Callable[[], Any]:
+        pred, beta = args[0], args[-2]
+        return lambda: torch.autograd.grad(function(*args, impl=impl, **options).loss, (pred, beta))
 
     compiled = torch.compile(call, dynamic=False, fullgraph=True)
-    kinds = {"eager": ("reference", call), "compiled": ("reference", compiled)}
+    variants = {"eager": ("reference", call), "compiled": ("reference", compiled)}
     if CUDA:
-        kinds["triton"] = ("triton", call)
-    calls = {name: [step(impl, function, own) for own in sets] for name, (impl, function) in kinds.items()}
+        variants["triton"] = ("triton", call)
+    calls = {
+        name: [forward_backward(impl, function, args) for args in input_sets]
+        for name, (impl, function) in variants.items()
+    }
     return Case(loss, size, batch, width, calls, 2 * pred_bytes + target_bytes, pred_bytes)
 
 
-def inputs(loss: str, width: int, batch: int) -> tuple[Tensor, ...]:
-    """Arguments of one call: pred first, beta second to last."""
+def random_inputs(loss: str, width: int, batch: int) -> tuple[Tensor, ...]:
+    """Return the positional arguments of one call: pred first, beta second to last."""
     pred = torch.randn(K, batch, M, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    places = torch.rand(batch, GRID**2, device=DEVICE).argsort(1)
-    hidden = torch.ones(batch, GRID**2, dtype=torch.bool, device=DEVICE).scatter_(1, places[:, M:], False)
-    masked = places[:, :M].contiguous()
-    distance = dk.patch_distance(hidden, (GRID, GRID)).gather(1, masked)
+    order = torch.rand(batch, GRID**2, device=DEVICE).argsort(1)
+    is_masked = torch.ones(batch, GRID**2, dtype=torch.bool, device=DEVICE).scatter_(1, order[:, M:], False)
+    masked = order[:, :M].contiguous()
+    distance = dk.patch_distance(is_masked, (GRID, GRID)).gather(1, masked)
     if loss == "pixel":
         target = (torch.randint(0, 256, (batch, 3, IMAGE, IMAGE), device=DEVICE, dtype=torch.uint8), masked)
     else:
@@ -89,8 +95,8 @@ def inputs(loss: str, width: int, batch: int) -> tuple[Tensor, ...]:
     return pred, *target, distance, beta, torch.tensor([0.75, 0.75, 0.75, 1.0], device=DEVICE)
 
 
-def captured(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
-    """All calls as one CUDA graph; its replay."""
+def capture(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    """Capture all calls in one CUDA graph. Return the function that replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -106,7 +112,7 @@ def captured(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """Time of one run, by the device's clock where there is a device."""
+    """Return the time of one run; on a GPU measured by CUDA events."""
     if not CUDA:
         start = time.perf_counter()
         run()
@@ -119,20 +125,20 @@ def seconds(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def alternating(runs: dict[str, Callable[[], Any]], times: int) -> dict[str, tuple[float, float, float]]:
-    """p20, p50, p80 in microseconds of one of the `times` calls in each run; the runs take turns."""
+def interleave(runs: dict[str, Callable[[], Any]], calls_per_run: int) -> dict[str, tuple[float, float, float]]:
+    """Time the runs in an interleaved order. Return p20, p50 and p80 of one call in microseconds."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(ROUNDS + 3):
+    for round_number in range(WARMUP_ROUNDS + ROUNDS):
         for name, run in runs.items():
-            spent = seconds(run)
-            if number >= 3:
-                samples[name].append(1e6 * spent / times)
+            elapsed = seconds(run)
+            if round_number >= WARMUP_ROUNDS:
+                samples[name].append(1e6 * elapsed / calls_per_run)
     quantiles = torch.tensor([0.2, 0.5, 0.8])
     return {name: tuple(torch.tensor(s).quantile(quantiles).tolist()) for name, s in samples.items()}  # type: ignore[misc]
 
 
 def extra_bytes(call: Callable[[], Any]) -> int | None:
-    """Peak memory of a call beyond its inputs."""
+    """Return the peak memory of a call beyond its inputs, in bytes; None on the CPU."""
     if not CUDA:
         return None
     call()
@@ -144,40 +150,38 @@ def extra_bytes(call: Callable[[], Any]) -> int | None:
 
 
 def copy_bandwidth() -> float:
-    """Bytes read and written a second by a large copy on the device: what the floor is held against."""
+    """Return the bandwidth of a large device copy in bytes/s, reads plus writes. It turns floor_bytes into a time."""
     source = torch.randn(int(1e9 if CUDA else 1e7), device=DEVICE)
     destination = torch.empty_like(source)
-    p50 = alternating({"copy": lambda: destination.copy_(source)}, 1)["copy"][1]
+    p50 = interleave({"copy": lambda: destination.copy_(source)}, 1)["copy"][1]
     return 2 * source.numel() * 4 / (p50 * 1e-6)
 
 
-def runs_at_all(call: Callable[[], Any]) -> bool:
-    """Whether a baseline runs here: one that does not (its memory, its compiler) is named and left out."""
+def can_run(name: str, call: Callable[[], Any]) -> bool:
+    """Return whether a baseline runs here. Print why if it does not, for example out of memory or no compiler."""
     try:
         call()
-    except Exception as error:  # whatever it is, the other rows are wanted
-        print(f"left out: {type(error).__name__}: {str(error).splitlines()[0]}")
+    except Exception as error:  # any failure: the other rows are still wanted
+        print(f"skipping {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
         return False
     return True
 
 
 def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Rows of one case."""
-    sets = max(len(calls) for calls in case.calls.values())
-    for name in [name for name, calls in case.calls.items() if name != "triton" and not runs_at_all(calls[0])]:
-        del case.calls[name]
-    memory = {name: extra_bytes(calls[0]) for name, calls in case.calls.items()}
+    """Yield the rows of one case, one per mode and implementation. bandwidth: of `copy_bandwidth`."""
+    calls = {name: each for name, each in case.calls.items() if name == "triton" or can_run(name, each[0])}
+    memory = {name: extra_bytes(each[0]) for name, each in calls.items()}
 
-    def one_after_the_other(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
+    def run_all(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
         return lambda: [call() for call in calls]
 
-    runs = {("launched", name): one_after_the_other(calls) for name, calls in case.calls.items()}
+    runs = {"launched": {name: run_all(each) for name, each in calls.items()}}
     if CUDA:
-        runs |= {("graph", name): captured(calls) for name, calls in case.calls.items()}
-    for mode in dict.fromkeys(mode for mode, _ in runs):
-        timed = alternating({name: run for (its, name), run in runs.items() if its == mode}, sets)
-        for name, (p20, p50, p80) in timed.items():
-            floor_us = 1e6 * case.floor_bytes / bandwidth
+        runs["graph"] = {name: capture(each) for name, each in calls.items()}
+    floor_us = 1e6 * case.floor_bytes / bandwidth
+    for mode, by_impl in runs.items():
+        times = interleave(by_impl, max(len(each) for each in case.calls.values()))
+        for name, (p20, p50, p80) in times.items():
             extra = memory[name]
             yield {
                 **dict(zip(("loss", "size", "batch", "width"), case[:4], strict=True)),
@@ -195,7 +199,7 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
 
 
 def step_share(preset: str, batch: int) -> str:
-    """What share the losses are of a training step: masks' distances, teacher, student forward and backward, AdamW."""
+    """Time a training step and the losses in it: distances, teacher, student forward and backward, AdamW."""
     from ddae.config import presets
     from ddae.data.masking import sample_mask
     from ddae.method.branches import Inputs
@@ -204,96 +208,105 @@ def step_share(preset: str, batch: int) -> str:
     from ddae.models.vit import Encoder
 
     config = presets.preset(preset)
-    method, teacher = build_model(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)
-    optimizer = torch.optim.AdamW(method.parameters(), lr=0.0, fused=CUDA)
+    model, teacher = build_model(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=CUDA)
     images = torch.randint(0, 256, (batch, 3, *[config.model.image_size] * 2), dtype=torch.uint8, device=DEVICE)
     mask = sample_mask(config.mask.kind, torch.arange(batch), config.grid, config.num_masked).to(DEVICE)
     betas = torch.full((len(config.pixel.taps),), -0.5, device=DEVICE, requires_grad=True)
     one = torch.ones((), device=DEVICE)
 
-    def step(kernels: str) -> None:
-        distance = masked_distance(mask, config.grid, kernels)
+    def step(impl: str) -> None:
+        distance = masked_distance(mask, config.grid, impl)
         with torch.no_grad():
             tokens = teacher.features(images.to(torch.bfloat16) / 255, list(config.feature.taps))
-            rows = 1 + mask.masked[:, :, None].expand(-1, -1, config.model.width)
-            targets = torch.stack([layer.gather(1, rows) for layer in tokens])
-        method(Inputs(images, mask, distance, betas, one, 1.0, kernels, targets)).total.backward()
+            index = 1 + mask.masked[:, :, None].expand(-1, -1, config.model.width)
+            teacher_tokens = torch.stack([layer.gather(1, index) for layer in tokens])
+        model(Inputs(images, mask, distance, betas, one, 1.0, impl, teacher_tokens)).total.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    kinds = ("reference", "triton") if CUDA else ("reference",)
-    steps = {f"{kernels} step": partial(step, kernels) for kernels in kinds}
+    impls = ("reference", "triton") if CUDA else ("reference",)
     distance = masked_distance(mask, config.grid)
     weights = distance, betas, torch.ones(len(betas), device=DEVICE)
-    shape = len(betas), batch, config.num_masked
-    pixels, features = (
-        torch.randn(*shape, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    pixel_pred, feature_pred = (
+        torch.randn(
+            *(len(betas), batch, config.num_masked, width), device=DEVICE, dtype=torch.bfloat16, requires_grad=True
+        )
         for width in (3 * config.model.patch_size**2, config.model.width)
     )
-    how = {"patch": config.model.patch_size, "mean": MEAN, "std": STD}
 
-    def losses(kernels: str) -> None:
-        pixel = dk.dynamic_pixel_mse(pixels, images, mask.masked, *weights, impl=kernels, **how)
+    def losses(impl: str) -> None:
+        options = {"patch": config.model.patch_size, "mean": MEAN, "std": STD, "impl": impl}
+        pixel = dk.dynamic_pixel_mse(pixel_pred, images, mask.masked, *weights, **options)
         norm = config.feature.target_norm
-        feature = dk.dynamic_feature_mse(features, features.detach(), *weights, target_norm=norm, impl=kernels)
-        torch.autograd.grad(pixel.loss + feature.loss, (pixels, features))
+        feature = dk.dynamic_feature_mse(feature_pred, feature_pred.detach(), *weights, target_norm=norm, impl=impl)
+        torch.autograd.grad(pixel.loss + feature.loss, (pixel_pred, feature_pred))
 
-    timed = alternating(steps | {f"{kernels} losses": partial(losses, kernels) for kernels in kinds}, 1)
-    lines = [f"{preset}, batch {batch}, one process, no compile; losses as Python launches them"]
-    for kernels in kinds:
-        whole, part = timed[f"{kernels} step"][1] / 1000, timed[f"{kernels} losses"][1] / 1000
-        lines.append(f"  {kernels:9}  step {whole:8.2f} ms  losses {part:7.3f} ms  {part / whole:.1%} of it")
+    runs = {f"{impl} {run.__name__}": partial(run, impl) for run in (step, losses) for impl in impls}
+    times = interleave(runs, 1)
+    lines = [f"{preset}, batch {batch}, one process, without torch.compile; losses launched from Python"]
+    for impl in impls:
+        step_ms, losses_ms = (times[f"{impl} {name}"][1] / 1000 for name in ("step", "losses"))
+        share = f"{losses_ms / step_ms:.1%} of the step"
+        lines.append(f"  {impl:9}  step {step_ms:8.2f} ms  losses {losses_ms:7.3f} ms  {share}")
     return "\n".join(lines)
 
 
 def environment() -> dict[str, Any]:
-    commit = os.environ.get("DDAE_COMMIT")  # for a machine that has the code and no git
+    """Return the columns that describe where a row was measured."""
+    commit = os.environ.get("DDAE_COMMIT")  # set on machines that have the code without git
     if commit is None and shutil.which("git"):
         command = ["git", "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     triton = metadata.version("triton") if HAS_TRITON else None
     hardware = torch.cuda.get_device_name() if CUDA else "cpu"
-    where = {"date": time.strftime("%Y-%m-%d"), "hardware": hardware, "torch": torch.__version__, "triton": triton}
-    return {**where, "commit": commit}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": commit,
+    }
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a CSV file, with its header where it is new."""
-    new = not path.exists()
+def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows to a CSV file. A new file gets a header."""
+    is_new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
-        if new:
+        if is_new:
             writer.writeheader()
         writer.writerows(rows)
 
 
-def main(words: list[str] | None = None) -> None:
+def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Time the losses beside their byte floor, eager torch and torch.compile."
+        description="Time the losses against eager torch, torch.compile and their memory-traffic floor."
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[256, 512] if CUDA else [2], help="images a call")
-    parser.add_argument("--only", nargs="+", default=LOSSES, help="losses to time")
-    parser.add_argument("--step", metavar="PRESET", help="also time a training step of this preset with either loss")
-    parser.add_argument("--out", type=Path, default=RESULTS if CUDA else None, help="CSV file that rows are added to")
-    arguments = parser.parse_args(words)
+    parser.add_argument("--batch", type=int, nargs="+", default=[256, 512] if CUDA else [2], help="images per call")
+    parser.add_argument("--only", nargs="+", default=LOSSES, choices=LOSSES, help="losses to time")
+    parser.add_argument("--step", metavar="PRESET", help="also time a training step of this preset, with each loss")
+    parser.add_argument("--out", type=Path, default=RESULTS if CUDA else None, help="CSV file to append rows to")
+    options = parser.parse_args(args)
     torch.manual_seed(0)
-    bandwidth, here = copy_bandwidth(), environment()
+    bandwidth, facts = copy_bandwidth(), environment()
     print(
-        f"{here['hardware']}: copies at {bandwidth / 1e9:.0f} GB/s, read and written; times in us, forward + backward"
+        f"{facts['hardware']}: copy bandwidth {bandwidth / 1e9:.0f} GB/s (read + write). "
+        "Columns: p20, p50, p80 of forward + backward in us; p50 over floor."
     )
-    for batch in arguments.batch:
-        for loss in arguments.only:
+    for batch in options.batch:
+        for loss in options.only:
             for size, width in WIDTHS.items() if loss != "pixel" else [("any", 0)]:
-                rows = [here | row for row in measure(build(loss, size, width, batch), bandwidth)]
+                rows = [facts | row for row in measure(build_case(loss, size, width, batch), bandwidth)]
                 for row in rows:
                     times = f"{row['p20_us']:9} {row['p50_us']:9} {row['p80_us']:9}  {row['x_floor']:6} x floor"
                     print(f"{loss:8} {size:4} B={batch:4} {row['impl']:9} {row['mode']:9} {times}", flush=True)
-                if arguments.out:  # case by case: what is measured is kept, whatever happens next
-                    append(arguments.out, rows)
-    if arguments.step:
-        print(step_share(arguments.step, min(arguments.batch)))
-    if not arguments.out:
-        print("no GPU: nothing is added to results.csv")
+                if options.out:  # after each case, so that an interrupted benchmark keeps its rows
+                    append_csv(options.out, rows)
+    if options.step:
+        print(step_share(options.step, min(options.batch)))
+    if not options.out:
+        print("No GPU: results.csv is unchanged.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The deep dynamic loss of masked image modelling, as a plug-in for any training code."""
+"""Distance-weighted losses for masked image modelling (DDAE), independent of the rest of the project."""
 
 from ddae_kernels.distance import patch_distance
 from ddae_kernels.dynamic import (

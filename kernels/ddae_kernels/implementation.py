@@ -1,4 +1,4 @@
-"""Which implementation serves a call, and whether its arguments' values may be looked at."""
+"""Selection of the implementation (Triton or reference), and of whether argument values are checked."""
 
 import importlib.util
 import logging
@@ -9,58 +9,61 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("auto", "reference", "triton")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton asks as early
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read at import, as Triton does
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+logger = logging.getLogger("ddae_kernels")
 
 
-def choose(impl: str, device: torch.device, *dtypes: torch.dtype, quiet: bool = False) -> str:
-    """ "reference" or "triton" for a call on tensors like these; ValueError where `impl` can be neither.
+def resolve_impl(impl: str, device: torch.device, *dtypes: torch.dtype, quiet: bool = False) -> str:
+    """Return "reference" or "triton" for a call with tensors of this device and these dtypes.
 
-    "auto" takes Triton for CUDA tensors and the reference elsewhere, and logs it once unless `quiet`: as a warning
-    where it is the reference. "triton" is never exchanged for the reference: where Triton cannot serve, it is an error.
+    "auto" resolves to Triton for CUDA tensors and to the reference otherwise. The choice is logged once unless `quiet`,
+    as a warning if it is the reference. "triton" never falls back to the reference.
+
+    Raise ValueError if `impl` is unknown, or if it is "triton" and Triton cannot run the call.
     """
     if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
     if impl == "reference":
         return impl
-    obstacle = _obstacle(device.type, dtypes)
+    obstacle = _triton_obstacle(device.type, dtypes)
     if impl == "triton":
         if obstacle:
-            raise ValueError(f"impl='triton' cannot serve this call: {obstacle}; use impl='reference'")
+            raise ValueError(f"impl='triton' cannot serve this call: {obstacle}. Pass impl='reference'.")
         return impl
-    chosen = "triton" if device.type == "cuda" and not obstacle else "reference"
+    resolved = "triton" if device.type == "cuda" and not obstacle else "reference"
     if not (quiet or torch.compiler.is_compiling()):
-        _say(chosen, device.type, obstacle)
-    return chosen
+        _log_choice(resolved, device.type, obstacle)
+    return resolved
 
 
-def values_are_checked(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on CPU, or anywhere under DDAE_CHECK=1 (on a GPU a look stalls the stream), or
-    nowhere under DDAE_CHECK=0.
+def should_check_values(tensor: Tensor) -> bool:
+    """Return whether the values of `tensor` may be checked: on the CPU by default, nowhere with DDAE_CHECK=0.
 
-    Never under torch.compile, where a look breaks the graph.
+    On other devices a check synchronises host and device, so it needs DDAE_CHECK=1. Under torch.compile it would break
+    the graph, so nothing is checked there.
     """
     if torch.compiler.is_compiling():
         return False
-    wish = os.environ.get("DDAE_CHECK", "")
-    return wish == "1" or (tensor.device.type == "cpu" and wish != "0")
+    setting = os.environ.get("DDAE_CHECK", "")
+    return setting == "1" or (tensor.device.type == "cpu" and setting != "0")
 
 
-def _obstacle(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
-    """Why Triton cannot serve, in words; empty where it can."""
-    foreign = [str(dtype) for dtype in dtypes if dtype not in KERNEL_DTYPES]
-    if foreign:
-        return f"{foreign[0]} is the reference's alone"
+def _triton_obstacle(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
+    """Return the reason why Triton cannot run on this device and these dtypes, "" if it can."""
+    unsupported = [str(dtype) for dtype in dtypes if dtype not in TRITON_DTYPES]
+    if unsupported:
+        return f"{unsupported[0]} is supported by the reference only"
     if device == "cpu" and not INTERPRETED:
-        return "the tensors are on the CPU, where Triton runs only with TRITON_INTERPRET=1 set beforehand"
+        return "the tensors are on the CPU, where Triton needs TRITON_INTERPRET=1, set before the first import"
     if device not in ("cpu", "cuda"):
-        return f"no kernel is written for {device} tensors"
+        return f"there are no kernels for {device} tensors"
     return "" if HAS_TRITON else "Triton is not installed"
 
 
 @cache
-def _say(chosen: str, device: str, obstacle: str) -> None:
-    level = logging.INFO if chosen == "triton" else logging.WARNING
+def _log_choice(resolved: str, device: str, obstacle: str) -> None:
+    level = logging.INFO if resolved == "triton" else logging.WARNING
     reason = f" ({obstacle})" if obstacle else ""
-    logging.getLogger("ddae_kernels").log(level, "impl='auto' takes %s for %s tensors%s", chosen, device, reason)
+    logger.log(level, "impl='auto' uses %s for %s tensors%s", resolved, device, reason)

@@ -1,4 +1,4 @@
-"""The paper's tables: which fields each row changes, what a table says, and one at the smallest scale, run."""
+"""The paper's tables: the fields that each row changes, the formatted table, and a run at the smallest scale."""
 
 import json
 import runpy
@@ -6,13 +6,13 @@ import runpy
 import pytest
 import ranks
 
-from ddae.ablation.format import best, markdown, page
-from ddae.ablation.tables import SCALES, TABLES, rows
+from ddae.ablation.format import best_row, to_html, to_markdown
+from ddae.ablation.tables import SCALES, TABLES, table_rows
 from ddae.config.base import flatten
 from ddae.config.pretrain import check
 from ddae.errors import UserError
 
-DIFFERENCES = {  # from each table's base, as METHOD.md's reading of the tables has them
+DIFFERENCES = {  # of each row from its table's base, as METHOD.md describes the tables
     ("3", "MAE"): {"pixel.taps": [12], "pixel.tap_weights": [1.0], "pixel.dynamic": False},
     ("3", "D-MAE"): {"pixel.taps": [12], "pixel.tap_weights": [1.0]},
     ("3", "DS-MAE"): {"pixel.dynamic": False},
@@ -42,22 +42,22 @@ DIFFERENCES = {  # from each table's base, as METHOD.md's reading of the tables 
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_rows_differ_from_their_base_in_what_the_paper_says(scale):
-    seen = set()
+def test_rows_differ_from_their_base_as_in_the_paper(scale):
+    compared = set()
     for table in ("3", "4", "6", "7"):
-        found = rows(table, scale)
-        (base,) = [row for row in found if not DIFFERENCES[table, row.name]]
-        for row in found:
+        rows = table_rows(table, scale)
+        (base,) = [row for row in rows if not DIFFERENCES[table, row.name]]
+        for row in rows:
             assert differences(base.config, row.config) == DIFFERENCES[table, row.name]
-            seen.add((table, row.name))
-    assert seen == DIFFERENCES.keys()
+            compared.add((table, row.name))
+    assert compared == DIFFERENCES.keys()
 
 
-def test_the_same_experiment_has_the_same_number_in_every_table():
-    """D-MAE is one tap of Table 6, and so on: what shows that the tables share a base."""
+def test_equal_experiments_have_equal_numbers_in_all_tables():
+    """D-MAE is Table 6 with one tap, and so on: the tables have a common base."""
     papers = {}
     for table in ("3", "6", "7"):
-        for row in rows(table, "paper"):
+        for row in table_rows(table, "paper"):
             assert papers.setdefault(json.dumps(row.config.to_dict()), row.paper) == row.paper, row.name
 
 
@@ -67,26 +67,26 @@ def differences(before, after):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_methods_gain_deep_dynamic_supervision_and_nothing_else(scale):
-    """Table 2: DDS-BEiT-v2 is BEiT-v2 with four taps and weights; DDS-MAE has a third of MAE's epochs, too."""
-    mae, dds_mae, beitv2, dds_beitv2 = (row.config for row in rows("2", scale))
+def test_table_2_adds_deep_dynamic_supervision_alone(scale):
+    """DDS-BEiT-v2 is BEiT-v2 with four taps and weights; DDS-MAE also has a third of MAE's epochs."""
+    mae, dds_mae, beitv2, dds_beitv2 = (row.config for row in table_rows("2", scale))
     deep = {"taps": [3, 6, 9, 12], "tap_weights": [0.75, 0.75, 0.75, 1.0], "dynamic": True}
     length = {"train.epochs": 100, "optim.warmup_epochs": 20} if scale == "paper" else {}
     assert differences(mae, dds_mae) == {f"pixel.{name}": value for name, value in deep.items()} | length
     assert differences(beitv2, dds_beitv2) == {f"token.{name}": value for name, value in deep.items()}
 
 
-def test_own_rows_change_one_thing():
-    first, *others = rows("own", "paper")
+def test_own_rows_change_one_field():
+    first, *others = table_rows("own", "paper")
     both = [{f"{branch}.{option}": True for branch in ("pixel", "feature")} for option in OPTIONS]
-    wanted = [
+    expected = [
         {"mask.kind": "beit_block"},
         {"mask.kind": "random"},
         {"feature.warmup_fraction": 0.0},
         {"feature.warmup_fraction": 1.0},
         *both,
     ]
-    assert [differences(first.config, row.config) for row in others[:-1]] == wanted
+    assert [differences(first.config, row.config) for row in others[:-1]] == expected
     assert others[-1].name == "BootMAE"
 
 
@@ -95,12 +95,12 @@ OPTIONS = ("per_tap_norm", "per_tap_head", "cross_attention")
 
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_every_row_can_be_run(table, scale):
-    for row in rows(table, scale):
+def test_every_row_has_a_valid_config(table, scale):
+    for row in table_rows(table, scale):
         check(row.config)
 
 
-def test_nothing_is_claimed_within_noise():
+def test_no_row_is_best_within_noise():
     def row(name, *values):
         mean = sum(values) / len(values)
         deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5 if len(values) > 1 else None
@@ -108,74 +108,76 @@ def test_nothing_is_claimed_within_noise():
         return {"row": name, "paper": 78.7, "mean": mean, "deviation": deviation, "seeds": seeds}
 
     clear = [row("a", 50.0, 50.2, 49.8), row("b", 48.0, 48.2, 47.8)]
-    assert best(clear) == "a"
-    assert best([row("a", 50.0, 51.0, 49.0), row("b", 49.5, 50.5, 48.5)]).startswith(
-        "none: the best rows do not differ"
-    )
-    assert best([row("a", 50.0), row("b", 48.0)]).startswith("not said: more than one seed")
-    assert best([row("a", 50.0, 50.0), row("b", 50.0, 50.0)]).startswith("none")
+    assert best_row(clear) == "a"
+    within_noise = [row("a", 50.0, 51.0, 49.0), row("b", 49.5, 50.5, 48.5)]
+    assert best_row(within_noise).startswith("none; the best rows do not differ")
+    assert best_row([row("a", 50.0), row("b", 48.0)]).startswith("unknown; it needs two rows and more than one seed")
+    assert best_row([row("a", 50.0, 50.0), row("b", 50.0, 50.0)]).startswith("none")
     results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a", "left_out": []}
-    assert "| a | 50.00 ± 0.20 | not measured | 3 | 78.7 |" in markdown(results)
+    assert "| a | 50.00 ± 0.20 | not measured | 3 | 78.7 |" in to_markdown(results)
     clear[0] |= {"untrained": 40.0, "untrained_deviation": 0.5}
     results["baselines"] = {"raw_pixels": 30.0, "chance": 10.0}
-    for text in (markdown(results), page(results).replace("</td><td>", " | ")):
+    for text in (to_markdown(results), to_html(results).replace("</td><td>", " | ")):
         assert "a | 50.00 ± 0.20 | 40.00 ± 0.50 | 3 | 78.7" in text
         assert "raw pixels, nearest neighbours | 30.00 |" in text
         assert "chance | 10.00 |" in text
 
 
 def ablate(out, *more):
-    words = ["--table", "3", "--scale", "nano", "--out", str(out), *more, "--tracker", "jsonl"]
-    return ranks.run_command("launch/ablate.py", *words)
+    args = ["--table", "3", "--scale", "nano", "--out", str(out), *more, "--tracker", "jsonl"]
+    return ranks.run_command("launch/ablate.py", *args)
 
 
-def test_a_table_is_run_and_gone_on_with(tmp_path):
-    code, said = ablate(tmp_path / "t", "--only", "DDS-MAE")
-    assert code == 0, said[-2000:]
+def test_a_table_runs_and_resumes(tmp_path):
+    code, output = ablate(tmp_path / "t", "--only", "DDS-MAE")
+    assert code == 0, output[-2000:]
     first = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
-    assert "| chance | " in said
+    assert "| chance | " in output
     assert first[3]["untrained"] > 30
     assert [row["mean"] is None for row in first] == [True, True, True, False]
-    code, said = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
-    assert code == 0, said[-2000:]
-    assert "row_3_seed_0 is complete: 60 of 60 steps" in said
+    code, output = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
+    assert code == 0, output[-2000:]
+    assert "row_3_seed_0 is complete: 60 of 60 steps" in output
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, True, False]
     assert again[3] == first[3]
     for row in (again[0], again[3]):
-        assert row["mean"] > 30  # of digits; ten classes
+        assert row["mean"] > 30  # digits: ten classes
         assert row["deviation"] is None
-    assert (tmp_path / "t" / "table.md").read_text() in said
+    assert (tmp_path / "t" / "table.md").read_text() in output
     assert "<td>DDS-MAE</td>" in (tmp_path / "t" / "table.html").read_text()
     more = "--seeds 1 2 --parallel 2 --steps 30 --only MAE".split()
-    code, said = ablate(tmp_path / "t", *more)
-    assert code == 0, said[-2000:]
+    code, output = ablate(tmp_path / "t", *more)
+    assert code == 0, output[-2000:]
     shorter = json.loads((tmp_path / "t" / "results.json").read_text())
     assert [list(row["seeds"]) for row in shorter["rows"]] == [["1", "2"], [], [], []]
     assert shorter["left_out"] == ["row_0_seed_0", "row_3_seed_0"]
-    assert "Left out, of other steps, on other data or without baselines: row_0_seed_0" in said
+    assert "Left out because of other steps, other data or missing baselines: row_0_seed_0" in output
     assert shorter["rows"][0]["deviation"] > 0
     assert "step 30/30" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
-        (("--table", "5"), "there is no table '5': the nearest is"),
-        (("--scale", "mikro"), "there is no scale 'mikro': the nearest is 'micro'"),
-        (("--only", "MEA"), "table 3 has no row 'MEA': there are 'MAE', 'D-MAE', 'DS-MAE', 'DDS-MAE'"),
-        (("--scale", "tiny"), "the scale tiny wants --data with shards that have classes"),
-        (("--steps", "-1"), "--steps is -1: give 1 or more"),
-        (("--scale", "paper", "--data", "d", "--steps", "5"), "--steps is for small runs"),
+        (("--table", "5"), "unknown table '5'; the nearest is"),
+        (("--scale", "mikro"), "unknown scale 'mikro'; the nearest is 'micro'"),
+        (("--only", "MEA"), "table 3 has no row 'MEA'. Its rows are 'MAE', 'D-MAE', 'DS-MAE', 'DDS-MAE'"),
+        (("--scale", "tiny"), "--data is missing; the scale tiny needs shards with classes"),
+        (("--steps", "-1"), "--steps is -1; expected a number >= 1"),
+        (("--scale", "paper", "--data", "d", "--steps", "5"), "--steps is for small scales"),
         (("--data", "nowhere", "--parallel", "2"), "nowhere"),
-        (("--table", "2", "--parallel", "2"), "the row 'BEiT-v2, 100 epochs' wants --tokenizer here"),
-        (("--table", "2", "--scale", "paper", "--data", "d"), "the row 'BEiT-v2, 100 epochs' wants --tokenizer here"),
+        (("--table", "2", "--parallel", "2"), "--tokenizer is missing, which the row 'BEiT-v2, 100 epochs' needs"),
+        (
+            ("--table", "2", "--scale", "paper", "--data", "d"),
+            "--tokenizer is missing, which the row 'BEiT-v2, 100 epochs' needs",
+        ),
     ],
 )
-def test_mistakes_are_told(words, message, tmp_path, monkeypatch):
+def test_user_errors(args, message, tmp_path, monkeypatch):
     out = tmp_path / "t"
     monkeypatch.setattr(
-        "sys.argv", ["ablate", "--table", "3", "--scale", "nano", "--out", str(out), "--tracker", "jsonl", *words]
+        "sys.argv", ["ablate", "--table", "3", "--scale", "nano", "--out", str(out), "--tracker", "jsonl", *args]
     )
     with pytest.raises(UserError) as error:
         runpy.run_path(str(ranks.ROOT / "launch" / "ablate.py"))["main"]()
@@ -183,13 +185,13 @@ def test_mistakes_are_told(words, message, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_a_mistake_is_one_sentence(tmp_path):
-    code, said = ablate(tmp_path / "t", "--table", "5")
+def test_a_user_error_takes_one_line(tmp_path):
+    code, output = ablate(tmp_path / "t", "--table", "5")
     assert code == 2
-    (line,) = [line for line in said.splitlines() if line.startswith("ablate:")]
-    assert "there is no table '5': the nearest is" in line
+    (line,) = [line for line in output.splitlines() if line.startswith("ablate:")]
+    assert "unknown table '5'; the nearest is" in line
 
 
-def test_tables_that_do_not_exist():
-    with pytest.raises(UserError, match="there are 2, 3, 4, 6, 7, gradient_variants, own"):
-        rows("9", "nano")
+def test_an_unknown_table():
+    with pytest.raises(UserError, match="Choose from 2, 3, 4, 6, 7, gradient_variants, own"):
+        table_rows("9", "nano")

@@ -1,4 +1,4 @@
-"""Words -> config, and what a user sees of a mistake: one sentence, exit code 2, nothing left behind."""
+"""Arguments -> config, and how mistakes are reported: one sentence, exit code 2, no file written."""
 
 import ast
 import json
@@ -30,9 +30,9 @@ def test_the_default_is_the_papers_vit_b():
 
 
 def test_flags_override_the_preset():
-    words = "--preset=demo --data.batch-size 64 --optim.lr=0.5 --teacher.momentum schedule --train.allow_longer"
-    words += " --mask.ratio 0.5 --dynamic.beta_init -0.7 -0.5 -0.3 -0.1 --local_rank=3 --deepspeed_config x.json"
-    config = parse([*words.split(), "--train.steps", "7"])
+    args = "--preset=demo --data.batch-size 64 --optim.lr=0.5 --teacher.momentum schedule --train.allow_longer"
+    args += " --mask.ratio 0.5 --dynamic.beta_init -0.7 -0.5 -0.3 -0.1 --local_rank=3 --deepspeed_config x.json"
+    config = parse([*args.split(), "--train.steps", "7"])
     assert config.data.batch_size == 64
     assert config.peak_lr == 0.5
     assert config.teacher.momentum == "schedule"
@@ -46,28 +46,28 @@ def test_flags_override_the_preset():
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
         ("--preset demmo", "the nearest is 'demo'"),
-        ("--preset", "wants a name"),
+        ("--preset", "--preset lacks a name"),
         ("--data.bach_size 3", "the nearest is --data.batch_size"),
         ("--model.widht=3", "the nearest is --model.width"),
         ("--data.batch_size abc", "Error parsing --data.batch_size"),
-        ("--data.batch_size 0", "data.batch_size is 0: choose 1 or more"),
+        ("--data.batch_size 0", "data.batch_size is 0; expected a value >= 1"),
         ("--data.backend opencv", "invalid choice 'opencv'"),
         ("stray", "stray"),
-        ("--pixel.taps 3 6 9 13", "its blocks are 1 to 12"),
-        ("--pixel.taps 0 6 9 12", "its blocks are 1 to 12"),
+        ("--pixel.taps 3 6 9 13", "expected encoder blocks from 1 to 12"),
+        ("--pixel.taps 0 6 9 12", "expected encoder blocks from 1 to 12"),
         ("--pixel.taps 6 3 9 12", "ascending"),
-        ("--feature.taps 6 12", "feature.tap_weights has 4 numbers for 2 taps"),
-        ("--model.image_size 225", "not divisible by model.patch_size 16: choose 224"),
+        ("--feature.taps 6 12", "feature.tap_weights has 4 numbers; expected 2"),
+        ("--model.image_size 225", "expected a multiple of model.patch_size 16. Pass --model.image_size 224"),
         ("--model.heads 7", "model.heads 7"),
         ("--pixel.decoder_heads 7", "pixel.decoder_heads 7"),
-        ("--mask.ratio 1", "mask.ratio 1.0"),
-        ("--mask.ratio 0.001", "mask.ratio 0.001"),
+        ("--mask.ratio 1", "mask.ratio is 1.0"),
+        ("--mask.ratio 0.001", "mask.ratio is 0.001"),
         ("--teacher.momentum 1.5", "teacher.momentum is 1.5"),
-        ("--dynamic.beta_init -0.5 -0.5", "dynamic.beta_init has 2 numbers: give 1, or 4"),
-        ("--pixel.no_enabled --feature.no_enabled", "nothing is left to learn"),
+        ("--dynamic.beta_init -0.5 -0.5", "dynamic.beta_init has 2 numbers; expected 1, or 4"),
+        ("--pixel.no_enabled --feature.no_enabled", "Enable at least one branch"),
         ("--data.crop_scale 0.5 0.2", "data.crop_scale"),
         ("--data.workers -1", "data.workers is -1"),
         ("--model.patch_size 0", "model.patch_size is 0"),
@@ -76,47 +76,47 @@ def test_flags_override_the_preset():
         ("--dynamic.beta_init nan", "dynamic.beta_init is nan"),
         ("--optim.lr -1", "optim.lr is -1.0"),
         ("--train.epochs 0", "train.epochs is 0.0"),
-        ("--dynamic.clamp 3 -16", "give the smaller number first"),
+        ("--dynamic.clamp 3 -16", "expected the smaller number first"),
         ("--preset demo --preset mae_vit_b16_100e", "more than once"),
     ],
 )
-def test_mistakes_are_one_sentence(words, message):
+def test_mistakes_are_one_sentence(args, message):
     with pytest.raises(UserError) as caught:
-        parse(words.split())
+        parse(args.split())
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", [FINETUNING, PROBING, SEGMENTATION], ids=lambda kind: kind.config.TASK)
-def test_fields_that_change_nothing_are_refused(kind):
+def test_fields_without_effect_are_refused(kind):
     known = flatten(kind.config().to_dict())
     for name in kind.config.UNUSED:
         assert name in known
-        with pytest.raises(UserError, match=f"--{name} changes nothing here: leave it out"):
+        with pytest.raises(UserError, match=f"--{name} has no effect here"):
             parse(["--encoder", "runs/demo", f"--{name}", "1"], kind)
     assert parse(["--encoder", "runs/demo", "--preset", "demo"], kind).folder == f"runs/demo/{kind.config.TASK}"
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
-        ("", "no encoder is named: add --encoder runs/demo"),
-        ("--encoder a --engine.precision bf16", "engine.precision is bf16, in which batch norms cannot count"),
-        ("--encoder a --data.backend dali", "data.backend dali reads no masks"),
-        ("--encoder a --seg.scale 2 1", "give the smaller number first"),
-        ("--encoder a --seg.stride 1.5", "seg.stride is 1.5: choose a number from"),
-        ("--encoder a --preset papper", "unknown recipe 'papper': the nearest is 'paper'"),
+        ("", "no encoder is given. Pass --encoder runs/demo"),
+        ("--encoder a --engine.precision bf16", "bf16 weights are unsupported with BatchNorm"),
+        ("--encoder a --data.backend dali", "data.backend is dali, which reads no masks"),
+        ("--encoder a --seg.scale 2 1", "expected the smaller number first"),
+        ("--encoder a --seg.stride 1.5", "seg.stride is 1.5; expected a value from"),
+        ("--encoder a --preset papper", "unknown recipe 'papper'; the nearest is 'paper'"),
     ],
 )
-def test_mistakes_of_a_segmentation(words, message):
+def test_mistakes_of_a_segmentation(args, message):
     with pytest.raises(UserError) as caught:
-        parse(words.split(), SEGMENTATION)
+        parse(args.split(), SEGMENTATION)
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("config", [PretrainConfig, FinetuneConfig, ProbeConfig, SegmentConfig])
 def test_every_field_is_read_by_code(config):
-    """A knob that nothing reads is a lie: each field is an attribute of something named after its section."""
+    """Each field is read somewhere, as an attribute of an object named after its section."""
     read = set()
     for path in (ranks.ROOT / "ddae").rglob("*.py"):
         if path.name == "presets.py":
@@ -137,9 +137,9 @@ def test_every_field_is_read_by_code(config):
         assert any((owner, field) in read for owner in owners), name
 
 
-def pretrain(tmp_path, *words, world=1):
+def pretrain(tmp_path, *args, world=1):
     """launch/pretrain.py as the ranks of a launcher, from an empty folder; exit code, stdout and stderr of each."""
-    command = [sys.executable, str(ranks.ROOT / "launch" / "pretrain.py"), *words]
+    command = [sys.executable, str(ranks.ROOT / "launch" / "pretrain.py"), *args]
     started = []
     for number in range(world):
         environment = os.environ | {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": str(number)}
@@ -156,7 +156,7 @@ def test_show_prints_the_config_and_leaves(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_is_told_by_one_rank(tmp_path):
+def test_one_rank_prints_the_help(tmp_path):
     (help_text, _, code), (silence, errors, other) = pretrain(tmp_path, "--help", world=2)
     assert (code, other) == (0, 0), errors
     assert "--optim.lr" in help_text
@@ -164,29 +164,29 @@ def test_help_is_told_by_one_rank(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
-        ("--preset demo --ds_config {zero}", "data.train 'data/demo' holds no shards"),
+        ("--preset demo --ds_config {zero}", "data.train is 'data/demo', which holds no shards"),
         ("--preset demo --ds_confg {zero}", "the nearest is --ds_config"),
     ],
 )
-def test_one_rank_speaks_and_nothing_is_left(words, message, tmp_path):
-    words = words.format(zero=ranks.ROOT / "ds_configs" / "zero2.json").split()
-    (_, speaker, code), (silent_out, silent, other_code) = pretrain(tmp_path, *words, world=2)
+def test_one_rank_reports_and_no_file_is_written(args, message, tmp_path):
+    args = args.format(zero=ranks.ROOT / "ds_configs" / "zero2.json").split()
+    (_, reported, code), (silent_out, silent, other_code) = pretrain(tmp_path, *args, world=2)
     assert (code, other_code) == (2, 2)
-    lines = [line for line in speaker.splitlines() if line.startswith("ddae:")]
+    lines = [line for line in reported.splitlines() if line.startswith("ddae:")]
     assert len(lines) == 1
     assert message in lines[0]
-    assert "Traceback" not in speaker
+    assert "Traceback" not in reported
     assert "ddae:" not in silent + silent_out
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="seen without a GPU alone")
-def test_asking_for_triton_in_vain_is_told(monkeypatch):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_triton_without_a_gpu_is_refused(monkeypatch):
     asked = parse(["--preset", "demo", "--engine.loss_backend", "triton"])
     assert resolve_loss_backend(asked) == "triton"  # in the interpreter, which conftest.py asks for
     monkeypatch.setattr(implementation, "INTERPRETED", False)
     assert resolve_loss_backend(parse(["--preset", "demo"])) == "reference"
-    with pytest.raises(UserError, match=r"--engine.loss_backend triton: impl='triton' cannot serve"):
+    with pytest.raises(UserError, match=r"engine.loss_backend is triton: impl='triton' cannot serve"):
         resolve_loss_backend(asked)

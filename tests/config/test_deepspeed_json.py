@@ -1,3 +1,5 @@
+"""The DeepSpeed JSON merged with the config: derived keys, refused keys."""
+
 import base64
 import json
 from dataclasses import replace
@@ -43,9 +45,9 @@ def test_precision(precision, blocks):
 
 
 @pytest.mark.parametrize(
-    "settings, ranks, words",
+    "settings, ranks, message",
     [
-        ({}, 3, "data.batch_size 32 is not divisible by 3 ranks"),
+        ({}, 3, "data.batch_size is 32; expected a multiple of 3 ranks"),
         ({"train_micro_batch_size_per_gpu": 5}, 1, "x micro-batch 5"),
         ({"train_batch_size": 64}, 1, "train_batch_size = 64"),
         ({"gradient_clipping": 1.0}, 1, "gradient_clipping = 1.0"),
@@ -57,21 +59,21 @@ def test_precision(precision, blocks):
         ({"bfloat16": {"enabled": False}}, 1, "'bfloat16'"),
         ({"data_types": {"grad_accum_dtype": "fp16"}}, 1, "'data_types'"),
         ({"torch_autocast": {"enabled": False, "dtype": "float16"}}, 1, "torch_autocast.dtype"),
-        ({"bf16": True}, 1, "expected a block"),
+        ({"bf16": True}, 1, "expected an object"),
         ({"bf16": {"check_grad_overflow": False}}, 1, "check_grad_overflow"),
         ({"zero_optimization": {"compute_grad_norm": False}}, 1, "compute_grad_norm"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 1, "to nvme"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, 1, "nvme is unsupported"),
         ({"activation_checkpointing": {"profile": True}}, 1, "--engine.activation_checkpointing"),
         ({"bf16": {"bf16_optimizer_states": True}}, 1, "bf16_optimizer_states"),
-        ({"managed_gradient_accumulation": False}, 1, "may change what is learnt: take it out"),
+        ({"managed_gradient_accumulation": False}, 1, "may change what is learnt. Remove it"),
         ({"gradient_allreduce_op": "sum"}, 1, "'gradient_allreduce_op', which may change"),
-        ({"wall_clock_breakdwn": True}, 1, "write 'wall_clock_breakdown'"),
+        ({"wall_clock_breakdwn": True}, 1, "Write 'wall_clock_breakdown'"),
         ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, 1, "zero_quantized_gradients"),
-        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, 1, "says super_offload"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, 1, "super_offload is unsupported"),
     ],
 )
-def test_contradictions_are_refused(settings, ranks, words):
-    with pytest.raises(UserError, match=words):
+def test_contradictions_are_refused(settings, ranks, message):
+    with pytest.raises(UserError, match=message):
         resolve(settings, CONFIG, ranks)
 
 
@@ -102,14 +104,19 @@ def test_the_autotuners_batch_is_the_configs():
 
 
 @pytest.mark.parametrize(
-    "content, words",
-    [(None, "cannot be read"), ("{", "is not JSON"), ("\xff\xfe", "is not JSON"), ("[]", "expected a JSON object")],
+    "content, message",
+    [
+        (None, "cannot be read"),
+        ("{", "is not valid JSON"),
+        ("\xff\xfe", "is not valid JSON"),
+        ("[]", "expected a JSON object"),
+    ],
 )
-def test_bad_files(content, words, tmp_path):
+def test_bad_files(content, message, tmp_path):
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         load(str(path))
     with pytest.raises(UserError, match="--ds_config"):
         load("")

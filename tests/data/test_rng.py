@@ -3,11 +3,11 @@ import torch
 from ddae.data.rng import fold, permutation, uniform
 
 
-def test_known_bits():
-    """SplitMix64 seeded with 1234567 begins with these outputs (Java's SplittableRandom and others agree)."""
-    from ddae.data.rng import GOLDEN, mix
+def test_mix_matches_published_splitmix64():
+    """The first outputs of SplitMix64 with seed 1234567, as of Java's SplittableRandom and others."""
+    from ddae.data.rng import GOLDEN_GAMMA, mix
 
-    states = torch.tensor(1234567) + torch.arange(1, 4) * GOLDEN
+    states = torch.tensor(1234567) + torch.arange(1, 4) * GOLDEN_GAMMA
     assert [value % 2**64 for value in mix(states).tolist()] == [
         6457827717110365317,
         3203168211198807973,
@@ -25,18 +25,18 @@ def test_uniform_is_uniform():
     assert abs(neighbours) < 0.02
 
 
-def test_streams_and_seeds_differ():
+def test_streams_and_seeds_give_different_numbers():
     seeds = torch.tensor([1, 2])
     assert not torch.equal(uniform(seeds, 5)[0], uniform(seeds, 5)[1])
     assert not torch.equal(uniform(seeds, 5, stream=1), uniform(seeds, 5))
 
 
-def test_fold_separates_its_keys():
+def test_fold_depends_on_order_and_value_of_keys():
     assert fold(1, 2) != fold(2, 1)
     assert fold(1, torch.arange(1000)).unique().numel() == 1000
 
 
-def test_permutation():
+def test_permutation_is_complete_and_reproducible():
     first = permutation(1000, 3, 4)
     assert torch.equal(first.sort().values, torch.arange(1000))
     assert torch.equal(first, permutation(1000, 3, 4))

@@ -18,10 +18,10 @@ from ddae.data.cache import Cache
 from ddae.data.shards import find_shards, open_shards
 from ddae.errors import UserError
 
-CACHE = Cache(Path("nowhere"), 0)  # for what is not remote
+CACHE = Cache(Path("nowhere"), 0)  # not used by local shards
 
 
-def test_every_image_is_found_at_its_place(shards):
+def test_images_are_read_by_index(shards):
     opened = open_shards(str(shards), CACHE)
     assert len(opened) == 100
     for number in (0, 39, 40, 63, 64, 99):
@@ -31,18 +31,18 @@ def test_every_image_is_found_at_its_place(shards):
 
 
 def test_webdataset_reads_the_shards(shards):
-    read = list(webdataset.WebDataset(find_shards(str(shards)), shardshuffle=False, empty_check=False))
-    assert [record["__key__"] for record in read] == [sample(i).key for i in range(100)]
-    assert read[7]["jpg"] == sample(7).jpeg
-    assert read[7]["cls"] == b"2"
+    records = list(webdataset.WebDataset(find_shards(str(shards)), shardshuffle=False, empty_check=False))
+    assert [record["__key__"] for record in records] == [sample(i).key for i in range(100)]
+    assert records[7]["jpg"] == sample(7).jpeg
+    assert records[7]["cls"] == b"2"
 
 
-def test_dali_makes_the_same_index(shards, tmp_path):
+def test_index_equals_dalis(shards, tmp_path):
     wds2idx = pytest.importorskip("wds2idx")
     shard = Path(find_shards(str(shards))[1])
-    with wds2idx.IndexCreator(str(shard), str(tmp_path / "theirs.idx"), verbose=False) as creator:
+    with wds2idx.IndexCreator(str(shard), str(tmp_path / "dali.idx"), verbose=False) as creator:
         creator.create_index()
-    assert (tmp_path / "theirs.idx").read_text() == shard.with_suffix(".idx").read_text()
+    assert (tmp_path / "dali.idx").read_text() == shard.with_suffix(".idx").read_text()
 
 
 def test_equal_samples_give_equal_bytes(shards, tmp_path):
@@ -51,16 +51,16 @@ def test_equal_samples_give_equal_bytes(shards, tmp_path):
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
-def test_patterns_and_folders_name_the_same(shards):
+def test_patterns_and_folders_find_the_same_shards(shards):
     assert find_shards(str(shards)) == find_shards(str(shards / "train-*.tar"))
     assert len(find_shards(str(shards / "train-00000[01].tar"))) == 2
 
 
-def spoil(kind, folder):
+def damage(kind, folder):
     shard = folder / "train-000001.tar"
     manifest = folder / "manifest.json"
     match kind:
-        case "cut":
+        case "truncated":
             shard.write_bytes(shard.read_bytes()[:-1000])
         case "no index":
             shard.with_suffix(".idx").unlink()
@@ -90,37 +90,37 @@ def spoil(kind, folder):
 
 
 @pytest.mark.parametrize(
-    "kind, words",
+    "kind, message",
     {
-        "cut": "is cut or changed",
+        "truncated": "is truncated or was changed",
         "no index": "has no index",
-        "short index": "lists 23 samples of 24",
+        "short index": "lists 23 samples; its manifest states 24",
         "old index": "not an index of version",
         "no manifest": "is missing",
         "broken manifest": "is not JSON",
         "other manifest": "is not a manifest",
-        "one size short": "does not say all",
+        "one size short": "the entry for train-000001.tar in .* is incomplete",
         "binary manifest": "is not JSON",
-        "garbled index": "without a jpg's offset",
-        "empty index": "make it again",
+        "garbled index": "without offset and size of a jpg file",
+        "empty index": "is not an index of version",
         "unknown shard": "is not in",
     }.items(),
 )
-def test_damage_is_named(kind, words, tmp_path):
+def test_damage_is_reported(kind, message, tmp_path):
     make_shards(tmp_path)
     assert len(open_shards(str(tmp_path), CACHE)) == 100
-    spoil(kind, tmp_path)
-    with pytest.raises(UserError, match=words):
+    damage(kind, tmp_path)
+    with pytest.raises(UserError, match=message):
         open_shards(str(tmp_path), CACHE)
 
 
 @pytest.mark.parametrize("where", ["", "/nowhere", "/nowhere/*.tar"])
-def test_no_shards(where):
+def test_missing_shards_are_reported(where):
     with pytest.raises(UserError, match="data_prep"):
         find_shards(where)
 
 
-def test_sample_photos_cuts_both_splits_from_every_photograph(tmp_path):
+def test_sample_photos_writes_both_splits(tmp_path):
     command = [sys.executable, "data_prep/sample_photos.py", "--out", str(tmp_path / "photos")]
     command += ["--train_per_photo", "3", "--val_per_photo", "2", "--per_shard", "20"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -131,29 +131,29 @@ def test_sample_photos_cuts_both_splits_from_every_photograph(tmp_path):
     assert "is complete" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def test_sample_photos_with_masks_says_what_each_pixel_is(tmp_path):
+def test_sample_photos_writes_segmentation_masks(tmp_path):
     command = [sys.executable, "data_prep/sample_photos.py", "--out", str(tmp_path / "scenes"), "--masks"]
     command += ["--train_per_photo", "3", "--val_per_photo", "2"]
     subprocess.run(command, capture_output=True, text=True, check=True)
     shards = open_shards(str(tmp_path / "scenes"), CACHE, "val")
-    grounds = []
-    for number, place in enumerate(shards.others("png")):
-        mask = np.asarray(Image.open(io.BytesIO(shards.read_other(number, place))))
+    backgrounds = []
+    for number, location in enumerate(shards.file_locations("png")):
+        mask = np.asarray(Image.open(io.BytesIO(shards.read_file(number, location))))
         assert mask.shape == (shards.height[number], shards.width[number])
-        assert 2 <= len(np.unique(mask)) <= 4  # a ground and one to three pieces
+        assert 2 <= len(np.unique(mask)) <= 4  # a background and one to three pieces
         assert mask.max() < len(shards.classes) == 11
-        grounds.append(mask[0, 0])
-    assert len(np.unique(grounds)) > 5
+        backgrounds.append(mask[0, 0])
+    assert len(np.unique(backgrounds)) > 5
 
 
-def test_a_missing_shard_is_named(shards, tmp_path):
+def test_missing_shard_is_reported(shards, tmp_path):
     shutil.copytree(shards, tmp_path / "data")
     (tmp_path / "data" / "train-000001.tar").unlink()
     with pytest.raises(UserError, match=r"lacks train-000001.tar, which its manifest.json lists"):
         open_shards(str(tmp_path / "data"), CACHE)
 
 
-def test_threads_leave_no_file_open(shards, tmp_path):
+def test_threads_close_their_files(shards, tmp_path):
     gc.collect()
     opened, before = open_shards(str(shards), CACHE), len(os.listdir("/proc/self/fd"))
     for _ in range(3):

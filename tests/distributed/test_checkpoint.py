@@ -5,18 +5,19 @@ import json
 
 import pytest
 
-from ddae.distributed.checkpoint import Checkpoints
+from ddae.distributed.checkpoint import FORMAT, Checkpoints
 from ddae.distributed.checkpoint_format import MANIFEST
+from ddae.distributed.comm import configure_logging
 from ddae.errors import UserError
 
 
-def make(folder, step, files=("state.pt", "rank_00000.safetensors")):
+def make(folder, step, files=("state.pt", "rank_00000.safetensors"), format=FORMAT):
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
     for name in files:
         (path / name).write_bytes(bytes(100))
     entry = {"bytes": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}
-    (path / MANIFEST).write_text(json.dumps({"step": step, "ranks": 1, "files": dict.fromkeys(files, entry)}))
+    (path / MANIFEST).write_text(json.dumps({"format": format, "step": step, "ranks": 1, "files": dict.fromkeys(files, entry)}))
     return path
 
 
@@ -24,7 +25,7 @@ def test_a_new_run_has_none(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", 3).newest(allow_restart=False) is None
 
 
-def test_the_newest_is_taken(tmp_path):
+def test_the_newest_is_used(tmp_path):
     for step in (5, 100, 20):
         make(tmp_path, step)
     (tmp_path / ".unfinished_00000200").mkdir()
@@ -36,23 +37,24 @@ def test_the_newest_is_taken(tmp_path):
     "damage, reason",
     [
         (lambda path: (path / "state.pt").unlink(), "state.pt is missing"),
-        (lambda path: (path / "state.pt").write_bytes(bytes(40)), "state.pt has 40 bytes of 100"),
+        (lambda path: (path / "state.pt").write_bytes(bytes(40)), "state.pt has 40 of 100 bytes"),
         (lambda path: (path / "state.pt").write_bytes(bytes(99) + b"\1"), "state.pt has changed"),
         (lambda path: (path / MANIFEST).unlink(), "manifest cannot be read"),
         (lambda path: (path / MANIFEST).write_text('{"step": 1'), "manifest cannot be read"),
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest cannot be read"),
     ],
 )
-def test_a_broken_one_is_passed_over_and_named(damage, reason, tmp_path, capsys):
+def test_a_damaged_one_is_skipped_and_named(damage, reason, tmp_path, capsys):
+    configure_logging()
     make(tmp_path, 10)
     damage(make(tmp_path, 20))
     assert Checkpoints(tmp_path, 3).newest(False).step == 10
-    said = capsys.readouterr().out
-    assert reason in said
-    assert "step_00000020" in said
+    log = capsys.readouterr().out
+    assert reason in log
+    assert "step_00000020" in log
 
 
-def test_only_broken_ones_never_mean_a_silent_start(tmp_path):
+def test_a_run_with_damaged_checkpoints_alone_does_not_restart_silently(tmp_path):
     (make(tmp_path, 10) / "state.pt").unlink()
     checkpoints = Checkpoints(tmp_path, 3)
     with pytest.raises(UserError, match="--allow_restart"):
@@ -60,7 +62,13 @@ def test_only_broken_ones_never_mean_a_silent_start(tmp_path):
     assert checkpoints.newest(allow_restart=True) is None
 
 
-def test_what_people_put_beside_them_is_left_alone(tmp_path):
+def test_a_checkpoint_of_version_0_1_is_refused(tmp_path):
+    make(tmp_path, 10, format=None)
+    with pytest.raises(UserError, match=r"was written by another version of ddae; this one reads format 2\."):
+        Checkpoints(tmp_path, 3).newest(allow_restart=True)
+
+
+def test_other_folders_beside_checkpoints_are_not_touched(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1)
     for name in ("step_00000010_best", "step_x", "steps"):
         (tmp_path / name).mkdir()

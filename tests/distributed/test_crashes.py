@@ -58,13 +58,13 @@ def assert_same_run(one, other, step):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("count", [1, 2])
-def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
-    """kill -9 at 20 instants, every other one inside a save: the same command goes on to the unbroken run's weights."""
+def test_kill_9_twenty_times(count, shards, tmp_path, forks, record_result):
+    """kill -9 at 20 instants, every other one inside a save, then resume: weights of an uninterrupted run."""
     steps, saves = 700, 7
     options = (*FP32, "--train.steps", str(steps), "--train.save_every", str(saves), "--train.watchdog_timeout_s", "20")
-    whole = forks.start([PRETRAIN, *ranks.words(shards, tmp_path / "whole", 2, *options)], count)
+    whole = forks.start([PRETRAIN, *ranks.arguments(shards, tmp_path / "whole", 2, *options)], count)
     assert [forks.wait(rank) for rank in whole] == [0] * count, forks.log()
-    words, chance, inside = ranks.words(shards, tmp_path / "killed", 2, *options), random.Random(count), 0
+    words, chance, inside = ranks.arguments(shards, tmp_path / "killed", 2, *options), random.Random(count), 0
     for kill in range(20):
         before = len(rows(tmp_path / "killed"))
         kill_at = chance.randrange(1, 30) if kill % 2 else 0
@@ -79,23 +79,23 @@ def test_kill_9_twenty_times(count, shards, tmp_path, forks, tell):
         codes = [forks.wait(rank) for rank in started]
         assert -signal.SIGKILL in codes, (codes, forks.log())
         assert 0 not in codes
-        assert "holds only broken" not in forks.log()
+        assert "holds only damaged" not in forks.log()
         inside += bool(kill_at)
     left = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
     started = forks.start([PRETRAIN, *words], count)
     assert [forks.wait(rank) for rank in started] == [0] * count, forks.log()
-    assert "passing over" not in forks.log()  # nothing half-written ever had a checkpoint's name
+    assert "skipping checkpoint" not in forks.log()  # nothing half-written ever had a checkpoint's name
     assert_same_run(tmp_path / "whole", tmp_path / "killed", steps)
     assert not list((tmp_path / "killed" / "checkpoints").glob(".unfinished*")), left
-    tell(f"20 of 20 went on without a hand, {inside} of them killed inside a save; every weight is the same")
+    record_result(f"20 of 20 resumed without intervention, {inside} killed inside a save; identical weights")
 
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("whom", ["kill", "stop"])
-def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
-    """One of two ranks is killed, or hangs (SIGSTOP), watchdog_timeout_s 15 s: the other ends by itself, and both go on."""
+def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, record_result):
+    """One of two ranks is killed, or hangs (SIGSTOP), watchdog timeout 15 s: the other exits, and both resume."""
     options = (*FP32, "--train.steps", "4000", "--train.save_every", "50", "--train.watchdog_timeout_s", "15")
-    words = ranks.words(shards, tmp_path / "run", 1, *options)
+    words = ranks.arguments(shards, tmp_path / "run", 1, *options)
     started, since = forks.start([PRETRAIN, *words], 2), time.monotonic()
     while len(rows(tmp_path / "run")) < 60:
         assert runs_on(started[0], since=since), forks.log()
@@ -107,7 +107,7 @@ def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     if whom == "stop":
         assert code == 70, forks.log()
         assert "ddae: rank 0 on" in forks.log()
-        assert "has not moved for 15 s" in forks.log()
+        assert "made no progress for 15 s" in forks.log()
         assert "train.py" in (tmp_path / "run" / "heartbeats" / "rank_00000.txt").read_text()
         beat = json.loads((tmp_path / "run" / "heartbeats" / "rank_00000.json").read_text())
         assert beat["step"] >= 50
@@ -124,21 +124,19 @@ def test_one_rank_that_is_gone_ends_all(whom, shards, tmp_path, forks, tell):
     for rank in started:
         os.kill(rank, signal.SIGTERM)
     assert [forks.wait(rank) for rank in started] == [75, 75]
-    tell(
-        f"the other ended {waited:.0f} s later with exit code 70 and its stacks; both went on from the last checkpoint"
-    )
+    record_result(f"the other exited {waited:.0f} s later with code 70 and its stacks; both resumed")
 
 
 DAMAGE = {
     "`latest` is empty": lambda folder: (folder / "latest").write_text(""),
     "`latest` is gone": lambda folder: (folder / "latest").unlink(),
-    "`latest` names nothing": lambda folder: (folder / "latest").write_text("step_00009999"),
-    "a slice is cut": lambda folder: os.truncate(newest(folder) / "rank_00001.safetensors", 1000),
-    "a slice is missing": lambda folder: (newest(folder) / "rank_00000.safetensors").unlink(),
-    "one bit of a slice is flipped": lambda folder: flip(newest(folder) / "rank_00001.safetensors"),
+    "`latest` names a missing folder": lambda folder: (folder / "latest").write_text("step_00009999"),
+    "a file of slices is truncated": lambda folder: os.truncate(newest(folder) / "rank_00001.safetensors", 1000),
+    "a file of slices is missing": lambda folder: (newest(folder) / "rank_00000.safetensors").unlink(),
+    "one bit of a file of slices is flipped": lambda folder: flip(newest(folder) / "rank_00001.safetensors"),
     "one bit of the state is flipped": lambda folder: flip(newest(folder) / "state.pt"),
     "the manifest is empty": lambda folder: (newest(folder) / "manifest.json").write_text(""),
-    "all slices are cut": lambda folder: [os.truncate(each, 9) for each in folder.glob("step_*/rank_00000*")],
+    "all files are truncated": lambda folder: [os.truncate(each, 9) for each in folder.glob("step_*/rank_00000*")],
 }
 
 
@@ -157,7 +155,7 @@ def saved(shards, tmp_path_factory):
     """A run of two ranks with checkpoints after 8, 16 and 24 of 32 steps, as a kill leaves it, and its words."""
     run = tmp_path_factory.mktemp("saved") / "run"
     options = (*FP32, "--train.steps", "32", "--train.save_every", "8", "--train.keep", "4")
-    words = ranks.words(shards, run, 2, *options)
+    words = ranks.arguments(shards, run, 2, *options)
     ranks.run_all(2, [words])
     shutil.rmtree(run / "checkpoints" / "step_00000032")
     (run / "checkpoints" / "latest").write_text("step_00000024")
@@ -167,8 +165,8 @@ def saved(shards, tmp_path_factory):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.replace("`", ""))
-def test_damage_is_seen(damage, saved, tmp_path, forks, tell):
-    """Damage to checkpoints."""
+def test_damage_is_seen(damage, saved, tmp_path, forks, record_result):
+    """A damaged checkpoint."""
     run, words = saved
     shutil.copytree(run, tmp_path / "run")
     DAMAGE[damage](tmp_path / "run" / "checkpoints")
@@ -178,19 +176,19 @@ def test_damage_is_seen(damage, saved, tmp_path, forks, tell):
     said = forks.log()
     if damage.startswith("all"):
         assert codes == [2, 2], said
-        assert "holds only broken checkpoints" in said
+        assert "holds only damaged checkpoints" in said
         assert not (tmp_path / "run" / "finished.json").exists()
-        tell("refused with exit code 2: only broken checkpoints, --allow_restart starts anew")
+        record_result("refused with exit code 2: only damaged checkpoints, --allow_restart trains from the start")
         return
     assert codes == [0, 0], said
     assert rows(tmp_path / "run") == rows(run)
     if "latest" in damage:
         assert "steps 24 to 32" in said
-        tell("went on from step 24, the newest that is whole; same losses")
+        record_result("resumed from step 24, the newest complete one; same losses")
     else:
-        (reason,) = [line.split(": ", 1)[1] for line in said.splitlines() if line.startswith("passing over")]
+        (reason,) = [line.split(": ", 1)[1] for line in said.splitlines() if "skipping checkpoint" in line]
         assert "steps 16 to 32" in said
-        tell(f"went on from step 16, for in step 24 {reason}; same losses")
+        record_result(f"resumed from step 16, because in step 24 {reason}; same losses")
 
 
 @pytest.mark.faults
@@ -202,8 +200,8 @@ def test_damage_is_seen(damage, saved, tmp_path, forks, tell):
         (["--data.train", "{other}"], "was trained on other shards than data.train"),
     ],
 )
-def test_another_runs_checkpoint_is_refused(more, refusal, saved, tmp_path, forks, tell):
-    """A run folder of another model, preset or data set."""
+def test_another_runs_checkpoint_is_refused(more, refusal, saved, tmp_path, forks, record_result):
+    """A run directory of another model, preset or data set."""
     from conftest import make_shards
 
     run, words = saved
@@ -224,14 +222,14 @@ def test_another_runs_checkpoint_is_refused(more, refusal, saved, tmp_path, fork
     assert [forks.wait(rank) for rank in started] == [2, 2], forks.log()
     assert refusal in forks.log()
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "checkpoints").rglob("*")}
-    tell(f"refused with exit code 2: {refusal}")
+    record_result(f"refused with exit code 2: {refusal}")
 
 
 @pytest.mark.faults
-def test_three_hundred_steps_keep_nothing(shards, tmp_path, forks, tell):
-    """300 steps with a save every 10: resident memory, open files and shared memory stay flat."""
+def test_three_hundred_steps_keep_nothing(shards, tmp_path, forks, record_result):
+    """300 steps with a save every 10: resident memory, open files and shared memory do not grow."""
     options = ("--train.steps", "400", "--train.save_every", "10", "--data.workers", "1", *FP32)
-    started = forks.start([PRETRAIN, *ranks.words(shards, tmp_path / "run", 2, *options)], 2)
+    started = forks.start([PRETRAIN, *ranks.arguments(shards, tmp_path / "run", 2, *options)], 2)
     process, seen = psutil.Process(started[0]), {}
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         step = len(rows(tmp_path / "run"))
@@ -246,7 +244,7 @@ def test_three_hundred_steps_keep_nothing(shards, tmp_path, forks, tell):
     assert memory < 8, seen
     assert files <= 1, seen  # a save under way has some open
     assert abs(shared) < 1, seen
-    tell(
+    record_result(
         f"resident memory {memory:+.1f} MiB of {early[0]:.0f}, open files {files:+.0f}, shared memory {shared:+.1f} MiB"
     )
 
@@ -257,9 +255,9 @@ def halves(seen):
 
 
 @pytest.mark.faults
-def test_what_a_save_costs(shards, tmp_path, forks, tell):
-    """What a checkpoint of ViT-S costs (two ranks, ZeRO-2, bf16)."""
-    words = ranks.words(
+def test_what_a_save_costs(shards, tmp_path, forks, record_result):
+    """Size and duration of a checkpoint of ViT-S (two ranks, ZeRO-2, bf16)."""
+    words = ranks.arguments(
         shards, tmp_path / "run", 2, "--train.steps", "8", "--train.save_every", "2", "--train.keep", "1"
     )
     size = "--preset ddae_vit_s16_100e --model.image_size 32 --data.batch_size 4 --data.backend pillow --data.workers 0"
@@ -271,7 +269,7 @@ def test_what_a_save_costs(shards, tmp_path, forks, tell):
     (folder,) = (tmp_path / "run" / "checkpoints").glob("step_*")
     size_of = sum(file.stat().st_size for file in folder.iterdir()) / 2**20
     median = seconds[len(seconds) // 2]
-    tell(f"{size_of:.0f} MiB on disk, the steps stand still for {median:.1f} s: {size_of / median:.0f} MiB/s")
+    record_result(f"{size_of:.0f} MiB on disk, training pauses for {median:.1f} s: {size_of / median:.0f} MiB/s")
 
 
 def needs_namespaces():
@@ -314,12 +312,12 @@ def hosts():
 
 
 @pytest.mark.faults
-def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
-    """Two hosts (network namespaces), deepspeed --hostfile --no_ssh on each: the link is cut, both end, both resume."""
+def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, record_result):
+    """Two hosts (network namespaces), deepspeed --hostfile --no_ssh: the link is cut, both exit, both resume."""
     limit = 15
     (tmp_path / "hosts").write_text("10.77.0.1 slots=1\n10.77.0.2 slots=1\n")
     options = (*FP32, "--train.steps", "3000", "--train.save_every", "20", "--train.watchdog_timeout_s", str(limit))
-    words = ranks.words(shards, tmp_path / "run", 2, *options)
+    words = ranks.arguments(shards, tmp_path / "run", 2, *options)
     environment = os.environ | {
         "GLOO_SOCKET_IFNAME": "ddae0",
         "OMP_NUM_THREADS": "1",
@@ -345,7 +343,7 @@ def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
 
     both = start()
     wait_for(50, both)
-    trained = [rank for each in both for rank in ranks.below(each.pid)]
+    trained = [rank for each in both for rank in ranks.rank_processes(each.pid)]
     assert len(trained) == 2, trained
     subprocess.run(["ip", "-n", hosts[1], "link", "set", "ddae0", "down"], check=True)
     since = time.monotonic()
@@ -361,11 +359,11 @@ def test_two_hosts_whose_link_is_cut(hosts, shards, tmp_path, tell):
     wait_for(done + 5, both)
     assert f"steps {done // 20 * 20} to 3000" in (tmp_path / "host_0.log").read_text()
     for each in both:
-        for rank in ranks.below(each.pid):
+        for rank in ranks.rank_processes(each.pid):
             rank.send_signal(signal.SIGTERM)
     for each in both:
         each.wait(timeout=120)
     assert json.loads((tmp_path / "run" / "stopped.json").read_text())["step"] > done
     steps = [row["step"] for row in rows(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1))
-    tell(f"limit {limit} s: ranks had ended {ended:.0f} s after the cut, launchers {waited:.0f} s; both went on")
+    record_result(f"timeout {limit} s: ranks exited {ended:.0f} s after the cut, launchers {waited:.0f} s; resumed")

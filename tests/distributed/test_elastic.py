@@ -32,42 +32,42 @@ def curves(shards, folder):
     """Twenty steps at every stage by 1, 2 and 4 ranks, and by one rank in four micro-batches of four."""
     for count in (1, 2, 4):
         runs = [
-            ranks.words(shards, folder / f"{count}_{stage}", stage, *FP32, "--train.steps", "20") for stage in range(4)
+            ranks.arguments(shards, folder / f"{count}_{stage}", stage, *FP32, "--train.steps", "20") for stage in range(4)
         ]
         if count == 1:
             for stage in range(4):
                 settings = json.loads((ranks.ROOT / "ds_configs" / f"zero{stage}.json").read_text())
                 (folder / f"{stage}.json").write_text(json.dumps(settings | {"train_micro_batch_size_per_gpu": 4}))
-                words = ranks.words(shards, folder / f"micro_{stage}", stage, *FP32, "--train.steps", "20")
+                words = ranks.arguments(shards, folder / f"micro_{stage}", stage, *FP32, "--train.steps", "20")
                 words[words.index("--ds_config") + 1] = str(folder / f"{stage}.json")
                 runs.append([*words, "--optim.clip_grad", "1"])
             runs.append(
-                [*ranks.words(shards, folder / "clipped", 0, *FP32, "--train.steps", "20"), "--optim.clip_grad", "1"]
+                [*ranks.arguments(shards, folder / "clipped", 0, *FP32, "--train.steps", "20"), "--optim.clip_grad", "1"]
             )
         ranks.run_all(count, runs)
     return folder
 
 
-def test_one_curve_at_every_stage_by_any_ranks(curves, tell):
-    """Losses of 20 steps in fp32, stages 0 to 3 by 1, 2 and 4 ranks."""
+def test_one_curve_at_every_stage_by_any_ranks(curves, record_result):
+    """Losses of 20 steps in fp32, ZeRO stages 0 to 3 on 1, 2 and 4 ranks."""
     found = {
         (count, stage): apart(curves / f"{count}_{stage}", curves / "1_0") for count in (1, 2, 4) for stage in range(4)
     }
     assert max(found.values()) < 1e-6, found
-    tell(f"the worst relative difference is {max(found.values()):.1e}")
+    record_result(f"largest relative difference {max(found.values()):.1e}")
 
 
-def test_one_curve_in_any_micro_batches(curves, tell):
-    """One micro-batch of 16 and four of 4, clipped, stages 0 to 3."""
+def test_one_curve_in_any_micro_batches(curves, record_result):
+    """Losses with one micro-batch of 16 and four of 4, gradient clipping, ZeRO stages 0 to 3."""
     found = {stage: apart(curves / f"micro_{stage}", curves / "clipped") for stage in range(4)}
     assert max(found.values()) < 1e-6, found
-    tell(f"the worst relative difference is {max(found.values()):.1e}")
+    record_result(f"largest relative difference {max(found.values()):.1e}")
 
 
-def test_ranks_come_and_go(shards, folder, tell):
-    """By 2 ranks, then 1, then 4, then 2 again, each at another ZeRO stage, a checkpoint between."""
+def test_ranks_come_and_go(shards, folder, record_result):
+    """Losses on 2 ranks, then 1, 4 and 2 again, resumed each time, each at another ZeRO stage."""
     words = [
-        *ranks.words(shards, folder / "chain", 2, *FP32, "--train.steps", "32"),
+        *ranks.arguments(shards, folder / "chain", 2, *FP32, "--train.steps", "32"),
         *("--train.save_every", "8", "--train.keep", "9"),
     ]
     ranks.run_all(2, [words])
@@ -80,17 +80,17 @@ def test_ranks_come_and_go(shards, folder, tell):
         assert f"steps {8 * number} to 32" in ranks.run_all(count, [words])
     difference = apart(folder / "chain", folder / "unbroken")
     assert difference < 1e-6
-    tell(f"the worst relative difference to 2 ranks all the way is {difference:.1e}")
+    record_result(f"largest relative difference to 2 ranks throughout {difference:.1e}")
 
 
-def test_resumed_at_an_epochs_end(shards, folder, tell):
-    """A kill at an epoch's end, stages 0 to 3, fp32 and bf16."""
+def test_resumed_at_an_epochs_end(shards, folder, record_result):
+    """Resume after a kill at the end of an epoch, ZeRO stages 0 to 3, fp32 and bf16."""
     cases = [(stage, precision) for stage in range(4) for precision in ("fp32", "bf16")]
     runs = []
     for stage, precision in cases:
         options = ("--data.batch_size", "20", "--train.steps", "15", "--train.save_every", "5")
         runs.append(
-            ranks.words(shards, folder / f"end_{stage}_{precision}", stage, "--engine.precision", precision, *options)
+            ranks.arguments(shards, folder / f"end_{stage}_{precision}", stage, "--engine.precision", precision, *options)
         )
     ranks.run_all(2, runs)
     for case, words in zip(cases, runs, strict=True):
@@ -105,4 +105,4 @@ def test_resumed_at_an_epochs_end(shards, folder, tell):
         whole, resumed = folder / "end_{}_{}".format(*case), folder / "again_{}_{}".format(*case)
         for name in COLUMNS:
             assert ranks.column(whole, name) == ranks.column(resumed, name), case
-    tell("every loss, error, beta and gradient after it is the same, bit for bit")
+    record_result("every later loss, error, beta and gradient is bitwise equal")

@@ -22,7 +22,7 @@ def found(tmp_path_factory):
                 settings["train_micro_batch_size_per_gpu"] = 16 // (count * micros)
                 file = folder / f"{count}_{stage}_{micros}.json"
                 file.write_text(json.dumps(settings))
-                words = ranks.words("none", "none", stage, "--engine.precision", "fp32")
+                words = ranks.arguments("none", "none", stage, "--engine.precision", "fp32")
                 words[words.index("--ds_config") + 1] = str(file)
                 runs.append(words)
             said = ranks.run_program(count, ["tests/support/numerics.py"], runs)
@@ -34,21 +34,21 @@ def found(tmp_path_factory):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_gradients_are_plain_autograds(count, found, tell):
-    """Of every parameter and of the betas, stages 0 to 3, one and two micro-batches a step."""
+def test_gradients_are_plain_autograds(count, found, record_result):
+    """Gradients of all parameters and betas against plain autograd, ZeRO 0 to 3, one and two micro-batches a step."""
     results = found(count)
     for case, result in results.items():
         assert result["parameters"] < 1e-6, case
         assert result["betas"] < 1e-6, case
     worst = max(max(result["parameters"], result["betas"]) for result in results.values())
-    tell(f"the worst is {worst:.1e} of the largest in its layer")
+    record_result(f"largest difference {worst:.1e} of the layer's largest gradient")
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_the_teacher_follows_at_its_slowest(count, found, tell):
-    """1,000 steps at m = 0.99999 towards weights 1 % away, stages 0 to 3, against float64."""
+def test_the_teacher_follows_at_its_slowest(count, found, record_result):
+    """EMA teacher: 1,000 steps at m = 0.99999 towards weights 1 % away, ZeRO 0 to 3, against float64."""
     results = found(count)
     for case, result in results.items():
         assert result["teacher"] < 1e-3, case
     worst = max(result["teacher"] for result in results.values())
-    tell(f"the worst error is {worst:.1e} of the distance travelled")
+    record_result(f"largest error {worst:.1e} of the distance travelled")

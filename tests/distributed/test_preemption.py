@@ -1,46 +1,46 @@
-"""When ranks synchronise about stopping, by a clock set by hand; test_signals.py stops whole runs."""
+"""At which steps ranks synchronise about stopping, with a simulated clock; test_signals.py stops whole runs."""
 
 from types import SimpleNamespace
 
 import pytest
 
-from ddae.distributed import preemption as stopping
+from ddae.distributed import preemption
 
 
 @pytest.fixture
 def stop(monkeypatch):
-    """A Stop of one of two ranks; `talks` lists the looks at which it asked the other, `clock` holds the time."""
-    clock, talks = [0.0], []
-    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(stopping.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(stopping, "world_size", lambda: 2)
-    monkeypatch.setattr(stopping.dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(stopping.dist, "all_reduce", lambda *_: talks.append(stop.look))
-    stop = stopping.Stop()
-    stop.clock, stop.talks, stop.look = clock, talks, 0
+    """A StopSignal of one of two ranks; `polled` lists the steps at which it synchronised, `clock` holds the time."""
+    clock, polled = [0.0], []
+    monkeypatch.setattr(preemption.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(preemption.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(preemption.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(preemption, "world_size", lambda: 2)
+    monkeypatch.setattr(preemption.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(preemption.dist, "all_reduce", lambda *_: polled.append(stop.now))
+    stop = preemption.StopSignal()
+    stop.clock, stop.polled, stop.now = clock, polled, 0
     return stop
 
 
-def look(stop, times, seconds):
-    """So many looks, so many seconds apart."""
-    for _ in range(times):
-        stop.look += 1
-        assert stop.agreed(stop.look) == ""
+def run_steps(stop, count, seconds):
+    """`count` steps of so many seconds each."""
+    for _ in range(count):
+        stop.now += 1
+        assert stop.poll(stop.now) == ""
         stop.clock[0] += seconds
 
 
-def test_ranks_talk_once_a_second(stop):
-    look(stop, 100, 0.1)
-    assert 9 <= len(stop.talks) <= 13
-    look(stop, 20, 3)
-    assert stop.talks[-8:] == list(range(113, 121))  # steps grew long
+def test_ranks_synchronise_once_a_second(stop):
+    run_steps(stop, 100, 0.1)
+    assert 9 <= len(stop.polled) <= 13
+    run_steps(stop, 20, 3)
+    assert stop.polled[-8:] == list(range(113, 121))  # slower steps: at each
 
 
-def test_after_an_evaluation_they_talk_before_the_next_slow_step(stop):
-    look(stop, 100, 0.01)
+def test_after_an_evaluation_they_synchronise_before_the_next_slow_step(stop):
+    run_steps(stop, 100, 0.01)
     stop.reset_poll_interval()
-    look(stop, 3, 10)
-    assert stop.talks[-3:] == [101, 102, 103]
-    stop._tell(1)
-    assert stop.agreed(104) == "SIGTERM"
+    run_steps(stop, 3, 10)
+    assert stop.polled[-3:] == [101, 102, 103]
+    stop._set(1)
+    assert stop.poll(104) == "SIGTERM"

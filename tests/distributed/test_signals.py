@@ -34,7 +34,7 @@ class Job:
             self.process = subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=out, stderr=out)
 
     def ranks(self) -> list[psutil.Process]:
-        return ranks.below(self.process.pid)
+        return ranks.rank_processes(self.process.pid)
 
     def node_launcher(self) -> psutil.Process:
         """deepspeed's launch.py, between `deepspeed` and the ranks."""
@@ -83,10 +83,10 @@ CASES = [
 
 @pytest.mark.faults
 @pytest.mark.parametrize("launcher, number, whom", CASES, ids=lambda value: getattr(value, "name", value))
-def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, tell):
-    """A signal under a launcher of two ranks with a data worker each."""
+def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, record_result):
+    """A signal to a launcher or rank, two ranks with one data worker each."""
     options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
-    words = ranks.words(shards, tmp_path / "run", 2, *options, "--data.workers", "1")
+    words = ranks.arguments(shards, tmp_path / "run", 2, *options, "--data.workers", "1")
     job = Job(launcher, words, tmp_path / "log")
     job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 5)
     job.watch()
@@ -100,16 +100,16 @@ def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, tell):
     assert note["reason"] in (number.name, "the launcher is gone")
     assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
     assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == note["step"]
-    tell(f"checkpoint and stopped.json ({note['reason']}), all gone after {seconds:.1f} s")
+    record_result(f"checkpoint and stopped.json ({note['reason']}), all processes exited after {seconds:.1f} s")
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("when", ["while it builds", "while it exports"])
-def test_a_signal_outside_the_loop(when, shards, tmp_path, tell):
+@pytest.mark.parametrize("when", ["during set-up", "during export"])
+def test_a_signal_outside_the_loop(when, shards, tmp_path, record_result):
     """SIGTERM before the first step, or after the last."""
     options = ("--engine.precision", "fp32", "--train.steps", "20", "--train.report", "--train.save_every", "100")
-    job = Job("none", ranks.words(shards, tmp_path / "run", 2, *options), tmp_path / "log")
-    late = when == "while it exports"
+    job = Job("none", ranks.arguments(shards, tmp_path / "run", 2, *options), tmp_path / "log")
+    late = when == "during export"
     job.until((tmp_path / "run" / ("checkpoints/latest" if late else ".lock")).exists)
     job.process.send_signal(signal.SIGTERM)
     since = time.monotonic()
@@ -118,12 +118,12 @@ def test_a_signal_outside_the_loop(when, shards, tmp_path, tell):
     if late:
         assert code == 0, job.log.read_text()[-3000:]
         assert (tmp_path / "run" / "finished.json").exists()
-        tell(f"the export was finished and the run left with exit code 0 after {seconds:.1f} s")
+        record_result(f"the export was completed, and the run exited with code 0 after {seconds:.1f} s")
         return
     assert code == 75, job.log.read_text()[-3000:]
     assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
     assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()
-    tell(f"checkpoint of step 0, stopped.json, exit code 75 after {seconds:.1f} s")
+    record_result(f"checkpoint of step 0, stopped.json, exit code 75 after {seconds:.1f} s")
 
 
 TOLD_WHILE_IT_PROBES = """
@@ -144,15 +144,15 @@ runpy.run_path("launch/pretrain.py", run_name="__main__")
 
 
 @pytest.mark.faults
-def test_a_signal_during_an_evaluation(digits, tmp_path, tell):
-    """SIGTERM to one of two ranks while both probe the untrained encoder; then the same command again."""
+def test_a_signal_during_an_evaluation(digits, tmp_path, record_result):
+    """SIGTERM to one of two ranks during the k-NN evaluation of the untrained encoder; then the same command again."""
     options = ("--engine.precision", "fp32", "--train.steps", "12", "--probe_every", "0.1")
-    words = ranks.words(digits, tmp_path / "run", 2, *options)
+    words = ranks.arguments(digits, tmp_path / "run", 2, *options)
     for command, code in ((["-c", TOLD_WHILE_IT_PROBES], 75), (["launch/pretrain.py"], 0)):
         since = time.monotonic()
         started = ranks.start(2, [*command, *words])
         said = [rank.communicate(timeout=240)[0] for rank in started]
-        ranks.clean(started[0].port)
+        ranks.remove_shared_memory(started[0].port)
         assert [rank.returncode for rank in started] == [code] * 2, "".join(said)
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
         probed = [row["step"] for row in rows if "features/effective_rank/tap_02" in row]
@@ -162,29 +162,29 @@ def test_a_signal_during_an_evaluation(digits, tmp_path, tell):
             assert probed == []
             seconds = time.monotonic() - since
     assert probed == [0, 9, 12]
-    tell(f"checkpoint, stopped.json, exit code 75 ({seconds:.0f} s with the start); then the evaluation was done again")
+    record_result(f"checkpoint, stopped.json, exit code 75 ({seconds:.0f} s with start-up); evaluation was repeated")
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
-def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, tell):
+def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, record_result):
     """kill -9 of one of two ranks under a launcher."""
     options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "20")
-    job = Job(launcher, ranks.words(shards, tmp_path / "run", 2, *options), tmp_path / "log")
+    job = Job(launcher, ranks.arguments(shards, tmp_path / "run", 2, *options), tmp_path / "log")
     job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 30)
     job.watch()
     job.ranks()[1].kill()
     since = time.monotonic()
     job.end(seconds=90)
     assert job.process.returncode != 0
-    tell(f"the job ended with exit code {job.process.returncode} after {time.monotonic() - since:.1f} s")
+    record_result(f"the job ended with exit code {job.process.returncode} after {time.monotonic() - since:.1f} s")
 
 
 @pytest.mark.faults
-def test_output_that_nobody_reads_any_longer_stops_the_run(shards, tmp_path, tell):
-    """The reader of a rank's output is gone, as over ssh when `deepspeed --hostfile` is killed."""
+def test_output_that_nobody_reads_any_longer_stops_the_run(shards, tmp_path, record_result):
+    """The reader of a rank's output exits, as over ssh when `deepspeed --hostfile` is killed."""
     options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
-    (rank,) = ranks.start(1, ["launch/pretrain.py", *ranks.words(shards, tmp_path / "run", 2, *options)])
+    (rank,) = ranks.start(1, ["launch/pretrain.py", *ranks.arguments(shards, tmp_path / "run", 2, *options)])
     for line in rank.stdout:
         if "step 6/" in line:
             break
@@ -194,4 +194,4 @@ def test_output_that_nobody_reads_any_longer_stops_the_run(shards, tmp_path, tel
     note = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert note["reason"] == "the launcher is gone"
     assert (tmp_path / "run" / "checkpoints" / f"step_{note['step']:08d}").is_dir()
-    tell(f"checkpoint and stopped.json, exit code 75 after {time.monotonic() - since:.1f} s")
+    record_result(f"checkpoint and stopped.json, exit code 75 after {time.monotonic() - since:.1f} s")

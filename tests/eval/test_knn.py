@@ -1,4 +1,4 @@
-"""k-NN and what features say of themselves; digits stand for a labelled data set."""
+"""k-NN, effective rank and standard deviation of features; digits as a labelled data set."""
 
 import html
 import io
@@ -17,48 +17,51 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.eval.dataset import ExampleReader, batches
-from ddae.eval.features import Features, effective_rank, extract, spread
-from ddae.eval.knn import Settings, accuracy, by_neighbours, vote
+from ddae.eval.features import Features, effective_rank, extract_features, feature_std
+from ddae.eval.knn import Settings, accuracy, select_and_evaluate, vote
 
 
-def test_votes_are_what_the_words_say():
+def test_votes_follow_the_definition():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(50, 6, generator=generator), torch.randn(1100, 6, generator=generator)
     labels = torch.randint(0, 4, (50,), generator=generator)
     votes, nearest = vote(bank, labels, queries, k=7, temperature=0.1)
     for row in (0, 17, 1023, 1024, 1099):
-        similar = [float(queries[row].double() @ b.double() / queries[row].norm() / b.norm()) for b in bank]
-        wanted = [0.0] * 4
-        for near in sorted(range(50), key=lambda n: -similar[n])[:7]:
-            wanted[int(labels[near])] += math.exp(similar[near] / 0.1)
-        assert votes[row].tolist() == pytest.approx(wanted, rel=1e-4)
-        assert nearest[row].tolist() == sorted(range(50), key=lambda n: -similar[n])[:7]
-    with pytest.raises(ValueError, match="k is 51: the bank has 50 images"):
+        similarities = [float(queries[row].double() @ b.double() / queries[row].norm() / b.norm()) for b in bank]
+        by_similarity = sorted(range(50), key=lambda n: -similarities[n])[:7]
+        expected = [0.0] * 4
+        for neighbour in by_similarity:
+            expected[int(labels[neighbour])] += math.exp(similarities[neighbour] / 0.1)
+        assert votes[row].tolist() == pytest.approx(expected, rel=1e-4)
+        assert nearest[row].tolist() == by_similarity
+    with pytest.raises(ValueError, match="k is 51; expected 1 to 50, the number of images in the bank"):
         vote(bank, labels, queries, k=51)
 
 
-def test_votes_are_scikit_learns():
+def test_votes_equal_scikit_learns():
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(300, 12, generator=generator), torch.randn(200, 12, generator=generator)
     labels = (bank[:, :3] + 0.5 * torch.randn(300, 3, generator=generator)).argmax(1)
-    theirs = KNeighborsClassifier(20, weights=lambda far: np.exp((1 - far) / 0.07), metric="cosine", algorithm="brute")
+    theirs = KNeighborsClassifier(
+        20, weights=lambda distance: np.exp((1 - distance) / 0.07), metric="cosine", algorithm="brute"
+    )
     theirs.fit(bank.numpy(), labels.numpy())
     votes = vote(bank, labels, queries).votes
     np.testing.assert_allclose(votes / votes.sum(1, keepdim=True), theirs.predict_proba(queries.numpy()), atol=1e-4)
     assert (votes.argmax(1).numpy() == theirs.predict(queries.numpy())).all()
 
 
-def test_a_feature_is_chosen_on_train_and_reported_on_val():
-    """Feature a tells classes of train, b those of val: a is chosen, and its accuracy on val reported."""
+def test_feature_is_selected_on_train_and_reported_on_val():
+    """Feature a separates the classes of train, b those of val: a is selected, and its accuracy on val reported."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(200) % 4
     one_hot, noise = torch.eye(4)[labels], torch.randn(200, 4, generator=generator)
     train = Features({"a": one_hot, "b": noise}, labels)
     val = Features({"a": noise, "b": one_hot}, labels)
-    found = by_neighbours(train, val, Settings())
-    assert found.feature == "a"
-    assert found.accuracy == 100 * float(found.right.float().mean()) < 60
-    assert by_neighbours(Features({"a": noise, "b": one_hot}, labels), val, Settings()).feature == "b"
+    result = select_and_evaluate(train, val, Settings())
+    assert result.feature == "a"
+    assert result.accuracy == 100 * float(result.correct.float().mean()) < 60
+    assert select_and_evaluate(Features({"a": noise, "b": one_hot}, labels), val, Settings()).feature == "b"
 
 
 def test_accuracy():
@@ -69,62 +72,63 @@ def test_accuracy():
     assert accuracy(votes, labels, 5) == 100
 
 
-def test_health():
+def test_effective_rank_and_std():
     generator = torch.Generator().manual_seed(0)
-    whole = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
-    assert effective_rank(whole) == pytest.approx(64, rel=1e-3)
+    orthogonal = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
+    assert effective_rank(orthogonal) == pytest.approx(64, rel=1e-3)
     assert effective_rank(torch.ones(64, 64)) == pytest.approx(1, abs=1e-3)
     assert effective_rank(torch.randn(100, 8, generator=generator) @ torch.randn(8, 64, generator=generator)) < 8.01
-    assert spread(torch.ones(64, 64)) == 0
-    assert spread(torch.randn(2000, 64, generator=generator)) == pytest.approx(1, abs=0.02)
+    assert feature_std(torch.ones(64, 64)) == 0
+    assert feature_std(torch.randn(2000, 64, generator=generator)) == pytest.approx(1, abs=0.02)
 
 
-def test_features_are_the_encoders(digits, encoder_folder):
+def test_features_equal_the_encoders(digits, encoder_folder):
     from ddae import load_encoder
 
     encoder = load_encoder(encoder_folder)
     reader = ExampleReader(str(digits), "val", 32)
-    (found,) = extract([encoder], batches(reader, 100, 0, torch.device("cpu")), [2, 4])
-    assert found.labels.tolist() == load_digits().target[1400:].tolist()
+    (features,) = extract_features([encoder], batches(reader, 100, 0, torch.device("cpu")), [2, 4])
+    assert features.labels.tolist() == load_digits().target[1400:].tolist()
     images = torch.stack([torch.from_numpy(reader[n][0]) for n in (0, 150, 396)])
     pixels = (images / 255 - 0.5) / 0.5
     with torch.no_grad():
         last, middle = encoder(pixels), encoder.features(pixels, [2])[0]
-    for name, wanted in {"block 4 cls": last[:, 0], "block 4 mean": last[:, 1:].mean(1)}.items():
-        torch.testing.assert_close(found.by_name[name][[0, 150, 396]], wanted, rtol=1e-4, atol=1e-4)
+    for name, expected in {"block 4 cls": last[:, 0], "block 4 mean": last[:, 1:].mean(1)}.items():
+        torch.testing.assert_close(features.by_name[name][[0, 150, 396]], expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        found.by_name["block 2 mean"][[0, 150, 396]], middle[:, 1:].mean(1), rtol=1e-4, atol=1e-4
+        features.by_name["block 2 mean"][[0, 150, 396]], middle[:, 1:].mean(1), rtol=1e-4, atol=1e-4
     )
 
 
-def knn(words, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
+def knn(args, monkeypatch):
+    """Run launch/knn.py in this process. Return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["knn.py", *map(str, args)])
+    with pytest.raises(SystemExit) as exit_info:
         runpy.run_path(str(ranks.ROOT / "launch" / "knn.py"), run_name="__main__")
-    return ended.value.code
+    return exit_info.value.code
 
 
-def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
-    words = ["--encoder", encoder_folder, "--data", digits, "--workers", "0", "--out", tmp_path, "--tracker", "jsonl"]
-    words += ["--cache", tmp_path / "cache"]
-    assert knn(words, monkeypatch) == 0
+def test_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
+    args = ["--encoder", encoder_folder, "--data", digits, "--workers", "0", "--out", tmp_path, "--tracker", "jsonl"]
+    args += ["--cache", tmp_path / "cache"]
+    assert knn(args, monkeypatch) == 0
     first = (tmp_path / "results.json").read_text()
     assert len(list((tmp_path / "cache" / "baselines").iterdir())) == 1
     capsys.readouterr()
-    assert knn(words, monkeypatch) == 0  # from what is remembered of the untrained encoder
+    assert knn(args, monkeypatch) == 0  # with the cached result of the untrained encoder
     assert (tmp_path / "results.json").read_text() == first
     results = json.loads((tmp_path / "results.json").read_text())
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (results["bank"], results["queries"], results["width"], results["k"]) == (1400, 397, 64, 20)
     assert list(results["features"]) == [f"block {layer} {pool}" for layer in (1, 2, 3, 4) for pool in ("cls", "mean")]
-    assert results["accuracy"] > 50  # even random features tell digits apart better than one in ten
+    assert results["accuracy"] > 50  # even random features classify digits far above chance
     assert results["features"][results["best"]]["top1"] == pytest.approx(results["accuracy"])
-    assert f"{results['best']:18}" in said
-    assert said.count("<-- chosen on a part of train") == 1
+    assert f"{results['best']:18}" in output
+    assert output.count("<-- selected on a part of train") == 1
     assert 5 < results["chance"] < 15 < results["raw_pixels"] < 100
     assert results["untrained"] > 50
     assert results["gain"] == pytest.approx(results["accuracy"] - results["untrained"])
-    assert said.splitlines()[0] == results["verdict"]
+    assert output.splitlines()[0] == results["verdict"]
     assert results["verdict"].endswith(f"raw pixels {results['raw_pixels']:.1f} %, chance {results['chance']:.1f} %")
     page = (tmp_path / "report.html").read_text()
     assert f"<b>{html.escape(results['verdict'])}</b>" in page
@@ -143,16 +147,16 @@ def test_the_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
         ({"--k": 0}, "--k is 0; expected 1 to 1260, the images of"),
     ],
 )
-def test_mistakes_are_one_sentence(change, message, digits, encoder_folder, monkeypatch, capsys):
-    words = {"--encoder": encoder_folder, "--data": digits, "--workers": 0} | change
-    assert knn([word for pair in words.items() for word in pair], monkeypatch) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("knn: ")
-    assert message in said
-    assert said.count("\n") == 1
+def test_user_errors(change, message, digits, encoder_folder, monkeypatch, capsys):
+    args = {"--encoder": encoder_folder, "--data": digits, "--workers": 0} | change
+    assert knn([each for pair in args.items() for each in pair], monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("knn: ")
+    assert message in error
+    assert error.count("\n") == 1
 
 
-def test_shards_without_classes_show_what_needs_none(encoder_folder, tmp_path, monkeypatch, capsys):
+def test_shards_without_classes(encoder_folder, tmp_path, monkeypatch, capsys):
     entries = {}
     for split in ("train", "val"):
         samples = []
@@ -163,36 +167,34 @@ def test_shards_without_classes_show_what_needs_none(encoder_folder, tmp_path, m
         entries[f"{split}-000000.tar"] = write_shard(tmp_path / f"{split}-000000.tar", samples)
     write_manifest(tmp_path, entries, classes=[])
     out = tmp_path / "knn"
-    words = ["--encoder", encoder_folder, "--data", tmp_path, "--k", "12", "--workers", "0", "--tracker", "jsonl"]
-    assert knn([*words, "--out", out], monkeypatch) == 0
-    said, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
-    assert (
-        said.splitlines()[0]
-        == f"{tmp_path} has no classes, which accuracies need: shard it with a class for each image"
-    )
-    assert set(results["features"]["block 4 mean"]) == {"effective_rank", "spread"}
+    args = ["--encoder", encoder_folder, "--data", tmp_path, "--k", "12", "--workers", "0", "--tracker", "jsonl"]
+    assert knn([*args, "--out", out], monkeypatch) == 0
+    output, results = capsys.readouterr().out, json.loads((out / "results.json").read_text())
+    first_line = f"{tmp_path} has no classes, so no accuracy is reported. Write shards with a class per image."
+    assert output.splitlines()[0] == first_line
+    assert set(results["features"]["block 4 mean"]) == {"effective_rank", "std"}
     assert results["accuracy"] is None
     assert '<img alt="neighbours"' in (out / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def probed(digits, tmp_path_factory):
-    """A pretraining that is probed while it goes on, by one rank and by two."""
+    """Pretraining runs with online evaluation, on one rank and on two."""
     folder = tmp_path_factory.mktemp("probed")
     more = ("--train.steps", "30", "--probe_every", "0.1", "--engine.precision", "fp32", "--train.report")
     for count in (1, 2):
-        ranks.run_all(count, [ranks.words(digits, folder / str(count), 1, *more)])
+        ranks.run_all(count, [ranks.arguments(digits, folder / str(count), 1, *more)])
     return folder
 
 
-def test_a_run_is_probed(probed):
+def test_online_evaluation(probed):
     rows = [row for row in ranks.metrics(probed / "1") if "features/effective_rank/tap_02" in row]
     assert [row["step"] for row in rows] == [0, 9, 18, 27, 30]
     first, *rows = rows  # untrained weights
     assert 5 < first["knn/chance"] < 15 < first["knn/raw_pixels"]
     for row in rows:
         assert set(row) == {"step"} | {
-            f"{of}/tap_0{n}" for of in ("features/effective_rank", "features/std") for n in (1, 2)
+            f"{metric}/tap_0{n}" for metric in ("features/effective_rank", "features/std") for n in (1, 2)
         } | {f"knn/tap_0{n}/{pool}" for n in (1, 2) for pool in ("cls", "mean")} | {"knn/raw_pixels", "knn/chance"}
         assert (row["knn/raw_pixels"], row["knn/chance"]) == (first["knn/raw_pixels"], first["knn/chance"])
         assert row["knn/tap_02/mean"] > 30
@@ -200,17 +202,17 @@ def test_a_run_is_probed(probed):
     assert '<img alt="probes"' in (probed / "1" / "report.html").read_text()
 
 
-def test_ranks_probe_together(probed):
+def test_online_evaluation_on_two_ranks(probed):
     one, two = (
         [row for row in ranks.metrics(probed / n) if "features/effective_rank/tap_02" in row] for n in ("1", "2")
     )
     for mine, theirs in zip(one, two, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=0.3)  # an image of 397 may change its mind
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=0.3)  # one of 397 predictions may flip
 
 
-def test_shards_without_a_held_out_split_are_told(shards, tmp_path):
-    words = ranks.words(shards, tmp_path, 1, "--probe_every", "1")
-    code, said = ranks.run_command("launch/pretrain.py", *words)
+def test_probe_every_needs_a_validation_split(shards, tmp_path):
+    args = ranks.arguments(shards, tmp_path, 1, "--probe_every", "1")
+    code, output = ranks.run_command("launch/pretrain.py", *args)
     assert code == 2
-    assert "--probe_every wants a split to hold out" in said
+    assert "--probe_every needs a validation split" in output
     assert not list(tmp_path.iterdir())

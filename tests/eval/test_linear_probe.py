@@ -1,4 +1,4 @@
-"""Linear probes: LARS and the heads against transcriptions, and the whole of it on digits."""
+"""Linear probing: LARS and the heads against reference implementations, and whole runs on digits."""
 
 import json
 from dataclasses import replace
@@ -25,37 +25,38 @@ QUIET = "--preset demo --tracker.kind jsonl --train.log_every 1 --data.workers 0
 CPU = torch.device("cpu")
 
 
-def words(digits, encoder, run_dir, *more):
-    named = ["--encoder", str(encoder), "--data.train", str(digits), "--run_dir", str(run_dir)]
-    return ["linear_probe", *QUIET, *named, *more]
+def command(digits, encoder, run_dir, *more):
+    """Return a line for PROGRAM: a linear probe."""
+    paths = ["--encoder", str(encoder), "--data.train", str(digits), "--run_dir", str(run_dir)]
+    return ["linear_probe", *QUIET, *paths, *more]
 
 
 def features(seed, heads=3, batch=20, width=6):
     return torch.randn(heads, batch, width, generator=torch.Generator().manual_seed(seed)) * 3 + 1
 
 
-def test_lars_is_maes():
+def test_lars_equals_maes():
     """util/lars.py: dp = g + wd p; scaled by 0.001 |p| / |dp| where p has two axes; mu = 0.9 mu + dp; p -= lr mu."""
     heads = Heads(3, 6, 4, seed=0)
-    trainer = HeadsOptimizer(heads, momentum=0.9, weight_decay=0.0, accumulation=1, device=CPU)
+    optimizer = HeadsOptimizer(heads, momentum=0.9, weight_decay=0.0, grad_accum_steps=1, device=CPU)
     weights = [p.detach().double().clone() for p in heads.parameters()]
     buffers = [torch.zeros_like(w) for w in weights]
     labels = torch.arange(20) % 4
     for step in range(5):
         logits = heads(features(step))
-        trainer.backward(sum(F.cross_entropy(each, labels) for each in logits))
+        optimizer.backward(sum(F.cross_entropy(each, labels) for each in logits))
         gradients = [p.grad.double().clone() for p in heads.parameters()]
-        assert trainer.update(lr=6.4)
+        assert optimizer.step(lr=6.4)
         for weight, buffer, gradient in zip(weights, buffers, gradients, strict=True):
             if weight.ndim > 1:
                 gradient = gradient * 0.001 * weight.norm() / gradient.norm()
             buffer.mul_(0.9).add_(gradient)
             weight -= 6.4 * buffer
-    for found, wanted in zip(heads.parameters(), weights, strict=True):
-        torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-5, atol=1e-6)
+    for parameter, expected in zip(heads.parameters(), weights, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_head_is_batch_norm_and_a_linear_layer_and_alone():
+def test_a_head_is_batch_norm_and_a_linear_layer_independent_of_others():
     heads, one = Heads(3, 6, 4, seed=1), Heads(1, 6, 4, seed=1)
     norm, linear = torch.nn.BatchNorm1d(6, affine=False, eps=1e-6), torch.nn.Linear(6, 4)
     with torch.no_grad():
@@ -70,46 +71,46 @@ def test_a_head_is_batch_norm_and_a_linear_layer_and_alone():
             torch.testing.assert_close(logits[1], linear(norm(x[1])), rtol=1e-4, atol=1e-5)
         both[0].backward(sum(F.cross_entropy(each, labels) for each in logits))
         both[1].backward(F.cross_entropy(one(x[1:2])[0], labels))
-        assert all(trainer.update(0.5) for trainer in both)
+        assert all(optimizer.step(0.5) for optimizer in both)
     torch.testing.assert_close(heads.weights[1], one.weights[0])
     heads.eval(), one.eval()
     torch.testing.assert_close(heads(features(9))[1], one(features(9)[1:2])[0])
 
 
-def test_a_head_that_has_converged_is_scikit_learns():
-    """Logistic regression on standardised features of digits: the same answers, but for a few."""
+def test_converged_head_agrees_with_scikit_learn():
+    """Logistic regression on standardised features of digits: nearly the same predictions."""
     data = load_digits()
     x, labels = torch.from_numpy(data.data).float(), torch.from_numpy(data.target)
     theirs = LogisticRegression(C=1e4, max_iter=2000).fit(StandardScaler().fit_transform(x[:1200]), labels[:1200])
     heads = Heads(1, 64, 10, seed=0)
-    trainer = HeadsOptimizer(heads, 0.9, 0.0, 1, CPU)
+    optimizer = HeadsOptimizer(heads, 0.9, 0.0, 1, CPU)
     for step in range(300):
-        trainer.backward(F.cross_entropy(heads(x[None, :1200])[0], labels[:1200]))
-        trainer.update(warmup_cosine(step, 300, 10, 30.0, 0.0))
+        optimizer.backward(F.cross_entropy(heads(x[None, :1200])[0], labels[:1200]))
+        optimizer.step(warmup_cosine(step, 300, 10, 30.0, 0.0))
     heads.eval()
     ours = heads(x[None, 1200:])[0].argmax(1).numpy()
-    found = theirs.predict(StandardScaler().fit(x[:1200]).transform(x[1200:]))
+    reference = theirs.predict(StandardScaler().fit(x[:1200]).transform(x[1200:]))
     truth = labels[1200:].numpy()
-    assert (ours == found).mean() > 0.93
-    assert (ours == truth).mean() > (found == truth).mean() - 0.02
+    assert (ours == reference).mean() > 0.93
+    assert (ours == truth).mean() > (reference == truth).mean() - 0.02
 
 
 def test_the_held_out_part_does_not_train(digits, encoder_folder):
-    """Another class for a held-out image changes neither the loss nor a gradient; for another one it does."""
+    """Another label of a held-out image changes neither loss nor gradients; of a training image it changes both."""
     config = probe_recipe("demo")
     config = replace(config, data=replace(config.data, train=str(digits)))
     encoder = load_encoder(encoder_folder)
     val = ExampleReader(str(digits), "val", 32)
-    numbers = torch.from_numpy(ExampleReader(str(digits), "train", 32).shards.labels()).long()
+    targets = torch.from_numpy(ExampleReader(str(digits), "train", 32).shards.labels()).long()
     losses, gradients = [], []
     for changed in (None, True, False):
-        task = LinearProbe(config.resolved_for(4), encoder, Labels(numbers.clone(), list("0123456789")), val, 1)
+        task = LinearProbe(config.resolved_for(4), encoder, Labels(targets.clone(), list("0123456789")), val, 1)
         if changed is not None:
-            number = int((task.held == changed).nonzero()[3])
-            labels = numbers.clone()
-            labels[number] = (labels[number] + 1) % 10
+            index = int((task.is_selection == changed).nonzero()[3])
+            labels = targets.clone()
+            labels[index] = (labels[index] + 1) % 10
             task = LinearProbe(config.resolved_for(4), encoder, Labels(labels, list("0123456789")), val, 1)
-        task._tables["train"] = torch.randn(1400, 20, 64, generator=torch.Generator().manual_seed(0))[
+        task._feature_cache["train"] = torch.randn(1400, 20, 64, generator=torch.Generator().manual_seed(0))[
             :, : len(task._all_names())
         ]
         task.build({})
@@ -123,8 +124,8 @@ def test_the_held_out_part_does_not_train(digits, encoder_folder):
 
 
 @pytest.mark.parametrize("good_on_train", [0, 1])
-def test_a_head_is_chosen_on_train(good_on_train, digits, encoder_folder):
-    """One head's features tell classes of train, the other's those of val: the first is chosen."""
+def test_head_is_selected_on_train(good_on_train, digits, encoder_folder):
+    """One head's features separate the classes of train, the other's those of val: the first is selected."""
     config = probe_recipe("demo")
     config = replace(config, data=replace(config.data, train=str(digits)), probe=replace(config.probe, layers=(4,)))
     reader, val = (ExampleReader(str(digits), split, 32) for split in ("train", "val"))
@@ -133,46 +134,47 @@ def test_a_head_is_chosen_on_train(good_on_train, digits, encoder_folder):
     with torch.no_grad():
         for weight in task.heads.weights:
             weight.copy_(torch.eye(10, 64))
-    for split, of in (("train", reader), ("val", val)):
-        table = torch.randn(len(of), 4, 64, generator=torch.Generator().manual_seed(0))
-        table[:, good_on_train if split == "train" else 1 - good_on_train] = 9 * torch.eye(64)[of.labels]
-        task._tables[split] = table
+    for split, each in (("train", reader), ("val", val)):
+        table = torch.randn(len(each), 4, 64, generator=torch.Generator().manual_seed(0))
+        table[:, good_on_train if split == "train" else 1 - good_on_train] = 9 * torch.eye(64)[each.labels]
+        task._feature_cache[split] = table
     assert task.select(lambda: None)[0] == task.names[good_on_train]
-    tops = task.evaluate(lambda: None)
-    assert tops[f"val/top1/{task.names[1 - good_on_train].replace(' ', '_')}"] == 100
-    results = task._results([tops], task.select(lambda: None), 0.0)
-    assert results["accuracy"] == pytest.approx(tops[f"val/top1/{results['best'].replace(' ', '_')}"])
+    metrics = task.evaluate(lambda: None)
+    assert metrics[f"val/top1/{task.names[1 - good_on_train].replace(' ', '_')}"] == 100
+    results = task._results(metrics, task.select(lambda: None), 0.0)
+    assert results["accuracy"] == pytest.approx(metrics[f"val/top1/{results['best'].replace(' ', '_')}"])
     assert results["accuracy"] < 50
 
 
-def test_accumulation_is_one_batch_and_lost_gradients_change_nothing():
+def test_accumulation_equals_one_batch_and_non_finite_gradients_change_nothing():
     heads = Heads(2, 6, 4, seed=0)
-    trainer = HeadsOptimizer(heads, 0.9, 0.0, 2, CPU)
+    optimizer = HeadsOptimizer(heads, 0.9, 0.0, 2, CPU)
     x, labels = features(0, heads=2), torch.arange(20) % 4
     before = [p.detach().clone() for p in heads.parameters()]
-    heads.eval()  # the norm's own batch is the one thing that differs
+    heads.eval()  # batch statistics would differ
     loss = sum(F.cross_entropy(each, labels) for each in heads(x))
     whole = torch.autograd.grad(loss, list(heads.parameters()))
     for half in (slice(0, 10), slice(10, 20)):
-        trainer.backward(sum(F.cross_entropy(each, labels[half]) for each in heads(x[:, half])) / 2)
+        optimizer.backward(sum(F.cross_entropy(each, labels[half]) for each in heads(x[:, half])) / 2)
         if half.start == 0:
-            assert not trainer.update(1.0)
+            optimizer.step(1.0)
+            assert all(torch.equal(p, old) for p, old in zip(heads.parameters(), before, strict=True))
     for parameter, gradient in zip(heads.parameters(), whole, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     heads.weights[0].grad[0, 0] = torch.nan
-    assert not trainer.update(1.0)
+    assert not optimizer.step(1.0)
     assert all(torch.equal(p, old) for p, old in zip(heads.parameters(), before, strict=True))
 
 
-def test_the_papers_protocol():
+def test_paper_recipe():
     config = probe_recipe("paper")
     assert (config.data.batch_size, config.train.epochs, config.optim.warmup_epochs) == (16384, 90, 10)
     assert config.peak_lr == pytest.approx(6.4)
-    assert (config.optim.weight_decay, config.probe.momentum, config.data.crop) == (0, 0.9, "once")
+    assert (config.optim.weight_decay, config.probe.momentum, config.data.crop) == (0, 0.9, "clamped")
     assert config.resolved_for(12).probe.layers == (3, 6, 9, 10, 12)
     assert config.resolved_for(24).probe.layers == (6, 12, 18, 20, 24)
     assert warmup_cosine(999, 1000, 100, 6.4, 0.0) == pytest.approx(0, abs=1e-9)
-    with pytest.raises(UserError, match=r"probe.layers \(3, 99\) must name blocks from 1 to 12"):
+    with pytest.raises(UserError, match=r"probe.layers is \(3, 99\); expected blocks from 1 to 12"):
         probe_recipe("paper").__class__(probe=config.probe.__class__(layers=(3, 99))).resolved_for(12)
 
 
@@ -182,7 +184,7 @@ def test_crops():
     assert bool((boxes[:, :2] >= 0).all())
     assert int((boxes[:, 0] + boxes[:, 2]).max()) == 100
     assert int((boxes[:, 1] + boxes[:, 3]).max()) <= 200
-    assert float((boxes[:, 2] == 100).float().mean()) > 0.3  # clamped, where others are drawn again
+    assert float((boxes[:, 2] == 100).float().mean()) > 0.3  # clamped; random_crops() would resample
     assert 0.45 < float(flips.float().mean()) < 0.55
     boxes, flips = central_crops(seeds[:1], torch.tensor([256]), torch.tensor([300]), (1.0, 1.0))
     assert boxes.tolist() == [[16, 38, 224, 224]]
@@ -195,30 +197,33 @@ def runs(digits, encoder_folder, tmp_path_factory):
     long = ("--train.epochs", "30", "--train.save_every", "210", "--optim.lr", "20")
     short = ("--train.epochs", "2", "--probe.evaluate_every", "1", "--train.save_every", "14")
     images = (*short, "--probe.no_cache")
-    made = [
-        words(digits, encoder_folder, folder / "cached", *long),
-        words(digits, encoder_folder, folder / "kept", *short),
-        words(digits, encoder_folder, folder / "images", *images),
-        words(digits, encoder_folder, folder / "micro", *short, "--probe.micro_batch", "50"),
-        words(digits, encoder_folder, folder / "alone", *short, "--probe.no_untrained"),
-        words(digits, encoder_folder, folder / "none", "--data.crop", "random"),
-        words(digits, encoder_folder, folder / "none", "--probe.layers", "2", "9"),
-        words(digits, encoder_folder, folder / "none", "--probe.micro_batch", "30"),
+    first = [
+        command(digits, encoder_folder, folder / "cached", *long),
+        command(digits, encoder_folder, folder / "short", *short),
+        command(digits, encoder_folder, folder / "images", *images),
+        command(digits, encoder_folder, folder / "micro", *short, "--probe.micro_batch", "50"),
+        command(digits, encoder_folder, folder / "alone", *short, "--probe.no_untrained"),
+        command(digits, encoder_folder, folder / "none", "--data.crop", "random"),
+        command(digits, encoder_folder, folder / "none", "--probe.layers", "2", "9"),
+        command(digits, encoder_folder, folder / "none", "--probe.micro_batch", "30"),
     ]
     resumed = folder / "resumed"
-    later = [["forget", str(folder / "cached"), str(resumed), "420"], words(digits, encoder_folder, resumed, *long)]
-    said = ranks.run_program(1, [PROGRAM], made)
+    later = [
+        ["copy_before", str(folder / "cached"), str(resumed), "420"],
+        command(digits, encoder_folder, resumed, *long),
+    ]
+    output = ranks.run_program(1, [PROGRAM], first)
     ranks.run_program(1, [PROGRAM], later)
-    two = words(digits, encoder_folder, folder / "two", *short, "--probe.micro_batch", "50")
+    two = command(digits, encoder_folder, folder / "two", *short, "--probe.micro_batch", "50")
     ranks.run_program(2, [PROGRAM], [two])
-    return folder, said
+    return folder, output
 
 
-def shown(run, prefix=("loss/total", "val/", "lr")):
+def metrics(run, prefix=("loss/total", "val/", "lr")):
     return [{name: value for name, value in row.items() if name.startswith(prefix)} for row in ranks.metrics(run)]
 
 
-def test_it_learns(runs):
+def test_loss_falls_and_accuracy_rises(runs):
     folder, _ = runs
     losses = [row["loss/total"] for row in ranks.metrics(folder / "cached") if "loss/total" in row]
     assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
@@ -234,49 +239,49 @@ def test_it_learns(runs):
     assert all(row["top5"] >= row["top1"] for row in results["heads"].values())
 
 
-def test_kept_features_give_what_images_give(runs):
+def test_cached_features_equal_features_of_images(runs):
     folder, _ = runs
-    kept, images = shown(folder / "kept"), shown(folder / "images")
-    assert len(kept) == len(images)
-    for one, other in zip(kept, images, strict=True):
+    cached, images = metrics(folder / "short"), metrics(folder / "images")
+    assert len(cached) == len(images)
+    for one, other in zip(cached, images, strict=True):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-def test_resumed_is_unbroken(runs):
+def test_resumed_run_equals_uninterrupted_run(runs):
     folder, _ = runs
-    for one, other in zip(shown(folder / "cached"), shown(folder / "resumed"), strict=True):
-        assert one == pytest.approx(other, rel=1e-4, abs=0.3)  # an image of 397 may change its mind
+    for one, other in zip(metrics(folder / "cached"), metrics(folder / "resumed"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=0.3)  # one of 397 predictions may flip
 
 
-def test_two_ranks_learn_what_one_does_with_the_same_micro_batches(runs):
-    """Each rank norms with its own micro-batch: equal ones are compared."""
+def test_two_ranks_equal_one_with_the_same_micro_batches(runs):
+    """Batch norm uses the statistics of a rank's micro-batch, so runs with equal micro-batches are compared."""
     folder, _ = runs
-    one, two = (shown(folder / name, ("loss/total",)) for name in ("micro", "two"))
+    one, two = (metrics(folder / name, ("loss/total",)) for name in ("micro", "two"))
     for mine, theirs in zip(one, two, strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4)
 
 
-def test_what_it_leaves_to_look_at(runs):
-    folder, said = runs
+def test_report(runs):
+    folder, output = runs
     results = json.loads((folder / "cached" / "results.json").read_text())
-    assert results["verdict"] in said
+    assert results["verdict"] in output
     alone = json.loads((folder / "alone" / "results.json").read_text())
     assert alone["untrained"] is None
-    assert alone["verdict"] in said
+    assert alone["verdict"] in output
     page = (folder / "cached" / "report.html").read_text()
     for name in ("curves", "blocks", "confusion"):
         assert (folder / "cached" / "figures" / f"{name}.png").stat().st_size > 5000
         assert f'<img alt="{name}"' in page
 
 
-def test_mistakes_are_one_sentence(runs):
-    _, said = runs
-    mistakes = [line.removeprefix("MISTAKE ") for line in said.splitlines() if line.startswith("MISTAKE")]
-    wanted = [
-        "probe.cache keeps features of one crop, data.crop is 'random'",
-        "probe.layers (2, 9) must name blocks from 1 to 4",
+def test_user_errors(runs):
+    _, output = runs
+    errors = [line.removeprefix("ERROR ") for line in output.splitlines() if line.startswith("ERROR")]
+    expected = [
+        "data.crop is 'random'; probe.cache requires 'centre'.",
+        "probe.layers is (2, 9); expected blocks from 1 to 4",
         "data.batch_size 100 is not divisible by 1 ranks x probe.micro_batch 30",
     ]
-    assert len(mistakes) == len(wanted), said
-    for line, sentence in zip(mistakes, wanted, strict=True):
-        assert sentence in line
+    assert len(errors) == len(expected), output
+    for error, part in zip(errors, expected, strict=True):
+        assert part in error

@@ -1,4 +1,4 @@
-"""Weights in other people's forms: the same features there and here, and a sentence for what is no encoder."""
+"""Conversion of published weights: equal features in both implementations, and errors for other files."""
 
 import argparse
 import json
@@ -22,8 +22,8 @@ from ddae.export.encoder import (
     write_export,
     write_mae,
     write_onnx,
-    write_program,
     write_timm,
+    write_torch_export,
 )
 from ddae.models.vit import Encoder, initialise
 
@@ -36,7 +36,7 @@ def images():
 
 
 def vit(**options):
-    """timm's Vision Transformer with random weights, none of them zero or one."""
+    """Return timm's Vision Transformer with random weights, none of them zero or one."""
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", **SHAPE | options)
     for parameter in model.parameters():
@@ -44,66 +44,66 @@ def vit(**options):
     return model.eval()
 
 
-def same(encoder, model, images, tolerance=1e-5):
+def assert_same_features(encoder, model, images, tolerance=1e-5):
     with torch.no_grad():
         torch.testing.assert_close(encoder(images), model.forward_features(images), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("container", ["model", "state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_maes_encoder_and_timms_file(container, prefix, images, tmp_path):
+def test_load_mae_and_timm_files(container, prefix, images, tmp_path):
     model = vit()
     state = {f"{prefix}{name}": values for name, values in model.state_dict().items()}
     torch.save(state if container is None else {container: state, "args": argparse.Namespace(lr=1)}, tmp_path / "m.pth")
     encoder = ddae.load_encoder(tmp_path / "m.pth")
-    same(encoder, model, images)
+    assert_same_features(encoder, model, images)
     assert encoder.normalisation == "imagenet"
     assert len(encoder.report["loaded"]) == len(state)
     assert encoder.report["left out"] == []
 
 
-def test_maes_full_file_and_heads_are_left_out_by_name(images, tmp_path):
+def test_decoder_and_head_are_left_out(images, tmp_path):
     model = vit()
-    more = {
+    other = {
         "mask_token": torch.zeros(1, 1, 512),
         "decoder_embed.weight": torch.zeros(512, 128),
         "head.bias": torch.zeros(3),
     }
-    save_file(model.state_dict() | more, tmp_path / "full.safetensors")
+    save_file(model.state_dict() | other, tmp_path / "full.safetensors")
     encoder = ddae.load_encoder(tmp_path / "full.safetensors", normalisation="half")
-    same(encoder, model, images)
-    assert encoder.report["left out"] == sorted(more)
+    assert_same_features(encoder, model, images)
+    assert encoder.report["left out"] == sorted(other)
     assert encoder.normalisation == "half"
 
 
-def test_a_norm_after_the_mean_is_the_encoders(images, tmp_path):
+def test_fc_norm_becomes_final_norm(images, tmp_path):
     model = vit(global_pool="avg")
     torch.save(model.state_dict(), tmp_path / "avg.pth")
     encoder = ddae.load_encoder(tmp_path / "avg.pth")
     with torch.no_grad():
-        wanted = model.fc_norm(model.forward_features(images))
-    torch.testing.assert_close(encoder(images), wanted, rtol=1e-5, atol=1e-5)
+        expected = model.fc_norm(model.forward_features(images))
+    torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("named", ["timm", "beit"])
-def test_layer_scale_is_kept_and_folded_for_mae(named, images, tmp_path):
+@pytest.mark.parametrize("names", ["timm", "beit"])
+def test_layer_scale_is_loaded_and_folded_for_mae(names, images, tmp_path):
     model = vit(init_values=0.1)
     state = model.state_dict()
-    if named == "beit":
+    if names == "beit":
         state = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for name, v in state.items()}
-    read = convert(state, "file")
-    encoder = Encoder(read.model)
-    encoder.load_state_dict(read.weights)
-    same(encoder, model, images)
+    converted = convert(state, "file")
+    encoder = Encoder(converted.model)
+    encoder.load_state_dict(converted.weights)
+    assert_same_features(encoder, model, images)
     assert torch.equal(encoder.blocks[1].ls1.gamma, model.blocks[1].ls1.gamma)
     write_mae(encoder, tmp_path / "folded.pth")
     folded = ddae.load_encoder(tmp_path / "folded.pth")
     assert folded.shape.layer_scale == 0
-    same(folded, model, images)
+    assert_same_features(folded, model, images)
 
 
 def beit(**options):
-    """timm's BEiT with random weights."""
+    """Return timm's BEiT with random weights."""
     torch.manual_seed(0)
     model = timm.create_model("beit_base_patch16_224", **SHAPE | {"global_pool": "token"} | options)
     for parameter in model.parameters():
@@ -116,34 +116,34 @@ SHARED = {"use_abs_pos_emb": False, "use_rel_pos_bias": False, "use_shared_rel_p
 
 
 @pytest.mark.parametrize("options", [EACH, SHARED, EACH | {"use_abs_pos_emb": True}, EACH | {"init_values": None}])
-def test_beits_own_files_and_back(options, images, tmp_path):
+def test_beit_round_trip(options, images, tmp_path):
     model = beit(**options)
     torch.save({"model": model.state_dict()}, tmp_path / "beit.pth")
     encoder = ddae.load_encoder(tmp_path / "beit.pth")
-    same(encoder, model, images)
+    assert_same_features(encoder, model, images)
     assert all("index" in name for name in encoder.report["left out"])
     write_beit(encoder, tmp_path / "again.pth")
     again = torch.load(tmp_path / "again.pth")["model"]
     for name, values in model.state_dict().items():
         assert torch.equal(again[name], values) or "k_bias" in name or "index" in name, name
     write_export(encoder, tmp_path / "export")
-    same(ddae.load_encoder(tmp_path / "export"), model, images)
+    assert_same_features(ddae.load_encoder(tmp_path / "export"), model, images)
     write_timm(encoder, tmp_path / "timm")
     back = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
-    same(encoder, back, images)
-    with pytest.raises(UserError, match="MAE's form has no place"):
+    assert_same_features(encoder, back, images)
+    with pytest.raises(UserError, match="relative positions, which MAE's form lacks"):
         write_mae(encoder, tmp_path / "mae.pth")
 
 
-def test_relative_positions_are_resampled_as_timm_does(tmp_path):
+def test_relative_positions_are_resampled_as_in_timm(tmp_path):
     torch.save(beit(**EACH).state_dict(), tmp_path / "beit.pth")
     encoder, larger = ddae.load_encoder(tmp_path / "beit.pth", image_size=96), beit(**EACH, img_size=96)
     larger.load_state_dict(timm.models.beit.checkpoint_filter_fn(beit(**EACH).state_dict(), larger))
-    same(encoder, larger, torch.randn(1, 3, 96, 96))
+    assert_same_features(encoder, larger, torch.randn(1, 3, 96, 96))
 
 
 def layout(kind, width=768, depth=12, patch=16):
-    """Names and shapes of a published file (ViT-B at 224), as its authors' code writes it."""
+    """Return tensors with the names and shapes of a published file (ViT-B at 224 pixels)."""
     block = {"norm1.weight": [width], "norm1.bias": [width], "norm2.weight": [width], "norm2.bias": [width]}
     block |= {"attn.qkv.weight": [3 * width, width], "attn.proj.weight": [width, width], "attn.proj.bias": [width]}
     block |= {"mlp.fc1.weight": [4 * width, width], "mlp.fc1.bias": [4 * width]}
@@ -180,26 +180,27 @@ def layout(kind, width=768, depth=12, patch=16):
 
 
 @pytest.mark.parametrize("kind", ["mae", "mae_full", "beit", "beit_finetuned", "bootmae"])
-def test_each_published_layout_is_read(kind):
+def test_each_published_layout_is_complete(kind):
     state = layout(kind)
-    read = convert(state, kind)
-    Encoder(read.model).load_state_dict(read.weights)  # none missing, none over
-    assert (read.model.width, read.model.depth, read.model.heads, read.model.image_size) == (768, 12, 12, 224)
-    assert set(read.report["loaded"]) | set(read.report["left out"]) == set(state)
-    words = ("mask_token", "lm_head", "head", "de", "down", "index")
-    assert all(any(word in name for word in words) for name in read.report["left out"])
+    converted = convert(state, kind)
+    shape, report = converted.model, converted.report
+    Encoder(shape).load_state_dict(converted.weights)  # strict: no missing and no unexpected tensor
+    assert (shape.width, shape.depth, shape.heads, shape.image_size) == (768, 12, 12, 224)
+    assert set(report["loaded"]) | set(report["left out"]) == set(state)
+    other = ("mask_token", "lm_head", "head", "de", "down", "index")
+    assert all(any(part in name for part in other) for name in report["left out"])
 
 
-def test_beits_form_and_back(images, tmp_path):
+def test_beit_form_drops_key_bias(images, tmp_path):
     model = vit()
-    for block in model.blocks:  # a bias of the keys, which softmax cancels
+    for block in model.blocks:  # softmax cancels a bias of the keys
         block.attn.qkv.bias.data[128:256] = 1.5
     state = to_beit(model.state_dict())
     assert "blocks.0.attn.qkv.bias" not in state
     assert state["blocks.0.attn.q_bias"].shape == (128,)
     torch.save({"module": state}, tmp_path / "beit.pth")
     encoder = ddae.load_encoder(tmp_path / "beit.pth")
-    same(encoder, model, images)
+    assert_same_features(encoder, model, images)
     write_beit(encoder, tmp_path / "again.pth")
     again = ddae.load_encoder(tmp_path / "again.pth")
     for name, values in encoder.state_dict().items():
@@ -207,7 +208,7 @@ def test_beits_form_and_back(images, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["mae", "timm"])
-def test_ours_there_and_back_bit_for_bit(form, images, tmp_path):
+def test_export_round_trip_is_exact(form, images, tmp_path):
     encoder = Encoder(convert(vit().state_dict(), "file").model)
     initialise(encoder, torch.Generator().manual_seed(0))
     if form == "timm":
@@ -220,35 +221,35 @@ def test_ours_there_and_back_bit_for_bit(form, images, tmp_path):
         assert torch.equal(values, back.state_dict()[name]), name
 
 
-def test_timm_loads_our_export_as_it_is(images, tmp_path):
+def test_timm_loads_the_export(images, tmp_path):
     encoder = Encoder(preset("ddae_vit_s16_100e").model)
     initialise(encoder, torch.Generator().manual_seed(0))
     write_timm(encoder.eval(), tmp_path)
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
     large = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    same(encoder, model, large)
+    assert_same_features(encoder, model, large)
     assert model.pretrained_cfg["mean"] == [0.5, 0.5, 0.5]
-    bare = timm.create_model(
+    without_config = timm.create_model(
         "vit_small_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / "model.safetensors")
     )
-    same(encoder, bare.eval(), large)
+    assert_same_features(encoder, without_config.eval(), large)
 
 
 @pytest.mark.parametrize("options", [{}, EACH | {"init_values": 0.1}])
-def test_programs_give_the_same_features(options, images, tmp_path):
+def test_exported_programs_give_equal_features(options, images, tmp_path):
     import onnxruntime
 
     torch.save((beit(**options) if options else vit()).state_dict(), tmp_path / "weights.pth")
     encoder = ddae.load_encoder(tmp_path / "weights.pth")
     five = torch.cat([images, images, images[:1]])
     with torch.no_grad():
-        wanted = encoder(five)
-    write_program(encoder, tmp_path / "encoder.pt2")
-    torch.testing.assert_close(torch.export.load(tmp_path / "encoder.pt2").module()(five), wanted)
+        expected = encoder(five)
+    write_torch_export(encoder, tmp_path / "encoder.pt2")
+    torch.testing.assert_close(torch.export.load(tmp_path / "encoder.pt2").module()(five), expected)
     write_onnx(encoder, tmp_path / "encoder.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
     (tokens,) = session.run(None, {"images": five.numpy()})
-    torch.testing.assert_close(torch.from_numpy(tokens), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(tokens), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_are_resampled(tmp_path):
@@ -259,8 +260,8 @@ def test_positions_are_resampled(tmp_path):
     square = torch.nn.functional.interpolate(square, (6, 6), mode="bicubic", antialias=True)
     state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], square.flatten(2).transpose(1, 2)], 1)
     model.load_state_dict(state)
-    same(encoder, model, torch.randn(1, 3, 96, 96))
-    with pytest.raises(UserError, match="image_size 100 is not divisible"):
+    assert_same_features(encoder, model, torch.randn(1, 3, 96, 96))
+    with pytest.raises(UserError, match="image_size is 100; expected a multiple of 16"):
         ddae.load_encoder(tmp_path / "vit.safetensors", image_size=100)
 
 
@@ -276,7 +277,10 @@ class Evil:
         (lambda path: path.write_bytes(b""), "cannot be read as weights"),
         (lambda path: torch.save({"model": {"conv.weight": torch.ones(1)}}, path), "it has no cls_token"),
         (lambda path: torch.save([1, 2], path), "it has no cls_token"),
-        (lambda path: torch.save({"cls_token": torch.ones(1, 1, 64)}, path), "no whole encoder: norm.bias is missing"),
+        (
+            lambda path: torch.save({"cls_token": torch.ones(1, 1, 64)}, path),
+            "incomplete encoder: norm.bias is missing",
+        ),
         (lambda path: torch.save({"model": Evil()}, path), "holds more than tensors"),
         (
             lambda path: torch.save({n: v for n, v in vit().state_dict().items() if n != "blocks.1.norm2.bias"}, path),
@@ -284,26 +288,26 @@ class Evil:
         ),
     ],
 )
-def test_what_is_no_encoder_is_told(content, message, tmp_path):
+def test_other_files_raise(content, message, tmp_path):
     path = tmp_path / "weights.pth"
     content(path)
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as raised:
         ddae.load_encoder(path)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(raised.value)
     assert not os.path.exists("/tmp/ddae_was_here")
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_export_command(tmp_path, monkeypatch, capsys):
     config = preset("demo")
     encoder = Encoder(config.model)
     initialise(encoder, torch.Generator().manual_seed(0))
     export_encoder({name: v.detach() for name, v in encoder.named_parameters()}, config, tmp_path / "encoder")
 
-    def export(*words):
-        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
-        with pytest.raises(SystemExit) as ended:
+    def export(*args):
+        monkeypatch.setattr(sys, "argv", ["export.py", *map(str, args)])
+        with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(ranks.ROOT / "launch" / "export.py"), run_name="__main__")
-        return ended.value.code
+        return exit_info.value.code
 
     assert export("--encoder", tmp_path / "encoder", "--out", tmp_path / "timm") == 0
     assert "timm, images of 64 pixels, half" in capsys.readouterr().out
@@ -311,57 +315,60 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert torch.equal(weights["cls_token"], encoder.cls_token)
     assert json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]["num_heads"] == 6
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, num_classes=0).eval()
-    same(encoder, model, torch.randn(1, 3, 64, 64))
+    assert_same_features(encoder, model, torch.randn(1, 3, 64, 64))
     assert export("--encoder", tmp_path / "nothing", "--out", tmp_path / "x") == 2
     assert capsys.readouterr().err.startswith("export: ")
 
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """A run with a checkpoint of two ranks, whose student is all 0.5 and whose teacher is all 0.25."""
+    """Return a run folder with a checkpoint of two ranks; all student weights are 0.5, all teacher weights 0.25."""
     config, folder = preset("demo"), tmp_path / "run"
     checkpoint = folder / "checkpoints" / "step_00000008"
     checkpoint.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    config.write(folder / "config.json")
     (checkpoint / "manifest.json").write_text("{}")
     for rank in (0, 1):
-        slices, starts = {}, {}
+        shards, starts = {}, {}
         for name, parameter in Encoder(config.model).named_parameters():
             middle = parameter.numel() // 3
             size = middle if rank == 0 else parameter.numel() - middle
             for key, value in {f"weight/encoder.{name}": 0.5, f"teacher/{name}": 0.25}.items():
-                slices[key], starts[key] = torch.full((size,), value), rank * middle
-        save_file(slices, checkpoint / f"rank_{rank:05d}.safetensors", {"starts": json.dumps(starts)})
+                shards[key], starts[key] = torch.full((size,), value), rank * middle
+        save_file(shards, checkpoint / f"rank_{rank:05d}.safetensors", {"starts": json.dumps(starts)})
     return folder
 
 
-def test_a_runs_student_and_teacher_from_its_ranks(run_folder):
+def test_load_student_and_teacher_from_checkpoint(run_folder):
     for path in (run_folder, run_folder / "checkpoints" / "step_00000008"):
         for part, value in {"student": 0.5, "teacher": 0.25}.items():
             encoder = ddae.load_encoder(path, part=part)
             assert all(bool((parameter == value).all()) for parameter in encoder.parameters())
             assert encoder.normalisation == "half"
     (run_folder / "checkpoints" / "step_00000008" / "rank_00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds \d+ of \d+ numbers of teacher/cls_token"):
+    with pytest.raises(UserError, match=r"holds \d+ of \d+ values of teacher/cls_token"):
         ddae.load_encoder(run_folder, part="teacher")
 
 
-def test_a_teacher_that_is_not_there_is_told(run_folder, tmp_path):
+def test_missing_teacher_and_other_versions_raise(run_folder, tmp_path):
     write_export(ddae.load_encoder(run_folder), tmp_path / "export")
-    with pytest.raises(UserError, match="export holds no teacher: name a run folder"):
+    with pytest.raises(UserError, match="export has no teacher; only checkpoints have"):
         ddae.load_encoder(tmp_path / "export", part="teacher")
     config = json.loads((run_folder / "config.json").read_text())
     config["feature"]["enabled"] = False
     (run_folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="holds no teacher: its method has none"):
+    with pytest.raises(UserError, match=r"has no teacher: feature\.enabled is false"):
         ddae.load_encoder(run_folder, part="teacher")
-    settings = json.loads((tmp_path / "export" / "config.json").read_text())
-    (tmp_path / "export" / "config.json").write_text(json.dumps(settings | {"format": 7}))
-    with pytest.raises(UserError, match="its format is 7, not 1: export it again"):
+    (run_folder / "config.json").write_text(json.dumps(config | {"format": 7}))
+    with pytest.raises(UserError, match="written by another version of ddae"):
+        ddae.load_encoder(run_folder, part="teacher")
+    config = json.loads((tmp_path / "export" / "config.json").read_text())
+    (tmp_path / "export" / "config.json").write_text(json.dumps(config | {"format": 7}))
+    with pytest.raises(UserError, match=r"its format is 7, not 1\. Export the encoder again"):
         ddae.load_encoder(tmp_path / "export")
 
 
-def test_a_card_goes_with_an_export(run_folder, tmp_path, monkeypatch):
+def test_model_card(run_folder, tmp_path, monkeypatch):
     write_export(ddae.load_encoder(run_folder), run_folder / "encoder")
     (run_folder / "metrics.jsonl").write_text('{"step": 8, "epoch": 1.5}\n{"step": 8, "val/top1": 3}\n')
     (run_folder / "environment.json").write_text('{"commit": "abc", "dirty": true, "versions": {"torch": "2.14"}}')
@@ -369,18 +376,18 @@ def test_a_card_goes_with_an_export(run_folder, tmp_path, monkeypatch):
     baselines = {"untrained": 60.25, "raw_pixels": 40.0, "chance": 9.0, "gain": 11.25, "standard_error": 1.5}
     results = {"task": "knn", "best": "block 8 cls", "accuracy": 71.5} | baselines
     (run_folder / "knn" / "results.json").write_text(json.dumps(results))
-    words = ["export.py", "--encoder", str(run_folder), "--out", str(tmp_path / "out")]
-    monkeypatch.setattr(sys, "argv", words)
+    args = ["export.py", "--encoder", str(run_folder), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", args)
     with pytest.raises(SystemExit):
         runpy.run_path(str(ranks.ROOT / "launch" / "export.py"), run_name="__main__")
     card = (tmp_path / "out" / "README.md").read_text()
-    for words in (
+    for fact in (
         "8 blocks of width 96, 6 heads",
         "half: mean (0.5, 0.5, 0.5)",
         "demo: pixel and feature branch, bootmae_block masks of 75%",
         "8 steps of 16 images, 1.5 epochs",
-        "commit abc, with changes",
+        "commit abc, with uncommitted changes",
         "| knn | block 8 cls, top-1 | 71.50 % (+11.2 ± 1.5) | 60.25 % | 40.00 % | 9.00 % |",
         'timm.create_model("local-dir:out"',
     ):
-        assert words in card
+        assert fact in card

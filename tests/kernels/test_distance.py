@@ -1,9 +1,11 @@
+"""patch_distance against SciPy's distance transform and the definition, and its argument checks."""
+
 import ddae_kernels as dk
 import equations
 import numpy as np
 import pytest
 import torch
-from ddae_kernels.implementation import values_are_checked
+from ddae_kernels.implementation import should_check_values
 from scipy.ndimage import distance_transform_edt
 
 
@@ -15,16 +17,15 @@ def test_distances_are_exact(grid):
     distance = dk.patch_distance(masked, grid)
     assert distance.dtype == torch.float32
     for row, plane in zip(distance.numpy(), masked.view(-1, *grid).numpy(), strict=True):
-        exact = distance_transform_edt(plane)
-        np.testing.assert_array_equal(row, exact.astype(np.float32).ravel())
+        np.testing.assert_array_equal(row, distance_transform_edt(plane).astype(np.float32).ravel())
 
 
-def test_distances_match_the_definition():
+def test_distances_equal_the_definition():
     masked = torch.rand(5, 30, generator=torch.Generator().manual_seed(1)) < 0.75
     np.testing.assert_allclose(dk.patch_distance(masked, (5, 6)), equations.nearest_visible(masked.numpy(), (5, 6)))
 
 
-def test_a_corner_seen_from_the_other():
+def test_distance_between_opposite_corners():
     masked = torch.ones(1, 196, dtype=torch.bool)
     masked[0, 0] = False
     distance = dk.patch_distance(masked, (14, 14))
@@ -32,20 +33,20 @@ def test_a_corner_seen_from_the_other():
     assert distance[0, -1] == torch.tensor(2 * 13.0**2).sqrt()
 
 
-def test_distances_over_the_largest_by_hand():
-    """One visible corner of 2 x 3 patches: 0 1 2 / 1 sqrt2 sqrt5, over sqrt5; one masked patch is the farthest."""
+def test_max_norm_hand_computed():
+    """One visible corner of 2 x 3 patches: (0 1 2 / 1 sqrt2 sqrt5) / sqrt5. A single masked patch has distance 1."""
     masked = torch.tensor([[False, True, True, True, True, True], [False, False, True, False, False, False]])
-    found = dk.patch_distance(masked, (2, 3), norm="max")
-    assert not dk.patch_distance(torch.zeros(1, 6, dtype=torch.bool), (2, 3), norm="max").any()  # nothing is masked
+    distance = dk.patch_distance(masked, (2, 3), norm="max")
+    assert not dk.patch_distance(torch.zeros(1, 6, dtype=torch.bool), (2, 3), norm="max").any()  # no patch is masked
     root = 5**0.5
-    wanted = [[0, 1 / root, 2 / root, 1 / root, (2 / 5) ** 0.5, 1], [0, 0, 1, 0, 0, 0]]
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)
-    with pytest.raises(ValueError, match="norm is 'mean': choose one of none, max"):
+    expected = [[0, 1 / root, 2 / root, 1 / root, (2 / 5) ** 0.5, 1], [0, 0, 1, 0, 0, 0]]
+    np.testing.assert_allclose(distance, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="norm is 'mean'; expected one of none, max"):
         dk.patch_distance(masked, (2, 3), norm="mean")
 
 
 @pytest.mark.parametrize(
-    "masked, grid, word",
+    "masked, grid, message",
     [
         (torch.ones(1, 4, dtype=torch.bool), (2, 2), "without a visible patch"),
         (torch.zeros(1, 4, dtype=torch.bool), (2, 3), "expected \\[B, 6\\]"),
@@ -54,14 +55,14 @@ def test_distances_over_the_largest_by_hand():
         (torch.zeros(1, 4, dtype=torch.bool), (-2, -2), "grid is"),
     ],
 )
-def test_bad_masks_are_refused(masked, grid, word):
-    with pytest.raises(ValueError, match=word):
+def test_invalid_masks_raise(masked, grid, message):
+    with pytest.raises(ValueError, match=message):
         dk.patch_distance(masked, grid)
 
 
-def test_values_are_looked_at_on_the_cpu_or_when_told(monkeypatch):
-    elsewhere = torch.empty(1, device="meta")
-    assert values_are_checked(torch.empty(1))
-    assert not values_are_checked(elsewhere)
+def test_values_are_checked_on_the_cpu_or_on_request(monkeypatch):
+    meta = torch.empty(1, device="meta")
+    assert should_check_values(torch.empty(1))
+    assert not should_check_values(meta)
     monkeypatch.setenv("DDAE_CHECK", "1")
-    assert values_are_checked(elsewhere)
+    assert should_check_values(meta)

@@ -1,6 +1,6 @@
-"""The Triton kernels against the float64 reference: on a GPU where there is one, else in Triton's interpreter.
+"""The Triton kernels against the float64 reference, on a GPU if there is one, otherwise in Triton's interpreter.
 
-The interpreter takes about a millisecond for a patch and tap, so the cases are small.
+The interpreter takes about 1 ms per patch and tap, so the cases are small.
 """
 
 import json
@@ -25,28 +25,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS = (-3.0, -0.5, 0.0, 0.7)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 UPSTREAM = 3.0
-ROUNDING = {torch.bfloat16: 2.0} if DEVICE == "cpu" else {}  # the interpreter cuts off where a GPU rounds to nearest
-FP32 = 2e-6  # of a value, of the largest gradient, of the sum of beta's terms: kernels/README.md says why
+ROUNDING_ULP = {torch.bfloat16: 2.0} if DEVICE == "cpu" else {}  # default 1; the interpreter truncates bf16
+# Relative to the value, the largest gradient, or the sum of beta's terms: see kernels/README.md, section Tolerances.
+FP32 = 2e-6
 
 
 @pytest.fixture(autouse=True)
-def unwritten_memory_shows(monkeypatch):
-    """torch.empty is full of NaN, so that a cell no kernel writes is seen."""
+def fill_empty_with_nan(monkeypatch):
+    """torch.empty returns NaN, so that elements which no kernel writes fail the comparisons."""
 
-    def poisoned(make):
-        @wraps(make)
-        def made(*args, **options):
-            tensor = make(*args, **options)
+    def filled(allocate):
+        @wraps(allocate)
+        def wrapper(*args, **options):
+            tensor = allocate(*args, **options)
             return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-        return made
+        return wrapper
 
     for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+        monkeypatch.setattr(torch, name, filled(getattr(torch, name)))
 
 
 class Case:
-    """Random inputs of one call, as float64 numbers that each dtype under test holds exactly."""
+    """Random inputs of one call, stored in float64, with values that the tested dtype represents exactly."""
 
     def __init__(self, kind="shared", taps=4, images=2, patches=7, width=48, dtype=torch.float32, seed=0, side=4):
         rng = torch.Generator().manual_seed(seed)
@@ -59,55 +60,52 @@ class Case:
         self.beta = torch.tensor([BETAS[(seed + k) % 4] for k in range(taps)]).double()
         self.tap_weight = torch.linspace(0.75, 1, taps).double()
         self.images = torch.randint(0, 256, (images, 3, 3 * side, side * (patches // 3 + 2)), generator=rng).byte()
-        self.images[0, :, :side, :side] = 200  # a patch of one colour has no variance
-        places = [torch.randperm(3 * (patches // 3 + 2), generator=rng)[:patches] for _ in range(images)]
-        self.masked, self.side = torch.stack(places), side
-        self.patch_weight = None  # [B, M], where a test gives one
+        self.images[0, :, :side, :side] = 200  # a constant patch has variance 0
+        indices = [torch.randperm(3 * (patches // 3 + 2), generator=rng)[:patches] for _ in range(images)]
+        self.masked, self.side = torch.stack(indices), side
+        self.patch_weight = None  # [B, M], set by some tests
         self.masked[0, 0] = 0
 
     def __call__(self, impl, call=dk.dynamic_mse, change=lambda tensor: tensor, **options):
-        """loss, tap_loss, token_error, gradient of pred, gradient of beta; `change` alters the inputs' layout."""
+        """Return loss, tap_loss, token_error and gradients of pred and beta. change: alters the layout of inputs."""
         dtype = torch.float64 if impl == "reference" else torch.float32
         device = "cpu" if impl == "reference" else DEVICE
-        narrow = dtype if impl == "reference" else self.dtype
-        pred = self.pred.to(device, narrow, copy=True).requires_grad_()
+        input_dtype = dtype if impl == "reference" else self.dtype
+        pred = self.pred.to(device, input_dtype, copy=True).requires_grad_()
         beta = self.beta.to(device, dtype, copy=True).requires_grad_()
         distance, tap_weight = self.distance.to(device, dtype), self.tap_weight.to(device, dtype)
         if self.patch_weight is not None:
             options = {"patch_weight": change(self.patch_weight.to(device, dtype))} | options
         if self.kind == "pixel":
-            call, middle = dk.dynamic_pixel_mse, (change(self.images.to(device)), change(self.masked.to(device)))
+            call, target = dk.dynamic_pixel_mse, (change(self.images.to(device)), change(self.masked.to(device)))
             options = {"patch": self.side, "mean": MEAN, "std": STD} | options
         else:
-            middle = (change(self.target.to(device, narrow)),)
-        result = call(change(pred), *middle, change(distance), beta, change(tap_weight), impl=impl, **options)
+            target = (change(self.target.to(device, input_dtype)),)
+        result = call(change(pred), *target, change(distance), beta, change(tap_weight), impl=impl, **options)
         (UPSTREAM * result.loss).backward()
         return [*result, pred.grad, beta.grad]
 
     def check(self, **options):
-        """Triton's five results against the reference's."""
-        found = [tensor.detach().cpu() for tensor in self("triton", **options)]
+        """Compare the five results of Triton with those of the reference."""
+        actual = [tensor.detach().cpu() for tensor in self("triton", **options)]
         options.pop("change", None)
-        wanted = [tensor.detach() for tensor in self("reference", **options)]
-        assert [tensor.dtype for tensor in found] == [*[torch.float32] * 3, self.dtype, torch.float32]
-        largest = (self.distance[..., None] ** self.beta).max().item()
-        relative = FP32 * max(
-            1.0, largest
-        )  # r = exp(D^beta - max): an error of D^beta is an absolute one of its logarithm
-        for one, other in zip(found[:3], wanted[:3], strict=True):
+        expected = [tensor.detach() for tensor in self("reference", **options)]
+        assert [tensor.dtype for tensor in actual] == [*[torch.float32] * 3, self.dtype, torch.float32]
+        # r = exp(d^beta - max): a relative error of d^beta becomes a relative error of r times d^beta
+        relative = FP32 * max(1.0, (self.distance[..., None] ** self.beta).max().item())
+        for one, other in zip(actual[:3], expected[:3], strict=True):
             np.testing.assert_allclose(one, other, rtol=relative, atol=0)
-        limits = torch.finfo(self.dtype)  # the gradient is rounded twice: as it is stored, and by the upstream gradient
-        rounding = (
-            ROUNDING.get(self.dtype, 1.0) * limits.eps * (wanted[3].abs() + limits.smallest_normal)
-            if self.dtype != torch.float32
-            else 0
-        )
-        assert ((found[3].double() - wanted[3]).abs() <= relative * wanted[3].abs().max() + rounding).all()
-        terms = UPSTREAM * self.tap_weight * self.beta_terms(wanted[2].numpy(), options.get("rescale_grad", "full"))
-        assert ((found[4].double() - wanted[4]).abs() <= relative * terms).all()
+        rounding = 0  # the gradient is rounded twice: when stored, and when scaled by the upstream gradient
+        if self.dtype != torch.float32:
+            limits = torch.finfo(self.dtype)
+            ulp = limits.eps * (expected[3].abs() + limits.smallest_normal)
+            rounding = ROUNDING_ULP.get(self.dtype, 1.0) * ulp
+        assert ((actual[3].double() - expected[3]).abs() <= relative * expected[3].abs().max() + rounding).all()
+        terms = UPSTREAM * self.tap_weight * self.beta_terms(expected[2].numpy(), options.get("rescale_grad", "full"))
+        assert ((actual[4].double() - expected[4]).abs() <= relative * terms).all()
 
     def beta_terms(self, error, rescale_grad):
-        """[K]: what cancels in beta's gradient, each term r e (growth - anchor) with its parts taken absolute."""
+        """Return the sums of absolute terms of beta's gradient, r e (|growth| + |anchor|), which cancel in it: [K]."""
         distance, terms = self.distance.numpy(), []
         for k, beta in enumerate(self.beta.tolist()):
             relative = equations.relative_weights(distance, beta)
@@ -121,16 +119,16 @@ class Case:
 
 @pytest.mark.parametrize("rescale_grad", ["full", "detach"])
 @pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
-@pytest.mark.parametrize("seed", range(4))  # each tap meets each beta
+@pytest.mark.parametrize("seed", range(4))  # every tap is combined with every beta
 def test_values_and_gradients(kind, rescale_grad, seed):
     Case(kind, seed=seed).check(rescale_grad=rescale_grad)
 
 
 @pytest.mark.parametrize("rescale_grad", ["full", "detach"])
 @pytest.mark.parametrize("kind", ["shared", "pixel", "feature"])
-@pytest.mark.parametrize("seed", range(4))  # each tap meets each beta
-def test_distances_over_the_largest(seed, kind, rescale_grad):
-    """distance_norm max: distances up to 1, which a negative beta raises far above it."""
+@pytest.mark.parametrize("seed", range(4))  # every tap is combined with every beta
+def test_max_norm_distances(seed, kind, rescale_grad):
+    """distance_norm max: distances <= 1, so a negative beta gives powers far above 1."""
     case = Case(kind, seed=seed)
     case.distance = (case.distance / case.distance.amax(1, keepdim=True)).float().double()
     case.check(rescale_grad=rescale_grad, **({"call": dk.dynamic_feature_mse} if kind == "feature" else {}))
@@ -139,17 +137,17 @@ def test_distances_over_the_largest(seed, kind, rescale_grad):
 @pytest.mark.parametrize("norm_pred", [True, False])
 @pytest.mark.parametrize("target_norm", ["layer", "instance_layer", "batch_layer", "none"])
 @pytest.mark.parametrize("kind", ["shared", "per_tap"])
-def test_features_are_normalised_within(kind, target_norm, norm_pred):
+def test_feature_normalisation(kind, target_norm, norm_pred):
     Case(kind).check(call=dk.dynamic_feature_mse, norm_pred=norm_pred, target_norm=target_norm)
 
 
 @pytest.mark.parametrize("target_norm", ["instance_layer", "batch_layer"])
 @pytest.mark.parametrize("patches, width", [(1, 16), (17, 130), (40, 768)])
-def test_channels_are_standardised_at_any_size(target_norm, patches, width):
+def test_channel_standardisation_at_any_size(target_norm, patches, width):
     case = Case("per_tap", taps=2, patches=patches, width=width)
     case.target[..., 0] = 5.3  # a channel without variance
     case.target = case.target.float().double()
-    # Against a target of one token, which is 0, the gradient through the prediction's own norm cancels to rounding.
+    # The target of a single token is 0; the gradient through the norm of the prediction then cancels to rounding noise.
     case.check(call=dk.dynamic_feature_mse, target_norm=target_norm, norm_pred=patches > 1)
 
 
@@ -164,23 +162,23 @@ def test_patch_weights(kind, rescale_grad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("target_norm", ["layer", "instance_layer", "batch_layer", "none"])
-def test_a_target_without_variance(target_norm, dtype):
+def test_target_without_variance(target_norm, dtype):
     for kind, patches in (("shared", 1), ("per_tap", 5)):
         case = Case(kind, taps=2, patches=patches, width=16, dtype=dtype)
         case.target[:] = torch.linspace(-3, 9, 16).to(dtype).double()
-        found = case("triton", call=dk.dynamic_feature_mse, target_norm=target_norm)
-        assert all(each.isfinite().all() for each in found)
+        results = case("triton", call=dk.dynamic_feature_mse, target_norm=target_norm)
+        assert all(tensor.isfinite().all() for tensor in results)
         case.check(call=dk.dynamic_feature_mse, target_norm=target_norm, norm_pred=False)
 
 
 @pytest.mark.parametrize("unbiased", [True, False])
 @pytest.mark.parametrize("norm, eps", [("per_channel", 1e-5), ("joint", 1e-6), ("joint", 0.1), ("none", None)])
 @pytest.mark.parametrize("side", [4, 5])
-def test_pixel_targets_are_made_within(side, norm, eps, unbiased):
+def test_pixel_target_normalisation(side, norm, eps, unbiased):
     Case("pixel", side=side).check(norm=norm, eps=eps, unbiased=unbiased)
 
 
-def test_pixel_targets_of_real_size():
+def test_pixel_targets_of_patch_size_16():
     Case("pixel", taps=2, patches=5, side=16).check()
 
 
@@ -205,22 +203,20 @@ def test_any_number_of_taps_images_and_patches(taps, images, patches):
     Case(taps=taps, images=images, patches=patches, width=16).check()
 
 
-def test_all_patches_but_one_are_masked():
+def test_all_patches_but_one_masked():
     case = Case("pixel", patches=15)
-    hidden = torch.ones(2, 16, dtype=torch.bool)
-    hidden[:, 5] = False
-    case.images, case.masked = (
-        case.images[:, :, :12, :16].repeat(1, 1, 2, 1)[:, :, :16],
-        hidden.nonzero()[:, 1].view(2, 15),
-    )
-    case.distance = dk.patch_distance(hidden, (4, 4), impl="reference")[hidden].view(2, 15).double()
+    is_masked = torch.ones(2, 16, dtype=torch.bool)
+    is_masked[:, 5] = False
+    case.images = case.images[:, :, :12, :16].repeat(1, 1, 2, 1)[:, :, :16]
+    case.masked = is_masked.nonzero()[:, 1].view(2, 15)
+    case.distance = dk.patch_distance(is_masked, (4, 4), impl="reference")[is_masked].view(2, 15).double()
     case.check()
 
 
 @pytest.mark.parametrize("rescale_grad", ["full", "detach"])
-def test_more_patches_than_a_block_holds(rescale_grad):
+def test_more_patches_than_one_block(rescale_grad):
     Case(taps=1, images=1, patches=300, width=4, seed=1).check(rescale_grad=rescale_grad)
-    Case(taps=1, images=1, patches=300, width=4, seed=2).check(rescale_grad=rescale_grad)  # beta 0: all tie
+    Case(taps=1, images=1, patches=300, width=4, seed=2).check(rescale_grad=rescale_grad)  # beta 0: all patches tie
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
@@ -240,18 +236,18 @@ def test_random_shapes(kind, taps, images, patches, width, dtype, seed, side, re
 
 
 def strided(tensor):
-    """The same numbers, every other cell of a wider tensor."""
+    """Return a non-contiguous tensor of the same values: every other element of a larger tensor."""
     wider = torch.stack([tensor, torch.zeros_like(tensor)], -1)
     return wider[..., 0]
 
 
 @pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel"])
 @pytest.mark.parametrize("change", [strided, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)])
-def test_inputs_that_are_not_contiguous(kind, change):
+def test_non_contiguous_inputs(kind, change):
     Case(kind).check(change=change)
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_not_modified():
     case = Case()
     tensors = [case.pred.float().to(DEVICE), case.target.float().to(DEVICE), case.distance.float().to(DEVICE)]
     before = [tensor.clone() for tensor in tensors]
@@ -262,69 +258,68 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize("kind", ["shared", "pixel"])
-def test_equal_runs_give_equal_bits(kind):
+def test_equal_runs_are_bit_identical(kind):
     runs = [Case(kind, images=3, patches=9, dtype=torch.bfloat16)("triton") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
-def leaf_call(upstream, dtype=torch.float32, **shape):
-    """Gradients of a call under an upstream gradient, and what the reference gives."""
-    case = Case(dtype=dtype, **shape)
-    gradients = []
-    for impl, kind, device in (("triton", dtype, DEVICE), ("reference", torch.float64, "cpu")):
-        pred = case.pred.to(device, kind, copy=True).requires_grad_()
-        wide = torch.float64 if kind == torch.float64 else torch.float32
+def gradients(upstream, dtype=torch.float32, **shape):
+    """Return the gradients of pred by Triton and by the reference, for a given upstream gradient."""
+    case, results = Case(dtype=dtype, **shape), []
+    for impl, input_dtype, device in (("triton", dtype, DEVICE), ("reference", torch.float64, "cpu")):
+        pred = case.pred.to(device, input_dtype, copy=True).requires_grad_()
+        wide = torch.float64 if input_dtype == torch.float64 else torch.float32
         vectors = [tensor.to(device, wide) for tensor in (case.distance, case.beta, case.tap_weight)]
-        loss = dk.dynamic_mse(pred, case.target.to(device, kind), *vectors, impl=impl).loss
-        gradients.append(torch.autograd.grad(loss, pred, torch.tensor(upstream, device=device, dtype=wide))[0].cpu())
-    return gradients
+        loss = dk.dynamic_mse(pred, case.target.to(device, input_dtype), *vectors, impl=impl).loss
+        results.append(torch.autograd.grad(loss, pred, torch.tensor(upstream, device=device, dtype=wide))[0].cpu())
+    return results
 
 
-def test_fp16_gradients_survive_until_the_loss_scaler():
-    """Divided by B * M * D they would have lost their digits before the scaler's factor meets them."""
-    found, wanted = leaf_call(65536.0, torch.float16, taps=1, images=16, patches=16, width=2048)
-    assert wanted.abs().max() / 65536 < 1e-4  # below fp16's normal numbers
-    np.testing.assert_allclose(found.double(), wanted, rtol=2.0**-10, atol=1e-6)
+def test_fp16_gradients_do_not_underflow_before_loss_scaling():
+    """Without the storage scale, division by B * M * D would lose their digits before the loss scale is applied."""
+    actual, expected = gradients(65536.0, torch.float16, taps=1, images=16, patches=16, width=2048)
+    assert expected.abs().max() / 65536 < 1e-4  # close to the smallest normal number of fp16, 6e-5
+    np.testing.assert_allclose(actual.double(), expected, rtol=2.0**-10, atol=1e-6)
 
 
-def test_an_upstream_gradient_of_one_and_of_zero():
-    found, wanted = leaf_call(1.0)
-    np.testing.assert_allclose(found, wanted, atol=FP32 * wanted.abs().max().item())
-    assert (leaf_call(0.0)[0] == 0).all()
+def test_upstream_gradient_of_one_and_of_zero():
+    actual, expected = gradients(1.0)
+    np.testing.assert_allclose(actual, expected, atol=FP32 * expected.abs().max().item())
+    assert (gradients(0.0)[0] == 0).all()
 
 
-def test_a_second_backward_is_refused():
-    """The stored gradient was handed over: it may have been scaled, and others may write to it."""
+def test_second_backward_raises():
+    """The first backward returned the stored gradient itself: it may be scaled already or modified by the caller."""
     case = Case()
     pred = case.pred.float().to(DEVICE).requires_grad_()
-    arguments = [t.float().to(DEVICE) for t in (case.target, case.distance, case.beta, case.tap_weight)]
-    loss = dk.dynamic_mse(pred, *arguments, impl="triton").loss
+    args = [t.float().to(DEVICE) for t in (case.target, case.distance, case.beta, case.tap_weight)]
+    loss = dk.dynamic_mse(pred, *args, impl="triton").loss
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-@pytest.mark.parametrize("wants", ["pred", "beta", "neither"])
-def test_gradients_are_given_to_who_asks(wants):
+@pytest.mark.parametrize("requires_grad", ["pred", "beta", "neither"])
+def test_only_requested_gradients_are_returned(requires_grad):
     case = Case()
     pred, target, distance, beta, tap_weight = (
         t.float().to(DEVICE) for t in (case.pred, case.target, case.distance, case.beta, case.tap_weight)
     )
-    pred.requires_grad_(wants == "pred")
-    beta.requires_grad_(wants == "beta")
+    pred.requires_grad_(requires_grad == "pred")
+    beta.requires_grad_(requires_grad == "beta")
     result = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
-    assert result.loss.requires_grad == (wants != "neither")
+    assert result.loss.requires_grad == (requires_grad != "neither")
     assert not result.tap_loss.requires_grad
     assert not result.token_error.requires_grad
-    if wants != "neither":
+    if requires_grad != "neither":
         result.loss.backward()
-    assert (pred.grad is not None) == (wants == "pred")
-    assert (beta.grad is not None) == (wants == "beta")
+    assert (pred.grad is not None) == (requires_grad == "pred")
+    assert (beta.grad is not None) == (requires_grad == "beta")
     with torch.no_grad():
-        again = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
-    for one, other in zip(result, again, strict=True):  # another compilation, without the gradient
+        without_grad = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
+    for one, other in zip(result, without_grad, strict=True):  # the kernel compiled without the gradient
         torch.testing.assert_close(one, other, rtol=FP32, atol=0)
-    assert not again.loss.requires_grad
+    assert not without_grad.loss.requires_grad
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -333,20 +328,20 @@ def test_compiled_without_a_graph_break(kind, backend):
     case = Case(kind)
     call = dk.dynamic_pixel_mse if kind == "pixel" else dk.dynamic_feature_mse
 
-    def doubled(pred, *arguments, **options):
-        result = call(2 * pred, *arguments, **options)
+    def doubled(pred, *args, **options):
+        result = call(2 * pred, *args, **options)
         return dk.DynamicLoss(result.loss + 1, *result[1:])
 
     compiled = torch.compile(doubled, fullgraph=True, backend=backend)
-    if kind == "pixel":  # the call is the case's own, but what runs is ours
+    if kind == "pixel":  # Case calls dk.dynamic_pixel_mse by name
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(dk, "dynamic_pixel_mse", doubled)
-            plain = case("triton")
+            eager = case("triton")
             patch.setattr(dk, "dynamic_pixel_mse", compiled)
-            found = case("triton")
+            actual = case("triton")
     else:
-        plain, found = case("triton", call=doubled), case("triton", call=compiled)
-    for one, other in zip(plain, found, strict=True):
+        eager, actual = case("triton", call=doubled), case("triton", call=compiled)
+    for one, other in zip(eager, actual, strict=True):
         np.testing.assert_allclose(one.detach().cpu(), other.detach().cpu(), rtol=1e-6, atol=1e-9)
 
 
@@ -364,7 +359,7 @@ def test_distances_are_exact(grid):
     assert torch.equal(over_max, dk.patch_distance(masked, grid, impl="reference", norm="max"))
 
 
-def test_distances_of_many_samples_and_of_a_strided_mask():
+def test_distances_of_many_images_and_a_strided_mask():
     masked = torch.rand(500, 12, generator=torch.Generator().manual_seed(0)) < 0.5
     masked[:, 0] = False
     mask = strided(masked).to(DEVICE)
@@ -373,8 +368,8 @@ def test_distances_of_many_samples_and_of_a_strided_mask():
     )
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="15 GB and the interpreter would take days")
-def test_more_numbers_than_32_bits_count():
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs 15 GB; the interpreter would take days")
+def test_more_than_2_to_the_31_elements():
     generator = torch.Generator(DEVICE).manual_seed(0)
     pred = torch.randn(1, 15_000, 147, 1024, generator=generator, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
     assert pred.numel() > 2**31
@@ -384,36 +379,34 @@ def test_more_numbers_than_32_bits_count():
     result = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton")
     gradient = torch.autograd.grad(result.loss, pred, torch.tensor(2.0**30, device=DEVICE))[0]
     for image in (0, 14_999):
-        own = pred.detach()[0, image].double()
-        torch.testing.assert_close(result.token_error[0, image].double(), own.square().mean(-1), rtol=FP32, atol=0)
-        exact = own * 2 * 2.0**30 / pred.numel()
+        values = pred.detach()[0, image].double()
+        torch.testing.assert_close(result.token_error[0, image].double(), values.square().mean(-1), rtol=FP32, atol=0)
+        exact = values * 2 * 2.0**30 / pred.numel()
         torch.testing.assert_close(gradient[0, image].double(), exact, rtol=2.0**-7, atol=0)
     torch.testing.assert_close(result.loss, result.token_error.double().mean().float(), rtol=FP32, atol=0)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter would take an hour")
 @pytest.mark.parametrize("kind", ["shared", "per_tap"])
-def test_the_size_of_training(kind):
+def test_training_size(kind):
     Case(kind, taps=4, images=64, patches=147, width=768, dtype=torch.bfloat16).check()
 
 
-def test_more_shares_than_the_sum_takes_at_once():
+def test_more_partial_sums_than_one_block():
     rng = torch.Generator().manual_seed(0)
-    partial_sums, tap_weight = (
-        torch.randn(2, 3, 3000, generator=rng).to(DEVICE),
-        torch.rand(3, generator=rng).to(DEVICE),
-    )
+    partial_sums = torch.randn(2, 3, 3000, generator=rng).to(DEVICE)
+    tap_weight = torch.rand(3, generator=rng).to(DEVICE)
     loss, tap_loss, beta_grad = (torch.empty(shape, device=DEVICE) for shape in ((), 3, 3))
     outputs = loss, tap_loss, beta_grad
     operators.kernels.sum_kernel[(1,)](partial_sums, tap_weight, *outputs, 3, 3000, 7, BLOCK_K=4, BLOCK=2048)
-    wanted = partial_sums.double().sum(-1) / 7
-    torch.testing.assert_close(tap_loss.double(), wanted[0], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(beta_grad.double(), tap_weight * wanted[1], rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(loss.double(), (tap_weight * wanted[0]).sum(), rtol=1e-5, atol=1e-4)
+    expected = partial_sums.double().sum(-1) / 7
+    torch.testing.assert_close(tap_loss.double(), expected[0], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(beta_grad.double(), tap_weight * expected[1], rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.double(), (tap_weight * expected[0]).sum(), rtol=1e-5, atol=1e-4)
 
 
-def test_a_backward_that_brings_nothing_gives_nothing():
-    class Silent(torch.autograd.Function):
+def test_missing_upstream_gradient_gives_no_gradient():
+    class DropGradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x.clone()
@@ -424,60 +417,60 @@ def test_a_backward_that_brings_nothing_gives_nothing():
 
     case = Case()
     pred = case.pred.float().to(DEVICE).requires_grad_()
-    arguments = [t.float().to(DEVICE) for t in (case.target, case.distance, case.beta, case.tap_weight)]
-    Silent.apply(dk.dynamic_mse(pred, *arguments, impl="triton").loss).backward()
+    args = [t.float().to(DEVICE) for t in (case.target, case.distance, case.beta, case.tap_weight)]
+    DropGradient.apply(dk.dynamic_mse(pred, *args, impl="triton").loss).backward()
     assert pred.grad is None
 
 
-def test_operators_keep_torchs_rules():
+def test_operators_pass_opcheck():
     grad, beta_grad, upstream = (torch.ones(shape, device=DEVICE) for shape in ((2, 3), 2, ()))
     torch.library.opcheck(operators.patch_distance, (torch.tensor([[True, False]], device=DEVICE), 1, 2))
     torch.library.opcheck(operators._scale_gradients, (grad, beta_grad, upstream, 1.0))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes for these")
-def test_distances_of_a_whole_batch_on_a_gpu():
+def test_distances_of_a_large_batch():
     masked = torch.rand(4096, 4096, generator=torch.Generator().manual_seed(0)) < 0.75
     masked[:, 0] = False
     distance = dk.patch_distance(masked.to(DEVICE), (64, 64), impl="triton").cpu()
     assert torch.equal(distance[::64], dk.patch_distance(masked[::64], (64, 64), impl="reference"))
 
 
-def test_an_image_without_a_visible_patch_is_infinitely_far():
+def test_image_without_visible_patch_has_infinite_distances():
     assert torch.isinf(operators.patch_distance(torch.ones(1, 6, dtype=torch.bool, device=DEVICE), 2, 3)).all()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="counted in the interpreter")
+@pytest.mark.skipif(DEVICE == "cuda", reason="traffic is counted in the interpreter")
 @pytest.mark.parametrize("kind", ["shared", "per_tap", "feature", "pixel"])
-def test_every_byte_is_moved_once(kind):
-    """The floor: pred and target read once, the gradient written once. Everything else together: 2 % of it."""
+def test_memory_traffic_is_within_2_percent_of_the_floor(kind):
+    """Floor: pred and target are read once, the gradient is written once. All else adds less than 2 %."""
     taps, images, patches, side = 4, 1, 12, 16
     case = Case(kind, taps, images, patches, 768, torch.bfloat16, side=side)
     pred = case.pred.bfloat16().requires_grad_()
     target = case.images if kind == "pixel" else case.target.bfloat16()
     vectors = [case.distance.float(), case.beta.float().requires_grad_(), case.tap_weight.float()]
-    with traffic.Kernels(pred=pred, target=target) as moved:
+    with traffic.KernelTraffic(pred=pred, target=target) as counter:
         if kind == "pixel":
-            how = {"patch": side, "mean": MEAN, "std": STD}
-            result = dk.dynamic_pixel_mse(pred, target, case.masked, *vectors, **how, impl="triton")
+            options = {"patch": side, "mean": MEAN, "std": STD}
+            result = dk.dynamic_pixel_mse(pred, target, case.masked, *vectors, **options, impl="triton")
         else:
             call = dk.dynamic_feature_mse if kind == "feature" else dk.dynamic_mse
             result = call(pred, target, *vectors, impl="triton")
-    masked_bytes = patches * 768 if kind == "pixel" else target.numel() * 2
-    floor = 2 * pred.numel() * 2 + masked_bytes
-    assert moved.bytes.pop("load pred") == pred.numel() * 2
-    assert moved.bytes.pop("load target") == masked_bytes
-    assert moved.bytes["store else"] >= pred.numel() * 2  # the gradient, and what is small
-    assert sum(moved.bytes.values()) - pred.numel() * 2 < 0.02 * floor
+    target_bytes = patches * 768 if kind == "pixel" else target.numel() * 2
+    floor = 2 * pred.numel() * 2 + target_bytes
+    assert counter.bytes.pop("load pred") == pred.numel() * 2
+    assert counter.bytes.pop("load target") == target_bytes
+    assert counter.bytes["store other"] >= pred.numel() * 2  # the gradient, plus errors and partial sums
+    assert sum(counter.bytes.values()) - pred.numel() * 2 < 0.02 * floor
 
-    with traffic.Kernels() as moved:
+    with traffic.KernelTraffic() as counter:
         gradient = torch.autograd.grad(result.loss, pred)[0]
-    assert sum(moved.bytes.values()) < 100  # an upstream gradient of 1: a look at it, and beta's few numbers
+    assert sum(counter.bytes.values()) < 100  # upstream gradient 1: reads it, scales beta's gradient
     assert gradient.numel() == pred.numel()
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="seen without a GPU alone")
-def test_triton_is_never_exchanged_for_the_reference(monkeypatch):
+@pytest.mark.skipif(DEVICE == "cuda", reason="the error appears only without a GPU")
+def test_triton_never_falls_back_to_the_reference(monkeypatch):
     monkeypatch.setattr(implementation, "INTERPRETED", False)
     with pytest.raises(ValueError, match="impl='triton' cannot serve this call: the tensors are on the CPU"):
         Case()("triton")
@@ -485,35 +478,35 @@ def test_triton_is_never_exchanged_for_the_reference(monkeypatch):
         dk.patch_distance(torch.tensor([[True, False]]), (1, 2), impl="triton")
 
 
-def test_fp64_is_the_references():
+def test_triton_rejects_fp64():
     pred = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"torch\.float64 is the reference's alone"):
+    with pytest.raises(ValueError, match=r"torch\.float64 is supported by the reference only"):
         dk.dynamic_mse(pred, pred, torch.ones(1, 1), torch.ones(1), torch.ones(1), impl="triton")
 
 
-def test_auto_says_once_what_it_takes(caplog):
-    implementation._say.cache_clear()
+def test_auto_logs_its_choice_once(caplog):
+    implementation._log_choice.cache_clear()
     pred = torch.zeros(1, 1, 1, 1, device=DEVICE)
-    arguments = pred, pred, *(torch.ones(shape, device=DEVICE) for shape in ((1, 1), 1, 1))
+    args = pred, pred, *(torch.ones(shape, device=DEVICE) for shape in ((1, 1), 1, 1))
     with caplog.at_level(logging.INFO, logger="ddae_kernels"):
         for _ in range(3):
-            dk.dynamic_mse(*arguments)
-    chosen = "triton" if DEVICE == "cuda" else "reference"
-    assert [record.getMessage().split(" (")[0] for record in caplog.records] == [
-        f"impl='auto' takes {chosen} for {DEVICE} tensors"
-    ]
+            dk.dynamic_mse(*args)
+    resolved = "triton" if DEVICE == "cuda" else "reference"
+    messages = [record.getMessage().split(" (")[0] for record in caplog.records]
+    assert messages == [f"impl='auto' uses {resolved} for {DEVICE} tensors"]
 
 
-def resources(arch):
+def start_resources(arch):
+    """Start bench/resources.py for one architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "kernels/bench/resources.py", "--json", "--arch", str(arch)]
     return subprocess.Popen(command, env=environment | {"PYTHONPATH": "kernels"}, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the driver is replaced by one that only compiles")
+@pytest.mark.skipif(DEVICE == "cuda", reason="resources.py replaces the CUDA driver")
 def test_kernels_compile_for_a100_and_h100_without_spills():
-    """And every load and store of predictions, given targets and gradients is 16 bytes wide; images go by bytes."""
-    for process in [resources(arch) for arch in (80, 90)]:
+    """Loads and stores of predictions, float targets and gradients are 16 bytes wide; images are read byte by byte."""
+    for process in [start_resources(arch) for arch in (80, 90)]:
         rows = [json.loads(line) for line in process.communicate(timeout=600)[0].splitlines()]
         assert process.returncode == 0
         assert {row["kernel"] for row in rows} == {
@@ -525,10 +518,10 @@ def test_kernels_compile_for_a100_and_h100_without_spills():
             assert (row["stack"], row["local"], row["spills"]) == (0, 0, 0), row
         for row in losses:
             width = int(row["call"].split("D=")[1])
-            vectors = -(-width // 256)  # of 16 bytes, a warp
+            vectors = -(-width // 256)  # 16-byte accesses per lane for one row in bf16
             tensors = 1 if row["call"].startswith("pixel") else 2
-            tensors += 4 if "standardised" in row["call"] else 0  # means and scales of channels, in fp32
-            wider = 2 if "float32" in row["call"] else 1
-            assert row["load_128"] == wider * tensors * vectors, row
-            assert row["store_128"] == wider * vectors, row
+            tensors += 4 if "standardised" in row["call"] else 0  # means and scales of channels in fp32
+            size_ratio = 2 if "float32" in row["call"] else 1
+            assert row["load_128"] == size_ratio * tensors * vectors, row
+            assert row["store_128"] == size_ratio * vectors, row
             assert "load_16" not in row, row

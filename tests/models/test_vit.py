@@ -1,4 +1,4 @@
-"""Encoder, decoder and teacher."""
+"""Encoder, decoder and teacher: shapes, equivalence with timm, EMA accuracy."""
 
 import math
 
@@ -24,7 +24,7 @@ def build(**changes):
     return encoder.eval()
 
 
-def test_patchify_and_back():
+def test_unpatchify_inverts_patchify():
     images = torch.rand(2, 3, 24, 40)
     patches = patchify(images, 8)
     assert patches.shape == (2, 15, 192)
@@ -32,7 +32,7 @@ def test_patchify_and_back():
     assert torch.equal(unpatchify(patches, (3, 5), 8), images)
 
 
-def test_positions_follow_their_layout():
+def test_sincos_positions_of_both_layouts():
     row, column = sincos_positions((3, 4), 16, "rowfirst"), sincos_positions((3, 4), 16, "colfirst")
     assert row.shape == (1, 13, 16)
     assert (row[0, 0] == 0).all()
@@ -53,7 +53,7 @@ def test_every_parameter_is_initialised():
         assert parameter.isfinite().all(), name
 
 
-def test_patch_projection_is_a_convolution():
+def test_patch_projection_equals_convolution():
     encoder = build()
     images = torch.rand(2, 3, 32, 32)
     projection = encoder.patch_embed["proj"]
@@ -61,21 +61,20 @@ def test_patch_projection_is_a_convolution():
     torch.testing.assert_close(projection(patchify(images, 8)), convolved.flatten(2).mT)
 
 
-def test_visible_patches_are_the_whole_image_without_the_rest():
-    """All patches named visible, in any order, are the whole image; hidden ones have no influence."""
+def test_encoder_of_visible_patches_ignores_masked_ones():
+    """With all patches visible, in any order, the tokens equal those of the whole image."""
     encoder, images = build(), torch.rand(2, 3, 32, 32)
     order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     whole, shuffled = encoder(images), encoder(images, visible=order)
     torch.testing.assert_close(gather_tokens(whole[:, 1:], order), shuffled[:, 1:], rtol=1e-4, atol=1e-5)
     visible = order[:, :5]
-    seen = encoder(images, visible=visible)
-    assert seen.shape == (2, 6, 24)
-    changed = images.clone()
-    hidden = patchify(changed, 8).scatter(1, order[:, 5:, None].expand(-1, -1, 192), 0.0)
-    torch.testing.assert_close(seen, encoder(unpatchify(hidden, (4, 4), 8), visible=visible))
+    tokens = encoder(images, visible=visible)
+    assert tokens.shape == (2, 6, 24)
+    zeroed = patchify(images, 8).scatter(1, order[:, 5:, None].expand(-1, -1, 192), 0.0)
+    torch.testing.assert_close(tokens, encoder(unpatchify(zeroed, (4, 4), 8), visible=visible))
 
 
-def test_features_are_the_named_blocks_before_any_norm():
+def test_features_are_block_outputs_before_the_norm():
     encoder, images = build(), torch.rand(2, 3, 32, 32)
     first, last = encoder.features(images, [1, 3])
     torch.testing.assert_close(encoder.norm(last), encoder(images))
@@ -84,19 +83,19 @@ def test_features_are_the_named_blocks_before_any_norm():
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 8, 8), (1, 3, 40, 40), (3, 32, 32), (1, 1, 32, 32)])
-def test_other_images_are_refused(shape):
-    with pytest.raises(ValueError, match="this encoder reads"):
+def test_wrong_image_shape_raises(shape):
+    with pytest.raises(ValueError, match="this encoder expects"):
         build()(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("layers", [[], [0], [4]])
-def test_other_layers_are_refused(layers):
+def test_wrong_layers_raise(layers):
     with pytest.raises(ValueError, match="blocks from 1 to 3"):
         build().features(torch.zeros(1, 3, 32, 32), layers)
 
 
-def test_timm_reads_the_encoder():
-    """The same weights in timm's own ViT give the same tokens."""
+def test_encoder_equals_timm_vit():
+    """Equal weights give equal tokens."""
     import timm
 
     ours = build(width=48, depth=2, heads=3)
@@ -108,8 +107,8 @@ def test_timm_reads_the_encoder():
     torch.testing.assert_close(theirs.forward_features(images), ours(images), rtol=1e-4, atol=1e-5)
 
 
-def test_decoder_output_stands_at_the_masked_positions():
-    """Exchanging two masked positions exchanges their outputs, whatever the order they are named in."""
+def test_decoder_outputs_follow_the_order_of_masked_positions():
+    """Reversing the masked positions reverses the outputs."""
     decoder = Decoder(24, 16, 2, 2, 12, (4, 4), "rowfirst").eval()
     initialise(decoder, torch.Generator().manual_seed(0))
     tokens, visible = torch.rand(1, 5, 24), torch.tensor([[0, 3, 7, 9]])
@@ -120,64 +119,64 @@ def test_decoder_output_stands_at_the_masked_positions():
 
 
 @pytest.mark.parametrize("momentum, half_life", [(0.9, 7), (0.999, 693), (0.99999, 69315)])
-def test_teacher_follows_as_float64_does(momentum, half_life):
-    """1,000 steps towards weights 1 % away; error over the distance travelled."""
+def test_ema_in_fp32_is_as_accurate_as_float64(momentum, half_life):
+    """1,000 updates towards weights 1 % away: error relative to the total change below 1e-3."""
     encoder = build()
     parameters = dict(encoder.named_parameters())
-    fragments = [TensorShard(name, 0, p.detach().clone().flatten()) for name, p in parameters.items()]
-    teacher = Teacher(build(), fragments, sharded=False)
-    starts = [f.values.clone() for f in fragments]
-    for f in fragments:
-        f.values.mul_(1.01).add_(1e-4)
+    shards = [TensorShard(name, 0, p.detach().clone().flatten()) for name, p in parameters.items()]
+    teacher = Teacher(build(), shards, sharded=False)
+    starts = [s.values.clone() for s in shards]
+    for s in shards:
+        s.values.mul_(1.01).add_(1e-4)
     exact = [start.double() for start in starts]
     for _ in range(1000):
         teacher.update(momentum)
-        exact = [momentum * e + (1 - momentum) * f.values.double() for e, f in zip(exact, fragments, strict=True)]
-    wrong = torch.cat([(m.double() - e).abs() for m, e in zip(teacher.masters, exact, strict=True)]).sum()
-    travelled = torch.cat([(e - start.double()).abs() for e, start in zip(exact, starts, strict=True)]).sum()
-    assert travelled > 0
-    assert wrong / travelled < 1e-3
+        exact = [momentum * e + (1 - momentum) * s.values.double() for e, s in zip(exact, shards, strict=True)]
+    error = torch.cat([(m.double() - e).abs() for m, e in zip(teacher.masters, exact, strict=True)]).sum()
+    change = torch.cat([(e - start.double()).abs() for e, start in zip(exact, starts, strict=True)]).sum()
+    assert change > 0
+    assert error / change < 1e-3
     expected = 1 - 0.5 ** (1000 / half_life)
-    step = torch.cat([f.values - start for f, start in zip(fragments, starts, strict=True)]).abs().sum()
-    assert travelled / step == pytest.approx(expected, rel=0.01)
+    distance = torch.cat([s.values - start for s, start in zip(shards, starts, strict=True)]).abs().sum()
+    assert change / distance == pytest.approx(expected, rel=0.01)
 
 
-def test_an_mlp_that_keeps_no_gelu_has_the_same_gradients(monkeypatch):
-    mlp, tokens, kept = Mlp(8, 32), torch.randn(3, 5, 8), []
+def test_mlp_that_recomputes_gelu_has_equal_gradients(monkeypatch):
+    mlp, tokens, saved = Mlp(8, 32), torch.randn(3, 5, 8), []
 
     def hooks(pack, unpack):
-        def note(values):
-            kept.append(pack(values))
-            return kept[-1]
+        def record(values):
+            saved.append(pack(values))
+            return saved[-1]
 
-        return saved_tensors_hooks(note, unpack)
+        return saved_tensors_hooks(record, unpack)
 
     monkeypatch.setattr("ddae.models.vit.saved_tensors_hooks", hooks)
-    seen = []
-    for mlp.keeps_gelu in (True, False):
+    results = []
+    for mlp.save_gelu_output in (True, False):
         mlp.zero_grad()
-        entering = tokens.clone().requires_grad_()
-        output = mlp(entering)
+        inputs = tokens.clone().requires_grad_()
+        output = mlp(inputs)
         output.square().sum().backward()
-        seen.append((output, entering.grad, *(each.grad.clone() for each in mlp.parameters())))
-    assert all(torch.equal(one, other) for one, other in zip(*seen, strict=True))
-    assert sum(each.numel() for each in kept if isinstance(each, torch.Tensor)) == 8 * 32  # the last matrix alone
+        results.append((output, inputs.grad, *(each.grad.clone() for each in mlp.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert sum(each.numel() for each in saved if isinstance(each, torch.Tensor)) == 8 * 32  # only fc2's weight
 
 
-@pytest.mark.parametrize("part", [2**22, 1000])
-def test_teacher_runs_its_masters_and_takes_no_gradient(part, monkeypatch):
-    monkeypatch.setattr("ddae.method.teacher.PART", part)
+@pytest.mark.parametrize("chunk_size", [2**22, 1000])
+def test_teacher_runs_its_master_weights_without_gradient(chunk_size, monkeypatch):
+    monkeypatch.setattr("ddae.method.teacher.CHUNK_SIZE", chunk_size)
     encoder = build()
-    fragments = [TensorShard(name, 0, p.detach().flatten()) for name, p in encoder.named_parameters()]
-    halves = []  # the same in two pieces a parameter, as ranks would hold them
-    for fragment in fragments:
-        middle = fragment.values.numel() // 2
-        halves += [fragment._replace(values=fragment.values[:middle])]
-        halves += [TensorShard(fragment.name, middle, fragment.values[middle:])]
+    shards = [TensorShard(name, 0, p.detach().flatten()) for name, p in encoder.named_parameters()]
+    halves = []  # two shards per parameter
+    for shard in shards:
+        middle = shard.values.numel() // 2
+        halves += [shard._replace(values=shard.values[:middle])]
+        halves += [TensorShard(shard.name, middle, shard.values[middle:])]
     images, masked = torch.rand(2, 3, 32, 32), torch.tensor([[1, 5], [0, 15]])
     visible = torch.stack([torch.tensor([p for p in range(16) if p not in row]) for row in masked.tolist()])
     patches = gather_tokens(patchify(images, 8), torch.cat([visible, masked], 1))
-    for pieces in (fragments, halves):
+    for pieces in (shards, halves):
         teacher = Teacher(Encoder(encoder.shape), pieces, sharded=False)
         targets = teacher.targets(patches, (1, 3), Mask(visible, masked))
         assert not targets.requires_grad

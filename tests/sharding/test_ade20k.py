@@ -1,5 +1,5 @@
-"""ADE20K's zip -> shards, on small zips of every layout. A picture's red channel says its mask's label, so that an
-image and a mask that lie differently are found out."""
+"""Conversion of ADE20K's zip to shards, on small zips of every layout. Images encode their mask's labels as brightness,
+so that an image that is rotated relative to its mask is detected."""
 
 import errno
 import io
@@ -30,7 +30,7 @@ FULL_ROOTS = ["ADE20K_2016_07_26/images", "ADE20K_2021_17_01/images/ADE"]
 
 
 def labels_of(number, last=150, size=(48, 40)):
-    """Blocks of 8 x 8 pixels, the first unlabelled, the last of the largest label."""
+    """Return labels [H, W] in blocks of 8 x 8 pixels, including 0 (unlabelled) and the largest label."""
     width, height = size
     blocks = np.random.default_rng(number).integers(0, last + 1, (height // 8, width // 8))
     blocks[0, 0], blocks[-1, -1] = 0, last
@@ -38,7 +38,7 @@ def labels_of(number, last=150, size=(48, 40)):
 
 
 def jpeg(labels, orientation=1, mode="RGB"):
-    """A picture that is bright where the label is large."""
+    """Return an image whose brightness is proportional to the label."""
     image, buffer = Image.fromarray((labels * 255 // max(labels.max(), 1)).astype(np.uint8)).convert(mode), io.BytesIO()
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -53,7 +53,7 @@ def png(array):
 
 
 def full_mask(labels):
-    """Class in red and green, instances in blue, as the full ADE20K has them; what tens leave of red means nothing."""
+    """Return a mask as in the full ADE20K: class in red (tens only) and green, instance in blue."""
     instances = np.arange(labels.size).reshape(labels.shape) % 7
     return png(np.stack([labels // 256 * 10 + 7, labels % 256, instances], -1).astype(np.uint8))
 
@@ -79,9 +79,9 @@ def full_files(root, last=3144):
         labels = labels_of(number, last)
         files[f"{root}/{place}.jpg"] = jpeg(labels)
         files[f"{root}/{place}_seg.png"] = full_mask(labels)
-        files[f"{root}/{place}_parts_1.png"] = files[f"{root}/{place}_parts_2.png"] = b"passed over"
-        files[f"{root}/{place}_atr.txt"] = b"passed over"
-        files[f"{root}/{place}/instance_000_{place.split('/')[-1]}.png"] = b"passed over"
+        files[f"{root}/{place}_parts_1.png"] = files[f"{root}/{place}_parts_2.png"] = b"skipped"
+        files[f"{root}/{place}_atr.txt"] = b"skipped"
+        files[f"{root}/{place}/instance_000_{place.split('/')[-1]}.png"] = b"skipped"
     return files
 
 
@@ -100,7 +100,7 @@ def make_zip(path, files):
 
 
 def change_header(path, name, offset, value):
-    """Overwrite a field of a member's entry in the zip's directory, where readers look."""
+    """Overwrite a field of a member's entry in the zip's central directory."""
     data = bytearray(path.read_bytes())
     entry = next(
         m.start() for m in re.finditer(b"PK\x01\x02", data) if data[m.start() + 46 :].startswith(name.encode())
@@ -110,60 +110,60 @@ def change_header(path, name, offset, value):
 
 
 def read(folder, split):
-    """key -> image and mask, through plain webdataset."""
+    """Return key -> image and mask, read with webdataset."""
     paths = [str(path) for path in sorted(folder.glob(f"{split}-*.tar"))]
     records = list(WebDataset(paths, shardshuffle=False, empty_check=False))
-    assert samples_of(folder, split) == len(records)
+    assert count_samples(folder, split) == len(records)
     pairs = {r["__key__"]: (Image.open(io.BytesIO(r["jpg"])), Image.open(io.BytesIO(r["png"]))) for r in records}
     for record in records:
         pairs[record["__key__"]][0].info["file"] = record["jpg"]  # its bytes, beside its pixels
     return pairs
 
 
-def samples_of(folder, split):
-    """As the manifest counts them."""
+def count_samples(folder, split):
+    """Return the number of samples in the manifest."""
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     return sum(entry["samples"] for name, entry in shards.items() if name.startswith(split))
 
 
 def report_of(folder):
-    """key -> kinds and action; the numbers must add up."""
+    """Return key -> kinds and action. Check that the numbers add up."""
     report = json.loads((folder / "report.json").read_text())
-    assert report["written"] == samples_of(folder, "train") + samples_of(folder, "val")
+    assert report["written"] == count_samples(folder, "train") + count_samples(folder, "val")
     assert report["input"] == report["written"] + report["left_out"]
     assert report["left_out"] == sum(line["action"] == "left_out" for line in report["images"])
     return {line["key"]: (line["kinds"], line["action"]) for line in report["images"]}
 
 
-def command(path, out, *words, patch=""):
-    """The script in a process of its own, as a user calls it; `patch` is Python that runs before it."""
-    words = [SCRIPT, str(path), "--out", str(out), *words]
-    start = ["-c", f"import sys, runpy\nsys.argv = {words}\n{patch}\nrunpy.run_path({SCRIPT!r}, run_name='__main__')"]
-    return subprocess.run([sys.executable, *(start if patch else words)], capture_output=True, text=True)
+def run_script(path, out, *args, patch=""):
+    """Run the script in a subprocess. patch: Python code that is executed before it."""
+    args = [SCRIPT, str(path), "--out", str(out), *args]
+    code = f"import sys, runpy\nsys.argv = {args}\n{patch}\nrunpy.run_path({SCRIPT!r}, run_name='__main__')"
+    return subprocess.run([sys.executable, *(["-c", code] if patch else args)], capture_output=True, text=True)
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
-    """The script with a mistake, in this process: one sentence, exit code 2, and no file made or lost."""
+def assert_rejected(monkeypatch, capsys):
+    """Run the script in this process. It must print one line, exit with code 2, and create or remove no file."""
 
-    def call(path, out, *words, says):
+    def call(path, out, *args, message):
         before = sorted(out.parent.rglob("*"))
-        monkeypatch.setattr(sys, "argv", [SCRIPT, str(path), "--out", str(out), *words])
-        with pytest.raises(SystemExit) as stop:
+        monkeypatch.setattr(sys, "argv", [SCRIPT, str(path), "--out", str(out), *args])
+        with pytest.raises(SystemExit) as exited:
             runpy.run_path(SCRIPT, run_name="__main__")
-        said = capsys.readouterr()
-        assert stop.value.code == 2
-        assert re.search(f"prepare_ade20k: .*({says}).*\n$", said.err), said.err
-        assert said.out == ""
+        printed = capsys.readouterr()
+        assert exited.value.code == 2
+        assert re.search(f"prepare_ade20k: .*({message}).*\n$", printed.err), printed.err
+        assert printed.out == ""
         assert sorted(out.parent.rglob("*")) == before
-        return said.err
+        return printed.err
 
     return call
 
 
 def test_scene_parse_pixel_by_pixel(tmp_path):
     files = scene_files()
-    done = command(make_zip(tmp_path / "a.zip", files), tmp_path / "deep/out", "--per_shard", "2")
+    done = run_script(make_zip(tmp_path / "a.zip", files), tmp_path / "deep/out", "--per_shard", "2")
     assert done.returncode == 0, done.stderr
     out = tmp_path / "deep/out"
     names = {f"train-{n:06d}.{end}" for n in range(3) for end in ("tar", "idx")} | {"val-000000.tar", "val-000000.idx"}
@@ -176,7 +176,7 @@ def test_scene_parse_pixel_by_pixel(tmp_path):
             labels = labels_of(number)
             assert mask.mode == "L"
             np.testing.assert_array_equal(np.asarray(mask), np.where(labels == 0, 255, labels - 1))
-            assert image.info["file"] == files[f"{SCENE}/images/{folder}/{key}.jpg"]  # byte for byte
+            assert image.info["file"] == files[f"{SCENE}/images/{folder}/{key}.jpg"]  # unchanged bytes
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["classes"] == NAMES
     assert manifest["settings"] == {"reduce_zero_label": True, "ignore": 255, "per_shard": 2, "images": 7}
@@ -184,7 +184,7 @@ def test_scene_parse_pixel_by_pixel(tmp_path):
 
 
 @pytest.mark.parametrize("root", FULL_ROOTS)
-def test_all_classes_have_16_bits(root, tmp_path):
+def test_full_ade20k_has_16_bit_masks(root, tmp_path):
     files = full_files(root)
     names = [f"name {label}" for label in range(1, 3145)]
     files[f"{root.split('/')[0]}/index_ade20k.mat"] = index_mat(names)
@@ -201,26 +201,26 @@ def test_all_classes_have_16_bits(root, tmp_path):
     assert report_of(tmp_path / "out") == {}
 
 
-def test_a_pickle_is_never_opened(tmp_path):
-    """Unpickling this index would make a file."""
-    made = tmp_path / "ran"
+def test_pickled_index_is_never_loaded(tmp_path):
+    """Unpickling this index would create a file."""
+    created = tmp_path / "ran"
     files = full_files(FULL_ROOTS[1])
-    files["ADE20K_2021_17_01/index_ade20k.pkl"] = f"cposix\nsystem\n(S'touch {made}'\ntR.".encode()
-    said = prepare(make_zip(tmp_path / "a.zip", files), tmp_path / "out", 500)
-    assert not made.exists()
-    assert "classes have no names: index_ade20k.mat is missing" in said
+    files["ADE20K_2021_17_01/index_ade20k.pkl"] = f"cposix\nsystem\n(S'touch {created}'\ntR.".encode()
+    printed = prepare(make_zip(tmp_path / "a.zip", files), tmp_path / "out", 500)
+    assert not created.exists()
+    assert "classes have no names: index_ade20k.mat is missing" in printed
     assert json.loads((tmp_path / "out/manifest.json").read_text())["classes"] == []
 
 
 @pytest.mark.parametrize("content", [b"", b"Idx\tName\n1\twall\n", b"\xff\xfe", b"no table"])
-def test_names_that_cannot_be_read_are_said(content, tmp_path):
+def test_unreadable_class_names_are_reported(content, tmp_path):
     files = scene_files(1, 1) | {f"{SCENE}/objectInfo150.txt": content}
     assert "classes have no names: objectInfo150.txt" in prepare(make_zip(tmp_path / "a.zip", files), tmp_path / "o", 9)
     assert json.loads((tmp_path / "o/manifest.json").read_text())["classes"] == []
 
 
 @pytest.mark.parametrize("orientation", [3, 6])
-def test_an_image_that_exif_turns_stays_with_its_mask(orientation, tmp_path):
+def test_image_with_exif_orientation_matches_its_mask(orientation, tmp_path):
     files, labels = scene_files(1, 1), labels_of(1)
     files[f"{SCENE}/images/training/ADE_train_00000001.jpg"] = jpeg(labels, orientation)
     prepare(make_zip(tmp_path / "a.zip", files), tmp_path / "out", 500)
@@ -229,12 +229,12 @@ def test_an_image_that_exif_turns_stays_with_its_mask(orientation, tmp_path):
     assert image.size == mask.size == (48, 40)
     ((width, height),) = json.loads((tmp_path / "out/manifest.json").read_text())["shards"]["train-000000.tar"]["sizes"]
     assert (width, height) == (48, 40)
-    brightness = np.asarray(mask).astype(np.uint8) + np.uint8(1)  # the label again, as jpeg() painted it
+    brightness = np.asarray(mask).astype(np.uint8) + np.uint8(1)  # the label, which jpeg() encoded
     assert np.abs(np.asarray(image)[..., 0] - brightness * (255 / 150)).mean() < 6
     assert report_of(tmp_path / "out") == {"ADE_train_00000001": (["exif_rotated"], "converted")}
 
 
-def test_what_cannot_be_used_is_named(tmp_path):
+def test_unusable_pairs_are_reported(tmp_path):
     files, labels = scene_files(12, 1), labels_of(1)
     image, mask = (
         f"{SCENE}/{kind}/training/ADE_train_%08d.{end}" for kind, end in (("images", "jpg"), ("annotations", "png"))
@@ -270,7 +270,7 @@ def test_what_cannot_be_used_is_named(tmp_path):
     assert sources[7:9] == [image % 8, mask % 9]
 
 
-def test_one_key_in_two_folders_is_written_once(tmp_path):
+def test_duplicate_key_is_written_once(tmp_path):
     files = full_files(FULL_ROOTS[0])
     for end in (".jpg", "_seg.png"):
         files[f"{FULL_ROOTS[0]}/training/z/zoo/ADE_train_00000970{end}"] = files[
@@ -280,7 +280,7 @@ def test_one_key_in_two_folders_is_written_once(tmp_path):
     assert report_of(tmp_path / "out") == {"ADE_train_00000970": (["duplicate_key"], "left_out")}
 
 
-def test_a_label_without_a_name_is_left_out(tmp_path):
+def test_label_without_class_name_is_left_out(tmp_path):
     files = full_files(FULL_ROOTS[0], last=300) | {"ADE20K_2016_07_26/index_ade20k.mat": index_mat(["x"] * 300)}
     place = f"{FULL_ROOTS[0]}/training/a/abbey/ADE_train_00000970"
     files[f"{place}_seg.png"] = full_mask(labels_of(0, 301))
@@ -288,13 +288,13 @@ def test_a_label_without_a_name_is_left_out(tmp_path):
     assert report_of(tmp_path / "out") == {"ADE_train_00000970": (["label_out_of_range"], "left_out")}
 
 
-def test_damage_in_the_zip_is_named(tmp_path):
-    """A member whose bytes changed, and one that declares fewer bytes than it has."""
+def test_damaged_members_are_reported(tmp_path):
+    """One member has changed bytes; another declares fewer bytes than it has."""
     files = scene_files(3, 1)
     path = make_zip(tmp_path / "a.zip", files)
     data = bytearray(path.read_bytes())
-    place = data.index(b"ADE_train_00000001.jpg") + 22
-    data[place + 100 : place + 120] = bytes(20)
+    start = data.index(b"ADE_train_00000001.jpg") + 22
+    data[start + 100 : start + 120] = bytes(20)
     path.write_bytes(data)
     change_header(path, f"{SCENE}/annotations/training/ADE_train_00000002.png", 24, struct.pack("<I", 20))
     prepare(path, tmp_path / "out", 500)
@@ -304,7 +304,7 @@ def test_damage_in_the_zip_is_named(tmp_path):
     }
 
 
-def test_no_more_is_read_than_allowed(tmp_path, monkeypatch):
+def test_read_member_limits_the_size(tmp_path, monkeypatch):
     with zipfile.ZipFile(make_zip(tmp_path / "a.zip", {"a": bytes(1000)})) as archive:
         monkeypatch.setattr(ade20k, "MAX_BYTES", 1000)
         assert read_member(archive, archive.getinfo("a")) == bytes(1000)
@@ -312,9 +312,9 @@ def test_no_more_is_read_than_allowed(tmp_path, monkeypatch):
         assert read_member(archive, archive.getinfo("a")) is None
 
 
-def test_the_same_zip_gives_the_same_bytes(tmp_path):
+def test_output_is_reproducible(tmp_path):
     path = make_zip(tmp_path / "a.zip", scene_files())
-    (tmp_path / "two").mkdir()  # an empty folder may be there
+    (tmp_path / "two").mkdir()  # an existing empty folder is accepted
     other = make_zip(tmp_path / "b.zip", dict(reversed(scene_files().items())))
     for zipped, out in ((path, "one"), (path, "two"), (other, "three")):
         prepare(zipped, tmp_path / out, 3)
@@ -323,28 +323,30 @@ def test_the_same_zip_gives_the_same_bytes(tmp_path):
         assert (tmp_path / "three" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_complete_folder_is_kept_and_another_refused(tmp_path, refused):
+def test_complete_folder_is_kept_and_other_shards_are_rejected(tmp_path, assert_rejected):
     path, out = make_zip(tmp_path / "a.zip", scene_files()), tmp_path / "out"
     prepare(path, out, 500)
     times = {file: file.stat().st_mtime_ns for file in out.iterdir()}
-    again = command(path, out)
+    again = run_script(path, out)
     assert again.returncode == 0
     assert "is complete" in again.stdout
-    refused(path, out, "--per_shard", "2", says="holds other shards")
-    refused(make_zip(tmp_path / "b.zip", scene_files(4, 2)), out, says="holds other shards")
-    refused(make_zip(tmp_path / "c.zip", full_files(FULL_ROOTS[0])), out, says="holds other shards")
+    assert_rejected(path, out, "--per_shard", "2", message="contains other or incomplete shards")
+    assert_rejected(make_zip(tmp_path / "b.zip", scene_files(4, 2)), out, message="contains other or incomplete shards")
+    assert_rejected(
+        make_zip(tmp_path / "c.zip", full_files(FULL_ROOTS[0])), out, message="contains other or incomplete shards"
+    )
     assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == times
     with open(out / "train-000000.tar", "ab") as shard:
         shard.truncate(1000)
-    refused(path, out, says="not all of them")
+    assert_rejected(path, out, message="contains other or incomplete shards")
     (out / "train-000000.tar").unlink()
-    refused(path, out, says="not all of them")
+    assert_rejected(path, out, message="contains other or incomplete shards")
 
 
-def test_a_killed_run_starts_over(tmp_path):
+def test_killed_run_starts_over(tmp_path):
     path, out = make_zip(tmp_path / "a.zip", scene_files()), tmp_path / "out"
     kill = "import os, ddae.data.shard_writer as w; w.write_manifest = lambda *a, **k: os.kill(os.getpid(), 9)"
-    assert command(path, out, "--per_shard", "1", patch=kill).returncode == -9
+    assert run_script(path, out, "--per_shard", "1", patch=kill).returncode == -9
     assert not out.exists()
     assert (tmp_path / "out.unfinished/train-000004.tar").exists()
     prepare(path, out, 3)
@@ -353,68 +355,70 @@ def test_a_killed_run_starts_over(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mistake", ["no file", "folder", "text", "cut", "other zip", "images alone", "masks alone", "both"]
+    "case", ["no file", "folder", "text", "cut", "other zip", "images alone", "masks alone", "both"]
 )
-def test_a_file_that_is_not_ade20ks(mistake, tmp_path, refused):
+def test_other_files_are_rejected(case, tmp_path, assert_rejected):
     path, files = tmp_path / "a.zip", scene_files(2, 1)
-    match mistake:
+    match case:
         case "no file":
-            says = "No such file"
+            message = "No such file"
         case "folder":
             path.mkdir()
-            says = "Is a directory"
+            message = "Is a directory"
         case "text":
             path.write_text("not a zip")
-            says = "not a whole zip"
+            message = "is not a complete zip"
         case "cut":
             path.write_bytes(make_zip(path, files).read_bytes()[:-500])
-            says = "not a whole zip"
+            message = "is not a complete zip"
         case "other zip":
             make_zip(path, {"images/cat.jpg": b"x", "README": b"y"})
-            says = "holds 0 images"
+            message = "contains 0 images"
         case "images alone":
             make_zip(path, {name: data for name, data in files.items() if "annotations" not in name})
-            says = "masks of 0 kinds"
+            message = "masks of 0 layouts"
         case "masks alone":
             make_zip(path, {name: data for name, data in files.items() if "images" not in name})
-            says = "holds 0 images"
+            message = "contains 0 images"
         case "both":
             make_zip(path, files | full_files(FULL_ROOTS[0]))
-            says = "masks of 2 kinds"
-    assert len(refused(path, tmp_path / "out", says=says).splitlines()) == 1
+            message = "masks of 2 layouts"
+    assert len(assert_rejected(path, tmp_path / "out", message=message).splitlines()) == 1
 
 
-def test_a_mistake_in_a_process_of_its_own(tmp_path):
-    done = command(tmp_path / "none.zip", tmp_path / "out")
+def test_error_in_a_subprocess(tmp_path):
+    done = run_script(tmp_path / "none.zip", tmp_path / "out")
     assert done.returncode == 2
-    assert done.stderr == f"prepare_ade20k: {tmp_path}/none.zip: No such file or directory; nothing was made\n"
+    assert done.stderr == f"prepare_ade20k: {tmp_path}/none.zip: No such file or directory. Nothing was written.\n"
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil", "..\\evil", "C:\\evil"])
-def test_members_outside_of_a_folder(name, tmp_path, refused):
+def test_unsafe_paths_are_rejected(name, tmp_path, assert_rejected):
     path = make_zip(tmp_path / "a.zip", scene_files(1, 1) | {name: b"x"})
-    refused(path, tmp_path / "out", says="lies outside")
+    assert_rejected(path, tmp_path / "out", message="outside its folder")
 
 
-def test_encrypted_and_huge_members(tmp_path, refused):
+def test_encrypted_and_oversized_members_are_rejected(tmp_path, assert_rejected):
     name = f"{SCENE}/annotations/training/ADE_train_00000001.png"
     path = make_zip(tmp_path / "a.zip", scene_files(2, 1))
     change_header(path, name, 8, b"\x01\x00")
-    refused(path, tmp_path / "out", says="is encrypted")
+    assert_rejected(path, tmp_path / "out", message="is encrypted")
     make_zip(path, scene_files(2, 1))
     change_header(path, name, 24, struct.pack("<I", (1 << 28) + 1))
-    refused(path, tmp_path / "out", says="larger than 256 MiB")
+    assert_rejected(path, tmp_path / "out", message="larger than 256 MiB")
 
 
-def test_not_one_image(tmp_path, refused):
+def test_no_usable_image(tmp_path, assert_rejected):
     files = {name: b"broken" if name.endswith(".jpg") else data for name, data in scene_files(2, 1).items()}
-    refused(make_zip(tmp_path / "a.zip", files), tmp_path / "out", says="not one image of 3 can be used: .*unreadable")
+    assert_rejected(
+        make_zip(tmp_path / "a.zip", files), tmp_path / "out", message="none of the 3 images is usable.*unreadable"
+    )
 
 
-def test_no_space_left(tmp_path, refused, monkeypatch):
-    """The disk is full at the second shard, half of which is written."""
+def test_full_disk(tmp_path, assert_rejected, monkeypatch):
+    """The disk is full when half of the second shard is written."""
 
     def fill(path, samples):
         if path.name.startswith("train"):
@@ -424,26 +428,29 @@ def test_no_space_left(tmp_path, refused, monkeypatch):
 
     path = make_zip(tmp_path / "a.zip", scene_files(2, 1))
     monkeypatch.setattr(ade20k, "write_shard", fill)
-    refused(path, tmp_path / "out", says="No space left")
+    assert_rejected(path, tmp_path / "out", message="No space left")
 
 
-def test_out_that_cannot_be_used(tmp_path, refused):
+def test_unusable_output_folder(tmp_path, assert_rejected):
     path, out = make_zip(tmp_path / "a.zip", scene_files(2, 1)), tmp_path / "out"
     out.mkdir()
-    (out / "thesis.tex").write_text("mine")
-    refused(path, out, says="not an empty folder")
-    refused(path, path, says="not an empty folder")
-    refused(path, path / "below", says="Not a directory|File exists")
+    (out / "thesis.tex").write_text("text")
+    assert_rejected(path, out, message="not an empty folder")
+    assert_rejected(path, path, message="not an empty folder")
+    assert_rejected(path, path / "below", message="Not a directory|File exists")
     (out / "manifest.json").write_text("[]")
-    refused(path, out, says="holds other shards")
-    refused(path, tmp_path / "new", "--per_shard", "0", says="at least one")
-    assert (out / "thesis.tex").read_text() == "mine"
+    assert_rejected(path, out, message="contains other or incomplete shards")
+    assert_rejected(path, tmp_path / "new", "--per_shard", "0", message="expected at least 1")
+    assert (out / "thesis.tex").read_text() == "text"
 
 
-def test_progress_is_not_a_flood(tmp_path):
-    """Standard error is no terminal here: a first and a last line, none between them within ten seconds."""
-    slow = "import time, ddae.sharding.ade20k as a; f = a.convert; a.convert = lambda *x: time.sleep(0.05) or f(*x)"
-    done = command(make_zip(tmp_path / "a.zip", scene_files(18, 2)), tmp_path / "out", patch=slow)
+def test_progress_bar_prints_two_lines_without_terminal(tmp_path):
+    """Standard error is not a terminal here: the bar prints at its start and end, and else every ten seconds."""
+    slow = """import time
+from ddae.sharding import ade20k
+convert_pair = ade20k.convert_pair
+ade20k.convert_pair = lambda *args: time.sleep(0.05) or convert_pair(*args)"""
+    done = run_script(make_zip(tmp_path / "a.zip", scene_files(18, 2)), tmp_path / "out", patch=slow)
     assert "20/20" in done.stderr
     assert done.stderr.count("images/s]") == 2
     assert "out: 20 images" in done.stdout

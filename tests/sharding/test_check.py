@@ -3,7 +3,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from image_archives import contents, imagenet, in_folders, run_command, shard_imagenet, write_folder, written
+from image_archives import class_folders, contents, imagenet, read_samples, run_script, shard_imagenet, write_folder
 
 from ddae.data.cache import Cache
 from ddae.data.shards import open_shards, read_index
@@ -13,42 +13,42 @@ CACHE = Cache(Path("nowhere"), 0)
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("made")
-    words = ["--train", write_folder(folder / "in", in_folders(imagenet(8))), "--out", folder / "out"]
-    assert shard_imagenet(*words) == 0
+def undamaged(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undamaged")
+    args = ["--train", write_folder(folder / "in", class_folders(imagenet(8))), "--out", folder / "out"]
+    assert shard_imagenet(*args) == 0
     return folder / "out"
 
 
 @pytest.fixture
-def folder(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "shards")
+def folder(undamaged, tmp_path):
+    return shutil.copytree(undamaged, tmp_path / "shards")
 
 
-def check(*words):
-    return run_command("check_shards", "--workers", 2, *words)
+def check(*args):
+    return run_script("check_shards", "--workers", 2, *args)
 
 
-@pytest.mark.parametrize("how", [[], ["--fast"], ["--full"]])
-def test_what_is_well_is_well(how, folder, capsys):
+@pytest.mark.parametrize("depth", [[], ["--fast"], ["--full"]])
+def test_undamaged_shards_have_no_problems(depth, folder, capsys):
     before = contents(folder)
-    assert check(folder, *how) == 0
+    assert check(folder, *depth) == 0
     assert capsys.readouterr().out.splitlines() == [
-        f"{folder}: 40 images, {'hashes and images' if '--full' in how else 'sizes and indexes'} checked: no problems"
+        f"{folder}: 40 images, {'hashes and images' if '--full' in depth else 'sizes and indexes'} checked, no problems"
     ]
     assert contents(folder) == before
 
 
-def flip(path, place, mask=0xFF):
+def flip(path, offset_in_file, mask=0xFF):
     data = bytearray(path.read_bytes())
-    data[place] ^= mask
+    data[offset_in_file] ^= mask
     path.write_bytes(bytes(data))
 
 
-def spoil(kind, folder):
+def damage(kind, folder):
     shard, index = folder / SHARD, (folder / SHARD).with_suffix(".idx")
-    keys, places = read_index(index)
-    key, (offset, length) = keys[1], places[1].tolist()
+    keys, rows = read_index(index)
+    key, (offset, length) = keys[1], rows[1].tolist()
     match kind:
         case "image data":
             flip(shard, offset + length // 2)
@@ -65,11 +65,11 @@ def spoil(kind, folder):
         case "padding":
             flip(shard, len(shard.read_bytes()) - 5)
         case "label":
-            place = shard.read_bytes().index(f"{key}.cls".encode()) + 512
-            flip(shard, place, 0x01)
+            offset_in_file = shard.read_bytes().index(f"{key}.cls".encode()) + 512
+            flip(shard, offset_in_file, 0x01)
         case "label beyond":
-            place = shard.read_bytes().index(f"{key}.cls".encode()) + 512
-            flip(shard, place, 0x0C)
+            offset_in_file = shard.read_bytes().index(f"{key}.cls".encode()) + 512
+            flip(shard, offset_in_file, 0x0C)
         case "cut":
             shard.write_bytes(shard.read_bytes()[:-700])
         case "longer":
@@ -118,11 +118,11 @@ other keys in index,swapped shards,pixels in manifest,hash in manifest"""
 
 
 @pytest.mark.parametrize("kind", [kind.strip() for kind in FAST.split(",")])
-def test_damage_to_sizes_is_found_at_once(kind, folder, capsys):
-    spoil(kind, folder)
+def test_fast_check_finds_damaged_sizes(kind, folder, capsys):
+    damage(kind, folder)
     name = {"stray tar": "train-000099.tar", "part": f"{SHARD}.part"}.get(kind, SHARD)
-    for how in ("--fast", "--full"):
-        assert check(folder, how) == 1
+    for depth in ("--fast", "--full"):
+        assert check(folder, depth) == 1
         lines = capsys.readouterr().out.splitlines()
         assert lines
         assert all(line.startswith((f"{name}: ", f"{folder}: ")) for line in lines)
@@ -130,8 +130,8 @@ def test_damage_to_sizes_is_found_at_once(kind, folder, capsys):
 
 
 @pytest.mark.parametrize("kind", [kind.strip() for kind in FULL.split(",")])
-def test_damage_to_bytes_is_found_by_reading_all(kind, folder, capsys):
-    key = spoil(kind, folder)
+def test_full_check_finds_damaged_bytes(kind, folder, capsys):
+    key = damage(kind, folder)
     assert check(folder, "--full") == 1
     lines = capsys.readouterr().out.splitlines()
     named = [line for line in lines if line.startswith(f"{SHARD}: ")]
@@ -146,9 +146,9 @@ def test_damage_to_bytes_is_found_by_reading_all(kind, folder, capsys):
         assert any(f"{key}.cls" in line for line in named)
 
 
-def test_all_damage_is_listed_and_not_the_first_alone(folder, capsys):
-    spoil("image header", folder)
-    spoil("stray tar", folder)
+def test_all_problems_are_listed(folder, capsys):
+    damage("image header", folder)
+    damage("stray tar", folder)
     (folder / "train-000001.idx").unlink()
     (folder / "train-000000.tar").unlink()
     assert check(folder, "--full") == 1
@@ -157,26 +157,26 @@ def test_all_damage_is_listed_and_not_the_first_alone(folder, capsys):
         assert f"\n{name}: " in f"\n{text}"
 
 
-def test_bad_images_are_marked_and_left_out(folder, capsys):
-    key = spoil("image header", folder)
+def test_marked_images_are_skipped_in_training(folder, capsys):
+    key = damage("image header", folder)
     before = json.loads((folder / "manifest.json").read_text())
     assert check(folder, "--full", "--mark_bad") == 1
-    assert "1 images are listed as bad" in capsys.readouterr().out
+    assert "1 images are marked as bad" in capsys.readouterr().out
     after = json.loads((folder / "manifest.json").read_text())
     assert after["shards"][SHARD].pop("bad") == [key]
     assert after == before
     opened = open_shards(str(folder), CACHE)
     assert (len(opened), opened.num_bad) == (39, 1)
-    good = [data for name, (data, _) in written(folder).items() if name != f"{SHARD}:{key}"]
+    good = [data for name, (data, _) in read_samples(folder).items() if name != f"{SHARD}:{key}"]
     assert [opened.read(i) for i in range(39)] == good
-    assert check(folder, "--full", "--mark_bad") == 1  # its hash is still another
+    assert check(folder, "--full", "--mark_bad") == 1  # its hash still differs
     out = capsys.readouterr().out
     assert "cannot be decoded" not in out
-    assert "1 images are listed as bad" in out
+    assert "1 images are marked as bad" in out
 
 
 @pytest.mark.parametrize("kind", ["none", "broken", "no folder"])
-def test_without_a_manifest_nothing_can_be_checked(kind, folder, capsys):
+def test_missing_or_damaged_manifest(kind, folder, capsys):
     match kind:
         case "none":
             (folder / "manifest.json").unlink()
@@ -184,8 +184,8 @@ def test_without_a_manifest_nothing_can_be_checked(kind, folder, capsys):
             (folder / "manifest.json").write_text("{")
         case "no folder":
             folder = folder / "nowhere"
-    for how in ("--fast", "--full", "--mark_bad"):
-        assert check(folder, how) == 2
+    for depth in ("--fast", "--full", "--mark_bad"):
+        assert check(folder, depth) == 2
         errors = capsys.readouterr().err.splitlines()
         assert len(errors) == 1
         assert errors[0].startswith("check_shards: ")

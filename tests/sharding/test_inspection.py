@@ -7,105 +7,105 @@ import pytest
 from conftest import picture
 from image_archives import (
     EXPECTED,
-    bad_corpus,
     bomb,
-    decoded,
-    encoded,
+    decode,
+    encode,
+    irregular_images,
     photo,
     png16,
-    traps,
-    turned,
+    rotated,
+    unusual_plain_jpegs,
     with_thumbnail,
 )
 from PIL import Image, ImageOps
 
-from ddae.data.decode import is_cut
+from ddae.data.decode import is_truncated
 from ddae.sharding.inspection import inspect
 
-BAD, PLAIN = bad_corpus(), traps()
+IRREGULAR, PLAIN = irregular_images(), unusual_plain_jpegs()
 
 
 @pytest.mark.parametrize("kind", [kind for kind in EXPECTED if not kind.startswith("duplicate")])
-def test_what_is_odd_is_named(kind):
-    found = inspect(BAD[kind])
-    assert list(found.kinds) == EXPECTED[kind][0]
-    assert (found.jpeg is None) == (EXPECTED[kind][1] == "left_out")
-    if found.jpeg is not None:
-        with Image.open(io.BytesIO(found.jpeg)) as image:
+def test_irregular_images_are_classified_and_converted(kind):
+    inspected = inspect(IRREGULAR[kind])
+    assert list(inspected.kinds) == EXPECTED[kind][0]
+    assert (inspected.jpeg is None) == (EXPECTED[kind][1] == "left_out")
+    if inspected.jpeg is not None:
+        with Image.open(io.BytesIO(inspected.jpeg)) as image:
             image.load()
-            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (found.width, found.height))
-        assert inspect(found.jpeg).kinds == ()
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (inspected.width, inspected.height))
+        assert inspect(inspected.jpeg).kinds == ()
 
 
-@pytest.mark.parametrize("trap", PLAIN)
-def test_a_plain_jpeg_is_kept_byte_for_byte(trap):
-    found = inspect(PLAIN[trap])
-    assert found.kinds == ()
-    assert found.jpeg == PLAIN[trap]
-    with Image.open(io.BytesIO(PLAIN[trap])) as image:
-        assert (found.width, found.height) == image.size
+@pytest.mark.parametrize("name", PLAIN)
+def test_plain_jpegs_keep_their_bytes(name):
+    inspected = inspect(PLAIN[name])
+    assert inspected.kinds == ()
+    assert inspected.jpeg == PLAIN[name]
+    with Image.open(io.BytesIO(PLAIN[name])) as image:
+        assert (inspected.width, inspected.height) == image.size
 
 
 @pytest.mark.parametrize("orientation", range(2, 9))
-def test_a_turned_photo_becomes_upright(orientation):
-    data = turned(3, orientation)
-    found = inspect(data)
+def test_exif_orientation_is_applied(orientation):
+    data = rotated(3, orientation)
+    inspected = inspect(data)
     with Image.open(io.BytesIO(data)) as image:
         upright = np.asarray(ImageOps.exif_transpose(image), np.int32)
-    assert found.kinds == ("exif_rotated",)
-    assert upright.shape[:2] == (found.height, found.width)
-    assert np.abs(decoded(found.jpeg) - upright).mean() < 3
-    with Image.open(io.BytesIO(found.jpeg)) as image:
+    assert inspected.kinds == ("exif_rotated",)
+    assert upright.shape[:2] == (inspected.height, inspected.width)
+    assert np.abs(decode(inspected.jpeg) - upright).mean() < 3
+    with Image.open(io.BytesIO(inspected.jpeg)) as image:
         assert image.getexif().get(0x0112, 1) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_sixteen_bits_are_scaled_and_not_clipped(channels):
-    found = inspect(png16(0, channels))
+def test_16_bit_images_are_scaled_not_clipped(channels):
+    inspected = inspect(png16(0, channels))
     ramp = np.linspace(0, 255, 96 * 80 * channels).reshape(80, 96, channels)
-    assert np.abs(decoded(found.jpeg) - ramp).mean() < 2
+    assert np.abs(decode(inspected.jpeg) - ramp).mean() < 2
 
 
-def test_a_dark_image_of_sixteen_bits_stays_dark():
+def test_dark_16_bit_image_stays_dark():
     dark = Image.fromarray(np.ones((40, 40), np.uint16))
-    assert decoded(inspect(encoded(dark, "PNG")).jpeg).max() < 3
+    assert decode(inspect(encode(dark, "PNG")).jpeg).max() < 3
 
 
 def test_cmyk_keeps_its_colours():
-    assert np.abs(decoded(inspect(BAD["cmyk"]).jpeg) - decoded(encoded(picture(902)))).mean() < 12
+    assert np.abs(decode(inspect(IRREGULAR["cmyk"]).jpeg) - decode(encode(picture(902)))).mean() < 12
 
 
 @pytest.mark.parametrize("save", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_every_cut_is_found(save):
+def test_truncation_is_detected_at_any_length(save):
     data = photo(5, **save)
     for length in np.random.default_rng(1).integers(1, len(data), 40).tolist():
         assert inspect(data[:length]) == (("truncated",), None, 0, 0), length
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_a_missing_end_is_found_in_every_photo(missing):
-    """Of some files the decoder has all pixels before it looks for the end."""
+def test_missing_end_marker_is_detected(missing):
+    """For some files Pillow decodes all pixels without reading the end marker."""
     for number in (1, 4, 55, 80, 91, 97):
         for save in ({}, {"progressive": True}, {"subsampling": 0}):
             assert inspect(photo(number, **save)[:-missing]) == (("truncated",), None, 0, 0), (number, save)
 
 
-def test_a_cut_photo_with_a_thumbnail_is_truncated():
+def test_truncation_is_detected_with_an_exif_thumbnail():
     data = with_thumbnail(4)
-    start = data.index(b"\xff\xd9") + 2  # of what follows the thumbnail's end
+    start = data.index(b"\xff\xd9") + 2  # after the end marker of the thumbnail
     for length in np.linspace(start, len(data) - 2, 12).astype(int).tolist():
         assert inspect(data[:length]) == (("truncated",), None, 0, 0), length
 
 
-def test_damage_of_any_kind_raises_nothing():
+def test_random_damage_raises_nothing():
     rng = np.random.default_rng(0)
-    for data in (photo(6), BAD["png"], BAD["webp"], BAD["cmyk"], with_thumbnail(6)):
+    for data in (photo(6), IRREGULAR["png"], IRREGULAR["webp"], IRREGULAR["cmyk"], with_thumbnail(6)):
         for _ in range(30):
             broken = bytearray(data)
-            for place in rng.integers(0, min(len(data), 700), 4):
-                broken[place] = rng.integers(256)
-            found = inspect(bytes(broken))
-            assert found.jpeg is not None or found.kinds
+            for position in rng.integers(0, min(len(data), 700), 4):
+                broken[position] = rng.integers(256)
+            inspected = inspect(bytes(broken))
+            assert inspected.jpeg is not None or inspected.kinds
 
 
 def decodes(data: bytes) -> bool:
@@ -117,77 +117,77 @@ def decodes(data: bytes) -> bool:
 
 
 @pytest.mark.parametrize("save", [{}, {"progressive": True}, {"subsampling": 0}, {"restart_marker_rows": 2}])
-def test_a_photo_is_usable_where_all_its_pixels_decode(save):
-    """Though they are not all made: what damage ends a whole decoding is found, and nothing else."""
-    rng, verdicts = np.random.default_rng(2), set()
+def test_usable_exactly_if_all_pixels_decode(save):
+    """Although inspect() computes few pixels, it detects exactly the damage that makes a complete decoding fail."""
+    rng, outcomes = np.random.default_rng(2), set()
     for number in range(300):
         broken = bytearray(photo(number % 20, **save))
-        for place in rng.integers(2, len(broken) - 2, rng.integers(1, 20)):
-            broken[place] = rng.integers(256)
+        for position in rng.integers(2, len(broken) - 2, rng.integers(1, 20)):
+            broken[position] = rng.integers(256)
         if number % 3 == 0:
-            place = rng.integers(600, len(broken))
-            del broken[place : place + rng.integers(1, 3000)]
+            start = rng.integers(600, len(broken))
+            del broken[start : start + rng.integers(1, 3000)]
             broken += b"\xff\xd9"
-        usable = decodes(bytes(broken)) and not is_cut(bytes(broken))
+        usable = decodes(bytes(broken)) and not is_truncated(bytes(broken))
         assert (inspect(bytes(broken)).jpeg is not None) == usable
-        verdicts.add(usable)
-    assert verdicts == {False, True}
+        outcomes.add(usable)
+    assert outcomes == {False, True}
 
 
-def test_a_turned_tiff_is_said_to_be_turned():
+def test_rotated_tiff_is_reported():
     rotated, buffer = Image.Exif(), io.BytesIO()
     rotated[0x0112] = 6
     picture(3).resize((40, 30)).save(buffer, "TIFF", exif=rotated)
-    found = inspect(buffer.getvalue())
-    assert set(found.kinds) == {"tiff", "exif_rotated"}
-    assert (found.width, found.height) == (30, 40)
+    inspected = inspect(buffer.getvalue())
+    assert set(inspected.kinds) == {"tiff", "exif_rotated"}
+    assert (inspected.width, inspected.height) == (30, 40)
 
 
-def test_a_bomb_is_not_decoded():
+def test_decompression_bomb_is_not_decoded():
     start = time.monotonic()
-    assert inspect(BAD["bomb"]) == (("bomb",), None, 0, 0)
+    assert inspect(IRREGULAR["bomb"]) == (("bomb",), None, 0, 0)
     assert inspect(bomb(8193, 8192)) == (("bomb",), None, 0, 0)
     assert time.monotonic() - start < 2
 
 
-def test_no_other_program_is_run(monkeypatch):
-    """Pillow hands Encapsulated PostScript to Ghostscript, whatever the file is called."""
+def test_no_external_program_is_run(monkeypatch):
+    """Pillow would pass Encapsulated PostScript to Ghostscript, whatever the name of the file."""
     called = []
     for name in ("check_call", "run", "Popen", "check_output"):
-        monkeypatch.setattr(subprocess, name, lambda *words, **more: called.append(words))
+        monkeypatch.setattr(subprocess, name, lambda *args, **kwargs: called.append(args))
     monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")
-    found = inspect(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n")
-    assert found.jpeg is None
+    inspected = inspect(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 40\n%%EndComments\nshowpage\n%%EOF\n")
+    assert inspected.jpeg is None
     assert called == []
 
 
 @pytest.mark.parametrize("size", [(100, 61), (61, 100), (64, 64), (2000, 90)])
-def test_the_shorter_side_is_resized(size):
-    found = inspect(encoded(picture(1).resize(size)), resize_shorter=32)
-    assert found.kinds == ()
-    assert min(found.width, found.height) == 32
-    assert abs(found.width - size[0] * 32 / min(size)) <= 1
-    assert abs(found.height - size[1] * 32 / min(size)) <= 1
-    assert decoded(found.jpeg).shape[:2] == (found.height, found.width)
+def test_shorter_side_is_resized(size):
+    inspected = inspect(encode(picture(1).resize(size)), resize_shorter=32)
+    assert inspected.kinds == ()
+    assert min(inspected.width, inspected.height) == 32
+    assert abs(inspected.width - size[0] * 32 / min(size)) <= 1
+    assert abs(inspected.height - size[1] * 32 / min(size)) <= 1
+    assert decode(inspected.jpeg).shape[:2] == (inspected.height, inspected.width)
 
 
-def test_a_smaller_image_is_not_resized():
+def test_smaller_image_is_not_resized():
     for size in (32, 10):
-        data = encoded(picture(1).resize((size, 90)))
+        data = encode(picture(1).resize((size, 90)))
         assert inspect(data, resize_shorter=32).jpeg == data
 
 
-def test_a_turned_photo_is_upright_and_resized():
-    data = turned(8, 6)
-    found = inspect(data, resize_shorter=32)
+def test_rotated_image_is_upright_and_resized():
+    data = rotated(8, 6)
+    inspected = inspect(data, resize_shorter=32)
     with Image.open(io.BytesIO(data)) as image:
         width, height = ImageOps.exif_transpose(image).size
-    assert found.kinds == ("exif_rotated",)
-    assert (width > height) == (found.width > found.height)
-    assert min(found.width, found.height) == 32
+    assert inspected.kinds == ("exif_rotated",)
+    assert (width > height) == (inspected.width > inspected.height)
+    assert min(inspected.width, inspected.height) == 32
 
 
-def test_quality_counts_for_what_is_written_anew():
-    low, high = (inspect(BAD["png"], quality=quality).jpeg for quality in (20, 95))
+def test_quality_applies_to_converted_images_only():
+    low, high = (inspect(IRREGULAR["png"], quality=quality).jpeg for quality in (20, 95))
     assert len(low) < len(high)
     assert inspect(photo(1), quality=20).jpeg == photo(1)

@@ -10,14 +10,15 @@ from conftest import picture
 from image_archives import (
     LEAVES,
     WNIDS,
+    class_folders,
     class_tars,
     contents,
-    encoded,
+    encode,
     imagenet,
-    in_folders,
     keys_of,
     labels_of,
     photo,
+    read_samples,
     report_of,
     shard_imagenet,
     tar_of,
@@ -27,7 +28,6 @@ from image_archives import (
     write_devkit,
     write_folder,
     write_tar,
-    written,
 )
 
 from ddae.data.shard_writer import Sample, write_shard
@@ -39,19 +39,20 @@ WNID_OF = {number: wnid for number, wnid, _ in LEAVES}
 WORDS = {wnid: words for _, wnid, words in LEAVES}
 
 
-def sha(data):
+def digest(data):
     return hashlib.sha256(data).hexdigest()
 
 
 def expected(classes=CLASSES, names=None):
-    """sha256 -> label, as the classes' order by name makes it."""
+    """Return SHA-256 -> label; classes are numbered in the order of their names."""
     number = {wnid: i for i, wnid in enumerate(sorted(names or classes))}
-    return {sha(data): number[wnid] for wnid, files in classes.items() for data in files.values()}
+    return {digest(data): number[wnid] for wnid, files in classes.items() for data in files.values()}
 
 
 def expected_val(count=8):
     return {
-        sha(data): WNIDS.index(WNID_OF[TRUTH[i]]) for i, data in enumerate(list(val_files(len(TRUTH)).values())[:count])
+        digest(data): WNIDS.index(WNID_OF[TRUTH[i]])
+        for i, data in enumerate(list(val_files(len(TRUTH)).values())[:count])
     }
 
 
@@ -59,8 +60,8 @@ def keys(classes=CLASSES):
     return {name.rpartition(".")[0] for files in classes.values() for name in files}
 
 
-def make(layout, folder):
-    """CLASSES in a layout; what --train is given."""
+def write_layout(layout, folder):
+    """Write CLASSES in a layout. Return the value of --train."""
     match layout:
         case "tar of class tars":
             return write_tar(folder / "ILSVRC2012_img_train.tar", class_tars(CLASSES))
@@ -71,13 +72,13 @@ def make(layout, folder):
         case "pattern of class tars":
             return write_folder(folder / "tars", class_tars(CLASSES)) / "n*.tar"
         case "tar of class folders":
-            return write_tar(folder / "all.tar", in_folders(CLASSES))
+            return write_tar(folder / "all.tar", class_folders(CLASSES))
         case "tar of class folders in folders":
-            return write_tar(folder / "all.tar", {f"./data/train/{k}": v for k, v in in_folders(CLASSES).items()})
+            return write_tar(folder / "all.tar", {f"./data/train/{k}": v for k, v in class_folders(CLASSES).items()})
         case "class folders":
-            return write_folder(folder / "train", in_folders(CLASSES))
+            return write_folder(folder / "train", class_folders(CLASSES))
         case "linked class folders":
-            write_folder(folder / "real", in_folders(CLASSES))
+            write_folder(folder / "real", class_folders(CLASSES))
             (folder / "train").mkdir()
             for wnid in CLASSES:
                 (folder / "train" / wnid).symlink_to(folder / "real" / wnid)
@@ -90,7 +91,7 @@ def make(layout, folder):
     + ["tar of class folders", "tar of class folders in folders", "class folders", "linked class folders"],
 )
 def test_every_layout_gives_the_same_labels_and_keys(layout, tmp_path):
-    assert shard_imagenet("--train", make(layout, tmp_path), "--out", tmp_path / "out") == 0
+    assert shard_imagenet("--train", write_layout(layout, tmp_path), "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
     assert keys_of(tmp_path / "out") == keys()
     assert read_manifest(tmp_path / "out")["classes"] == WNIDS
@@ -99,7 +100,7 @@ def test_every_layout_gives_the_same_labels_and_keys(layout, tmp_path):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("flat", ["tar", "tar with a folder", "folder"])
-def test_train_and_val_in_one_go(packed, flat, tmp_path):
+def test_train_and_val_in_one_run(packed, flat, tmp_path):
     train = write_tar(tmp_path / "ILSVRC2012_img_train.tar", class_tars(CLASSES))
     devkit = write_devkit(tmp_path / ("kit.tar.gz" if packed else "kit"), TRUTH, packed=packed)
     match flat:
@@ -119,7 +120,7 @@ def test_train_and_val_in_one_go(packed, flat, tmp_path):
     assert list(manifest["class_words"]) == WNIDS
 
 
-def test_val_alone_has_all_of_the_devkits_classes(tmp_path):
+def test_val_alone_has_all_classes_of_the_devkit(tmp_path):
     val = write_tar(tmp_path / "ILSVRC2012_img_val.tar", val_files(2))
     devkit = write_devkit(tmp_path / "kit.tar.gz", TRUTH)
     assert shard_imagenet("--val", val, "--devkit", devkit, "--out", tmp_path / "out") == 0
@@ -127,28 +128,28 @@ def test_val_alone_has_all_of_the_devkits_classes(tmp_path):
     assert read_manifest(tmp_path / "out")["classes"] == WNIDS
 
 
-def test_val_with_fewer_classes_is_numbered_as_training(tmp_path):
-    train = write_folder(tmp_path / "train", in_folders(CLASSES))
+def test_val_with_fewer_classes_uses_the_numbers_of_training(tmp_path):
+    train = write_folder(tmp_path / "train", class_folders(CLASSES))
     some = {wnid: {f"v_{name}": photo(700 + i) for i, name in enumerate(CLASSES[wnid])} for wnid in WNIDS[3:4]}
-    val = write_folder(tmp_path / "val", in_folders(some))
+    val = write_folder(tmp_path / "val", class_folders(some))
     assert shard_imagenet("--train", train, "--val", val, "--out", tmp_path / "out") == 0
     assert set(labels_of(tmp_path / "out", "val").values()) == {3}
 
 
 @pytest.mark.parametrize("form", ["cls", "json"])
-def test_shards_of_others_keep_labels_and_keys(form, tmp_path):
+def test_webdataset_shards_keep_labels_and_keys(form, tmp_path):
     samples = [(f"n0_{i:03d}", photo(i), i * 7 % 5) for i in range(20)]
     shards = web_shards(tmp_path / "theirs", samples, form)
     assert shard_imagenet("--train", shards / "imagenet-train-{0000..0002}.tar", "--out", tmp_path / "out") == 0
-    assert labels_of(tmp_path / "out") == {sha(data): label for _, data, label in samples}
+    assert labels_of(tmp_path / "out") == {digest(data): label for _, data, label in samples}
     assert keys_of(tmp_path / "out") == {key for key, _, _ in samples}
     assert report_of(tmp_path / "out")["images"] == []
 
 
-def test_our_own_shards_are_sharded_again(tmp_path):
+def test_own_shards_can_be_sharded_again(tmp_path):
     devkit = write_devkit(tmp_path / "kit.tar.gz", TRUTH)
     val = write_tar(tmp_path / "val.tar", val_files(8))
-    train = write_folder(tmp_path / "train", in_folders(CLASSES))
+    train = write_folder(tmp_path / "train", class_folders(CLASSES))
     first, again = tmp_path / "first", tmp_path / "again"
     assert shard_imagenet("--train", train, "--val", val, "--devkit", devkit, "--out", first) == 0
     assert shard_imagenet("--train", first, "--val", first, "--seed", 5, "--max_count", 3, "--out", again) == 0
@@ -158,23 +159,23 @@ def test_our_own_shards_are_sharded_again(tmp_path):
     assert read_manifest(again)["classes"] == WNIDS
 
 
-def test_masks_are_no_photographs(tmp_path):
-    samples = [Sample(f"s{i}", photo(i), None, 8, 8, mask=encoded(picture(i).convert("L"), "PNG")) for i in range(4)]
+def test_masks_are_skipped(tmp_path):
+    samples = [Sample(f"s{i}", photo(i), None, 8, 8, mask=encode(picture(i).convert("L"), "PNG")) for i in range(4)]
     write_shard(tmp_path / "train-000000.tar", samples)
     assert shard_imagenet("--train", tmp_path / "train-000000.tar", "--out", tmp_path / "out") == 0
     assert keys_of(tmp_path / "out") == {f"s{i}" for i in range(4)}
     assert report_of(tmp_path / "out")["passed_over"] == [f"{tmp_path}/train-000000.tar: s{i}.png" for i in range(4)]
 
 
-def test_shards_within_their_source_are_refused(tmp_path, capsys):
+def test_output_inside_the_source_is_rejected(tmp_path, capsys):
     source = write_folder(tmp_path / "in", {f"{i}.jpg": photo(i) for i in range(3)})
     assert shard_imagenet("--train", source, "--out", source / "shards") == 2
-    assert "within it: name another folder" in capsys.readouterr().err
+    assert "inside it. Pass another folder" in capsys.readouterr().err
     assert not (source / "shards").exists()
 
 
-def test_shards_and_a_folder_of_both_splits(tmp_path):
-    """timm's folder holds train and validation shards side by side."""
+def test_one_folder_with_shards_of_both_splits(tmp_path):
+    """As in timm, where train and validation shards are in one folder."""
     train = [(f"t{i}", photo(i), i % 3) for i in range(8)]
     val = [(f"v{i}", photo(50 + i), i % 3) for i in range(8)]
     folder = web_shards(web_shards(tmp_path / "both", train, "cls"), val, "cls", "validation")
@@ -184,26 +185,26 @@ def test_shards_and_a_folder_of_both_splits(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "shards"])
-def test_without_classes_there_are_no_labels(form, tmp_path):
+def test_images_without_classes_have_no_labels(form, tmp_path):
     files = {f"{i}.jpg": photo(i) for i in range(9)}
     match form:
         case "folder":
-            where = write_folder(tmp_path / "flat", files)
+            location = write_folder(tmp_path / "flat", files)
         case "tar":
-            where = write_tar(tmp_path / "flat.tar", files)
+            location = write_tar(tmp_path / "flat.tar", files)
         case "shards":
             write_tar(tmp_path / "flat-000.tar", dict(list(files.items())[:5]))
             write_tar(tmp_path / "flat-001.tar", dict(list(files.items())[5:]))
-            where = tmp_path / "flat-{000..001}.tar"
-    assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
-    assert labels_of(tmp_path / "out") == {sha(data): None for data in files.values()}
+            location = tmp_path / "flat-{000..001}.tar"
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
+    assert labels_of(tmp_path / "out") == {digest(data): None for data in files.values()}
     for shard in (tmp_path / "out").glob("*.tar"):
         with tarfile.open(shard) as archive:
             assert {name.partition(".")[2] for name in archive.getnames()} == {"jpg"}
     assert read_manifest(tmp_path / "out")["classes"] == []
 
 
-ALIKE = {
+SIMILAR_NAMES = {
     "images named alike": {"cat/1.jpg": photo(1), "dog/1.jpg": photo(2), "cat/2.jpg": photo(3), "dog/2.jpg": photo(4)},
     "numbers": {f"{group}/{i}.jpg": photo(1000 * group + i) for group in (1, 2, 12) for i in (1, 2, 12, 122)},
     "underscores": {"a/b_c.jpg": photo(1), "a_b/c.jpg": photo(2)},
@@ -212,26 +213,26 @@ ALIKE = {
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "class tars"])
-@pytest.mark.parametrize("names", ALIKE)
-def test_different_paths_are_no_duplicates(names, form, tmp_path):
-    files = ALIKE[names]
+@pytest.mark.parametrize("names", SIMILAR_NAMES)
+def test_different_paths_are_not_duplicates(names, form, tmp_path):
+    files = SIMILAR_NAMES[names]
     if form == "folder":
-        where = write_folder(tmp_path / "in", files)
+        location = write_folder(tmp_path / "in", files)
     elif form == "tar":
-        where = write_tar(tmp_path / "in.tar", files)
+        location = write_tar(tmp_path / "in.tar", files)
     else:
         groups = {}
         for path, data in files.items():
             group, _, name = path.partition("/")
             groups.setdefault(group, {})[name] = data
-        where = write_tar(tmp_path / "in.tar", class_tars(groups))
-    assert shard_imagenet("--train", where, "--on_bad", "stop", "--out", tmp_path / "out") == 0
+        location = write_tar(tmp_path / "in.tar", class_tars(groups))
+    assert shard_imagenet("--train", location, "--on_bad", "stop", "--out", tmp_path / "out") == 0
     number = {group: i for i, group in enumerate(sorted({path.partition("/")[0] for path in files}))}
-    assert labels_of(tmp_path / "out") == {sha(data): number[path.partition("/")[0]] for path, data in files.items()}
+    assert labels_of(tmp_path / "out") == {digest(data): number[path.partition("/")[0]] for path, data in files.items()}
     assert report_of(tmp_path / "out")["images"] == []
 
 
-STRANGE = [
+UNUSUAL_NAMES = [
     "with space.jpg",
     "größe.jpg",
     "犬.JPEG",
@@ -248,23 +249,25 @@ STRANGE = [
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "class tars"])
-def test_strange_names(form, tmp_path):
-    files = {name: photo(i) for i, name in enumerate(STRANGE)}
+def test_unusual_file_names(form, tmp_path):
+    files = {name: photo(i) for i, name in enumerate(UNUSUAL_NAMES)}
     if form == "folder":
-        where = write_folder(tmp_path / "in", {f"die Klasse ü/{name}": data for name, data in files.items()})
-        write_folder(where, {"other/plain.jpg": photo(99)})
+        location = write_folder(tmp_path / "in", {f"die Klasse ü/{name}": data for name, data in files.items()})
+        write_folder(location, {"other/plain.jpg": photo(99)})
     elif form == "tar":
         paths = {f"die Klasse ü/{name}": data for name, data in files.items()}
-        where = write_tar(tmp_path / "in.tar", paths | {"other/plain2.jpg": photo(99)})
+        location = write_tar(tmp_path / "in.tar", paths | {"other/plain2.jpg": photo(99)})
     else:
-        where = write_tar(tmp_path / "in.tar", class_tars({"die Klasse ü": files, "other": {"plain2.jpg": photo(99)}}))
-    assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
-    assert labels_of(tmp_path / "out") == {sha(data): 0 for data in files.values()} | {sha(photo(99)): 1}
+        location = write_tar(
+            tmp_path / "in.tar", class_tars({"die Klasse ü": files, "other": {"plain2.jpg": photo(99)}})
+        )
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
+    assert labels_of(tmp_path / "out") == {digest(data): 0 for data in files.values()} | {digest(photo(99)): 1}
     assert len(keys_of(tmp_path / "out")) == len(files) + 1
     assert all(key.isascii() and "." not in key and len(key) <= 90 for key in keys_of(tmp_path / "out"))
     assert report_of(tmp_path / "out")["images"] == []
     assert (tmp_path / "out" / "report.txt").read_text().startswith("13 images read, 13 written")
-    for shard in (tmp_path / "out").glob("*.tar"):  # a name too long for one header would want a second
+    for shard in (tmp_path / "out").glob("*.tar"):  # no name needs a second header
         with tarfile.open(shard) as archive:
             assert all(member.offset_data - member.offset == 512 for member in archive)
 
@@ -272,24 +275,26 @@ def test_strange_names(form, tmp_path):
 OTHER_FILES = {
     "README.txt": b"read me",
     ".DS_Store": b"\0",
-    "._a.jpg": b"of a Mac",
+    "._a.jpg": b"AppleDouble",
     "archive.zip": b"PK",
     "no_ending": b"x",
-    os.fsdecode(b"caf\xe9.txt"): b"of an old system",
+    os.fsdecode(b"caf\xe9.txt"): b"Latin-1 name",
 }
 
 
 @pytest.mark.parametrize("form", ["folder", "tar", "class tars"])
-def test_files_that_are_no_images_are_passed_over_and_listed(form, tmp_path):
+def test_files_that_are_not_images_are_skipped_and_listed(form, tmp_path):
     others = {f"{WNIDS[0]}/{name}": data for name, data in OTHER_FILES.items()}
     classes = {wnid: {**OTHER_FILES, **files} for wnid, files in CLASSES.items()}
     if form == "folder":
-        where = write_folder(tmp_path / "in", {**in_folders(CLASSES), **others, "LICENSE": b"x", ".hidden/a.txt": b"y"})
+        location = write_folder(
+            tmp_path / "in", {**class_folders(CLASSES), **others, "LICENSE": b"x", ".hidden/a.txt": b"y"}
+        )
     elif form == "tar":
-        where = write_tar(tmp_path / "in.tar", {"LICENSE": b"x", **others, **in_folders(CLASSES)})
+        location = write_tar(tmp_path / "in.tar", {"LICENSE": b"x", **others, **class_folders(CLASSES)})
     else:
-        where = write_tar(tmp_path / "in.tar", {"LICENSE": b"x", **class_tars(classes)})
-    assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
+        location = write_tar(tmp_path / "in.tar", {"LICENSE": b"x", **class_tars(classes)})
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
     listed = report_of(tmp_path / "out")["passed_over"]
     for name in ["LICENSE", *OTHER_FILES]:
@@ -298,10 +303,10 @@ def test_files_that_are_no_images_are_passed_over_and_listed(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["folder", "tar"])
-def test_a_macs_companion_of_a_class_tar_is_passed_over(form, tmp_path):
-    tars = {**class_tars(CLASSES), f"._{WNIDS[0]}.tar": b"\0\5\x16\7 of a Mac"}
-    where = write_folder(tmp_path / "train", tars) if form == "folder" else write_tar(tmp_path / "all.tar", tars)
-    assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
+def test_apple_double_file_of_a_class_tar_is_skipped(form, tmp_path):
+    tars = {**class_tars(CLASSES), f"._{WNIDS[0]}.tar": b"\0\5\x16\7 AppleDouble"}
+    location = write_folder(tmp_path / "train", tars) if form == "folder" else write_tar(tmp_path / "all.tar", tars)
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
 
 
@@ -313,25 +318,25 @@ def test_a_class_named_after_a_split_is_a_class(tmp_path):
 
 
 def test_a_json_beside_class_folders_does_not_hide_the_classes(tmp_path):
-    where = write_tar(tmp_path / "in.tar", {"dataset.json": b'{"name": "mine"}', **in_folders(CLASSES)})
-    assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
+    location = write_tar(tmp_path / "in.tar", {"dataset.json": b'{"name": "mine"}', **class_folders(CLASSES)})
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
 
 
-def test_sockets_and_pipes_in_a_folder_are_no_images(tmp_path, monkeypatch):
-    where = write_folder(tmp_path / "in", in_folders(CLASSES))
-    os.mkfifo(where / WNIDS[0] / "pipe.jpg")
-    monkeypatch.chdir(where / WNIDS[0])  # a socket's path may not be long
+def test_sockets_and_pipes_are_skipped(tmp_path, monkeypatch):
+    location = write_folder(tmp_path / "in", class_folders(CLASSES))
+    os.mkfifo(location / WNIDS[0] / "pipe.jpg")
+    monkeypatch.chdir(location / WNIDS[0])  # the length of a socket's path is limited
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.jpg")
-        assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
+        assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
 
 
-def mistake(kind, folder):
-    """The words of a command that cannot be carried out, and what its message has to say."""
+def invalid_args(kind, folder):
+    """Return invalid arguments and a part of the expected error message."""
     train = ["--train", folder / "in.tar"]
-    whole = tar_of(class_tars(CLASSES))
+    archive = tar_of(class_tars(CLASSES))
     flat = {f"{i}.jpg": photo(i) for i in range(6)}
     match kind:
         case "no source":
@@ -351,11 +356,11 @@ def mistake(kind, folder):
             (folder / "in.tar").write_bytes(tar_of(flat, "w:gz"))
             return train, "cannot be read as a tar"
         case "cut outer":
-            (folder / "in.tar").write_bytes(whole[: len(whole) * 6 // 10])
+            (folder / "in.tar").write_bytes(archive[: len(archive) * 6 // 10])
             return train, "cannot be read as a tar"
         case "cut outer after a member":
-            first = tarfile.open(fileobj=io.BytesIO(whole)).getmembers()[1]  # noqa: SIM115
-            (folder / "in.tar").write_bytes(whole[: first.offset])
+            first = tarfile.open(fileobj=io.BytesIO(archive)).getmembers()[1]  # noqa: SIM115
+            (folder / "in.tar").write_bytes(archive[: first.offset])
             return train, "cannot be read as a tar"
         case "cut inner":
             tars = class_tars(CLASSES)
@@ -368,7 +373,7 @@ def mistake(kind, folder):
             write_tar(folder / "in.tar", class_tars(CLASSES) | {f"{WNIDS[1]}.tar": inner[: first.offset]})
             return train, "cannot be read as a tar"
         case "broken header" | "broken inner header" | "zeroed header":
-            data = bytearray(whole if kind != "broken inner header" else tar_of(flat))
+            data = bytearray(archive if kind != "broken inner header" else tar_of(flat))
             second = tarfile.open(fileobj=io.BytesIO(bytes(data))).getmembers()[2].offset  # noqa: SIM115
             if kind == "zeroed header":
                 data[second : second + 512] = bytes(512)
@@ -378,22 +383,22 @@ def mistake(kind, folder):
             return train, "cannot be read as a tar"
         case "tar of text":
             write_tar(folder / "in.tar", {"a.txt": b"a", "b/c.txt": b"c"})
-            return train, "holds no image"
+            return train, "contains no image"
         case "empty tar":
             (folder / "in.tar").write_bytes(tar_of({}))
             return train, "in.tar"
         case "empty folder":
             (folder / "in").mkdir()
-            return ["--train", folder / "in"], "holds no image"
+            return ["--train", folder / "in"], "contains no image"
         case "folder of empty folders":
             (folder / "in" / "a").mkdir(parents=True)
-            return ["--train", folder / "in"], "holds no image"
+            return ["--train", folder / "in"], "contains no image"
         case "both splits":
             write_folder(folder / "in", {f"{split}/a/{i}.jpg": photo(i) for i, split in enumerate(("train", "val"))})
-            return ["--train", folder / "in"], "name each with --train and --val"
+            return ["--train", folder / "in"], "Pass each with --train or --val"
         case "loose images beside folders":
             write_folder(folder / "in", {"a/1.jpg": photo(1), "2.jpg": photo(2)})
-            return ["--train", folder / "in"], "beside folders"
+            return ["--train", folder / "in"], "contains both images"
         case "loose images beside folders in a tar":
             write_tar(folder / "in.tar", {"a/1.jpg": photo(1), "b/3.jpg": photo(3), "2.jpg": photo(2)})
             return train, "has no label"
@@ -401,20 +406,20 @@ def mistake(kind, folder):
             return ["--train", f"pipe:touch {folder / 'ran'}"], "would run a command"
         case "path upwards":
             write_tar(folder / "in.tar", {"a/1.jpg": photo(1), "a/../../2.jpg": photo(2)})
-            return train, "leaves its folder"
+            return train, "a path outside its folder"
         case "absolute path":
             write_tar(folder / "in.tar", {"1.jpg": photo(1), str(folder / "2.jpg"): photo(2)})
-            return train, "leaves its folder"
+            return train, "a path outside its folder"
         case "path upwards in a class tar":
             write_tar(folder / "in.tar", class_tars({"a": {"1.jpg": photo(1), "../2.jpg": photo(2)}}))
-            return train, "leaves its folder"
+            return train, "a path outside its folder"
         case "symlink" | "hard link" | "character device" | "block device" | "fifo":
             kinds = {"symlink": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE, "fifo": tarfile.FIFOTYPE}
             kinds |= {"character device": tarfile.CHRTYPE, "block device": tarfile.BLKTYPE}
             tar_with(folder / "in.tar", "second.jpg", kinds[kind], "/etc/passwd" if kind == "symlink" else "first.jpg")
             return train, "a link or a device"
         case "label outside":
-            write_folder(folder / "train", in_folders(CLASSES))
+            write_folder(folder / "train", class_folders(CLASSES))
             web_shards(folder / "val", [(f"v{i}", photo(i), i) for i in range(6)], "cls", "val")
             return ["--train", folder / "train", "--val", folder / "val"], "has label 5"
         case "negative label":
@@ -423,7 +428,7 @@ def mistake(kind, folder):
         case "huge label":
             web_shards(folder / "in", [(f"v{i}", photo(i), 10**i) for i in range(14)], "cls")
             return ["--train", folder / "in"], "label"
-        case "no number for a label":
+        case "label is not a number":
             web_shards(folder / "in", [(f"v{i}", photo(i), WNIDS[i % 5]) for i in range(6)], "cls")
             return ["--train", folder / "in"], "label"
         case "infinite label":
@@ -448,7 +453,7 @@ def mistake(kind, folder):
         case "stray tars":
             write_tar(folder / "in.tar", flat)
             write_tar(folder / "out" / "mine.tar", flat)
-            return train, "holds tars without"
+            return train, "contains tars without"
         case "another seed" | "another source":
             write_tar(folder / "in.tar", flat)
             write_tar(folder / "else.tar", {"else.jpg": photo(9)})
@@ -458,7 +463,7 @@ def mistake(kind, folder):
         case "another format":
             write_tar(folder / "in.tar", flat)
             write_folder(folder / "out", {"manifest.json": b'{"format": "else", "settings": 3}'})
-            return train, "holds shards made with another"
+            return train, "contains shards made with another"
         case "out within a file":
             write_tar(folder / "in.tar", flat)
             (folder / "file").write_text("mine")
@@ -468,127 +473,134 @@ def mistake(kind, folder):
             return [*train, "--max_count", 0], "--max_count is 0"
         case "nothing usable":
             write_tar(folder / "in.tar", {"a.jpg": photo(1)[:-9], "b.jpg": b""})
-            return train, "none of the 2 images can be used"
+            return train, "none of the 2 images is usable"
     raise AssertionError(kind)
 
 
-def devkit_mistake(kind, folder):
+def invalid_devkit_args(kind, folder):
     val = write_tar(folder / "ILSVRC2012_img_val.tar", val_files(8))
     kit = folder / "kit.tar.gz"
-    words = ["--val", val, "--devkit", kit]
+    args = ["--val", val, "--devkit", kit]
     train = ["--train", folder / "train"]
     match kind:
         case "not given":
-            write_folder(folder / "train", in_folders(CLASSES))
+            write_folder(folder / "train", class_folders(CLASSES))
             return [*train, "--val", val], "--devkit"
         case "missing":
-            return words, "cannot be read"
+            return args, "cannot be read"
         case "not a tar":
             kit.write_bytes(b"else" * 999)
-            return words, "cannot be read"
+            return args, "cannot be read"
         case "cut":
             write_devkit(kit, TRUTH)
             kit.write_bytes(kit.read_bytes()[:-300])
-            return words, "kit.tar.gz"
+            return args, "kit.tar.gz"
         case "no meta.mat":
             kit.write_bytes(tar_of({"kit/data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}, "w:gz"))
-            return words, "does not hold data/meta.mat"
+            return args, "does not contain data/meta.mat"
         case "empty folder":
             kit.mkdir()
-            return words, "does not hold data/meta.mat"
+            return args, "does not contain data/meta.mat"
         case "broken meta.mat":
             files = {"data/meta.mat": b"MATLAB" * 99, "data/ILSVRC2012_validation_ground_truth.txt": b"1\n"}
             kit.write_bytes(tar_of(files, "w:gz"))
-            return words, "cannot be read"
-        case "inner node as truth":
+            return args, "cannot be read"
+        case "inner node as ground truth":
             write_devkit(kit, [1, 2, 6])
-            return words, "names class '6', outside meta.mat's 5 classes"
-        case "words as truth":
+            return args, "contains class '6', outside meta.mat's 5 classes"
+        case "text as ground truth":
             write_devkit(kit, ["one", "two"])
-            return words, "outside meta.mat's 5 classes"
-        case "odd digits as truth":
+            return args, "outside meta.mat's 5 classes"
+        case "non-decimal digits as ground truth":
             write_devkit(kit, ["²"])
-            return words, "outside meta.mat's 5 classes"
-        case "empty truth":
+            return args, "outside meta.mat's 5 classes"
+        case "empty ground truth":
             write_devkit(kit, [])
-            return words, "outside meta.mat's 5 classes"
+            return args, "outside meta.mat's 5 classes"
         case "too few":
             write_devkit(kit, TRUTH[:7])
-            return words, "not one of the devkit's 7 validation images"
-        case "no number":
+            return args, "not one of the devkit's 7 validation images"
+        case "file name without number":
             write_devkit(kit, TRUTH)
             write_tar(val, {"ILSVRC2012_val_00000001.JPEG": photo(1), "one.JPEG": photo(2)})
-            return words, "not one of the devkit's"
+            return args, "not one of the devkit's"
         case "class that training lacks":
             write_devkit(kit, TRUTH)
-            write_folder(folder / "train", in_folders({wnid: CLASSES[wnid] for wnid in WNIDS[:4]}))
-            return [*train, *words], f"has class '{WNIDS[4]}', which is not among the 4 of training"
+            write_folder(folder / "train", class_folders({wnid: CLASSES[wnid] for wnid in WNIDS[:4]}))
+            return [*train, *args], f"has class '{WNIDS[4]}', which is not among the 4 classes of training"
 
 
-def refused(words, says, folder, capsys):
-    """Exit code 2, one sentence, and nothing on disk that was not there."""
+def assert_rejected(args, message, folder, capsys):
+    """Check for exit code 2, one error line, and no change on disk."""
     before = contents(folder)
     capsys.readouterr()
-    assert shard_imagenet("--out", folder / "out", *words) == 2
+    assert shard_imagenet("--out", folder / "out", *args) == 2
     errors = capsys.readouterr().err.splitlines()
-    sentences = [line for line in errors if line.strip() and not re.match(r"\s*\d+%\|", line)]  # the rest is the bar
-    assert len(sentences) == 1, errors
-    assert sentences[0].startswith("shard_imagenet: ")
-    assert says in sentences[0]
+    lines = [line for line in errors if line.strip() and not re.match(r"\s*\d+%\|", line)]  # without progress bars
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("shard_imagenet: ")
+    assert message in lines[0]
     assert contents(folder).keys() == before.keys()
     assert contents(folder) == before
 
 
-MISTAKES = """
+INVALID = """
 no source,missing,missing in a range,not a tar,empty file,gzip,cut outer,cut outer after a member,
 cut inner,cut inner after a member,broken header,broken inner header,zeroed header,tar of text,empty tar,empty folder,
 folder of empty folders,both splits,loose images beside folders,loose images beside folders in a tar,pipe,path upwards,
 absolute path,path upwards in a class tar,symlink,hard link,character device,block device,fifo,label outside,
-negative label,huge label,no number for a label,infinite label,one without a label,another list of classes,
+negative label,huge label,label is not a number,infinite label,one without a label,another list of classes,
 names beside numbers,
 out is a file,stray tars,another seed,another source,another format,out within a file,bad number,nothing usable"""
 
 
-@pytest.mark.parametrize("kind", [kind.strip() for kind in MISTAKES.split(",")])
-def test_a_mistake_is_one_sentence_and_leaves_nothing(kind, tmp_path, capsys):
-    refused(*mistake(kind, tmp_path), tmp_path, capsys)
+@pytest.mark.parametrize("kind", [kind.strip() for kind in INVALID.split(",")])
+def test_invalid_arguments_are_one_error_line_and_write_nothing(kind, tmp_path, capsys):
+    assert_rejected(*invalid_args(kind, tmp_path), tmp_path, capsys)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
     "kind",
     ["not given", "missing", "not a tar", "cut", "no meta.mat", "empty folder", "broken meta.mat"]
-    + ["inner node as truth", "words as truth", "odd digits as truth", "empty truth", "too few", "no number"]
+    + [
+        "inner node as ground truth",
+        "text as ground truth",
+        "non-decimal digits as ground truth",
+        "empty ground truth",
+        "too few",
+        "file name without number",
+    ]
     + ["class that training lacks"],
 )
-def test_a_mistake_with_the_devkit_is_one_sentence(kind, tmp_path, capsys):
-    refused(*devkit_mistake(kind, tmp_path), tmp_path, capsys)
+def test_invalid_devkit_is_one_error_line(kind, tmp_path, capsys):
+    assert_rejected(*invalid_devkit_args(kind, tmp_path), tmp_path, capsys)
 
 
-def test_an_empty_folder_as_target_is_left_empty_by_a_mistake(tmp_path, capsys):
+def test_empty_output_folder_stays_empty_after_an_error(tmp_path, capsys):
     (tmp_path / "out").mkdir()
     write_tar(tmp_path / "in.tar", {f"{i}.jpg": photo(i)[:-9] for i in range(3)})
-    refused(["--train", tmp_path / "in.tar", "--on_bad", "stop"], "truncated", tmp_path, capsys)
+    assert_rejected(["--train", tmp_path / "in.tar", "--on_bad", "stop"], "truncated", tmp_path, capsys)
 
 
-def test_the_same_command_again_finds_all_complete(tmp_path, capsys):
-    words = ["--train", make("class folders", tmp_path), "--out", tmp_path / "out"]
-    assert shard_imagenet(*words) == 0
+def test_second_run_finds_complete_shards(tmp_path, capsys):
+    args = ["--train", write_layout("class folders", tmp_path), "--out", tmp_path / "out"]
+    assert shard_imagenet(*args) == 0
     before = contents(tmp_path)
     capsys.readouterr()
-    assert shard_imagenet(*words) == 0
+    assert shard_imagenet(*args) == 0
     assert "is complete" in capsys.readouterr().out
     assert contents(tmp_path) == before
 
 
-def test_a_source_changed_since_is_another_source(tmp_path, capsys):
-    where = make("class folders", tmp_path)
-    assert shard_imagenet("--train", where, "--out", tmp_path / "out") == 0
-    write_folder(where, {f"{WNIDS[0]}/more.jpg": photo(77)})
-    refused(["--train", where], "another source", tmp_path, capsys)
+def test_changed_source_is_rejected(tmp_path, capsys):
+    location = write_layout("class folders", tmp_path)
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
+    write_folder(location, {f"{WNIDS[0]}/more.jpg": photo(77)})
+    assert_rejected(["--train", location], "another source", tmp_path, capsys)
 
 
-def test_written_reads_what_the_index_says(tmp_path):
-    """The helper itself: image and label of every sample."""
-    assert shard_imagenet("--train", make("class folders", tmp_path), "--out", tmp_path / "out") == 0
-    assert len(written(tmp_path / "out")) == 20
+def test_read_samples(tmp_path):
+    """Check the test helper."""
+    assert shard_imagenet("--train", write_layout("class folders", tmp_path), "--out", tmp_path / "out") == 0
+    assert len(read_samples(tmp_path / "out")) == 20

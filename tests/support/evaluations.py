@@ -1,9 +1,8 @@
-"""As a program it is one rank that evaluates encoders: it reads lists of words from its standard input, one a line, the
-first of them the command's name.
+"""One rank that pretrains and evaluates encoders. Reads commands from standard input, one JSON list a line:
 
-    ["finetune", "--encoder", ...]   and pretrain, tokenizer, linear_probe, segment: the command; a mistake is told and
-                                     the next line read
-    ["forget", RUN, COPY, STEP]      copy a finished run as if it had been killed before its checkpoint of this step
+    ["finetune", "--encoder", ...]   run a command of COMMANDS with these arguments; a UserError is printed after the
+                                     word ERROR, and the next command is read
+    ["copy_before", RUN, COPY, STEP] copy a finished run as if it had been killed before its checkpoint of this step
 """
 
 import json
@@ -33,7 +32,8 @@ COMMANDS = {
 }
 
 
-def forget(run: str, copy: str, step: str) -> None:
+def copy_before(run: str, copy: str, step: str) -> None:
+    """Copy a finished run without its checkpoint of `step`. All ranks call it."""
     if is_main():
         shutil.copytree(run, copy)
         shutil.rmtree(Path(copy) / "checkpoints" / f"step_{int(step):08d}")
@@ -44,13 +44,13 @@ def forget(run: str, copy: str, step: str) -> None:
 if __name__ == "__main__":
     configure_logging()
     for line in sys.stdin:
-        name, *words = json.loads(line)
-        if name == "forget":
-            forget(*words)
+        name, *args = json.loads(line)
+        if name == "copy_before":
+            copy_before(*args)
             continue
         run, kind = COMMANDS[name]
         try:
-            run(parse(words, kind))
+            run(parse(args, kind))
         except UserError as error:
-            print(f"MISTAKE {error}", flush=True)
+            print(f"ERROR {error}", flush=True)
     stop_process_group()

@@ -1,11 +1,13 @@
-"""A process that has imported everything and forks a rank whenever it is asked to: starting one takes no seconds.
+"""Fork server: a process that has imported everything forks a rank on request, so that no rank spends time on imports.
+
+Requests on standard input, one JSON object a line, and the answers on standard output:
 
     {"command": ["launch/pretrain.py", ...], "stdin": "FILE", "env": {"RANK": "0", ...}, "kill_at": 7, "log": "FILE"}
-                      -> the process id of a new rank
-    {"ended": 1234}   -> its exit code, null while it runs
+                        -> process id of the new rank
+    {"wait_for": 1234}  -> exit code of that process, null while it runs
 
-command: as of Python itself, a file or -c and a program. kill_at: the rank is killed (SIGKILL) when it is about to
-touch the disk for the n-th time in saving; 0: never.
+command: arguments of Python, a file or -c and a program. kill_at: send the rank SIGKILL before its n-th disk operation
+of a save; 0: never.
 """
 
 import json
@@ -15,8 +17,8 @@ import signal
 import sys
 import traceback
 
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - of the engine's start: torch's compiler, seconds
-import evaluations  # noqa: F401 - all that a rank imports, and more
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - the engine imports it at start; it takes seconds
+import evaluations  # noqa: F401 - imports all that a rank needs
 import torch
 
 import ddae.tools.replay  # noqa: F401
@@ -24,13 +26,13 @@ from ddae.distributed import checkpoint
 
 
 def kill_at(count: int) -> None:
-    """SIGKILL before the count-th folder, file, flush, rename or removal."""
-    left = [count]
+    """Send this process SIGKILL before its count-th creation, write, flush, rename or removal of a file or folder."""
+    remaining = [count]
 
     def counted(call):
         def wrapper(*args, **options):
-            left[0] -= 1
-            if left[0] == 0:
+            remaining[0] -= 1
+            if remaining[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return call(*args, **options)
 
@@ -49,24 +51,24 @@ def kill_at(count: int) -> None:
 
 
 def run(task: dict) -> int:
-    """The rank's exit code."""
+    """Run the command of a request in this process, a fork. Return its exit code."""
     os.dup2(os.open(task["stdin"], os.O_RDONLY), 0)
     log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.stdin = os.fdopen(0, closefd=False)  # nothing of the tasks that this process has read ahead
+    sys.stdin = os.fdopen(0, closefd=False)  # without the requests that the server has read ahead
     os.environ.update(task["env"])
     if task["kill_at"]:
         kill_at(task["kill_at"])
-    elif torch.cuda.is_available():  # which a fork cannot use: it becomes a Python that starts anew
+    elif torch.cuda.is_available():  # a fork cannot use CUDA: start a new Python instead
         os.execv(sys.executable, [sys.executable, *task["command"]])
-    program, *words = task["command"]
+    program, *args = task["command"]
     try:
         if program == "-c":
-            sys.argv = [program, *words[1:]]
-            exec(compile(words[0], "-c", "exec"), {"__name__": "__main__"})
+            sys.argv = [program, *args[1:]]
+            exec(compile(args[0], "-c", "exec"), {"__name__": "__main__"})
         else:
-            sys.argv = [program, *words]
+            sys.argv = [program, *args]
             runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         return int(end.code or 0)
@@ -80,11 +82,11 @@ if __name__ == "__main__":
     print("ready", flush=True)
     for line in sys.stdin:
         task = json.loads(line)
-        if "ended" in task:
-            process, status = os.waitpid(task["ended"], os.WNOHANG)
+        if "wait_for" in task:
+            process, status = os.waitpid(task["wait_for"], os.WNOHANG)
             print(json.dumps(os.waitstatus_to_exitcode(status) if process else None), flush=True)
             continue
         child = os.fork()
         if child == 0:
-            sys.exit(run(task))  # with all that a process does when it ends
+            sys.exit(run(task))  # not os._exit: atexit handlers must run
         print(child, flush=True)

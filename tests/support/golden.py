@@ -1,6 +1,6 @@
-"""Golden curves: short runs of every method, whose losses, gradient norms, betas and sample keys must never change.
+"""Golden curves: losses, gradient norms, betas and sample keys of short runs of every method, which must not change.
 
-As a program it is one rank. It reads runs from standard input, one JSON list a line (the run's name, `pretrain` or
+As a program this module is one rank. It reads runs from standard input, one JSON list a line (the run's name, `pretrain` or
 `finetune`, then command-line arguments), trains each, and on rank 0 prints the curves as JSON after the word GOLDEN.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 STEPS, BF16_STEPS, DEMO_STEPS = 20, 5, 50
 STAGES, RANKS = (0, 2, 3), (1, 2)
-# Largest |found - recorded| / (1 + |recorded|). Curves recorded with AVX-512 and one thread deviated by 5.6e-7 (bf16:
+# Largest |measured - recorded| / (1 + |recorded|). Curves recorded with AVX-512 and one thread deviated by 5.6e-7 (bf16:
 # 2.9e-2) with ATEN_CPU_CAPABILITY=default and one thread, and by 4.9e-7 with avx2 and DDAE_TEST_THREADS=2.
 TOLERANCE, BF16_TOLERANCE = 5e-6, 6e-2
 FILE = Path(__file__).parents[1] / "golden_curves.json"
@@ -23,7 +23,7 @@ SMALL = (
     "--train.log_every 1 --train.save_every 1000 --optim.lr 2e-3 --optim.min_lr 1e-4 --optim.warmup_epochs 1"
 ).split()
 FOUR_TAPS, LAST_TAP = "1 2 3 4".split(), ["4"]
-METHODS = {  # preset, its branches, blocks that are supervised
+METHODS = {  # preset, its branches, their taps
     "mae": ("mae_vit_s16_100e", ("pixel",), LAST_TAP),
     "dds_mae": ("dds_mae_vit_s16_100e", ("pixel",), FOUR_TAPS),
     "ddae": ("ddae_vit_s16_100e", ("pixel", "feature"), FOUR_TAPS),
@@ -33,18 +33,21 @@ METHODS = {  # preset, its branches, blocks that are supervised
 
 
 def arguments(method: str, tokenizer: Path, precision: str, steps: int) -> list[str]:
-    """Arguments of a pretraining run at the smallest shapes."""
+    """Return the arguments of a pretraining run at the smallest shapes."""
     preset, branches, taps = METHODS[method]
-    words = ["--preset", preset, *SMALL, "--engine.precision", precision, "--train.steps", str(steps)]
+    args = ["--preset", preset, *SMALL, "--engine.precision", precision, "--train.steps", str(steps)]
     for branch in branches:
-        words += [f"--{branch}.taps", *taps]
+        args += [f"--{branch}.taps", *taps]
     if method == "dds_beitv2":
-        words += ["--token.tokenizer", str(tokenizer), "--token.codes", "24", "--token.cls_block", "2"]
-    return words
+        args += ["--token.tokenizer", str(tokenizer), "--token.codes", "24", "--token.cls_block", "2"]
+    return args
 
 
-def finetuning(precision: str, steps: int) -> list[str]:
-    """Arguments of a fine-tuning run; RandAugment, mixup, CutMix, erasing, stochastic depth and layer decay are on."""
+def finetune_arguments(precision: str, steps: int) -> list[str]:
+    """Return the arguments of a fine-tuning run.
+
+    RandAugment, mixup, CutMix, erasing, stochastic depth and layer decay are on.
+    """
     return [
         *"--preset demo --tracker.kind jsonl --train.no_report --train.log_every 1 --train.save_every 1000".split(),
         *"--data.workers 0 --data.batch_size 16 --data.backend pillow --tune.no_untrained".split(),
@@ -53,7 +56,7 @@ def finetuning(precision: str, steps: int) -> list[str]:
 
 
 def curves(rows: list[dict], grad_norms: list[float], keys: "hashlib._Hash") -> dict[str, object]:
-    """What is compared: numbers a step, and one hash of the keys of all samples in their order."""
+    """Return what is compared: values per step, and one hash of all sample keys in their order."""
     steps = [row for row in rows if "loss/total" in row]
     names = ["loss/total", *(name for name in steps[0] if name.startswith("beta/"))]
     return {
@@ -74,7 +77,7 @@ def main() -> None:
     from ddae.training.tracker import read_metrics
 
     programs = {"pretrain": (pretrain, PRETRAINING), "finetune": (finetune, FINETUNING)}
-    batches, update = Loader.batches, Engine.step
+    batches, optimizer_step = Loader.batches, Engine.step
 
     def recorded_batches(self, step):
         for batch in batches(self, step):
@@ -82,25 +85,25 @@ def main() -> None:
             yield batch
 
     def recorded_step(self, lr):
-        ends = self.deepspeed.is_gradient_accumulation_boundary()
-        applied = update(self, lr)
-        if ends:
+        is_last = self.deepspeed.is_gradient_accumulation_boundary()  # micro-batch of a step
+        applied = optimizer_step(self, lr)
+        if is_last:
             norms.append(self.grad_norm())
         return applied
 
     Loader.batches, Engine.step = recorded_batches, recorded_step
     configure_logging()
     for line in sys.stdin:
-        name, program, *words = json.loads(line)
+        name, program, *args = json.loads(line)
         samples: list[list[str]] = []
         norms: list[float] = []
         train, kind = programs[program]
-        config = parse(words, kind)
+        config = parse(args, kind)
         train(config)
-        drawn = hashlib.sha256(json.dumps(gather(samples)).encode())
+        keys = hashlib.sha256(json.dumps(gather(samples)).encode())
         if is_main():
             rows = read_metrics(Path(config.folder) / "metrics.jsonl")
-            print("GOLDEN", json.dumps([name, curves(rows, norms, drawn)]), flush=True)
+            print("GOLDEN", json.dumps([name, curves(rows, norms, keys)]), flush=True)
     stop_process_group()
 
 

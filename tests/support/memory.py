@@ -1,6 +1,7 @@
-"""One rank of tests/tools/test_plan.py: bytes of live tensors by part, after a backward pass.
+"""One rank of tests/tools/test_plan.py: measure the bytes of live tensors by part after a backward pass.
 
-Reads lists of words from its standard input, one a line; rank 0 prints what it measured as JSON, one a line.
+Reads command-line arguments from standard input, one JSON list a line. For each, rank 0 prints the measured bytes as
+JSON after the word MEASURED, the largest of all ranks.
 """
 
 import gc
@@ -22,33 +23,35 @@ from ddae.training.step import ForwardPass, TeacherTargets, build_targets
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every storage that some tensor alive holds, by address."""
-    found = {}
+    """Return the bytes of every storage of a live CPU tensor, by address."""
+    sizes = {}
     for each in gc.get_objects():
         if issubclass(type(each), torch.Tensor) and each.device.type == "cpu":
-            found[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
-    return found
+            sizes[each.untyped_storage().data_ptr()] = each.untyped_storage().nbytes()
+    return sizes
 
 
 def batch_of(config, images: int) -> Batch:
+    """Return random images uint8 [B, 3, H, W] with seeds and sample numbers 0 to B - 1."""
     side = config.model.image_size
     return Batch(
         torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8), torch.arange(images), torch.arange(images)
     )
 
 
-def measure(words: list[str]) -> dict[str, int]:
-    config = parse(words)
+def measure(args: list[str]) -> dict[str, int]:
+    """Return the bytes of weights, gradients, optimizer, teacher and all other tensors after a backward pass."""
+    config = parse(args)
     before = storages()
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    method = build_model(config)
-    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
+    model = build_model(config)
+    engine = Engine(model, build_optimizer(model, config.optim), resolved.json)
     targets = build_targets(config, engine)
     assert isinstance(targets, TeacherTargets)
     teacher = targets.teacher
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     forward = ForwardPass(config, engine, targets, betas, 1.0, "reference")
-    for step in range(2):  # the first update makes Adam's averages
+    for step in range(2):  # the first update allocates Adam's averages
         losses = forward(batch_of(config, resolved.micro_batch), 1.0)
         engine.backward(losses.total)
         del losses
@@ -56,7 +59,7 @@ def measure(words: list[str]) -> dict[str, int]:
             engine.step(1e-4)
             teacher.update(0.99)
     gc.collect()
-    left = {address: size for address, size in storages().items() if address not in before}
+    live = {address: size for address, size in storages().items() if address not in before}
     parameters = list(engine.module.parameters())
     zero = engine.zero.optimizer
     if engine.stage == 3:
@@ -71,13 +74,13 @@ def measure(words: list[str]) -> dict[str, int]:
         "weights": [*parameters, *partitions],
         "gradients": gradients,
         "optimizer": [*engine.zero.masters(), *averages],
-        "teacher": [*teacher.masters, *teacher.rounding, teacher._flat],
+        "teacher": [*teacher.masters, *teacher.compensation, teacher._flat],
     }
     sizes = {}
     for name, tensors in parts.items():
         addresses = {each.untyped_storage().data_ptr() for each in tensors if each is not None}
-        sizes[name] = sum(left.pop(address, 0) for address in addresses)
-    sizes["rest"] = sum(left.values())
+        sizes[name] = sum(live.pop(address, 0) for address in addresses)
+    sizes["rest"] = sum(live.values())
     return sizes
 
 
@@ -87,7 +90,6 @@ if __name__ == "__main__":
         of_ranks = gather(measure(json.loads(line)))
         gc.collect()
         if is_main():
-            print(
-                "MEASURED", json.dumps({name: max(each[name] for each in of_ranks) for name in of_ranks[0]}), flush=True
-            )
+            largest = {name: max(each[name] for each in of_ranks) for name in of_ranks[0]}
+            print("MEASURED", json.dumps(largest), flush=True)
     stop_process_group()

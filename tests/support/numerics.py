@@ -1,6 +1,7 @@
-"""One rank of tests/distributed/test_numerics.py: gradients compared with plain autograd, the teacher with float64.
+"""One rank of tests/distributed/test_numerics.py: compare gradients with plain autograd, and the teacher with float64.
 
-Reads lists of words from its standard input, one a line; rank 0 prints what it found as JSON, one a line.
+Reads command-line arguments from standard input, one JSON list a line. For each, rank 0 prints the relative errors as
+JSON after the word ERRORS, the largest of all ranks.
 """
 
 import json
@@ -27,12 +28,16 @@ from ddae.training.optimizer import build_optimizer
 from ddae.training.step import ForwardPass, TeacherTargets, build_targets
 
 
-def compare(words: list[str]) -> dict[str, float]:
-    config = parse(words)
+def compare(args: list[str]) -> dict[str, float]:
+    """Return the relative errors of the parameters' gradients, the betas' gradients and the EMA teacher.
+
+    An error of parameters is relative to the largest gradient of their layer.
+    """
+    config = parse(args)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     accumulation = config.data.batch_size // (resolved.micro_batch * world_size())
-    method = build_model(config)
-    engine = Engine(method, build_optimizer(method, config.optim), resolved.json)
+    model = build_model(config)
+    engine = Engine(model, build_optimizer(model, config.optim), resolved.json)
     targets = build_targets(config, engine)
     assert isinstance(targets, TeacherTargets)
     teacher = targets.teacher
@@ -50,11 +55,11 @@ def compare(words: list[str]) -> dict[str, float]:
     for batch in batches:
         plain_forward = ForwardPass(config, plain, TeacherTargets(config, plain, teacher), plain_betas, *share)
         plain_forward(batch, 0.5).total.backward()
-    wanted = {}
+    expected = {}
     for name, parameter in plain.module.named_parameters():
         gradient = parameter.grad.clone()
         dist.all_reduce(gradient)
-        wanted[name] = gradient / world_size()
+        expected[name] = gradient / world_size()
 
     betas = new_betas()
     for batch in batches:
@@ -64,48 +69,52 @@ def compare(words: list[str]) -> dict[str, float]:
             engine.step(0.0)
     layers: dict[str, list[tuple[float, float]]] = {}
     for name, parameter in engine.module.named_parameters():
-        given = safe_get_full_grad(parameter)
-        apart = float((given.view_as(wanted[name]) - wanted[name]).abs().max())
-        layers.setdefault(name.rsplit(".", 2)[0], []).append((apart, float(wanted[name].abs().max())))
-    worst = max(max(a for a, _ in of_layer) / max(m for _, m in of_layer) for of_layer in layers.values())
+        gradient = safe_get_full_grad(parameter).view_as(expected[name])
+        error = float((gradient - expected[name]).abs().max())
+        layers.setdefault(name.rsplit(".", 2)[0], []).append((error, float(expected[name].abs().max())))
+    worst = max(max(e for e, _ in of_layer) / max(m for _, m in of_layer) for of_layer in layers.values())
 
     engine.step(0.0)
     betas.step(0.0, torch.ones(()))
-    everyone = torch.cat([torch.cat(list(each)) for each in gather([batch.seeds for batch in batches])])
-    mask = sample_mask(config.mask.kind, everyone, config.grid, config.num_masked)
+    all_seeds = torch.cat([torch.cat(list(each)) for each in gather([batch.seeds for batch in batches])])
+    mask = sample_mask(config.mask.kind, all_seeds, config.grid, config.num_masked)
     values = plain_betas.values.detach().clone().requires_grad_()
     norm = dk.weight_norm(masked_distance(mask, config.grid, "reference"), values, config.dynamic.norm_batch).sum()
     (config.dynamic.weight_norm_coef * norm + config.dynamic.beta_l2 / 2 * values.square().sum()).backward()
-    of_loss = plain_betas.values.grad.clone()
-    dist.all_reduce(of_loss)
-    wanted_betas = of_loss / world_size() + values.grad
-    of_betas = float((betas.gradient - wanted_betas).abs().max() / wanted_betas.abs().max())
-    return {"parameters": worst, "betas": of_betas, "teacher": follow(engine, teacher)}
+    loss_gradient = plain_betas.values.grad.clone()
+    dist.all_reduce(loss_gradient)
+    expected_betas = loss_gradient / world_size() + values.grad
+    betas_error = float((betas.gradient - expected_betas).abs().max() / expected_betas.abs().max())
+    return {"parameters": worst, "betas": betas_error, "teacher": teacher_error(engine, teacher)}
 
 
-def follow(engine: Engine, teacher) -> float:
-    """1,000 steps at m = 0.99999 towards weights 1 % away: the error against float64 over the distance travelled."""
+def teacher_error(engine: Engine, teacher) -> float:
+    """Return the teacher's error after 1,000 updates at momentum 0.99999, with weights 1 % away.
+
+    It is the norm of the difference from float64, divided by the norm of the change.
+    """
     steps, momentum = 1000, 0.99999
-    fragments = engine.masters(engine.module.encoder)
+    shards = engine.masters(engine.module.encoder)
     starts = [master.double() for master in teacher.masters]
     goals = [(master * 1.01).float() for master in teacher.masters]
-    for fragment, goal in zip(fragments, goals, strict=True):
-        fragment.values.copy_(goal)
+    for shard, goal in zip(shards, goals, strict=True):
+        shard.values.copy_(goal)
     for _ in range(steps):
         teacher.update(momentum)
-    error = travelled = 0.0
+    error = change = 0.0
     for start, goal, master in zip(starts, goals, teacher.masters, strict=True):
         exact = goal.double() + (start - goal.double()) * momentum**steps
         error += float((master.double() - exact).square().sum())
-        travelled += float((exact - start).square().sum())
-    totals = gather((error, travelled))
+        change += float((exact - start).square().sum())
+    totals = gather((error, change))
     return (sum(each[0] for each in totals) / sum(each[1] for each in totals)) ** 0.5
 
 
 if __name__ == "__main__":
     start_process_group()
     for line in sys.stdin:
-        found = gather(compare(json.loads(line)))
+        of_ranks = gather(compare(json.loads(line)))
         if is_main():
-            print("FOUND", json.dumps({name: max(each[name] for each in found) for name in found[0]}), flush=True)
+            largest = {name: max(each[name] for each in of_ranks) for name in of_ranks[0]}
+            print("ERRORS", json.dumps(largest), flush=True)
     stop_process_group()

@@ -1,6 +1,7 @@
-"""Starting ranks from tests: one set of processes serves many runs, on a port of its own, and leaves nothing behind.
+"""Start ranks from tests: one set of processes serves many runs, uses its own port, and leaves no files behind.
 
-As a program it is one rank: it reads lists of words from its standard input, one a line, and pretrains with each.
+As a program this module is one rank. It reads command-line arguments from standard input, one JSON list a line, and
+pretrains with each list.
 """
 
 import functools
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).parents[2]
-NANO = (  # a model that takes milliseconds a step
+NANO = (  # a model whose step takes milliseconds
     "--preset demo --model.width 32 --model.depth 2 --model.heads 2 --model.image_size 32 --model.patch_size 8 "
     "--pixel.taps 1 2 --pixel.tap_weights 0.75 1 --pixel.decoder_width 16 --pixel.decoder_heads 2 "
     "--feature.taps 1 2 --feature.tap_weights 0.75 1 --feature.decoder_width 16 --feature.decoder_heads 2 "
@@ -28,21 +29,22 @@ NANO = (  # a model that takes milliseconds a step
 ).split()
 
 
-def words(shards, run_dir, stage: int, *more: str) -> list[str]:
-    """The command line of a nano run."""
-    stage_file = ROOT / "ds_configs" / f"zero{stage}.json"
-    return [*NANO, "--data.train", str(shards), "--run_dir", str(run_dir), "--ds_config", str(stage_file), *more]
+def arguments(shards, run_dir, stage: int, *more: str) -> list[str]:
+    """Return the command-line arguments of a nano run at a ZeRO stage."""
+    ds_json = ROOT / "ds_configs" / f"zero{stage}.json"
+    return [*NANO, "--data.train", str(shards), "--run_dir", str(run_dir), "--ds_config", str(ds_json), *more]
 
 
 def free_port() -> int:
+    """Return a port that no process listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def start(count: int, command: list[str]) -> list[subprocess.Popen]:
-    """Start `count` ranks of a command, as a launcher would; rank 0 in the first place."""
-    environment = os.environ | {
+    """Start `count` ranks of a Python command, as a launcher would. Return their processes, rank 0 first."""
+    env = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(count),
@@ -51,67 +53,73 @@ def start(count: int, command: list[str]) -> list[subprocess.Popen]:
     }
     ranks = []
     for rank in range(count):
-        own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        rank_env = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        ranks.append(subprocess.Popen([sys.executable, *command], env=own, cwd=ROOT, text=True, **pipes))
-        ranks[-1].port = environment["MASTER_PORT"]
+        ranks.append(subprocess.Popen([sys.executable, *command], env=rank_env, cwd=ROOT, text=True, **pipes))
+        ranks[-1].port = env["MASTER_PORT"]
     return ranks
 
 
 def run_all(count: int, runs: list[list[str]], timeout: int = 900) -> str:
-    """Pretrain with each of the word lists on `count` ranks, in one set of processes; what rank 0 said."""
+    """Pretrain with each list of arguments on `count` ranks, in one set of processes. Return rank 0's output."""
     return run_program(count, [__file__], runs, timeout)
 
 
 def run_program(count: int, command: list[str], runs: list[list[str]], timeout: int = 900) -> str:
-    """Run a program that reads lists of words from its standard input on `count` ranks; what rank 0 said."""
+    """Run a program that reads lists of arguments from standard input on `count` ranks. Return rank 0's output.
+
+    Fail if a rank's exit code is not 0.
+    """
     server = forks()
     (server.folder / "runs.jsonl").write_text("\n".join(json.dumps(run) for run in runs))
-    started = server.start(command, count, stdin="runs.jsonl")
-    codes = server.wait_all(started, timeout)
+    codes = server.wait_all(server.start(command, count, stdin="runs.jsonl"), timeout)
     assert codes == [0] * count, "\n".join(["exit codes", str(codes), *(server.log(i)[-3000:] for i in range(count))])
     return server.log()
 
 
 def run_command(*command: str, timeout: int = 900) -> tuple[int, str]:
-    """A command, such as launch/pretrain.py and its words, without a launcher: its exit code and what it said."""
+    """Run a Python command, such as launch/pretrain.py, without a launcher. Return its exit code and its output."""
     server = forks()
     return server.wait(server.start_one(list(command)), timeout), server.log()
 
 
 @functools.cache
 def forks() -> "Forks":
-    """The one that all tests of this process share; conftest.py closes it."""
+    """Return the server that all tests of this process share; conftest.py closes it."""
     return Forks(Path(tempfile.mkdtemp(prefix="forks_")))
 
 
 class Forks:
-    """Ranks that start at once, forked from a process that has imported everything (forks.py)."""
+    """Ranks that start without import time: forks of a process that has imported everything (forks.py)."""
 
     def __init__(self, folder: Path):
         self.folder, self.ports = folder, []
         self._running: set[int] = set()
-        own = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": os.environ.get("DDAE_TEST_THREADS", "1")}
-        own["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not start CUDA before a fork
+        env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "OMP_NUM_THREADS": os.environ.get("DDAE_TEST_THREADS", "1")}
+        env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # otherwise is_available() initialises CUDA before the fork
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
         command = [sys.executable, str(ROOT / "tests" / "support" / "forks.py")]
-        self._server = subprocess.Popen(command, env=os.environ | own, cwd=ROOT, text=True, **pipes)
+        self._server = subprocess.Popen(command, env=os.environ | env, cwd=ROOT, text=True, **pipes)
         assert any(line == "ready\n" for line in self._server.stdout)
 
     def close(self) -> None:
-        self._end_all()
+        """End all ranks and the server, and remove their files."""
+        self._kill_all()
         self._server.stdin.close()
         self._server.wait()
         shutil.rmtree(self.folder)
         for port in self.ports:
-            clean(port)  # of ranks that were killed
+            remove_shared_memory(port)  # of ranks that were killed
 
     def start(self, command: list[str], count: int = 1, kill_at: int = 0, stdin: str = os.devnull) -> list[int]:
-        """Process ids of so many ranks of one run, rank 0's first; each writes into a log of its own (log())."""
+        """Start `count` ranks of one run. Return their process ids, rank 0's first.
+
+        log() has each rank's output. kill_at: see forks.py. stdin: a file in this server's folder.
+        """
         self.ports.append(str(free_port()))
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.ports[-1], "WORLD_SIZE": str(count)}
+        rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.ports[-1], "WORLD_SIZE": str(count)}
         return [
-            self.start_one(command, rank, meet | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, kill_at, stdin)
+            self.start_one(command, rank, rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, kill_at, stdin)
             for rank in range(count)
         ]
 
@@ -123,75 +131,79 @@ class Forks:
         kill_at: int = 0,
         stdin: str = os.devnull,
     ) -> int:
-        """Process id of one that no launcher has started, or of a rank."""
+        """Start a process without a launcher, or one rank if `env` has the launcher's variables. Return its id."""
         if rank == 0:
-            self._end_all()  # of a test that has failed
+            self._kill_all()  # processes of a test that failed
         log = self.folder / f"rank_{rank}.log"
         log.unlink(missing_ok=True)
         files = {"log": str(log), "stdin": str(self.folder / stdin)}
-        process = self._ask({"command": command, "env": env or {}, "kill_at": kill_at} | files)
+        process = self._request({"command": command, "env": env or {}, "kill_at": kill_at} | files)
         self._running.add(process)
         return process
 
     def wait(self, process: int, timeout: float = 900) -> int:
-        """Its exit code, when it has ended; after `timeout` seconds it is killed."""
+        """Wait for a process and return its exit code. Kill it after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while (code := self._ask({"ended": process})) is None:
+        while (code := self._request({"wait_for": process})) is None:
             if time.monotonic() > deadline:
                 os.kill(process, signal.SIGKILL)
             time.sleep(0.02)
         self._running.discard(process)
         return code
 
-    def _end_all(self) -> None:
+    def _kill_all(self) -> None:
         for process in list(self._running):
             os.kill(process, signal.SIGKILL)
             self.wait(process)
 
-    def wait_all(self, started: list[int], timeout: float = 900) -> list[int]:
-        """Exit codes of the ranks of a run, which leaves nothing behind."""
-        codes = [self.wait(process, timeout) for process in started]
-        clean(self.ports[-1])
+    def wait_all(self, processes: list[int], timeout: float = 900) -> list[int]:
+        """Wait for the ranks of a run, remove their shared memory, and return their exit codes."""
+        codes = [self.wait(process, timeout) for process in processes]
+        remove_shared_memory(self.ports[-1])
         return codes
 
     def log(self, rank: int = 0) -> str:
-        """What the rank that was started last has said so far."""
+        """Return what the process of this rank that was started last has printed so far."""
         return (self.folder / f"rank_{rank}.log").read_text()
 
-    def _ask(self, task: dict) -> int | None:
+    def _request(self, task: dict) -> int | None:
         self._server.stdin.write(json.dumps(task) + "\n")
         self._server.stdin.flush()
         return json.loads(self._server.stdout.readline())
 
 
-def below(process: int) -> list[psutil.Process]:
-    """The ranks of a launcher, or the process itself; rank 0 first, without their data workers, which have their
-    words."""
+def rank_processes(launcher: int) -> list[psutil.Process]:
+    """Return the ranks that the process `launcher` started, or that process itself if it is a rank; rank 0 first.
+
+    Data workers are left out: they are forks of a rank and have its command line.
+    """
     launchers = {"deepspeed", "torchrun", "deepspeed.launcher.launch"}
 
-    def is_rank(words: list[str]) -> bool:
-        if words[:1] == ["ip"] or not launchers.isdisjoint(Path(word).name for word in words[:4]):
+    def is_rank(args: list[str]) -> bool:
+        if args[:1] == ["ip"] or not launchers.isdisjoint(Path(arg).name for arg in args[:4]):
             return False
-        return "launch/pretrain.py" in words
+        return "launch/pretrain.py" in args
 
-    root = psutil.Process(process)
-    named = [each for each in (root, *root.children(recursive=True)) if is_rank(each.cmdline())]
-    numbers = {each.pid for each in named}
-    tops = [each for each in named if each.ppid() not in numbers]
-    return sorted(tops, key=lambda each: int(each.environ().get("RANK", "0")))
+    root = psutil.Process(launcher)
+    candidates = [each for each in (root, *root.children(recursive=True)) if is_rank(each.cmdline())]
+    ids = {each.pid for each in candidates}
+    ranks = [each for each in candidates if each.ppid() not in ids]
+    return sorted(ranks, key=lambda each: int(each.environ().get("RANK", "0")))
 
 
-def clean(port: str) -> None:
-    """DeepSpeed's shared-memory buffers outlive a process that is killed; remove those of this port."""
+def remove_shared_memory(port: str) -> None:
+    """Remove DeepSpeed's shared-memory buffers of this port, which outlive a rank that is killed."""
     for buffer in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer*_{port}_*"):
         os.unlink(buffer)
 
 
 def metrics(run_dir) -> list[dict]:
+    """Return the rows of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
 def column(run_dir, name: str = "loss/total") -> list[float]:
+    """Return one metric of all rows."""
     return [row[name] for row in metrics(run_dir)]
 
 
@@ -203,13 +215,13 @@ if __name__ == "__main__":
     from ddae.distributed.engine import stop_process_group
     from ddae.train import pretrain
 
-    scale, upstream_gradients = operators._scale_gradients, set()
+    scale_gradients, upstream_gradients = operators._scale_gradients, set()
 
-    def watched(grad, beta_grad, upstream, unit):
+    def recording(grad, beta_grad, upstream, unit):
         upstream_gradients.add(float(upstream))
-        scale(grad, beta_grad, upstream, unit)
+        scale_gradients(grad, beta_grad, upstream, unit)
 
-    operators._scale_gradients = watched
+    operators._scale_gradients = recording
     configure_logging()
     for line in sys.stdin:
         pretrain(parse(json.loads(line)))

@@ -1,56 +1,56 @@
-"""launch/doctor.py: what works is told, what does not is told too, by exit codes as well."""
+"""launch/doctor.py: its table of checks and its exit codes, if all checks pass and if one fails."""
 
 import pytest
 import ranks
 
 from ddae.tools import doctor
 
-TRIED = ("versions", "ranks", "deepspeed", "loss", "images", "disk", "checkpoint", "all-reduce", "gloo")
+CHECKS = ("versions", "ranks", "deepspeed", "loss", "images", "disk", "checkpoint", "all-reduce", "gloo")
 
 
-def test_two_ranks_are_well(tmp_path):
-    """With a JSON of the run's own batch, which is not the doctor's to mind."""
+def test_all_checks_pass_on_two_ranks(tmp_path):
+    """With a JSON that sets the run's micro-batch, which the doctor ignores."""
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 64}')
-    words = ["--folder", str(tmp_path / "runs"), "--ds_config", str(tmp_path / "ds.json")]
+    args = ["--folder", str(tmp_path / "runs"), "--ds_config", str(tmp_path / "ds.json")]
     forks = ranks.forks()
-    assert forks.wait_all(forks.start(["launch/doctor.py", *words], 2), 300) == [0, 0], forks.log()
-    said = forks.log(0), forks.log(1)
-    for name in TRIED:
-        assert f"\n{name:12}" in said[0], name
-        assert f"\n{name:12}" not in said[1]
-    assert "all of it works" in said[0]
-    assert "FAILS" not in said[0]
-    assert ": 2 x " in said[0]
-    assert "ZeRO 1: written in" in said[0]
-    assert "GB/s a rank" in said[0]
+    assert forks.wait_all(forks.start(["launch/doctor.py", *args], 2), 300) == [0, 0], forks.log()
+    output = forks.log(0), forks.log(1)
+    for name in CHECKS:
+        assert f"\n{name:12}" in output[0], name
+        assert f"\n{name:12}" not in output[1]
+    assert "all checks passed" in output[0]
+    assert "FAILED" not in output[0]
+    assert ": 2 x " in output[0]
+    assert "ZeRO 1: written in" in output[0]
+    assert "GB/s a rank" in output[0]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-def test_what_fails_is_named(tmp_path, monkeypatch, capsys):
+def test_a_failed_check_is_reported(tmp_path, monkeypatch, capsys):
     def broken():
         raise OSError("no such decoder\nat all")
 
     for name in ("versions", "ranks_and_devices", "deepspeed_report", "all_reduce", "gloo"):
-        monkeypatch.setattr(doctor, name, lambda: "well")
-    monkeypatch.setattr(doctor, "checkpoint", lambda *_: "well")
-    monkeypatch.setattr(doctor, "disk", lambda *_: "well")
+        monkeypatch.setattr(doctor, name, lambda: "passed")
+    monkeypatch.setattr(doctor, "checkpoint", lambda *_: "passed")
+    monkeypatch.setattr(doctor, "disk", lambda *_: "passed")
     monkeypatch.setattr(doctor, "start_process_group", lambda: None)
     monkeypatch.setattr(doctor, "decoders", broken)
-    assert doctor.examine(tmp_path, "none.json") == 1
-    said = capsys.readouterr().out
-    assert "images      FAILS on 1 of 1 ranks: OSError: no such decoder at all\n" in said
-    assert "1 of the above do not work" in said
+    assert doctor.run_checks(tmp_path, "none.json") == 1
+    output = capsys.readouterr().out
+    assert "images      FAILED on 1 of 1 ranks: OSError: no such decoder at all\n" in output
+    assert "1 checks failed" in output
 
 
 @pytest.mark.parametrize(
-    "words, message",
+    "args, message",
     [
-        (["--folder", "/proc/nowhere"], "doctor: --folder /proc/nowhere cannot be made or written"),
+        (["--folder", "/proc/nowhere"], "doctor: --folder /proc/nowhere cannot be created or written"),
         (["--ds_config", "nothing.json"], "doctor: --ds_config nothing.json cannot be read"),
     ],
 )
-def test_its_mistakes_are_one_sentence(words, message, tmp_path):
-    code, said = ranks.run_command("launch/doctor.py", "--folder", str(tmp_path), *words)
+def test_user_errors_have_no_traceback(args, message, tmp_path):
+    code, output = ranks.run_command("launch/doctor.py", "--folder", str(tmp_path), *args)
     assert code == 2
-    assert message in said
-    assert "Traceback" not in said
+    assert message in output
+    assert "Traceback" not in output

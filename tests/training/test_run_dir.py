@@ -1,4 +1,4 @@
-"""What a run folder knows of its own past."""
+"""A run directory's history: which earlier starts it accepts, and which it refuses."""
 
 import json
 from dataclasses import replace
@@ -11,38 +11,43 @@ from ddae.errors import UserError
 from ddae.training.run_dir import check, check_history
 
 
-def folder_of(path, last, save_every=10, more=()):
+def started(path, last, save_every=10, files=()):
+    """The config of a run that has logged `last` steps and more."""
     config = PretrainConfig(run_dir=str(path), train=TrainConfig(save_every=save_every))
-    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    config.write(path / "config.json")
     (path / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, last + 2)))
-    for name in more:
+    for name in files:
         (path / name).touch()
     return config
 
 
-def test_a_new_run_may_begin(tmp_path):
+def test_a_new_run_starts(tmp_path):
     check_history(PretrainConfig(run_dir=str(tmp_path)))
 
 
-def test_a_run_from_before_a_field_existed_has_what_was_done_then(tmp_path):
-    """The feature target was a LayerNorm alone before feature.target_norm: another one is another run."""
+def test_a_run_of_version_0_1_is_refused(tmp_path):
     config = PretrainConfig(run_dir=str(tmp_path))
-    before = config.to_dict()
-    del before["feature"]["target_norm"]
-    (tmp_path / "config.json").write_text(json.dumps(before))
-    with pytest.raises(UserError, match=r"was started with feature\.target_norm = layer, not instance_layer"):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    with pytest.raises(UserError, match=r"was written by another version of ddae; this one reads run format 2\."):
         check(config)
-    check(replace(config, feature=replace(config.feature, target_norm="layer")))
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    from ddae.config.evaluation import FinetuneConfig
+
+    FinetuneConfig(run_dir=str(tmp_path), encoder="runs/demo").write(tmp_path / "config.json")
+    with pytest.raises(UserError, match="was started with"):
+        check(PretrainConfig(run_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("last", [0, 3, 10])
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(last, tmp_path):
-    check_history(folder_of(tmp_path, last))
+def test_a_run_killed_before_its_first_checkpoint_starts_again(last, tmp_path):
+    check_history(started(tmp_path, last))
 
 
-@pytest.mark.parametrize("last, more", [(11, ()), (500, ()), (3, ("stopped.json",)), (3, ("finished.json",))])
-def test_checkpoints_that_are_gone_are_missed(last, more, tmp_path):
-    config = folder_of(tmp_path, last, more=more)
-    with pytest.raises(UserError, match="holds no checkpoint: bring back its checkpoints/"):
+@pytest.mark.parametrize("last, files", [(11, ()), (500, ()), (3, ("stopped.json",)), (3, ("finished.json",))])
+def test_missing_checkpoints_are_noticed(last, files, tmp_path):
+    config = started(tmp_path, last, files=files)
+    with pytest.raises(UserError, match="holds no checkpoint. Restore its checkpoints/"):
         check_history(config)
     check_history(replace(config, allow_restart=True))

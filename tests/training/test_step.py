@@ -340,7 +340,7 @@ def test_the_guard_holds_batches_only_while_steps_are_skipped(tmp_path):
 
 @CPU_ALONE
 def test_the_ladder_on_a_small_model(tmp_path):
-    """What the JSON holds, the naive rung first; no other rung looks at a number of the device's in a step."""
+    """What the JSON holds, the naive variant first; the other synchronises host and device nowhere in a step."""
     out, model = tmp_path / "rows.json", ranks.NANO[2 : ranks.NANO.index("--data.batch_size")]
     words = ["step", *"--preset demo --batch 4 --rounds 1".split(), "--json", str(out), "--out", str(tmp_path / "o")]
     code, said = ranks.run_command("launch/benchmark.py", *words, "--variants", "naive", "tap by tap", *model)
@@ -379,4 +379,4 @@ def test_sequential_taps_are_refused_under_zero_3(tmp_path):
 def test_variants_differ():
     for gpu in (False, True):
         assert len({each.name for each in variants(gpu)}) == len(variants(gpu))
-        assert rungs(gpu)[0].kind == "naive"
+        assert variants(gpu)[0].kind == "naive"

@@ -1,4 +1,4 @@
-"""metrics.jsonl always; MLflow in one run, whatever becomes of its server; nothing secret in either."""
+"""Tracker: metrics.jsonl is complete, MLflow gets one run despite server failures, and neither contains secrets."""
 
 import http.server
 import json
@@ -14,27 +14,28 @@ import ranks
 from ddae.config.base import TrackerConfig
 from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig
+from ddae.distributed.comm import configure_logging
 from ddae.training import tracker as tracking
 from ddae.training.tracker import Tracker, read_metrics, start_tracker
 
 
 @pytest.fixture(autouse=True)
-def apart(tmp_path, monkeypatch):
-    """A folder and a store of its own, and no long pauses between attempts."""
+def isolated(tmp_path, monkeypatch):
+    """Give each test its own folder and MLflow store, and short pauses between retries."""
+    configure_logging()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(
-        "MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db"
-    )  # a relative one is kept from test to test
-    for name in ("MLFLOW_EXPERIMENT_NAME", *tracking.IMPATIENT):
+    # An absolute path: MLflow caches the store of a relative one from test to test.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    for name in ("MLFLOW_EXPERIMENT_NAME", *tracking.TIMEOUTS):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(tracking, "PAUSE", (0.1, 0.2))
+    monkeypatch.setattr(tracking, "RETRY_PAUSE_S", (0.1, 0.2))
     yield
     for thread in threading.enumerate():
-        if thread.name == "mlflow":  # left behind by a run that waited no longer: not to speak in the next test
+        if thread.name == "mlflow":  # still running after a timeout: it would log during the next test
             thread.join()
 
 
-def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
+def test_rows_after_the_resumed_step_are_removed(tmp_path):
     rows = "".join(json.dumps({"step": step, "loss/total": 0.5}) + "\n" for step in range(1, 8))
     (tmp_path / "metrics.jsonl").write_text(rows + '{"step": 8, "lo')
     tracker = Tracker(tmp_path, 5)
@@ -44,25 +45,25 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path):
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["loss/total"] == 0.25
 
 
-def test_a_full_disk_keeps_rows_waiting(tmp_path, capsys):
+def test_rows_are_buffered_while_the_disk_is_full(tmp_path, capsys):
     tracker = Tracker(tmp_path, 0)
     tracker.log({"step": 1})
-    whole, tracker._file = tracker._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
+    file, tracker._file = tracker._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     for step in (2, 3):
         tracker.log({"step": step})
-    assert capsys.readouterr().out.count("cannot be written (No space left on device): its rows wait") == 1
-    tracker._file = whole
+    assert capsys.readouterr().out.count("cannot be written (No space left on device); its rows are buffered") == 1
+    tracker._file = file
     tracker.log({"step": 4})
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def runs_of(client, experiment="ddae"):
-    (found,) = [each for each in client.search_experiments() if each.name == experiment]
-    return client.search_runs([found.experiment_id])
+def runs_of(client, name="ddae"):
+    (experiment,) = [each for each in client.search_experiments() if each.name == name]
+    return client.search_runs([experiment.experiment_id])
 
 
-@pytest.mark.parametrize("known_by", ["folder", "checkpoint"])
-def test_mlflow_has_one_run_however_often_it_is_resumed(known_by, tmp_path):
+@pytest.mark.parametrize("run_id_from", ["folder", "checkpoint"])
+def test_a_resumed_run_continues_its_mlflow_run(run_id_from, tmp_path):
     import mlflow
 
     folder = tmp_path / "run"
@@ -75,7 +76,7 @@ def test_mlflow_has_one_run_however_often_it_is_resumed(known_by, tmp_path):
         for step in (start + 1, start + 2):
             tracker.log({"step": step, "loss/total": 1 / step, "beta/tap_02": -0.5})
         tracker.finish([picture])
-        if known_by == "checkpoint":
+        if run_id_from == "checkpoint":
             run_id = tracker.run_id
             (folder / tracking.RUN_ID).unlink()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -88,7 +89,7 @@ def test_mlflow_has_one_run_however_often_it_is_resumed(known_by, tmp_path):
     assert run.info.run_name == "run"
 
 
-def test_a_run_that_mlflow_lost_is_opened_anew(tmp_path, capsys):
+def test_a_run_deleted_from_mlflow_is_replaced_by_a_new_one(tmp_path, capsys):
     import mlflow
 
     mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").create_experiment("ddae")
@@ -102,7 +103,7 @@ def test_a_run_that_mlflow_lost_is_opened_anew(tmp_path, capsys):
     assert run.info.status == "KILLED"
 
 
-def test_a_run_that_breaks_off_has_failed(tmp_path):
+def test_a_run_that_raises_has_status_failed(tmp_path):
     import mlflow
 
     program = (
@@ -113,15 +114,15 @@ def test_a_run_that_breaks_off_has_failed(tmp_path):
         "tracker.log({'step': 1, 'loss/total': 1.0}); raise RuntimeError('broken')"
     )
     paths = {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}"}
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | paths, capture_output=True, check=False)
-    assert done.returncode == 1
+    process = subprocess.run([sys.executable, "-c", program], env=os.environ | paths, capture_output=True, check=False)
+    assert process.returncode == 1
     (run,) = runs_of(mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db"))
     assert run.info.status == "FAILED"
     assert run.data.metrics == {"loss/total": 1.0}
 
 
 class Server:
-    """An MLflow server of the worst kind: it answers every request with `status` after `delay` seconds."""
+    """A failing MLflow server: it answers every request with `status` after `delay` seconds."""
 
     def __init__(self, status=500, delay=0.0):
         outer = self
@@ -136,7 +137,7 @@ class Server:
 
             do_GET = do_POST = do_PATCH = answer  # noqa: N815 - http.server's names
 
-            def log_message(self, *words):
+            def log_message(self, *args):
                 pass
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -146,9 +147,9 @@ class Server:
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("kind", ["down", "failing", "slow"])
-def test_a_bad_server_stops_nothing(kind, tmp_path, monkeypatch, capsys, tell):
-    """An MLflow server that is down, answers 500, or takes 2 s a request."""
-    address = "http://me:hunter2@127.0.0.1:9"  # discard: nobody listens
+def test_a_failing_server_does_not_delay_training(kind, tmp_path, monkeypatch, capsys, record_result):
+    """An MLflow server that is down, answers 500, or takes 2 s per request."""
+    address = "http://me:hunter2@127.0.0.1:9"  # port of the discard service: nothing listens
     if kind != "down":
         address = Server(500, 2.0 if kind == "slow" else 0.0).address
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
@@ -165,22 +166,22 @@ def test_a_bad_server_stops_nothing(kind, tmp_path, monkeypatch, capsys, tell):
     assert sorted(times)[50] < 0.05
     assert waited < 10
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 100
-    said = capsys.readouterr().out
-    assert said.count("MLflow does not answer") <= 1
-    assert "hunter2" not in said
-    assert "MLflow has not taken everything" in said
-    tell(f"a row costs {sorted(times)[50] * 1e6:.0f} us, the end of the run {waited:.1f} s; metrics.jsonl is complete")
+    output = capsys.readouterr().out
+    assert output.count("MLflow does not answer") <= 1
+    assert "hunter2" not in output
+    assert "MLflow lacks at least" in output
+    record_result(f"a row takes {sorted(times)[50] * 1e6:.0f} us, the end {waited:.1f} s; metrics.jsonl is complete")
 
 
-def test_a_server_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, capsys):
+def test_rows_of_an_outage_are_sent_afterwards(tmp_path, monkeypatch, capsys):
     import mlflow
 
-    broken = [True]
+    down = [True]
     create = mlflow.MlflowClient.create_run
 
     def flaky(self, *args, **options):
-        if broken[0]:
-            raise ConnectionError("nobody there")
+        if down[0]:
+            raise ConnectionError("refused")
         return create(self, *args, **options)
 
     monkeypatch.setattr(mlflow.MlflowClient, "create_run", flaky)
@@ -189,7 +190,7 @@ def test_a_server_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, cap
         tracker.log({"step": step, "loss/total": float(step)})
     while "does not answer" not in capsys.readouterr().out:
         time.sleep(0.05)
-    broken[0] = False
+    down[0] = False
     tracker.finish([])
     assert "MLflow answers again" in capsys.readouterr().out
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -198,27 +199,27 @@ def test_a_server_that_comes_back_gets_what_it_missed(tmp_path, monkeypatch, cap
     assert run.data.params == {"preset": "demo"}
 
 
-def test_a_long_outage_costs_the_oldest_rows_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tracking, "WAITING", 10)
+def test_a_long_outage_drops_rows_that_the_queue_cannot_hold(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tracking, "QUEUE_ROWS", 10)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     tracker = start_tracker(TrackerConfig(), tmp_path, 0, {})
     for step in range(1, 51):
         tracker.log({"step": step, "loss/total": 1.0})
     tracker.finish([], timeout_s=0.5)
-    assert "MLflow has not taken everything (50 rows" in capsys.readouterr().out
+    assert "MLflow lacks at least 50 rows" in capsys.readouterr().out
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 50
 
 
-def test_nothing_secret_is_logged():
+def test_secrets_are_not_logged():
     secret = "https://me:hunter2@host/shards/train-{000000..000009}.tar?X-Amz-Signature=abc"
     config = parse(["--preset", "demo", "--data.train", secret])
-    assert config.data.train == secret  # as it is used
+    assert config.data.train == secret  # the loader needs it
     logged = json.dumps(config.to_dict())
     assert "hunter2" not in logged
     assert "Signature" not in logged
     assert config.to_dict()["data"]["train"] == "https://host/shards/train-{000000..000009}.tar"
 
 
-def test_a_config_comes_back_from_its_file():
+def test_a_config_is_restored_from_its_json():
     for config in (PretrainConfig(), parse(["--preset", "mae_vit_h14_300e"]), parse(["--preset", "demo"])):
         assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
