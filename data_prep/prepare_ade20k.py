@@ -14,9 +14,7 @@ from ddae.sharding.ade20k import prepare
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="prepare_ade20k", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("zip", type=Path, help="ADEChallengeData2016.zip, ADE20K_2016_07_26.zip, ...")
     parser.add_argument("--out", type=Path, default=Path("data/ade20k"), help="output folder (%(default)s)")
     parser.add_argument("--per_shard", type=int, default=500, help="samples per shard (%(default)s)")

@@ -9,7 +9,6 @@ each crop, and a mask labels each pixel by its photograph: a small data set for 
 """
 
 import argparse
-import io
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import skimage
 from PIL import Image, ImageDraw
 
+from ddae.data.decode import encode_image
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError, run_command
@@ -40,6 +40,7 @@ TRAIN_FRACTION = 0.75  # of a photograph's width
 CROP_SIDES = (64, 160)  # smallest and largest crop, pixels
 NUM_PIECES = (1, 3)  # fewest and most pieces pasted on a crop
 PIECE_SCALE = (0.3, 0.7)  # smallest and largest side of a piece, as a fraction of the crop's side
+JPEG_QUALITY = 92
 MIN_FREE_BYTES = 200_000_000
 
 
@@ -74,29 +75,20 @@ def paste_pieces(
     return image, mask
 
 
-def encode(image: Image.Image, file_format: str = "JPEG") -> bytes:
-    """Return the image as a file, JPEGs with quality 92."""
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, quality=92)
-    return buffer.getvalue()
-
-
 def write_split(folder: Path, split: str, per_photo: int, per_shard: int, seed: int, masks: bool) -> dict[str, Any]:
     """Write the shards of one split, with the photographs interleaved. Return the shards' manifest entries."""
     source = Path(skimage.__file__).parent / "data"
     generator = np.random.default_rng([seed, split == "train"])
     photos = [Image.open(source / name).convert("RGB") for name in PHOTOS]
-    by_photo = []
+    samples = []
     for label, photo in enumerate(photos):
-        samples = []
         for image in random_crops(photo, split, per_photo, generator):
+            mask = None
             if masks:
-                image, mask = paste_pieces(image, label, photos, split, generator)
-                samples.append((encode(image), None, image.width, image.height, encode(mask, "PNG")))
-            else:
-                samples.append((encode(image), label, image.width, image.height))
-        by_photo.append(samples)
-    interleaved = [sample for samples in zip(*by_photo, strict=True) for sample in samples]
+                image, mask_image = paste_pieces(image, label, photos, split, generator)
+                mask = encode_image(mask_image, file_format="PNG")
+            samples.append((encode_image(image, JPEG_QUALITY), None if masks else label, *image.size, mask))
+    interleaved = [sample for first in range(per_photo) for sample in samples[first::per_photo]]
     entries = {}
     for number, start in enumerate(range(0, len(interleaved), per_shard)):
         chunk = enumerate(interleaved[start : start + per_shard], start)

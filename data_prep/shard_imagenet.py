@@ -17,15 +17,6 @@ from ddae.sharding.imagenet_devkit import read_devkit
 from ddae.sharding.sharder import Settings, shard
 from ddae.sharding.sources import UNLABELLED, build_index
 
-RANGES = {
-    "workers": (1, 1024),
-    "seed": (0, 2**32 - 1),
-    "max_count": (1, 10**6),
-    "max_size": (1 << 10, 1 << 40),
-    "resize_shorter": (0, 1 << 14),
-    "quality": (1, 100),
-}
-
 
 def size(text: str) -> int:
     """Return the bytes of a size such as 500M or 1G."""
@@ -43,20 +34,20 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--val", help="validation images: as --train; a flat tar or folder requires --devkit")
     parser.add_argument("--devkit", type=Path, help="ILSVRC2012_devkit_t12.tar.gz, or the folder unpacked from it")
     parser.add_argument("--out", type=Path, required=True, help="output folder")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
-    parser.add_argument("--seed", type=int, default=Settings.seed, help="of the permutation (%(default)s)")
-    parser.add_argument("--max_count", type=int, default=Settings.max_count, help="images per shard (%(default)s)")
-    parser.add_argument("--max_size", type=size, default=Settings.max_size, help="bytes per shard, as 500M (1G)")
-    parser.add_argument("--resize_shorter", type=int, default=0, help="largest shorter side in pixels (0: no limit)")
-    parser.add_argument("--quality", type=int, default=Settings.quality, help="of converted JPEGs (%(default)s)")
-    parser.add_argument(
-        "--on_bad",
-        choices=("keep", "stop", "drop_all"),
-        default=Settings.on_bad,
-        help="not plain RGB JPEGs: convert usable ones, stop at the first, or leave out all (%(default)s)",
+    numbers = (  # name, type, default, smallest and largest value, help
+        ("workers", int, os.cpu_count(), 1, 1024, "processes (all cores)"),
+        ("seed", int, Settings.seed, 0, 2**32 - 1, "of the permutation (%(default)s)"),
+        ("max_count", int, Settings.max_count, 1, 10**6, "images per shard (%(default)s)"),
+        ("max_size", size, Settings.max_size, 1 << 10, 1 << 40, "bytes per shard, as 500M (1G)"),
+        ("resize_shorter", int, Settings.resize_shorter, 0, 1 << 14, "largest shorter side in pixels (0: no limit)"),
+        ("quality", int, Settings.quality, 1, 100, "of converted JPEGs (%(default)s)"),
     )
+    for name, kind, default, _, _, text in numbers:
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    text = "not plain RGB JPEGs: convert usable ones, stop at the first, or leave out all (%(default)s)"
+    parser.add_argument("--on_bad", choices=("keep", "stop", "drop_all"), default=Settings.on_bad, help=text)
     args = parser.parse_args()
-    for name, (low, high) in RANGES.items():
+    for name, _, _, low, high, _ in numbers:
         if not low <= getattr(args, name) <= high:
             raise UserError(f"--{name} is {getattr(args, name)}; expected {low} to {high}.")
     if not (args.train or args.val):
@@ -70,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    devkit = None if args.devkit is None else read_devkit(args.devkit)
+    devkit = args.devkit and read_devkit(args.devkit)
     indexes, classes = [], None
     for split in ("train", "val"):
         if location := getattr(args, split):

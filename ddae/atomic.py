@@ -37,6 +37,14 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial.rename(path)
 
 
+def rename_folder(partial: Path, path: Path) -> None:
+    """Give a complete folder its name: flush it to the disk, replace `path` by it, flush the parent folder."""
+    fsync(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.rename(partial, path)
+    fsync(path.parent)
+
+
 def fsync(*paths: Path) -> None:
     """Flush files or folders to the disk."""
     for path in paths:

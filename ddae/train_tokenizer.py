@@ -5,37 +5,31 @@ Shapes: B images, N patches, F width of the teacher's features, C codes.
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from ddae.atomic import write_json
-from ddae.config import deepspeed as ds_config
 from ddae.config.tokenizer import TokenizerConfig
-from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
 from ddae.distributed.checkpoint_format import Checkpointable, FrozenModule
-from ddae.distributed.comm import device, is_main, sum_over_ranks, world_size
+from ddae.distributed.comm import device, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine
 from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError, one_line
-from ddae.eval.dataset import ExampleReader, batches_of_rank, val_location
+from ddae.eval.dataset import ExampleReader, batches_of_rank, validation_reader
 from ddae.eval.figures import patches_by_code
+from ddae.eval.task import SupervisedTask, deepspeed_run
 from ddae.export.encoder import load_encoder, write_tokenizer
 from ddae.models.patches import normalise
 from ddae.models.tokenizer import Quantizer, Tokenizer, codebook_usage
 from ddae.models.vit import initialise
-from ddae.report import html as report
 from ddae.report.figures import curves
 from ddae.trainer import fit
 from ddae.training.optimizer import build_optimizer
-from ddae.training.run import Run
-from ddae.training.schedules import warmup_cosine
-from ddae.training.tracker import run_id_of
 
 TIMM = "timm:"  # prefix of the name of a timm teacher
 NUM_SHOWN = 256  # validation images from which the figure of codes takes its patches
@@ -47,15 +41,11 @@ def train_tokenizer(config: TokenizerConfig, stop: StopSignal | None = None) -> 
     Raise SystemExit with code 75 if a signal stops the run. Raise UserError if the teacher or the shards cannot be read
     or do not fit the model.
     """
-    stop = stop or StopSignal()
     teacher = FeatureTeacher(config.vq.teacher, config.model.image_size // config.model.patch_size)
-    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    run = Run(config, stop, resolved.json, resolved.micro_batch)
-    size = config.model.image_size
+    run, size = deepspeed_run(config, stop), config.model.image_size
     loader = Loader(config.data, size, config.train.seed, run.rank_batch, device())
-    source = val_location(config.data.train, config.val)
-    val = ExampleReader(source, "val", size, open_cache(config.data), labelled=False)
-    if resolved.json.get("zero_optimization", {}).get("stage", 0) == 3:
+    val = validation_reader(config, size, labelled=False)
+    if run.ds_json.get("zero_optimization", {}).get("stage", 0) == 3:
         raise UserError("the DeepSpeed JSON has ZeRO stage 3; expected 0, 1 or 2 for a tokenizer. Change its stage.")
     fit(TokenizerTask(config, teacher, val, run.rank_batch.grad_accum_steps), run, loader)
 
@@ -109,36 +99,24 @@ def _load_timm(name: str, grid_side: int) -> tuple[nn.Module, int, int]:
     return model, size, model.num_features  # type: ignore[return-value]
 
 
-class TokenizerTask:
+class TokenizerTask(SupervisedTask):
     """Task of fit(): vector quantisation of a teacher's features."""
 
-    schedule = staticmethod(warmup_cosine)
-    engine: Engine
-    optimizable: Engine
-    description: str
-
     def __init__(self, config: TokenizerConfig, teacher: FeatureTeacher, val: ExampleReader, grad_accum_steps: int):
-        self.config, self.teacher, self.val = config, teacher, val
-        self._grad_accum_steps, self._micro, self._seed = grad_accum_steps, 0, 0
-        self.evaluate_every, self.folder = config.vq.evaluate_every, Path(config.folder)
-        self.parent = "" if config.vq.teacher.startswith(TIMM) else run_id_of(Path(config.vq.teacher))
-        self._examples: tuple[Tensor, ...] | None = None  # images and codes of the last evaluation
-        self._evaluated = False
+        encoder = "" if config.vq.teacher.startswith(TIMM) else config.vq.teacher
+        super().__init__(config, val, config.vq.evaluate_every, encoder)
+        self.teacher, self._grad_accum_steps, self._micro, self._seed = teacher, grad_accum_steps, 0, 0
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         vq = self.config.vq
         tokenizer = Tokenizer(self.config.model, vq.codes, vq.code_width)
-        decoder = vq.decoder_depth, vq.decoder_width, vq.decoder_heads
-        module = Quantizer(tokenizer, self.teacher.width, *decoder, vq.decay, vq.dead)
+        module = Quantizer(tokenizer, self.teacher.width, vq)
         initialise(module, torch.Generator().manual_seed(self.config.train.seed), self.config.model.init)
         self.engine = self.optimizable = Engine(module, build_optimizer(module, self.config.optim), ds_json)
         self.description = f"{self.config.engine.precision}, ZeRO {self.engine.stage}, {vq.codes} codes"
         self._codebook = CodebookState(self.engine.module)
-        return {
-            "engine": self.engine,
-            "codebook": self._codebook,
-            "teacher": FrozenModule("teacher", self.teacher.model),
-        }
+        teacher = FrozenModule("teacher", self.teacher.model)
+        return {"engine": self.engine, "codebook": self._codebook, "teacher": teacher}
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         with self.engine.autocast():
@@ -160,7 +138,7 @@ class TokenizerTask:
         """Return the mean cosine of reconstructed and centred teacher features, and the usage of the codebook."""
         quantizer, sums = self.engine.module, torch.zeros(2, device=self.engine.device)  # of cosines, of patches
         counts = torch.zeros(self.config.vq.codes, device=self.engine.device)
-        examples: tuple[Tensor, ...] | None = None
+        examples: list[tuple[Tensor, Tensor]] = []  # images and codes
         quantizer.eval()
         batch_size = min(self.config.data.batch_size // world_size(), 128)
         for batch in batches_of_rank(self.val, batch_size, self.config.data.workers, self.engine.device):
@@ -172,39 +150,33 @@ class TokenizerTask:
                 codes = quantizer.tokenizer.codes(images)
                 predicted = quantizer.decode_features(F.embedding(codes, quantizer.tokenizer.codebook))
                 cosines = quantizer.cosine(predicted, self.teacher.features(images))
-            sums += torch.stack([cosines.sum(), torch.tensor(float(cosines.numel()), device=sums.device)])
+            sums += torch.stack([cosines.sum(), sums.new_tensor(cosines.numel())])
             counts += codes.flatten().bincount(minlength=len(counts))
-            if examples is None or len(examples[0]) < NUM_SHOWN:
-                more = (images.cpu(), codes.cpu())
-                examples = more if examples is None else tuple(map(torch.cat, zip(examples, more, strict=True)))
+            if sum(len(shown) for shown, _ in examples) < NUM_SHOWN:
+                examples.append((images.cpu(), codes.cpu()))
         quantizer.train()
-        self._examples, self._evaluated = examples, True
+        self.counts, self._examples, self.evaluated = sum_over_ranks(counts).cpu(), examples, True
         total, num_patches = sum_over_ranks(sums).tolist()
-        used, perplexity = codebook_usage(sum_over_ranks(counts).cpu())
+        used, perplexity = codebook_usage(self.counts)
         return {"val/cosine": total / num_patches, "codebook/used_percent": used, "codebook/perplexity": perplexity}
 
-    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
-        weights = self.engine.weights(self.engine.module.tokenizer)
-        if not self._evaluated:  # an earlier start of the run made the last evaluation
-            self.evaluate(heartbeat)
-        if not is_main():
-            return []
-        assert self._examples is not None
-        tokenizer = self.engine.module.tokenizer
-        weights |= {name: buffer.float().cpu() for name, buffer in tokenizer.named_buffers()}
-        write_tokenizer({name: v.contiguous() for name, v in weights.items()}, tokenizer, self.folder / "tokenizer")
-        rows = run.rows()
+    def gather(self, heartbeat: Callable[[], None]) -> dict[str, Tensor]:
+        return self.engine.weights(self.engine.module.tokenizer)
+
+    def results(self, rows: list[dict[str, float]], gathered: dict[str, Tensor]) -> dict[str, Any]:
+        """Write the tokenizer, and return the last evaluation."""
+        tokenizer, vq = self.engine.module.tokenizer, self.config.vq
+        buffers = {name: buffer.float().cpu().contiguous() for name, buffer in tokenizer.named_buffers()}
+        write_tokenizer(gathered | buffers, tokenizer, self.folder / "tokenizer")
         last = [row for row in rows if "val/cosine" in row][-1]
-        results = {"task": "tokenizer", "teacher": self.config.vq.teacher, "codes": self.config.vq.codes}
-        results |= {name: last[name] for name in last if name.startswith(("val/", "codebook/"))}
-        write_json(self.folder / "results.json", results)
-        if not self.config.train.report:
-            return []
+        metrics = {name: value for name, value in last.items() if name.startswith(("val/", "codebook/"))}
+        return {"task": "tokenizer", "teacher": vq.teacher, "codes": vq.codes, **metrics}
+
+    def figures(self, rows: list[dict[str, float]], results: dict[str, Any]) -> dict[str, Figure]:
         groups = {"loss": ["loss/total"], "cosine on validation images": ["val/cosine"]}
         groups |= {"codes used, in %": ["codebook/used_percent"], "perplexity": ["codebook/perplexity"]}
-        images, codes = self._examples
-        codes_figure = patches_by_code(images, codes, self.config.model.patch_size)
-        return report.add_evaluation(self.folder, {"curves": curves(rows, groups, ""), "codes": codes_figure})
+        images, codes = map(torch.cat, zip(*self._examples, strict=True))
+        return {"curves": curves(rows, groups), "codes": patches_by_code(images, codes, self.config.model.patch_size)}
 
     def summary(self) -> str:
         """Return the results as text, and the path of the tokenizer."""
@@ -221,11 +193,8 @@ class CodebookState:
 
     def __init__(self, quantizer: Quantizer):
         self.initialised = False  # from the first batch
-        self._buffers = {
-            "codebook": quantizer.tokenizer.codebook,
-            "share": quantizer.share,
-            "centre": quantizer.centre,
-        }
+        codebook = quantizer.tokenizer.codebook
+        self._buffers = {"codebook": codebook, "share": quantizer.share, "centre": quantizer.centre}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {name: buffer.detach().cpu().clone() for name, buffer in self._buffers.items()}

@@ -28,9 +28,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this machine (default: 1)")
     parser.add_argument("--no_table", action="store_true", help="train and evaluate, but write no table")
     parser.add_argument("--ds_config", default=str(ZERO1), help="DeepSpeed JSON (default: ds_configs/zero1.json)")
-    parser.add_argument(
-        "--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where to log metrics (default: mlflow)"
-    )
+    parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="default: mlflow")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     args = parser.parse_args()
     from ddae.ablation.format import to_markdown  # takes seconds

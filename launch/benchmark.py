@@ -36,10 +36,9 @@ def main() -> None:
         raise UserError(f"--data is missing; {args.what} needs images. Pass --data with shards or an archive.")
     # Imported here because they take seconds.
     if args.what == "step":
-        from ddae.tools.bench_step import Options, benchmark_step
+        from ddae.tools.bench_step import benchmark_step
 
-        steps = args.rounds, args.steps, args.data, args.json, args.out, args.profile
-        benchmark_step(Options(args.preset, args.batch, args.precision, args.variants, *steps), pretrain_args)
+        benchmark_step(args, pretrain_args)
     elif args.what == "loader":
         from ddae.tools.bench_data import benchmark_loaders
 

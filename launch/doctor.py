@@ -17,9 +17,7 @@ def main() -> int:
     take_slurm_ranks()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
-    parser.add_argument(
-        "--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON for the checkpoint (default: ZeRO-2)"
-    )
+    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON (default: ZeRO-2)")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
     args = parser.parse_args()
     from ddae.distributed.engine import stop_process_group  # takes seconds

@@ -21,18 +21,13 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="run folder, checkpoint, export folder or published file")
     parser.add_argument("--form", choices=FORMS, default="timm", help="output format (default: timm)")
     parser.add_argument("--out", required=True, type=Path, help="output path: a folder for ddae and timm, else a file")
-    parser.add_argument(
-        "--part",
-        choices=("student", "teacher"),
-        default="student",
-        help="encoder of a checkpoint to export (default: student)",
-    )
+    parts = ("student", "teacher")
+    parser.add_argument("--part", choices=parts, default="student", help="encoder of a checkpoint (default: student)")
     parser.add_argument("--image_size", type=int, help="interpolate the positions to this image size")
-    parser.add_argument(
-        "--normalisation", choices=("half", "imagenet"), help="pixel normalisation of a file without metadata"
-    )
+    parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of pixels, for a file without metadata")
     args = parser.parse_args()
-    from ddae.export.encoder import WRITERS, load_encoder  # takes seconds
+    from ddae.export.encoder import load_encoder  # takes seconds
+    from ddae.export.formats import WRITERS
     from ddae.export.model_card import write_card
 
     encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part)

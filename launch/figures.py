@@ -18,15 +18,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("encoders", nargs="+", help="PATH or NAME=PATH: run folders, exports, published files")
     parser.add_argument("--data", default="", help="shards of images (default: those of the first run)")
-    parser.add_argument(
-        "--masks", default="", help="shards with segmentation masks, for the IoU of attention and foreground"
-    )
-    parser.add_argument(
-        "--classes", type=int, default=0, help="number of classes in the masks, if the shards do not name them"
-    )
-    parser.add_argument(
-        "--what", nargs="+", default=(), help="distance, attention, locality, betas, reconstructions (default: all)"
-    )
+    parser.add_argument("--masks", default="", help="shards with masks, for the IoU of attention and foreground")
+    parser.add_argument("--classes", type=int, default=0, help="of the masks, if the shards do not name them")
+    kinds = "distance, attention, locality, betas, reconstructions"
+    parser.add_argument("--what", nargs="+", default=(), help=f"{kinds} (default: all)")
     parser.add_argument("--block", type=int, default=3, help="block whose attention is drawn (default: 3)")
     parser.add_argument("--images", type=int, default=128, help="images for attention statistics (default: 128)")
     parser.add_argument("--shown", type=int, default=6, help="images in the figures (default: 6)")

@@ -18,14 +18,10 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="run folder or export folder")
     parser.add_argument("--data", required=True, help="folder of shards with classes and the splits train and val")
     parser.add_argument("--k", type=int, default=20, help="number of neighbours (default: 20)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.07, help="temperature of the neighbours' weights (default: 0.07)"
-    )
+    parser.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights (default: 0.07)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward pass (default: 256)")
     parser.add_argument("--workers", type=int, default=4, help="decoding processes (default: 4)")
-    parser.add_argument(
-        "--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="where to log metrics (default: mlflow)"
-    )
+    parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="default: mlflow")
     parser.add_argument("--out", type=Path, help="output folder (default: knn/ in the encoder's run)")
     parser.add_argument("--grey", action="store_true", help="convert images to grey with equal mean and contrast")
     parser.add_argument("--untrained_seed", type=int, default=0, help="seed of the untrained encoder (default: 0)")

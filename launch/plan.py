@@ -13,13 +13,10 @@ from ddae.errors import run_command
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--gpus", type=int, default=8, help="total number of GPUs (default: 8)")
-    parser.add_argument(
-        "--gpu", default="a100-80g", help="GPU model, such as h200 (default: a100-80g); an unknown one lists all"
-    )
+    parser.add_argument("--gpu", default="a100-80g", help="GPU model (default: a100-80g); an unknown one lists all")
     parser.add_argument("--micro_batch", type=int, help="images a GPU and micro-batch (default: the JSON's, else all)")
     parser.add_argument("--images", type=int, default=1_281_167, help="images of the data set (default: ImageNet-1k)")
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed model FLOPs utilisation (default: 0.4)")

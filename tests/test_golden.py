@@ -89,7 +89,8 @@ def check(measured: dict[str, dict], recorded: dict, section: str, tolerance: fl
             deviations[f"{name} {column}"] = deviation(run[column], expected[column])
     curve = max(deviations, key=lambda name: deviations[name])
     with capsys.disabled():
-        print(f"\ngolden curves, {section}: largest deviation {deviations[curve]:.1e} ({curve}), tolerance {tolerance:.0e}")
+        largest = f"largest deviation {deviations[curve]:.1e} ({curve}), tolerance {tolerance:.0e}"
+        print(f"\ngolden curves, {section}: {largest}")
     assert {name: value for name, value in deviations.items() if not value <= tolerance} == {}
 
 

@@ -50,7 +50,14 @@ def runs(shards, tmp_path_factory):
         command("long", 2, "--train.steps", "200", "--optim.clip_grad", "0.01"),
         command("mae", 1, "--feature.no_enabled", "--pixel.no_dynamic", *FP32, *steps),
     ]
-    small = ("--train.steps", "8", "--pixel.norm", "per_channel", "--data.batch_size", "2")  # Triton's interpreter is slow
+    small = (
+        "--train.steps",
+        "8",
+        "--pixel.norm",
+        "per_channel",
+        "--data.batch_size",
+        "2",
+    )  # Triton's interpreter is slow
     for backend in ("reference", "triton"):
         for precision in ("fp32", "bf16"):
             options = ("--engine.loss_backend", backend, "--engine.precision", precision)
@@ -145,10 +152,10 @@ def test_logged_betas_are_adam_applied_to_logged_gradients(runs):
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one(runs, name):
     """Bitwise, from step 12 on: every metric except times."""
-    whole, resumed = ranks.metrics(runs / name), ranks.metrics(runs / f"resumed_{name}")
+    uninterrupted, resumed = ranks.metrics(runs / name), ranks.metrics(runs / f"resumed_{name}")
     assert [row["step"] for row in resumed] == list(range(1, 21))
-    assert resumed[12]["time/step"] != whole[12]["time/step"]  # recomputed, not copied
-    for a, b in zip(whole, resumed, strict=True):
+    assert resumed[12]["time/step"] != uninterrupted[12]["time/step"]  # recomputed, not copied
+    for a, b in zip(uninterrupted, resumed, strict=True):
         compared = [key for key in a if not key.startswith(("time/", "throughput/", "system/"))]
         assert {key: a[key] for key in compared} == {key: b[key] for key in compared}
 
@@ -216,12 +223,16 @@ def test_non_finite_gradients_are_not_applied(cases, shards, tmp_path, record_re
     """A non-finite loss on one of two ranks, at each ZeRO stage and precision; then in three consecutive steps."""
     options = ("--train.steps", "10")
     runs = [
-        ranks.arguments(shards, tmp_path / f"once_{stage}_{precision}", stage, "--engine.precision", precision, *options)
+        ranks.arguments(
+            shards, tmp_path / f"once_{stage}_{precision}", stage, "--engine.precision", precision, *options
+        )
         for stage, precision in cases
     ]
     runs += [ranks.arguments(shards, tmp_path / "once_clipped", 0, *FP32, *options, "--optim.clip_grad", "3")]
     runs += [ranks.arguments(shards, tmp_path / "thrice", 0, *FP32, *options)]
-    runs += [ranks.arguments(shards, tmp_path / "diverged", 3, *FP32, *options, "--optim.lr", "1e36", "--train.seed", "1")]
+    runs += [
+        ranks.arguments(shards, tmp_path / "diverged", 3, *FP32, *options, "--optim.lr", "1e36", "--train.seed", "1")
+    ]
     forks = ranks.forks()
     assert forks.wait_all(forks.start(["-c", POISON, json.dumps(runs)], 2), 600) == [0, 0], forks.log()
     log = forks.log()
@@ -379,8 +390,8 @@ def test_after_kill_9_the_same_command_gives_the_uninterrupted_curve(shards, tmp
     assert forks.wait(killed) == -signal.SIGKILL
     before = len(ranks.column(tmp_path / "killed"))
     assert before < 60
-    log = ranks.run_all(1, [command[1:], ranks.arguments(shards, tmp_path / "whole", 2, *options), command[1:]])
+    log = ranks.run_all(1, [command[1:], ranks.arguments(shards, tmp_path / "uninterrupted", 2, *options), command[1:]])
     assert f"steps {before // 10 * 10} to 60" in log or f"steps {before // 10 * 10 - 10} to 60" in log
     assert "is complete: 60 of 60 steps" in log
-    assert ranks.column(tmp_path / "killed") == ranks.column(tmp_path / "whole")
-    assert ranks.column(tmp_path / "killed", "beta/tap_02") == ranks.column(tmp_path / "whole", "beta/tap_02")
+    assert ranks.column(tmp_path / "killed") == ranks.column(tmp_path / "uninterrupted")
+    assert ranks.column(tmp_path / "killed", "beta/tap_02") == ranks.column(tmp_path / "uninterrupted", "beta/tap_02")

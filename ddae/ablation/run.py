@@ -11,14 +11,16 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddae import atomic
 from ddae.ablation.format import best_row, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
-from ddae.ablation.tables import WARMUP_FRACTION, Row, table_rows
+from ddae.ablation.tables import WARMUP_FRACTION, Row, change, table_rows
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.config.evaluation import FinetuneConfig, ProbeConfig, probe_recipe, recipe
 from ddae.config.pretrain import PretrainConfig
@@ -38,10 +40,9 @@ from ddae.train_tokenizer import train_tokenizer
 from ddae.training.tracker import Tracker, run_id_of, start_tracker
 
 logger = logging.getLogger(__name__)
-EVALUATIONS = {"nano": "probe", "micro": "probe", "tiny": "probe", "paper": "finetune"}  # by scale
-EVALUATION_NAMES = {
-    "probe": "linear probe, head selected on a part of train, top-1 in %",
-    "finetune": "fine-tuned, top-1 in %",
+JUDGED = {  # what the rows are compared by
+    ProbeConfig.TASK: "linear probe, head selected on a part of train, top-1 in %",
+    FinetuneConfig.TASK: "fine-tuned, top-1 in %",
 }
 BASELINES = ("raw_pixels", "chance")  # keys of a row's results.json that do not depend on the row
 MLFLOW_TIMEOUT_S = 30.0  # for MLflow to create the table's run
@@ -73,26 +74,23 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
     configure_logging()
     rows = table_rows(settings.table, settings.scale, settings.steps)
     _check(rows, settings)
-    names = [row.name for row in rows]
-    selected = [name for name in names if not settings.only or name in settings.only]
+    numbered = [(number, row) for number, row in enumerate(rows) if not settings.only or row.name in settings.only]
     out.mkdir(parents=True, exist_ok=True)
     tracker = None
     try:
         if settings.parallel > 1:
             settings = settings._replace(data=settings.data or str(_digits(out)))
             tracker = _start_tracker(out, settings) if settings.write_table else None
-            jobs = [_job(names.index(name), name, seed, out, settings) for seed in settings.seeds for name in selected]
+            jobs = [_job(number, row.name, seed, out, settings) for seed in settings.seeds for number, row in numbered]
             run_jobs(jobs, settings.parallel)
         else:
             stop = StopSignal()
             start_process_group()
             data = settings.data or str(broadcast_from_main(lambda: _digits(out)))
             tracker = _start_tracker(out, settings) if settings.write_table and is_main() else None
-            for seed in settings.seeds:
-                for name in selected:
-                    number = names.index(name)
-                    logger.info("%s, seed %d: %s", name, seed, _run_folder(out, number, seed))
-                    _run_row(rows[number], number, seed, out, data, settings, stop)
+            for seed, (number, row) in product(settings.seeds, numbered):
+                logger.info("%s, seed %d: %s", row.name, seed, _run_folder(out, number, seed))
+                _run_row(row, number, seed, out, data, settings, stop)
     except SystemExit as end:
         if tracker is not None:
             tracker.finish([], "KILLED" if end.code == EXIT_CODE else "FAILED", timeout_s=3)
@@ -126,15 +124,11 @@ def _check(rows: list[Row], settings: AblationSettings) -> None:
             raise UserError(f"table {settings.table} has no row {name!r}. Its rows are {', '.join(map(repr, names))}.")
     if not settings.data and scale != "nano":
         raise UserError(f"--data is missing; the scale {scale} needs shards with classes.")
-    needs_tokenizer = [
-        row.name for row in rows if row.config.token.enabled and (not settings.only or row.name in settings.only)
-    ]
+    token_rows = [row.name for row in rows if row.config.token.enabled and row.name in (settings.only or names)]
     can_train_one = scale != "paper" and settings.parallel == 1 and settings.write_table
-    if needs_tokenizer and not settings.tokenizer and not can_train_one:
-        raise UserError(
-            f"--tokenizer is missing, which the row {needs_tokenizer[0]!r} needs at this scale or with these flags. "
-            "Pass a run of launch/train_tokenizer.py, or a published file."
-        )
+    if token_rows and not settings.tokenizer and not can_train_one:
+        problem = f"--tokenizer is missing, which the row {token_rows[0]!r} needs at this scale or with these flags."
+        raise UserError(f"{problem} Pass a run of launch/train_tokenizer.py, or a published file.")
     if settings.data:
         open_shards(settings.data, open_cache(ShardsConfig()))
     if settings.tokenizer:
@@ -174,84 +168,53 @@ def _run_row(
     row: Row, number: int, seed: int, out: Path, data: str, settings: AblationSettings, stop: StopSignal
 ) -> None:
     """Pretrain one row with one seed, and evaluate it."""
-    config, folder = row.config, _run_folder(out, number, seed)
+    folder = str(_run_folder(out, number, seed))
     tracker = TrackerConfig(settings.tracker, f"table {settings.table}", run_id_of(out))  # type: ignore[arg-type]
     shared: dict[str, Any] = {"ds_config": settings.ds_config, "tracker": tracker}
-    config = replace(
-        config,
-        **shared,
-        preset=row.name,
-        run_dir=str(folder),
-        data=replace(config.data, train=data),
-        train=replace(config.train, seed=seed),
-    )
+    config = replace(row.config, **shared, preset=row.name, run_dir=folder)
+    config = change(change(config, "data", train=data), "train", seed=seed)
     if settings.scale != "paper":
         epochs = config.num_steps(0) * config.data.batch_size / len(open_shards(data, open_cache(config.data)))
-        config = replace(config, optim=replace(config.optim, warmup_epochs=WARMUP_FRACTION * epochs))
+        config = change(config, "optim", warmup_epochs=WARMUP_FRACTION * epochs)
     if config.token.enabled:
-        tokenizer = settings.tokenizer or _train_small_tokenizer(
-            config, teacher=_run_folder(out, 0, seed), folder=out / f"tokenizer_seed_{seed}", stop=stop
+        config = change(
+            config, "token", tokenizer=settings.tokenizer or _train_small_tokenizer(config, out, seed, stop)
         )
-        config = replace(config, token=replace(config.token, tokenizer=tokenizer))
     pretrain(config, stop)
-    if EVALUATIONS[settings.scale] == "finetune":
-        tuning = recipe("beitv2" if config.token.enabled else "paper")
-        fields: dict[str, Any] = {"data": replace(tuning.data, train=data), "train": replace(tuning.train, seed=seed)}
-        fields["tune"] = replace(tuning.tune, untrained=True)  # cached after the first row of an architecture and seed
-        finetune(replace(tuning, **shared, **fields, encoder=str(folder)), stop)
-        return
-    linear_probe(probe_config(str(folder), data, seed, tracker), stop)
+    if settings.scale == "paper":
+        tuning = change(recipe("beitv2" if config.token.enabled else "paper"), "data", train=data)
+        tuning = change(tuning, "tune", untrained=True)  # cached after the first row of an architecture and seed
+        finetune(replace(change(tuning, "train", seed=seed), **shared, encoder=folder), stop)
+    else:
+        probe = change(change(probe_recipe("demo"), "data", train=data), "train", seed=seed, report=False)
+        linear_probe(replace(probe, encoder=folder, tracker=tracker), stop)
 
 
-def _train_small_tokenizer(config: PretrainConfig, teacher: Path, folder: Path, stop: StopSignal) -> str:
+def _train_small_tokenizer(config: PretrainConfig, out: Path, seed: int, stop: StopSignal) -> str:
     """Train a small tokenizer on the features of the table's first row. Return its folder.
 
     Raise UserError if the first row has not been trained.
     """
+    teacher, folder, model = _run_folder(out, 0, seed), str(out / f"tokenizer_seed_{seed}"), config.model
     if not (teacher / "encoder").is_dir():
-        raise UserError(
-            f"{teacher} is missing: without --tokenizer this row's tokenizer learns from the table's first row. "
-            "Run the first row, too, or pass --tokenizer."
-        )
-    vq = QuantizerConfig(
-        teacher=str(teacher),
-        codes=config.token.codes,
-        code_width=16,
-        decoder_depth=1,
-        decoder_width=config.model.width,
-        decoder_heads=config.model.heads,
-    )
-    train_tokenizer(
-        TokenizerConfig(
-            preset=config.preset,
-            run_dir=str(folder),
-            ds_config=config.ds_config,
-            data=config.data,
-            optim=replace(config.optim, lr=1e-3, clip_grad=0.0),
-            train=config.train,
-            engine=config.engine,
-            tracker=config.tracker,
-            model=replace(
-                config.model, depth=4, positions="rowfirst", relative_positions="none", layer_scale=0.0, init="bootmae"
-            ),
-            vq=vq,
+        problem = f"{teacher} is missing: without --tokenizer this row's tokenizer learns from the table's first row."
+        raise UserError(f"{problem} Run the first row, too, or pass --tokenizer.")
+    decoder = {"decoder_depth": 1, "decoder_width": model.width, "decoder_heads": model.heads}
+    fields: dict[str, Any] = {
+        **{name: getattr(config, name) for name in ("preset", "ds_config", "data", "train", "engine", "tracker")},
+        "optim": replace(config.optim, lr=1e-3, clip_grad=0.0),
+        "model": replace(
+            model, depth=4, positions="rowfirst", relative_positions="none", layer_scale=0.0, init="bootmae"
         ),
-        stop,
-    )
-    return str(folder)
-
-
-def probe_config(encoder: str, data: str, seed: int, tracker: TrackerConfig) -> ProbeConfig:
-    """Return the linear probe for small encoders."""
-    probe = probe_recipe("demo")
-    train = replace(probe.train, seed=seed, report=False)
-    return replace(probe, encoder=encoder, tracker=tracker, data=replace(probe.data, train=data), train=train)
+        "vq": QuantizerConfig(str(teacher), config.token.codes, code_width=16, **decoder),
+    }
+    train_tokenizer(TokenizerConfig(run_dir=folder, **fields), stop)
+    return folder
 
 
 def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> dict[str, Any]:
     """Read the results of all seeds that were run, now or before, with as many steps on the same data."""
-    evaluation = EVALUATIONS[settings.scale]
-    task = "linear_probe" if evaluation == "probe" else FinetuneConfig.TASK
+    task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
     collected, left_out, data = [], [], os.path.abspath(settings.data or out / "digits")
     baselines: dict[str, float] = {}
     for number, row in enumerate(rows):
@@ -264,9 +227,9 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
                 left_out.append(folder.name)
                 continue
             accuracies[folder.name.rpartition("_")[2]] = results["accuracy"]
-            untrained += [] if results["untrained"] is None else [results["untrained"]]
+            untrained.append(results["untrained"])
             baselines |= {name: results[name] for name in BASELINES}  # equal for all rows
-        mean, deviation = _mean_and_deviation(list(accuracies.values()))
+        mean, deviation = _mean_and_deviation(accuracies.values())
         result = {"row": row.name, "paper": row.paper, "mean": mean, "deviation": deviation, "seeds": accuracies}
         result["untrained"], result["untrained_deviation"] = _mean_and_deviation(untrained)
         collected.append(result)
@@ -274,7 +237,7 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
         "task": "ablation",
         "table": settings.table,
         "scale": settings.scale,
-        "judged": EVALUATION_NAMES[evaluation],
+        "judged": JUDGED[task],
         "steps": rows[0].config.train.steps,
         "data": settings.data or "digits",
         "rows": collected,
@@ -284,7 +247,8 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
     }
 
 
-def _mean_and_deviation(values: list[float]) -> tuple[float | None, float | None]:
-    """Return the mean, None without values, and the standard deviation, None for fewer than two."""
+def _mean_and_deviation(measured: Iterable[float | None]) -> tuple[float | None, float | None]:
+    """Return the mean, None without values, and the standard deviation, None for fewer than two. Skip None."""
+    values = [value for value in measured if value is not None]
     mean = statistics.mean(values) if values else None
     return mean, statistics.stdev(values) if len(values) > 1 else None

@@ -27,10 +27,8 @@ def dali_installed() -> bool:
 def check_installed(backend: str) -> str:
     """Return `backend`. Raise UserError if it is dali and DALI is not installed."""
     if backend == "dali" and not dali_installed():
-        raise UserError(
-            "data.backend is dali, but DALI is not installed. "
-            "Run pip install -e '.[cu13]', or pass --data.backend pillow."
-        )
+        fix = "Run pip install -e '.[cu13]', or pass --data.backend pillow."
+        raise UserError(f"data.backend is dali, but DALI is not installed. {fix}")
     return backend
 
 
@@ -86,5 +84,5 @@ def first_files(reader: Reader, count: int) -> tuple[list[np.ndarray], SamplePla
     Samples that Pillow cannot decode are replaced.
     """
     plan = reader.plan(*reader.order.samples(torch.arange(min(count, len(reader.shards)))))
-    _, plan, _ = reader.load_samples(plan, reader.decode)
+    reader.load_samples(plan, reader.decode)
     return [np.frombuffer(reader.shards.read(sample), np.uint8) for sample in plan.samples.tolist()], plan

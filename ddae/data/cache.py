@@ -37,9 +37,7 @@ def is_url(location: str) -> bool:
 def url_join(folder_url: str, name: str) -> str:
     """Return the URL of a file in a folder. Raise UserError if the folder's URL has a query."""
     if "?" in folder_url:
-        raise UserError(
-            f"the URL {redact_url(folder_url)} of a folder has a query. Give it without the question mark and the rest."
-        )
+        raise UserError(f"the URL {redact_url(folder_url)} of a folder has a query. Pass it without '?' and the rest.")
     return f"{folder_url.rstrip('/')}/{name}"
 
 
@@ -91,10 +89,8 @@ class Cache:
                 os.utime(path)  # time of last use
                 return os.open(path, os.O_RDONLY)
         except OSError as error:  # of the disk: _attempt() handles those of the network
-            raise UserError(
-                f"the cache {self.folder} cannot be written ({error.strerror}). Free some disk space, lower "
-                "--data.cache_gib, or choose another folder with --data.cache."
-            ) from None
+            fix = "Free disk space, lower --data.cache_gib, or pass another folder as --data.cache."
+            raise UserError(f"the cache {self.folder} cannot be written ({error.strerror}). {fix}") from None
 
     def _local_path(self, url: str, sha256: str | None = None) -> Path:
         if url_name(url)[:1] in ("", "."):  # names with a leading dot are the cache's own
@@ -114,8 +110,7 @@ class Cache:
                 self._make_room()
             with file:
                 for delay_s in (*RETRY_DELAYS_S, None):
-                    problem = self._attempt(file, url, size, sha256)
-                    if problem is None:
+                    if not (problem := self._attempt(file, url, size, sha256)):
                         break
                     if delay_s is None:
                         raise UserError(f"{redact_url(url)} {problem}")
@@ -145,10 +140,8 @@ class Cache:
 
     def _check_fits(self, url: str, size: int) -> None:
         if size > self.max_bytes:
-            raise UserError(
-                f"{redact_url(url)} is larger than the cache of {self.max_bytes / 2**30:.3g} GiB. "
-                "Raise --data.cache_gib."
-            )
+            gib = f"{self.max_bytes / 2**30:.3g} GiB"
+            raise UserError(f"{redact_url(url)} is larger than the cache of {gib}. Raise --data.cache_gib.")
 
     def _make_room(self) -> None:
         """Remove the least recently used files until the rest is within the limit; the caller holds CACHE/.lock."""
@@ -199,18 +192,16 @@ def _stream(url: str) -> Iterator[bytes]:
         fsspec.get_filesystem_class(scheme)
     except (ImportError, ValueError) as error:
         package = getattr(error.__cause__, "name", None) or f"fsspec's driver of {scheme}://"
-        raise UserError(
-            f"{redact_url(url)} needs a driver that is not installed ({error}). "
-            f"Run pip install {package}, or use an https:// URL."
-        ) from None
+        fix = f"Run pip install {package}, or use an https:// URL."
+        raise UserError(f"{redact_url(url)} needs a driver that is not installed ({error}). {fix}") from None
     options, open_options = {}, {}
     if scheme in ("http", "https"):
         import aiohttp
 
         # aiohttp's default limits the whole transfer to 5 min; trust_env: proxies from environment variables.
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_S, sock_read=TIMEOUT_S)
-        client = {"timeout": timeout, "trust_env": True, "read_bufsize": CHUNK_BYTES}
-        client["headers"] = {"Accept-Encoding": "identity"}  # the sha256 is of the uncompressed bytes
+        headers = {"Accept-Encoding": "identity"}  # the sha256 is of the uncompressed bytes
+        client = {"timeout": timeout, "trust_env": True, "read_bufsize": CHUNK_BYTES, "headers": headers}
         # Block size 0: one request for the whole file. A given size (any) avoids a separate request for it, whose
         # failures would all be reported as 404.
         options, open_options = {"client_kwargs": client}, {"block_size": 0, "size": 1}
@@ -220,13 +211,10 @@ def _stream(url: str) -> Iterator[bytes]:
         with file_system.open(path, "rb", **open_options) as source:
             while chunk := source.read(CHUNK_BYTES):
                 yield chunk
-    except (
-        Exception
-    ) as error:  # drivers raise their own types; messages may contain the query, so only the type is kept
-        known_status = {FileNotFoundError: 404, PermissionError: 403}
-        status = known_status.get(type(error)) or getattr(error, "status", 0)
+    except Exception as error:  # drivers raise their own types
+        status = {FileNotFoundError: 404, PermissionError: 403}.get(type(error)) or getattr(error, "status", 0)
         if 400 <= status < 500 and status not in (408, 425, 429):  # timeout, too early, too many requests
-            raise UserError(
-                f"{redact_url(url)} is refused by the server (status {status}). Correct the URL or the credentials."
-            ) from None
+            refusal = f"is refused by the server (status {status}). Correct the URL or the credentials."
+            raise UserError(f"{redact_url(url)} {refusal}") from None
+        # The message may contain the query, so only the type is kept.
         raise ConnectionError(f"status {status}" if status else type(error).__name__) from None

@@ -70,21 +70,14 @@ class DaliDecoder:
         hw_decoder_load: float = 0,
         resize_in_dali: bool = False,
     ):
-        self.size, self.device = size, device
-        on_gpu = device.type == "cuda"
+        self.size, self.device, on_gpu = size, device, device.type == "cuda"
         self.resize_in_dali = resize_in_dali or on_gpu
         self.threads = ThreadPoolExecutor(threads)  # starts its threads on first use
         # A separate stream: synchronising the trainer's stream would wait for the steps queued on it.
         self.stream = torch.cuda.Stream(device) if on_gpu else None
-        self.pipeline = crop_graph(
-            size if self.resize_in_dali else None,
-            "gpu" if on_gpu else "cpu",
-            region,
-            hw_decoder_load,
-            batch_size=batch_size,
-            num_threads=threads,
-            device_id=device.index if on_gpu else None,
-        )
+        graph_size, graph_device = size if self.resize_in_dali else None, "gpu" if on_gpu else "cpu"
+        options = {"batch_size": batch_size, "num_threads": threads, "device_id": device.index if on_gpu else None}
+        self.pipeline = crop_graph(graph_size, graph_device, region, hw_decoder_load, **options)
         self.pipeline.build()
 
     def decode(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> Tensor:
@@ -115,30 +108,26 @@ class DaliDecoder:
         return batch
 
 
-def region_decoding_works(
-    encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_decoder_load: float
-) -> bool:
+def region_decoding_works(files: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, load: float) -> bool:
     """Return whether region decoding gives the pixels of whole-image decoding. Runs in a process, which may crash.
+
+    load: as hw_decoder_load of DaliDecoder.
 
     nvImageCodec 0.9 was reported to crash on ordinary JPEGs on A100 and H100 (NVIDIA/nvImageCodec #55).
     """
-    child = multiprocessing.get_context("spawn").Process(
-        target=_probe_region_decoding, args=(encoded, boxes, size, device, hw_decoder_load), daemon=True
-    )
+    arguments = (files, boxes, size, device, load)
+    child = multiprocessing.get_context("spawn").Process(target=_probe_region_decoding, args=arguments, daemon=True)
     child.start()
     child.join(PROBE_TIMEOUT_S)
-    if child.is_alive():
-        child.kill()
-        child.join()
+    child.kill()  # no effect if it has ended
+    child.join()
     return child.exitcode == 0
 
 
-def _probe_region_decoding(
-    encoded: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, hw_decoder_load: float
-) -> None:
+def _probe_region_decoding(files: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, load: float):
     flips = torch.zeros(len(boxes), dtype=torch.bool)
     by_region, whole = (
-        DaliDecoder(size, len(boxes), 2, device, region, hw_decoder_load).decode(encoded, boxes, flips).float()
+        DaliDecoder(size, len(boxes), 2, device, region, load).decode(files, boxes, flips).float()
         for region in (True, False)
     )
     difference = (by_region - whole).abs().flatten(1).mean(1).max()

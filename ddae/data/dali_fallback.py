@@ -36,7 +36,7 @@ class FallbackDecoder:
         except RuntimeError as error:
             _raise_if_device_error(error)
             self.batch_decoder = self.new_decoder(self.reader.rank_batch.micro_batch)
-            singles, plan, more_bad = self.reader.load_samples(plan, self._decode_one)
+            singles, more_bad = self.reader.load_samples(plan, self._decode_one)
             images, bad = torch.cat(singles), bad + more_bad
         return RawBatch(images, batch.lengths, plan, bad, time.perf_counter() - start)
 

@@ -1,4 +1,4 @@
-"""JPEG parsing, decoding with Pillow (or pillow-simd, which has the same import name) and resizing, one image each."""
+"""JPEG parsing, decoding and encoding with Pillow (or pillow-simd, which has the same import name), and resizing."""
 
 import io
 from collections.abc import Iterator
@@ -77,6 +77,13 @@ def decode_crop(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size
         crop = image.crop((left, top, left + width, top + height))
     crop = crop if crop.mode == "RGB" else crop.convert("RGB")  # convert() would copy an RGB image
     return resize(np.array(crop), flip, size)
+
+
+def encode_image(image: Image.Image, quality: int = 95, file_format: str = "JPEG") -> bytes:
+    """Return the image as a file. quality: of a JPEG, 1 to 100."""
+    buffer = io.BytesIO()
+    image.save(buffer, file_format, quality=quality)
+    return buffer.getvalue()
 
 
 def decode_image(encoded: bytes) -> np.ndarray:

@@ -1,12 +1,12 @@
 """The handwritten digits of scikit-learn as shards: a small labelled data set for tests and the demo."""
 
-import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ddae.data.decode import encode_image
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 
 SIDE = 40  # pixels
@@ -23,10 +23,9 @@ def write_digits(folder: Path) -> Path:
     for name, (first, end) in SHARDS.items():
         samples = []
         for number in range(first, end):
-            file, pixels = io.BytesIO(), (data.images[number] * 15.9).astype(np.uint8)
-            image = Image.fromarray(pixels).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            image.save(file, "JPEG", quality=95)
-            samples.append(Sample(f"{number:05d}", file.getvalue(), int(data.target[number]), SIDE, SIDE))
+            image = Image.fromarray((data.images[number] * 15.9).astype(np.uint8)).convert("RGB")
+            jpeg = encode_image(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
+            samples.append(Sample(f"{number:05d}", jpeg, int(data.target[number]), SIDE, SIDE))
         entries[name] = write_shard(folder / name, samples)
     write_manifest(folder, entries, classes=[str(number) for number in range(10)])
     return folder

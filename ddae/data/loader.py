@@ -20,14 +20,14 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from ddae.config.base import ShardsConfig
 from ddae.data.backend import can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import FallbackDecoder
 from ddae.data.masking import Mask
-from ddae.data.reader import Augment, MaskingReader, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
+from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import broadcast_from_main, gather, is_main
@@ -84,15 +84,11 @@ class Loader:
         self.order = EpochOrder(shard_starts, seed, rank_batch.batch_size if config.remainder == "drop" else 1)
         self.num_samples, self.epoch_samples = self.order.num_samples, self.order.epoch_samples
         if self.num_samples < rank_batch.world_size:
-            raise UserError(
-                f"data.train holds {self.num_samples} images for {rank_batch.world_size} ranks; expected at least one "
-                "per rank. Start fewer ranks."
-            )
-        if not self.epoch_samples:
-            raise UserError(
-                f"data.batch_size is {rank_batch.batch_size}, larger than the {self.num_samples} images of data.train, "
-                "and data.remainder is drop. Lower --data.batch_size, or pass --data.remainder carry_over."
-            )
+            problem = f"data.train holds {self.num_samples} images for {rank_batch.world_size} ranks"
+            raise UserError(f"{problem}; expected at least one per rank. Start fewer ranks.")
+        if not self.epoch_samples:  # data.remainder is drop
+            problem = f"data.batch_size is {rank_batch.batch_size}, larger than the {self.num_samples} images"
+            raise UserError(f"{problem} of data.train. Lower --data.batch_size, or pass --data.remainder carry_over.")
         self.bad: dict[int, str] = {}  # reason by sample, for those that could not be decoded
         self.backend_reason = ""  # why select_backend() chose the back end
         self._decode_regions = True
@@ -108,27 +104,20 @@ class Loader:
         """
         reader = self._reader()
         if self.backend == "auto":
-            assert isinstance(reader, Reader)
-            self.backend, self.backend_reason = broadcast_from_main(
-                lambda: choose_backend(reader, self.config, self.device, previous)
-            )
+            choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, previous))
+            self.backend, self.backend_reason = choice
         if self.backend == "dali":
-            assert isinstance(reader, Reader)
             self._decode_regions = can_decode_regions(reader, self.config, self.device)
 
     def describe(self) -> str:
         """Return the number of images, the back end and the handling of an epoch's last batch, for the log."""
         text = f"{self.num_samples} images from {self.backend}"
-        if self.backend_reason:
-            text += f" ({self.backend_reason})"
+        text += f" ({self.backend_reason})" if self.backend_reason else ""
         if self.shards is not None and self.shards.num_bad:
             text += f", {self.shards.num_bad} more are listed as bad"
-        remainder = self.num_samples % self.rank_batch.batch_size
-        if remainder:
-            carried = self.config.remainder == "carry_over"
-            text += f", the last {remainder} of an epoch " + (
-                "are carried over to the next" if carried else "are dropped"
-            )
+        if remainder := self.num_samples % self.rank_batch.batch_size:
+            handling = "carried over to the next" if self.config.remainder == "carry_over" else "dropped"
+            text += f", the last {remainder} of an epoch are {handling}"
         return text
 
     def batches(self, step: int) -> Iterator[Batch]:
@@ -157,17 +146,14 @@ class Loader:
 
         All ranks call it. Raise UserError on all of them if too many samples are bad.
         """
-        bad: dict[int, str] = {}
-        for of_rank in gather(self.bad):
-            bad |= of_rank
+        bad = {sample: reason for of_rank in gather(self.bad) for sample, reason in of_rank.items()}
         if len(bad) > MAX_BAD_FRACTION * self.num_samples:
             shown = sorted(bad.items())[:MAX_NAMES_SHOWN]
             names = ", ".join(f"{self.sample_name(sample)} ({reason})" for sample, reason in shown)
-            more = f" and {len(bad) - MAX_NAMES_SHOWN} more" if len(bad) > MAX_NAMES_SHOWN else ""
-            raise UserError(
-                f"{len(bad)} of {self.num_samples} images cannot be decoded; expected at most {MAX_BAD_FRACTION:.1%}: "
-                f"{names}{more}. Exclude them with data_prep/check_shards.py --full --mark_bad."
-            )
+            names += f" and {len(bad) - len(shown)} more" if len(bad) > len(shown) else ""
+            problem = f"{len(bad)} of {self.num_samples} images cannot be decoded"
+            fix = "Exclude them with data_prep/check_shards.py --full --mark_bad."
+            raise UserError(f"{problem}; expected at most {MAX_BAD_FRACTION:.1%}: {names}. {fix}")
         rate = self._num_decoded / self._decode_seconds if self._decode_seconds else 0.0
         self._num_decoded, self._decode_seconds = 0, 0.0
         return {"data/decode_errors": len(bad), "throughput/decode_images_per_s": rate}
@@ -196,11 +182,10 @@ class Loader:
             closed.set()
             stream.close()
 
-    def _reader(self) -> Dataset:
+    def _reader(self) -> Reader:
         if self.shards is None:
             return SyntheticReader(self.order, self.rank_batch, self.size)
-        crop = crop_policy(self.config.crop, self.config.crop_scale)
-        decodes = self.backend == "pillow"
+        crop, decodes = crop_policy(self.config.crop, self.config.crop_scale), self.backend == "pillow"
         return self.READER(self.shards, self.order, self.rank_batch, self.size, crop, decodes, self.augment)
 
     def read_files(self, first: int) -> Generator[RawBatch, None, None]:
@@ -212,10 +197,10 @@ class Loader:
     def _worker_batches(self, first: int) -> Generator[RawBatch, None, None]:
         """Yield micro-batches, read and decoded by worker processes, from number `first` on."""
         workers = 0 if self.shards is None else self.config.workers
-        reader = self._reader()
         loader = DataLoader(
-            reader if self.sample_masks is None else MaskingReader(reader, self.sample_masks),
+            self._reader(),
             batch_size=None,
+            collate_fn=partial(add_masks, self.sample_masks),  # type: ignore[arg-type]
             sampler=itertools.count(first),  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -246,13 +231,10 @@ class Loader:
             threads, load = max(1, self.config.workers), self.config.hw_decoder_load
             return DaliDecoder(self.size, batch_size, threads, self.device, self._decode_regions, load)
 
-        reader = self._reader()
-        assert isinstance(reader, Reader)
-        decoder = FallbackDecoder(reader, new_decoder)
+        decoder = FallbackDecoder(self._reader(), new_decoder)
 
         def decode() -> RawBatch:
-            batch = decoder.decode(next(files))
-            return batch if self.sample_masks is None else batch._replace(mask=self.sample_masks(batch.plan.seeds))
+            return add_masks(self.sample_masks, decoder.decode(next(files)))
 
         try:
             yield from ordered_thread_map(itertools.repeat(decode), 1, DALI_PREFETCH)
@@ -283,6 +265,11 @@ def ordered_thread_map(tasks: Iterator[Callable[[], T]], num_threads: int, prefe
                 yield result
         finally:
             threads.shutdown(cancel_futures=True)
+
+
+def add_masks(sample_masks: MaskSampler | None, batch: RawBatch) -> RawBatch:
+    """Return the micro-batch with masks, if there is a mask sampler."""
+    return batch if sample_masks is None else batch._replace(mask=sample_masks(batch.plan.seeds))
 
 
 def ignore_signals(worker: int) -> None:

@@ -36,10 +36,8 @@ def preview_images(config: ShardsConfig, size: int, count: int) -> Preview:
     samples = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist()
     images = [image for sample in samples if (image := _central_square(shards, sample, size)) is not None]
     if not images:
-        raise UserError(
-            f"data.train is {config.train!r}, of which no image can be decoded. "
-            "Find the damage with data_prep/check_shards.py --full."
-        )
+        fix = "Find the damage with data_prep/check_shards.py --full."
+        raise UserError(f"data.train is {config.train!r}, of which no image can be decoded. {fix}")
     return Preview(torch.from_numpy(np.stack(images)), held_out=split == "val")
 
 
@@ -48,10 +46,9 @@ def _central_square(shards: Shards, first: int, size: int) -> np.ndarray | None:
     for sample in range(first, min(first + MAX_CONSECUTIVE_BAD, len(shards))):
         width, height = int(shards.width[sample]), int(shards.height[sample])
         side = min(width, height)
+        box = ((width - side) // 2, (height - side) // 2, side, side)
         try:
-            return decode_crop(
-                shards.read(sample), ((width - side) // 2, (height - side) // 2, side, side), False, size
-            )
+            return decode_crop(shards.read(sample), box, False, size)
         except Exception:  # training reports undecodable samples
             continue
     return None

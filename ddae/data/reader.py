@@ -21,6 +21,7 @@ from ddae.data.shards import Shards
 from ddae.errors import UserError
 
 T = TypeVar("T")
+Load = Callable[[int, int, list[int], bool], T]  # (row of the micro-batch, sample, box, flip) -> loaded value
 MaskSampler = Callable[[Tensor], Mask]  # seeds int64 [B] -> masks
 Augment = Callable[[np.ndarray, int], np.ndarray]  # uint8 [3, S, S], the sample's seed -> uint8 [3, S, S]
 MAX_CONSECUTIVE_BAD = 100  # unreadable samples in a row after which the data set counts as broken
@@ -89,24 +90,21 @@ class Reader(Dataset):
         plan = self.plan(*self.order.samples(self.rank_batch.positions(number)))
         try:
             if self.decodes:
-                images, plan, bad = self.load_samples(plan, self.decode)
+                images, bad = self.load_samples(plan, self.decode)
                 if self.augment is not None:
                     images = [self.augment(*each) for each in zip(images, plan.seeds.tolist(), strict=True)]
                 data, lengths = torch.from_numpy(np.stack(images)), torch.zeros(len(images), dtype=torch.int64)
             else:
-                data, lengths, plan, bad = self.read_encoded(plan)
+                data, lengths, bad = self.read_encoded(plan)
         except UserError as error:
             return RawBatch(torch.empty(0), torch.empty(0), plan, [], 0.0, str(error))
         return RawBatch(data, lengths, plan, bad, time.perf_counter() - start)
 
-    def read_encoded(self, plan: SamplePlan) -> tuple[Tensor, Tensor, SamplePlan, list[tuple[int, str]]]:
-        """Read the encoded files. Return them concatenated (uint8), their lengths (int64 [B]), plan, bad samples."""
+    def read_encoded(self, plan: SamplePlan) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        """Read the encoded files. Return them concatenated (uint8), their lengths (int64 [B]) and bad samples."""
         lengths = torch.as_tensor(self.shards.length[plan.samples.numpy()])
         data = torch.empty(int(lengths.sum()), dtype=torch.uint8)
-        buffers = [
-            memoryview(part.numpy())  # type: ignore[arg-type]
-            for part in data.split(lengths.tolist())
-        ]
+        buffers = [memoryview(part.numpy()) for part in data.split(lengths.tolist())]  # type: ignore[arg-type]
 
         def read(row: int, sample: int, box: list[int], flip: bool) -> memoryview:
             length = int(self.shards.length[sample])
@@ -115,11 +113,11 @@ class Reader(Dataset):
             raise_if_truncated(buffer)
             return buffer
 
-        files, plan, bad = self.load_samples(plan, read)
+        files, bad = self.load_samples(plan, read)
         if bad:  # their replacements have other lengths
             lengths = torch.tensor([len(file) for file in files])
             data = torch.from_numpy(np.concatenate([np.frombuffer(file, np.uint8) for file in files]))
-        return data, lengths, plan, bad
+        return data, lengths, bad
 
     def plan(self, epochs: Tensor, samples: Tensor) -> SamplePlan:
         """Draw seeds and crops of these samples in these epochs, both int64 [B]."""
@@ -127,19 +125,16 @@ class Reader(Dataset):
         crops = self.crop(seeds, self.width[samples], self.height[samples])
         return SamplePlan(epochs, samples, seeds, crops)
 
-    def load_samples(
-        self, plan: SamplePlan, load: Callable[[int, int, list[int], bool], T]
-    ) -> tuple[list[T], SamplePlan, list[tuple[int, str]]]:
+    def load_samples(self, plan: SamplePlan, load: Load[T]) -> tuple[list[T], list[tuple[int, str]]]:
         """Call load(row, sample, box, flip) for each row; if it raises, replace the sample by the next of the data set.
 
-        Return the loaded values, the plan (updated in place) and the bad samples with reasons. Raise UserError after
-        MAX_CONSECUTIVE_BAD bad samples in a row.
+        Return the loaded values and the bad samples with reasons. Replacements are written into the plan. Raise
+        UserError after MAX_CONSECUTIVE_BAD bad samples in a row.
         """
         loaded, bad = [], []
         boxes, flips, samples = plan.crops.boxes.tolist(), plan.crops.flips.tolist(), plan.samples.tolist()
         for row, (sample, box, flip) in enumerate(zip(samples, boxes, flips, strict=True)):
-            failures = 0
-            while True:
+            for _ in range(MAX_CONSECUTIVE_BAD):
                 try:
                     loaded.append(load(row, sample, box, flip))
                     break
@@ -147,20 +142,16 @@ class Reader(Dataset):
                     raise
                 except Exception as error:  # decoders raise many types for broken files
                     bad.append((sample, str(error) or type(error).__name__))
-                failures += 1
-                if failures == MAX_CONSECUTIVE_BAD:
-                    raise UserError(
-                        f"{MAX_CONSECUTIVE_BAD} samples in a row cannot be read, the last of them "
-                        f"{self.shards.sample_name(sample)} ({bad[-1][1]}). "
-                        "Find the damage with data_prep/check_shards.py --full."
-                    )
                 sample = (sample + 1) % len(self.shards)
-                replacement = self.plan(plan.epochs[row : row + 1], torch.tensor([sample]))
-                box, flip = replacement.crops.boxes[0].tolist(), bool(replacement.crops.flips[0])
-                new_values = (*replacement[:3], *replacement.crops)
-                for column, new in zip((*plan[:3], *plan.crops), new_values, strict=True):
-                    column[row] = new[0]
-        return loaded, plan, bad
+                new = self.plan(plan.epochs[row : row + 1], torch.tensor([sample]))
+                box, flip = new.crops.boxes[0].tolist(), bool(new.crops.flips[0])
+                for column, value in zip((*plan[:3], *plan.crops), (*new[:3], *new.crops), strict=True):
+                    column[row] = value[0]
+            else:
+                last = f"{self.shards.sample_name(bad[-1][0])} ({bad[-1][1]})"
+                problem = f"{MAX_CONSECUTIVE_BAD} samples in a row cannot be read, the last of them {last}"
+                raise UserError(f"{problem}. Find the damage with data_prep/check_shards.py --full.")
+        return loaded, bad
 
     def decode(self, row: int, sample: int, box: list[int], flip: bool) -> np.ndarray:
         """Decode a sample's crop with Pillow: uint8 [3, S, S]."""
@@ -175,19 +166,8 @@ def raise_if_truncated(file: bytes | memoryview) -> None:
         raise ValueError("the file is truncated")
 
 
-class MaskingReader(Dataset):
-    """Adds masks to another reader's micro-batches."""
-
-    def __init__(self, reader: Dataset, sample_masks: MaskSampler):
-        self.reader, self.sample_masks = reader, sample_masks
-
-    def __getitem__(self, number: int) -> RawBatch:
-        batch = self.reader[number]
-        return batch._replace(mask=self.sample_masks(batch.plan.seeds))
-
-
-class SyntheticReader(Dataset):
-    """Noise images, to measure everything but data loading."""
+class SyntheticReader(Reader):
+    """Reader of noise images without shards, to measure everything but data loading."""
 
     def __init__(self, order: EpochOrder, rank_batch: RankBatch, size: int):
         self.order, self.rank_batch, self.size = order, rank_batch, size

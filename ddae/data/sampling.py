@@ -88,29 +88,19 @@ def random_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[floa
     the largest central one of an allowed aspect is taken.
     """
     draws = uniform(seeds, MAX_ATTEMPTS * 4, CROP_STREAM).view(-1, MAX_ATTEMPTS, 4)
-    area = (width * height)[:, None] * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
-    low, high = np.log(ASPECT_RANGE)
-    aspect = (low + (high - low) * draws[..., 1]).exp()
-    wide, tall = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    boxes = _random_boxes(draws, width[:, None], height[:, None], scale)
+    wide, tall = boxes[..., 2], boxes[..., 3]
     fits = (wide >= 1) & (tall >= 1) & (wide <= width[:, None]) & (tall <= height[:, None])
-    left = (draws[..., 2] * (width[:, None] - wide + 1)).long()
-    top = (draws[..., 3] * (height[:, None] - tall + 1)).long()
     first_fit = fits.to(torch.uint8).argmax(1, keepdim=True)
-    boxes = torch.stack([left, top, wide, tall], -1).gather(1, first_fit[..., None].expand(-1, -1, 4))[:, 0]
+    boxes = boxes.gather(1, first_fit[..., None].expand(-1, -1, 4))[:, 0]
     boxes = torch.where(fits.any(1, keepdim=True), boxes, _largest_central_boxes(width, height))
     return Crops(boxes, uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
 
 
 def clamped_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
     """Sample boxes as random_crops() does, but once each and clamped to the image (MAE's linear probe); same flips."""
-    draws = uniform(seeds, 4, CROP_STREAM)
-    area = (width * height) * (scale[0] + (scale[1] - scale[0]) * draws[:, 0])
-    low, high = np.log(ASPECT_RANGE)
-    aspect = (low + (high - low) * draws[:, 1]).exp()
-    wide = torch.minimum((area * aspect).sqrt().round().long().clamp(min=1), width)
-    tall = torch.minimum((area / aspect).sqrt().round().long().clamp(min=1), height)
-    left, top = (draws[:, 2] * (width - wide + 1)).long(), (draws[:, 3] * (height - tall + 1)).long()
-    return Crops(torch.stack([left, top, wide, tall], -1), uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
+    boxes = _random_boxes(uniform(seeds, 4, CROP_STREAM), width, height, scale, clamp=True)
+    return Crops(boxes, uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
 
 
 def central_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
@@ -127,6 +117,23 @@ CROP_FNS = {"random": random_crops, "clamped": clamped_crops, "centre": central_
 def crop_policy(kind: str, scale: tuple[float, float]) -> CropFn:
     """Return the crop function for data.crop and data.crop_scale."""
     return partial(CROP_FNS[kind], scale=scale)
+
+
+def _random_boxes(
+    draws: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float], clamp: bool = False
+) -> Tensor:
+    """Return boxes of a random area, aspect and position, clamped to the image or not: [..., 4] -> int64 [..., 4].
+
+    draws: uniform in [0, 1).
+    """
+    area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
+    low, high = np.log(ASPECT_RANGE)
+    aspect = (low + (high - low) * draws[..., 1]).exp()
+    wide, tall = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    if clamp:
+        wide, tall = torch.minimum(wide.clamp(min=1), width), torch.minimum(tall.clamp(min=1), height)
+    left, top = (draws[..., 2] * (width - wide + 1)).long(), (draws[..., 3] * (height - tall + 1)).long()
+    return torch.stack([left, top, wide, tall], -1)
 
 
 def _largest_central_boxes(width: Tensor, height: Tensor) -> Tensor:

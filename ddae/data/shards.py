@@ -75,7 +75,7 @@ class Shards:
     def sample_name(self, sample: int) -> str:
         """Return the name of a sample for messages: SHARD:KEY."""
         shard = self.shard_of(sample)
-        keys, index = read_index(self._index_path(shard))
+        keys, index = read_index(index_path(self.paths[shard], self.cache))
         rows = np.flatnonzero(index[:, 0] == self.offset[sample])
         return f"{self.paths[shard]}:{keys[rows[0]] if len(rows) else sample}"
 
@@ -89,9 +89,8 @@ class Shards:
         for sample, location in zip(samples.tolist(), self.file_locations("cls", samples), strict=True):
             text = self.read_file(sample, location)
             if not text.strip().isdigit():
-                raise UserError(
-                    f"{self.sample_name(sample)} has the class {text[:20]!r}; expected a class number. {MAKE_SHARDS}"
-                )
+                name = self.sample_name(sample)
+                raise UserError(f"{name} has the class {text[:20]!r}; expected a class number. {MAKE_SHARDS}")
             labels.append(int(text))
         return np.array(labels, np.int64)
 
@@ -104,7 +103,7 @@ class Shards:
         for shard in range(len(self.paths)):
             first, end = np.searchsorted(samples, self.shard_starts[shard : shard + 2])
             offsets = self.offset[samples[first:end]]
-            path = self._index_path(shard)
+            path = index_path(self.paths[shard], self.cache)
             image_offsets, files = read_index(path)[1][:, 0], read_index(path, extension)[1]
             rows = np.minimum(np.searchsorted(image_offsets, offsets), len(image_offsets) - 1)
             if (image_offsets[rows] != offsets).any():
@@ -121,9 +120,6 @@ class Shards:
         if is_url(self.paths[shard]):
             self.cache.fetch(self.paths[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
 
-    def _index_path(self, shard: int) -> Path:
-        return local_path(self.paths[shard].removesuffix(".tar") + ".idx", self.cache)
-
     def _descriptor(self, shard: int) -> int:
         """Return a descriptor of the open shard; close the least recently used one if there are too many."""
         files = self._open.__dict__.setdefault("files", _OpenFiles())
@@ -132,11 +128,10 @@ class Shards:
             return files[shard]
         path, entry = self.paths[shard], self.entries[shard]
         remote = is_url(path)
-        descriptor = self.cache.open(path, entry["bytes"], entry["sha256"]) if remote else os.open(path, os.O_RDONLY)
-        files[shard] = descriptor
+        files[shard] = self.cache.open(path, entry["bytes"], entry["sha256"]) if remote else os.open(path, os.O_RDONLY)
         if len(files) > MAX_OPEN_FILES:
             os.close(files.popitem(last=False)[1])
-        return descriptor
+        return files[shard]
 
 
 class _OpenFiles(OrderedDict[int, int]):
@@ -153,15 +148,8 @@ def find_shards(where: str, split: str = "train") -> list[str]:
     Return [] for the URL of a folder, whose shards are listed in its manifest. Raise UserError if there are none, or if
     the pattern names a missing one.
     """
-    if not where:
-        raise UserError(
-            "data.train is empty. Make shards with data_prep/ and pass --data.train FOLDER, or try --preset demo "
-            "after `make demo`."
-        )
     if where.startswith("pipe:"):
-        raise UserError(
-            f"data.train is {where!r}, which would run a command. Pass a folder, a pattern or a URL of shards."
-        )
+        raise UserError(f"data.train is {where!r}, which would run a command. Pass a folder, a pattern or a URL.")
     if is_url(where):
         return list(braceexpand(where)) if where.endswith(".tar") else []
     if os.path.isdir(where):
@@ -173,9 +161,8 @@ def find_shards(where: str, split: str = "train") -> list[str]:
             raise UserError(f"data.train is {where!r}, but {missing[0]} does not exist. Correct the range.")
         paths = [path for path in paths if path not in missing]
     if not paths:
-        raise UserError(
-            f"data.train is {where!r}, which holds no shards of split {split!r}. Make them with data_prep/."
-        )
+        fix = "Make shards with data_prep/ and pass --data.train FOLDER, or try --preset demo after `make demo`."
+        raise UserError(f"data.train is {where!r}, which holds no shards of split {split!r}. {fix}")
     return paths
 
 
@@ -188,7 +175,7 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
         paths = [url_join(where, name) for name in sorted(manifest["shards"]) if name.startswith(f"{split}-")]
         if not paths:
             raise UserError(f"data.train is {where!r}, whose {MANIFEST} lists no shards of split {split!r}.")
-    entries, tables, counts, num_bad = [], [], [], 0
+    entries, tables = [], []
     for path in paths:
         folder, name = (url_parent(path), url_name(path)) if is_url(path) else os.path.split(path)
         if folder not in manifests:
@@ -196,60 +183,46 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
         entry = manifests[folder]["shards"].get(name)
         if entry is None:
             raise UserError(f"{path} is not in {folder}/{MANIFEST}. Make the shards again, or remove the file.")
-        if not is_url(path) and os.path.getsize(path) != entry["bytes"]:
-            raise UserError(
-                f"{path} has {os.path.getsize(path)} bytes; its manifest states {entry['bytes']}. "
-                f"It is truncated or was changed. {MAKE_SHARDS}"
-            )
-        keys, index = read_index(local_path(path.removesuffix(".tar") + ".idx", cache))
+        if not is_url(path) and (size := os.path.getsize(path)) != entry["bytes"]:
+            expected = f"its manifest states {entry['bytes']}. It is truncated or was changed"
+            raise UserError(f"{path} has {size} bytes; {expected}. {MAKE_SHARDS}")
+        keys, index = read_index(index_path(path, cache))
         if len(keys) != entry["samples"]:
-            raise UserError(
-                f"the index of {path} lists {len(keys)} samples; its manifest states {entry['samples']}. {MAKE_SHARDS}"
-            )
+            expected = f"its manifest states {entry['samples']}"
+            raise UserError(f"the index of {path} lists {len(keys)} samples; {expected}. {MAKE_SHARDS}")
         table = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
         if entry.get("bad"):
             table = table[~np.isin(keys, entry["bad"])]
         tables.append(table)
-        num_bad += len(keys) - len(table)
-        counts.append(len(table))
         entries.append(entry)
     if os.path.isdir(where):
         listed = {name for name in manifests[where]["shards"] if name.startswith(f"{split}-")}
         if missing := listed - set(map(os.path.basename, paths)):
-            raise UserError(
-                f"{where} lacks {min(missing)}, which its {MANIFEST} lists. Restore it, or make the shards again."
-            )
+            raise UserError(f"{where} lacks {min(missing)}, which its {MANIFEST} lists. {MAKE_SHARDS}")
     samples = np.concatenate(tables)
     if not len(samples):
         raise UserError(f"{where} holds no samples. {MAKE_SHARDS}")
+    shard_starts = np.cumsum([0, *map(len, tables)])
+    offset, length, width, height = np.ascontiguousarray(samples.T)
+    num_bad = sum(entry["samples"] for entry in entries) - len(samples)
     hashes = [entry["sha256"] + "".join(sorted(entry.get("bad", ()))) for entry in entries]
-    return Shards(
-        paths=paths,
-        entries=[{key: entry[key] for key in ("bytes", "sha256")} for entry in entries],
-        cache=cache,
-        shard_starts=np.concatenate([[0], np.cumsum(counts)]),
-        offset=samples[:, 0].copy(),
-        length=samples[:, 1].copy(),
-        width=samples[:, 2].copy(),
-        height=samples[:, 3].copy(),
-        fingerprint=hashlib.sha256("".join(hashes).encode()).hexdigest(),
-        num_bad=num_bad,
-        classes=tuple(next(iter(manifests.values())).get("classes") or ()),
-    )
+    fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
+    classes = tuple(next(iter(manifests.values())).get("classes") or ())
+    entries = [{key: entry[key] for key in ("bytes", "sha256")} for entry in entries]
+    return Shards(paths, entries, cache, shard_starts, offset, length, width, height, fingerprint, num_bad, classes)
 
 
-def local_path(path: str, cache: Cache) -> Path:
-    """Return the local path of a small file: its own, or that of a fresh download."""
+def index_path(shard: str, cache: Cache) -> Path:
+    """Return the local path of a shard's index: its own, or that of a fresh download."""
+    path = shard.removesuffix(".tar") + ".idx"
     return cache.fetch_fresh(path) if is_url(path) else Path(path)
 
 
 def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, Any]:
     """Return the manifest of a folder or of a folder's URL. Raise UserError if it is missing or invalid."""
-    if isinstance(folder, str) and is_url(folder):
-        assert cache is not None
-        path = cache.fetch_fresh(url_join(folder, MANIFEST))
-    else:
-        path = Path(folder) / MANIFEST
+    path = Path(folder, MANIFEST)
+    if cache is not None and is_url(str(folder)):
+        path = cache.fetch_fresh(url_join(str(folder), MANIFEST))
     if not path.exists():
         raise UserError(f"{path} is missing, so its shards are incomplete. {MAKE_SHARDS}")
     try:
@@ -273,13 +246,12 @@ def read_index(path: Path, extension: str = "jpg") -> tuple[list[str], np.ndarra
     files.
     """
     if not path.exists():
-        raise UserError(
-            f"{path.with_suffix('.tar')} has no index {path.name} beside it. {MAKE_SHARDS} DALI's wds2idx makes it too."
-        )
+        fix = f"{MAKE_SHARDS} DALI's wds2idx makes it too."
+        raise UserError(f"{path.with_suffix('.tar')} has no index {path.name} beside it. {fix}")
+    header, _, body = path.read_text(errors="replace").partition("\n")
+    if not header.startswith(INDEX_VERSION):
+        raise UserError(f"{path} is not an index of version {INDEX_VERSION}. {MAKE_SHARDS}")
     try:
-        header, _, body = path.read_text().partition("\n")
-        if not header.startswith(INDEX_VERSION):
-            raise UserError(f"{path} is not an index of version {INDEX_VERSION}. {MAKE_SHARDS}")
         # Four fields a file (extension, offset, size, name), and the same files in every line.
         num_fields = len(body.partition("\n")[0].split())
         fields = body.split()
@@ -290,8 +262,6 @@ def read_index(path: Path, extension: str = "jpg") -> tuple[list[str], np.ndarra
         if len(names) * num_fields != len(fields) or fields[column::num_fields].count(extension) != len(names):
             raise ValueError("lines differ")
         values = [np.array(fields[column + shift :: num_fields], "S").astype(np.int64) for shift in (1, 2)]
-    except UserError:
-        raise
     except ValueError:  # not text, not numbers, or another layout
         content = OPTIONAL_FILES.get(extension)
         fix = MAKE_SHARDS if content is None else f"These shards have no {content}. Pass shards that have them."

@@ -134,10 +134,9 @@ class Checkpoints:
         """Write the manifest, rename the folder, point `latest` at it, and remove old checkpoints."""
         manifest = {"format": FORMAT, "step": step, "ranks": world_size(), "files": files}
         (path / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        atomic.fsync(path / MANIFEST, path)
+        atomic.fsync(path / MANIFEST)
         name = f"step_{step:08d}"
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.rename(path, self.folder / name)
+        atomic.rename_folder(path, self.folder / name)
         atomic.write_text(self.folder / "latest", name)
         atomic.fsync(self.folder / "latest", self.folder)
         for old in self._names()[: -self.keep]:

@@ -4,6 +4,7 @@ Shapes: B images, H heads, L blocks, N patches of a grid, T = 1 + N tokens with 
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -39,15 +40,14 @@ def attention_maps(encoder: Encoder, pixels: Tensor, blocks: Sequence[int]) -> d
     maps: dict[int, Tensor] = {}
     modules: dict[int, Any] = {number: encoder.blocks[number - 1].attn for number in blocks}
     fused = {number: module.fused_attn for number, module in modules.items()}
-    hooks = []
-    for number, module in modules.items():
-        module.fused_attn = False  # the fused kernel does not materialise the attention matrix
 
-        def store(_module: object, _inputs: object, attention: Tensor, number: int = number) -> None:
-            maps[number] = attention
+    def store(_module: object, _inputs: object, attention: Tensor, number: int) -> None:
+        maps[number] = attention
 
-        hooks.append(module.attn_drop.register_forward_hook(store))
+    hooks = [m.attn_drop.register_forward_hook(partial(store, number=number)) for number, m in modules.items()]
     try:
+        for module in modules.values():
+            module.fused_attn = False  # the fused kernel does not materialise the attention matrix
         encoder.features(pixels, [max(blocks)])
     finally:
         for hook, (number, module) in zip(hooks, modules.items(), strict=True):
@@ -83,10 +83,8 @@ def head_diversity(attention: Tensor) -> Tensor:
     [B, H, T, T] -> float64 [B].
     """
     flat = torch.nn.functional.normalize(patch_attention(attention).flatten(2), dim=-1)
-    heads = flat.shape[1]
-    cosine = flat @ flat.mT
-    pairs = max(1, heads * (heads - 1))
-    return 1 - (cosine.sum((1, 2)) - heads) / pairs if heads > 1 else torch.zeros(len(attention), dtype=torch.float64)
+    heads, cosine = flat.shape[1], (flat @ flat.mT).sum((1, 2))
+    return 1 - (cosine - heads) / (heads * (heads - 1)) if heads > 1 else torch.zeros_like(cosine)
 
 
 def measure_locality(encoder: Encoder, batches: Iterable[Tensor]) -> Locality:
@@ -95,14 +93,12 @@ def measure_locality(encoder: Encoder, batches: Iterable[Tensor]) -> Locality:
     batches: images uint8 [B, 3, S, S] on the encoder's device.
     """
     blocks = list(range(1, len(encoder.blocks) + 1))
-    distance, diversity, count = torch.zeros(1), torch.zeros(1), 0
+    distance, diversity = [], []
     for images in batches:
-        maps = attention_maps(encoder, normalise(images, encoder.normalisation, torch.float32), blocks)
-        distances = torch.stack([attention_distance(attention, encoder.grid).sum(0) for attention in maps.values()])
-        distance = distance + distances.cpu()
-        diversity = diversity + torch.stack([head_diversity(attention).sum() for attention in maps.values()]).cpu()
-        count += len(images)
-    return Locality(distance / count, diversity / count)
+        maps = attention_maps(encoder, normalise(images, encoder.normalisation, torch.float32), blocks).values()
+        distance.append(torch.stack([attention_distance(each, encoder.grid) for each in maps], 1).cpu())
+        diversity.append(torch.stack([head_diversity(each) for each in maps], 1).cpu())
+    return Locality(torch.cat(distance).mean(0), torch.cat(diversity).mean(0))
 
 
 def cls_attention(attention: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -27,11 +27,8 @@ class RandAugment:
     def __init__(self, policy: str, size: int, normalisation: str):
         """policy: timm's name of it. size: image side in pixels. Raise UserError if timm rejects the policy."""
         mean = tuple(min(255, round(255 * value)) for value in NORMALISATIONS[normalisation][0])
-        options = {
-            "translate_const": int(size * MAX_TRANSLATION),
-            "img_mean": mean,
-            "interpolation": Image.Resampling.BICUBIC,
-        }
+        options = {"translate_const": int(size * MAX_TRANSLATION), "img_mean": mean}
+        options |= {"interpolation": Image.Resampling.BICUBIC}
         try:
             self._transform = rand_augment_transform(policy, options)
         except (AssertionError, ValueError, KeyError) as error:
@@ -68,13 +65,8 @@ class BatchAugment:
         self._erase = RandomErasing(config.erase, mode="pixel", device=str(device)) if config.erase else None
         self._mix = None
         if config.mixup or config.cutmix:
-            self._mix = Mixup(
-                config.mixup,
-                config.cutmix,
-                switch_prob=config.switch,
-                label_smoothing=config.smoothing,
-                num_classes=num_classes,
-            )
+            options = {"switch_prob": config.switch, "label_smoothing": config.smoothing, "num_classes": num_classes}
+            self._mix = Mixup(config.mixup, config.cutmix, **options)
 
     def __call__(self, pixels: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Return augmented pixels [B, 3, S, S] and targets float32 [B, C], whose rows sum to 1; labels int64 [B].

@@ -90,19 +90,13 @@ def verdict(comparison: Comparison, metric: str) -> str:
     if abs(gain) <= SIGNIFICANT * error:
         difference = f"(difference {gain:+.1f} ± {error:.1f} points)"
         return f"no difference from untrained weights: {metric} {accuracy:.1f} %, {untrained} {difference}, {others}"
-    side = "above" if gain > 0 else "BELOW"
-    return (
-        f"{metric} {accuracy:.1f} %, {abs(gain):.1f} ± {error:.1f} points {side} untrained weights; "
-        f"{untrained}, {others}"
-    )
+    difference = f"{abs(gain):.1f} ± {error:.1f} points {'above' if gain > 0 else 'BELOW'} untrained weights"
+    return f"{metric} {accuracy:.1f} %, {difference}; {untrained}, {others}"
 
 
 def verdict_of(results: dict[str, Any]) -> str:
     """Return the verdict in results.json."""
-    missing = (
-        "These results have no baselines: they were written by an earlier version. "
-        "Delete them, or choose another --run_dir."
-    )
+    missing = "These results of an earlier version have no baselines. Delete them, or choose another --run_dir."
     return results.get("verdict", missing)
 
 
@@ -175,9 +169,8 @@ def store_cached(folder: str | Path, encoder: Encoder, protocol: dict[str, Any],
         file.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_json(file, entry, indent=None)
     except OSError as error:
-        logger.warning(
-            "%s cannot be written (%s). The untrained encoder will be evaluated again next time.", file, error.strerror
-        )
+        outcome = "The untrained encoder will be evaluated again next time."
+        logger.warning("%s cannot be written (%s). %s", file, error.strerror, outcome)
 
 
 def _cache_file(folder: str | Path, encoder: Encoder, protocol: dict[str, Any]) -> Path:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddae.config.base import ShardsConfig
+from ddae.config.evaluation import Evaluation
+from ddae.config.tokenizer import TokenizerConfig
 from ddae.data.cache import Cache, open_cache
 from ddae.data.decode import decode_crop
 from ddae.data.loader import Loader, ignore_signals
 from ddae.data.sampling import central_crops
-from ddae.data.shards import open_shards
+from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import is_main, rank, world_size
 from ddae.errors import UserError
 
@@ -32,8 +34,35 @@ class ExampleBatch(NamedTuple):
     indices: Tensor  # int64 [B]: positions in the reader
 
 
-class ExampleReader(Dataset):
-    """Map-style data set of a split's images and classes."""
+class SplitReader(Dataset):
+    """Map-style data set of a split's samples. Subclasses define decode()."""
+
+    shards: Shards
+    samples: Tensor | range  # of the shards
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return what decode() returns. Raise UserError if the sample cannot be decoded."""
+        sample = int(self.samples[index])
+        try:
+            return self.decode(index, sample)
+        except UserError:
+            raise
+        except Exception as error:  # decoders raise many kinds of errors for a damaged file
+            raise UserError(
+                f"{self.shards.sample_name(sample)} cannot be decoded ({error}). "
+                "Exclude it with data_prep/check_shards.py --full --mark_bad."
+            ) from None
+
+    def decode(self, index: int, sample: int) -> Any:
+        """Return the sample at this position."""
+        raise NotImplementedError
+
+
+class ExampleReader(SplitReader):
+    """A split's images, uint8 [3, S, S], and classes, int."""
 
     def __init__(
         self,
@@ -63,21 +92,8 @@ class ExampleReader(Dataset):
         sides = torch.from_numpy(self.shards.width), torch.from_numpy(self.shards.height)
         self.boxes = central_crops(torch.zeros(0), *sides, (1.0, 1.0)).boxes
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Return an image, uint8 [3, S, S], and its class. Raise UserError if it cannot be decoded."""
-        sample = int(self.samples[index])
-        try:
-            image = decode_crop(self.shards.read(sample), tuple(self.boxes[sample].tolist()), False, self.size)
-        except UserError:
-            raise
-        except Exception as error:  # decoders raise many kinds of errors for a damaged file
-            raise UserError(
-                f"{self.shards.sample_name(sample)} cannot be decoded ({error}). "
-                "Exclude it with data_prep/check_shards.py --full --mark_bad."
-            ) from None
+    def decode(self, index: int, sample: int) -> tuple[np.ndarray, int]:
+        image = decode_crop(self.shards.read(sample), tuple(self.boxes[sample].tolist()), False, self.size)
         return image, int(self.labels[index]) if len(self.labels) else 0
 
 
@@ -92,6 +108,12 @@ def val_location(train: str, val: str = "") -> str:
             "Pass that folder as --data.train, or the validation shards as --val."
         )
     return val or train
+
+
+def validation_reader(config: Evaluation | TokenizerConfig, size: int, labelled: bool = True) -> ExampleReader:
+    """Open the validation shards of an experiment. size: image side in pixels; labelled: see ExampleReader."""
+    source = val_location(config.data.train, config.val)
+    return ExampleReader(source, "val", size, open_cache(config.data), labelled)
 
 
 class Labels(NamedTuple):
@@ -124,88 +146,72 @@ def training_labels(loader: Loader, val: ExampleReader) -> Labels:
     return Labels(targets, names)
 
 
-def batches(reader: ExampleReader, batch_size: int, workers: int, device: torch.device) -> Iterator[ExampleBatch]:
-    """Yield all samples in order; the last batch may be smaller."""
-    yield from _load_batches(reader, range(len(reader)), batch_size, workers, device)
+def batches(
+    reader: ExampleReader, batch_size: int, workers: int, device: torch.device, indices: Sequence[int] | None = None
+) -> Iterator[ExampleBatch]:
+    """Yield all samples in order, or those at the indices, on the device; the last batch may be smaller.
+
+    Indices from len(reader) on count from the first sample again.
+    """
+    indices = range(len(reader)) if indices is None else indices
+    parts = [list(indices[start : start + batch_size]) for start in range(0, len(indices), batch_size)]
+    loaded = load_samples(reader, parts, workers, pin_memory=device.type == "cuda")
+    for (images, labels), part in zip(loaded, parts, strict=True):
+        yield ExampleBatch(*(each.to(device, non_blocking=True) for each in (images, labels, torch.tensor(part))))
+
+
+def rank_share(count: int) -> range:
+    """Return this rank's indices of `count` samples: rank, rank + world size, and so on; equally many on every rank.
+
+    Indices from `count` on are padding.
+    """
+    return range(rank(), count + -count % world_size(), world_size())
 
 
 def batches_of_rank(
     reader: ExampleReader, batch_size: int, workers: int, device: torch.device
 ) -> Iterator[ExampleBatch]:
-    """Yield this rank's samples: rank, rank + world size, and so on; the same number of batches on every rank.
-
-    Ranks that run out of samples are padded with the first samples of the split, whose label is -1.
-    """
-    share = range(rank(), len(reader) + -len(reader) % world_size(), world_size())
-    padded = [index % len(reader) for index in share]
-    for number, batch in enumerate(_load_batches(reader, padded, batch_size, workers, device)):
-        is_padding = torch.tensor(share[number * batch_size : (number + 1) * batch_size], device=device) >= len(reader)
-        yield batch._replace(labels=batch.labels.masked_fill(is_padding, -1))
-
-
-def _load_batches(
-    reader: ExampleReader, indices: Sequence[int], batch_size: int, workers: int, device: torch.device
-) -> Iterator[ExampleBatch]:
-    """Yield batches of the samples at these positions, on the device."""
-    positions = torch.tensor(indices, dtype=torch.int64).split(batch_size)
-    loaded = load_samples(reader, indices, workers, batch_size, device.type == "cuda")
-    for (images, labels), of_batch in zip(loaded, positions, strict=False):  # one empty part if there are no samples
-        yield ExampleBatch(*(each.to(device, non_blocking=True) for each in (images, labels, of_batch)))
+    """Yield this rank's samples, see rank_share(); the same number of batches on every rank. Padding has label -1."""
+    for batch in batches(reader, batch_size, workers, device, rank_share(len(reader))):
+        yield batch._replace(labels=batch.labels.masked_fill(batch.indices >= len(reader), -1))
 
 
 def load_samples(
-    reader: Dataset, indices: Sequence[int], workers: int, batch_size: int | None = None, pin_memory: bool = False
+    reader: SplitReader, indices: Sequence[int] | Sequence[list[int]], workers: int, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Yield the samples of a map-style data set at these positions, in order, read by `workers` processes.
+    """Yield the samples of a data set at these indices, in order, read by `workers` processes.
 
-    batch_size: yield stacked images and labels; None: single samples. Raise UserError if the data set raises one, in
-    whichever process.
+    indices: for each list of indices, images uint8 [B, 3, S, S] and labels int64 [B] are yielded. Indices from
+    len(reader) on count from the first sample again. Raise UserError if the data set raises one, in whichever process.
     """
-    loader = DataLoader(
-        _UserErrorsAsSamples(reader),
-        batch_size,
-        sampler=indices,
-        collate_fn=_collate if batch_size else None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
-    )
-    stream = iter(loader)
+    options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": ignore_signals}
+    stream = iter(DataLoader(_Samples(reader), batch_size=None, sampler=indices, **options))
     try:
         for sample in stream:
-            if isinstance(sample, _ErrorMessage):
+            if isinstance(sample, UserError):
                 if not is_main():  # commands print UserErrors on rank 0 alone, which may not raise this one
-                    logger.error(sample.text)
-                raise UserError(sample.text)
+                    logger.error("%s", sample)
+                raise sample
             yield sample
     finally:
         if workers:  # an error's traceback may keep the iterator alive, and interpreter exit would wait for its workers
             stream._shutdown_workers()  # type: ignore[attr-defined]
 
 
-class _ErrorMessage(NamedTuple):
-    """The message of a UserError. Raised in a worker process, the error would arrive with a traceback in its text."""
+class _Samples(Dataset):
+    """Samples of a reader, and lists of them as tensors.
 
-    text: str
+    A UserError is returned: raised in a worker process, it would arrive with a traceback in its text.
+    """
 
-
-class _UserErrorsAsSamples(Dataset):
-    """A data set that returns the message of a UserError instead of raising it."""
-
-    def __init__(self, reader: Dataset):
+    def __init__(self, reader: SplitReader):
         self.reader = reader
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, key: int | list[int]) -> Any:
         try:
-            return self.reader[index]
+            if isinstance(key, int):
+                return self.reader[key % len(self.reader)]
+            images, labels = zip(*(self.reader[index % len(self.reader)] for index in key), strict=True)
         except UserError as error:
-            return _ErrorMessage(str(error))
-
-
-def _collate(samples: list[Any]) -> Any:
-    """Return images uint8 [B, 3, S, S] and labels int64 [B], or the first error message."""
-    for sample in samples:
-        if isinstance(sample, _ErrorMessage):
-            return sample
-    images, labels = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+            return error
+        return torch.from_numpy(np.stack(images)), torch.tensor(labels)

@@ -62,10 +62,8 @@ def extract_features(
             for name, values in features.items():
                 by_name[name].append(values.float().cpu())
         labels.append(batch.labels.cpu())
-    return [
-        Features({name: torch.cat(parts) for name, parts in by_name.items()}, torch.cat(labels))
-        for by_name in by_encoder
-    ]
+    whole = ({name: torch.cat(parts) for name, parts in by_name.items()} for by_name in by_encoder)
+    return [Features(by_name, torch.cat(labels)) for by_name in whole]
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ddae.eval.dataset import ExampleReader
-from ddae.report.figures import COLOURS, style_axis
+from ddae.report.figures import COLOURS, image_axes, show_image, style_axis
 
 MAX_LEGEND_CLASSES = 6  # in the legend beside an image
 MAX_CLASSES = 30  # in a confusion matrix, and at each end of a bar chart
 MAX_CODES, PATCHES_PER_CODE = 12, 16  # rows and columns of patches_by_code()
+POOLINGS = {"cls": "cls token", "mean": "mean of patches"}  # labels in a figure
 CORRECT, WRONG = COLOURS[0], COLOURS[1]
 
 
@@ -35,24 +36,19 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
         classes = errors.topk(MAX_CLASSES).indices.sort().values
     rates = rates[classes][:, classes]
     side = 2.4 + 0.26 * len(classes)
-    figure, axis = plt.subplots(figsize=(side + 0.8, side))
+    figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="tight")
     image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
     labels = [_name(names, number) for number in classes.tolist()]
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
-    axis.set_xlabel("predicted class")
-    axis.set_ylabel("true class")
-    if len(classes) <= 15:
-        for row in range(len(classes)):
-            for column in range(len(classes)):
-                rate = float(rates[row, column])
-                if rate >= 0.005:
-                    colour = "white" if rate > 0.5 else "#333"
-                    axis.text(column, row, f"{rate:.2f}", ha="center", va="center", fontsize=6, color=colour)
+    axis.set(xlabel="predicted class", ylabel="true class")
+    for row, column in (rates >= 0.005).nonzero().tolist() if len(classes) <= 15 else ():
+        rate = float(rates[row, column])
+        colour = "white" if rate > 0.5 else "#333"
+        axis.text(column, row, f"{rate:.2f}", ha="center", va="center", fontsize=6, color=colour)
     if len(counts) > MAX_CLASSES:
         axis.set_title(f"the {MAX_CLASSES} of {len(counts)} classes with the largest error rates", fontsize=9)
     figure.colorbar(image, ax=axis, shrink=0.7, label="share of the true class")
-    figure.tight_layout()
     return figure
 
 
@@ -62,18 +58,13 @@ def prediction_grid(images: Tensor, labels: Tensor, logits: Tensor, names: Seque
     images: uint8 [B, 3, H, W]; labels: int64 [B]; logits: [B, C].
     """
     columns = min(6, len(images))
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(1.75 * columns, 2.15 * rows), squeeze=False)
+    figure, axes = image_axes(-(-len(images) // columns), columns, 1.75, 2.15)
     probabilities, predicted = logits.float().softmax(1).max(1)
-    for axis in axes.flat:
-        axis.set_axis_off()
     for axis, image, label, guess, confidence in zip(axes.flat, images, labels, predicted, probabilities, strict=False):
-        axis.imshow(image.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         correct = bool(label == guess)
         title = f"{_name(names, int(guess))}, {float(confidence):.0%}"
         title += "" if correct else f"\nnot {_name(names, int(label))}"
-        axis.set_title(title, fontsize=7, color=CORRECT if correct else WRONG)
-    figure.tight_layout(pad=0.4)
+        show_image(axis, image, title, CORRECT if correct else WRONG)
     return figure
 
 
@@ -88,20 +79,16 @@ def patches_by_code(images: Tensor, codes: Tensor, patch: int) -> Figure:
     frequent = counts.argsort(descending=True)[: min(MAX_CODES, int((counts > 0).sum()))]
     padded = torch.nn.functional.pad(images, (patch,) * 4, value=255)
     generator = torch.Generator().manual_seed(0)
-    size = (0.62 * PATCHES_PER_CODE, 0.66 * len(frequent))
-    figure, axes = plt.subplots(len(frequent), PATCHES_PER_CODE, figsize=size, squeeze=False)
+    figure, axes = image_axes(len(frequent), PATCHES_PER_CODE, 0.62, 0.66)
     for row, code in zip(axes, frequent.tolist(), strict=True):
         positions = (codes == code).nonzero()
         positions = positions[torch.randperm(len(positions), generator=generator)[:PATCHES_PER_CODE]]
-        row[0].set_title(f"code {code}", fontsize=6, loc="left", pad=2)
-        for axis in row:
-            axis.set_axis_off()
         for axis, (image, position) in zip(row, positions.tolist(), strict=False):
             top, left = position // side * patch, position % side * patch
-            axis.imshow(padded[image, :, top : top + 3 * patch, left : left + 3 * patch].permute(1, 2, 0).numpy())
+            show_image(axis, padded[image, :, top : top + 3 * patch, left : left + 3 * patch])
             corner = (patch - 0.5, patch - 0.5)
             axis.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=COLOURS[1], linewidth=1))
-    figure.tight_layout(pad=0.2)
+        row[0].set_title(f"code {code}", fontsize=6, loc="left", pad=2)
     return figure
 
 
@@ -110,18 +97,12 @@ def metric_by_block(values: dict[str, float], ylabel: str, baselines: dict[str, 
 
     values: {"block 12 cls": 60.3, ...}.
     """
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
-    poolings = list(dict.fromkeys(name.split()[2] for name in values))
-    for pooling, colour in zip(poolings, COLOURS, strict=False):
+    figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="tight")
+    for (pooling, label), colour in zip(POOLINGS.items(), COLOURS, strict=False):
         points = [(int(name.split()[1]), value) for name, value in values.items() if name.endswith(pooling)]
-        label = "cls token" if pooling == "cls" else "mean of patches"
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=1.4, label=label)
-    for number, (name, value) in enumerate(baselines.items()):
-        axis.axhline(value, color="#777", linewidth=1, linestyle=("--", "-.", ":")[number % 3], label=name)
     axis.set_xticks(sorted({int(name.split()[1]) for name in values}))
-    style_axis(axis, "block", ylabel)
-    axis.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+    style_axis(axis, "block", ylabel, baselines)
     return figure
 
 
@@ -132,18 +113,13 @@ def neighbour_grid(
 
     rows: (index of a query, indices of its neighbours in the bank).
     """
-    columns = 1 + len(rows[0][1])
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.35 * columns, 1.6 * len(rows)), squeeze=False)
+    figure, axes = image_axes(len(rows), 1 + len(rows[0][1]), 1.35, 1.6)
     for axis_row, (query, nearest) in zip(axes, rows, strict=True):
         image, label = queries[query]
-        examples = [(image, label), *(bank[index] for index in nearest)]
-        for axis, (picture, number) in zip(axis_row, examples, strict=True):
-            axis.set_axis_off()
-            axis.imshow(picture.transpose(1, 2, 0), interpolation="nearest")
-            if names:
-                axis.set_title(_name(names, number), fontsize=7, color=CORRECT if number == label else WRONG)
+        for axis, (picture, number) in zip(axis_row, [(image, label), *map(bank.__getitem__, nearest)], strict=True):
+            title = _name(names, number) if names else ""
+            show_image(axis, picture.transpose(1, 2, 0), title, CORRECT if number == label else WRONG)
         axis_row[0].set_title(_name(names, label) if names else "query", fontsize=7, color="black", fontweight="bold")
-    figure.tight_layout(pad=0.4)
     return figure
 
 
@@ -153,25 +129,18 @@ def segmentation_grid(examples: Sequence[tuple[Tensor, Tensor, Tensor]], names: 
     examples: (image uint8 [3, h, w], true classes int64 [H, W], predicted classes int64 [H, W]).
     """
     colours = class_colours(len(names))
-    figure, axes = plt.subplots(len(examples), 3, figsize=(8.4, 2.5 * len(examples)), squeeze=False)
+    figure, axes = image_axes(len(examples), 3, 2.8, 2.5)
     for number, (axis_row, (image, labels, predicted)) in enumerate(zip(axes, examples, strict=True)):
         size = labels.shape[1], labels.shape[0]
         picture = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize(size))
         pictures = [picture, *(blend_classes(picture, each.numpy(), colours) for each in (labels, predicted))]
         for axis, each, title in zip(axis_row, pictures, ("image", "true classes", "predicted classes"), strict=True):
-            axis.imshow(each, interpolation="nearest")
-            axis.set_axis_off()
-            axis.set_title(title if number == 0 else "", fontsize=9)
+            show_image(axis, each, title if number == 0 else "")
         counts = torch.cat([labels[labels < len(names)], predicted.flatten()]).bincount(minlength=len(names))
-        frequent = counts.topk(min(MAX_LEGEND_CLASSES, len(names)))
-        patches = [
-            Patch(color=tuple(colours[label] / 255), label=_name(names, label))
-            for label, count in zip(frequent.indices.tolist(), frequent.values.tolist(), strict=True)
-            if count
-        ]
+        frequent = counts.topk(min(MAX_LEGEND_CLASSES, len(names))).indices.tolist()
+        patches = [Patch(color=tuple(colours[n] / 255), label=_name(names, n)) for n in frequent if counts[n]]
         position = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
         axis_row[-1].legend(handles=patches, fontsize=7, frameon=False, **position)
-    figure.tight_layout(pad=0.4)
     return figure
 
 
@@ -180,17 +149,13 @@ def bar_chart(values: dict[str, float], xlabel: str) -> Figure:
     ordered = sorted(values.items(), key=lambda pair: pair[1])
     if len(ordered) > 2 * MAX_CLASSES:
         ordered = ordered[:MAX_CLASSES] + ordered[-MAX_CLASSES:]
-    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.19 * len(ordered)))
+    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.19 * len(ordered)), layout="tight")
     axis.barh(range(len(ordered)), [value for _, value in ordered], color=COLOURS[0], height=0.7)
-    axis.set_yticks(range(len(ordered)), [_shorten(name) for name, _ in ordered])
+    axis.set_yticks(range(len(ordered)), [_shorten(name) for name, _ in ordered], fontsize=7)
     if len(ordered) < len(values):
         axis.set_title(f"the {MAX_CLASSES} best and the {MAX_CLASSES} worst of {len(values)} classes", fontsize=9)
-    axis.set_xlabel(xlabel)
     axis.set_ylim(-0.6, len(ordered) - 0.4)
-    axis.tick_params(axis="y", labelsize=7)
-    axis.grid(alpha=0.25, axis="x")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    style_axis(axis, xlabel)
     return figure
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddae import atomic
-from ddae.config import deepspeed as ds_config
 from ddae.config.base import flatten
 from ddae.config.evaluation import FinetuneConfig
 from ddae.data.cache import open_cache
@@ -30,10 +30,12 @@ from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.augment import BatchAugment, RandAugment
-from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, val_location
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, validation_reader
 from ddae.eval.figures import confusion_matrix, prediction_grid
-from ddae.eval.knn import raw_pixel_accuracy
-from ddae.export.encoder import load_encoder, write_timm
+from ddae.eval.metrics import count_confusion, sum_metrics
+from ddae.eval.task import ClassificationTask, deepspeed_run
+from ddae.export.encoder import load_encoder
+from ddae.export.formats import write_timm
 from ddae.method.teacher import MovingAverage
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder, LayerNorm
@@ -42,9 +44,6 @@ from ddae.report.figures import curves
 from ddae.trainer import fit
 from ddae.training import run_dir
 from ddae.training.optimizer import build_layerwise_optimizer
-from ddae.training.run import Run
-from ddae.training.schedules import warmup_cosine
-from ddae.training.tracker import run_id_of
 
 MAX_BATCH = 128  # validation images of a rank at a time
 EXAMPLES_SHOWN = 18  # images in the figure of predictions
@@ -62,7 +61,6 @@ def finetune(config: FinetuneConfig, stop: StopSignal | None = None) -> None:
     with code 75 if a signal stops the run, and UserError if the encoder or the shards cannot be read, the shards have
     no classes, or the classes of the two splits differ.
     """
-    stop = stop or StopSignal()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
     config = config.resolved_for(encoder.shape.width)
     run_dir.check(config)
@@ -76,28 +74,27 @@ def finetune(config: FinetuneConfig, stop: StopSignal | None = None) -> None:
         _add_untrained_baseline(Path(config.folder), untrained)
 
 
-def _finetune(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: StopSignal) -> None:
+def _finetune(config: FinetuneConfig, encoder: Encoder, untrained: Tensor | None, stop: StopSignal | None) -> None:
     """Run one fine-tuning; untrained: bool [N], which validation images the untrained encoder classifies correctly."""
-    resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
-    run = Run(config, stop, resolved.json, resolved.micro_batch)
-    size, normalisation = encoder.shape.image_size, encoder.normalisation
-    augment = RandAugment(config.augment.policy, size, normalisation) if config.augment.policy else None
+    run, size = deepspeed_run(config, stop), encoder.shape.image_size
+    policy, micro_batch = config.augment.policy, run.rank_batch.micro_batch
+    augment = RandAugment(policy, size, encoder.normalisation) if policy else None
     loader = Loader(config.data, size, config.train.seed, run.rank_batch, device(), augment)
-    val = ExampleReader(val_location(config.data.train, config.val), "val", size, open_cache(config.data))
-    if (config.augment.mixup or config.augment.cutmix) and resolved.micro_batch % 2:
+    val = validation_reader(config, size)
+    if (config.augment.mixup or config.augment.cutmix) and micro_batch % 2:
         raise UserError(
-            f"the micro-batch has {resolved.micro_batch} images; mixup and CutMix expect an even number. "
+            f"the micro-batch has {micro_batch} images; mixup and CutMix expect an even number. "
             "Choose another --data.batch_size, or pass --augment.mixup 0 --augment.cutmix 0."
         )
     fit(Finetune(config, encoder, training_labels(loader, val), val, untrained), run, loader)
 
 
-def _evaluate_untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSignal) -> Tensor:
+def _evaluate_untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSignal | None) -> Tensor:
     """Return which validation images an untrained encoder classifies correctly after this recipe: bool [N].
 
     The result is read from the cache, or the encoder is trained now.
     """
-    val = open_shards(val_location(config.data.train, config.val), open_cache(config.data), "val")
+    val = validation_reader(config, encoder.shape.image_size).shards
     train = open_shards(config.data.train, open_cache(config.data), "train")
     recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}
     protocol = {"task": "finetune", "recipe": recipe, "data": [train.fingerprint, val.fingerprint]}
@@ -106,13 +103,8 @@ def _evaluate_untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSign
         return cached.correct
     folder = Path(config.folder) / "untrained"
     logger.info("%s: training untrained weights by the same recipe, as a baseline", folder)
-    baseline_config = replace(
-        config,
-        run_dir=str(folder),
-        encoder=UNTRAINED,
-        train=replace(config.train, report=False),
-        tune=replace(config.tune, untrained=False),
-    )
+    train_config, tune = replace(config.train, report=False), replace(config.tune, untrained=False)
+    baseline_config = replace(config, run_dir=str(folder), encoder=UNTRAINED, train=train_config, tune=tune)
     _finetune(baseline_config, deepcopy(encoder), None, stop)
     gc.collect()
 
@@ -174,13 +166,8 @@ class Classifier(nn.Module):
         return logits if targets is None else F.cross_entropy(logits.float(), targets)
 
 
-class Finetune:
+class Finetune(ClassificationTask):
     """The task that fit() trains and evaluates."""
-
-    schedule = staticmethod(warmup_cosine)
-    engine: Engine
-    optimizable: Engine
-    description: str
 
     def __init__(
         self,
@@ -191,16 +178,9 @@ class Finetune:
         untrained: Tensor | None = None,
     ):
         """untrained: bool [N], which validation images the untrained encoder classifies correctly."""
-        self.config, self.encoder, self.labels, self.val, self.untrained = config, encoder, labels, val, untrained
-        self.evaluate_every = config.tune.evaluate_every
-        self.folder = Path(config.folder)
-        self.parent = run_id_of(Path(config.encoder))
-        self.average: MovingAverage | None = None
+        super().__init__(config, encoder, labels, val, config.tune.evaluate_every)
+        self.untrained, self.average = untrained, None
         self._augment = BatchAugment(config.augment, labels.num_classes, device())
-        # Of the last evaluation: images, labels and logits of its first batch; C x C counts; correct, bool [N].
-        self._examples: tuple[Tensor, Tensor, Tensor] | None = None
-        self._confusion = torch.zeros(labels.num_classes, labels.num_classes)
-        self._correct = torch.zeros(0)
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         tune, encoder = self.config.tune, self.encoder
@@ -211,7 +191,6 @@ class Finetune:
         module = Classifier(encoder, self.labels.num_classes, tune.pool, tune.head_std, generator)
         module.train().requires_grad_(True)
         copy = deepcopy(module) if tune.ema else None
-        assert tune.layer_decay is not None
         optimizer = build_layerwise_optimizer(module, encoder.shape.depth, tune.layer_decay, self.config.optim)
         self.engine = Engine(module, optimizer, ds_json)
         self.optimizable, self.description = self.engine, f"{self.config.engine.precision}, ZeRO {self.engine.stage}"
@@ -238,9 +217,8 @@ class Finetune:
         engine, num_classes = self.engine, self.labels.num_classes
         modules = {"": engine.module} | ({"ema_": self.average.module} if self.average is not None else {})
         sums = {prefix: torch.zeros(4, device=engine.device) for prefix in modules}
-        confusion = torch.zeros_like(self._confusion, device=engine.device)
-        correct = torch.zeros(len(self.val), device=engine.device)
-        self._examples = None
+        counts = torch.zeros(num_classes, num_classes, device=engine.device)
+        correct, examples = torch.zeros(len(self.val), device=engine.device), []
         engine.module.eval()
         batch_size = min(self.config.data.batch_size // world_size(), MAX_BATCH)
         with torch.no_grad():
@@ -248,20 +226,18 @@ class Finetune:
                 poll()
                 pixels = normalise(batch.images, self.encoder.normalisation, engine.dtype)
                 valid = batch.labels >= 0
-                labels = batch.labels[valid]
+                labels, logits = batch.labels[valid], {}
                 for prefix, module in modules.items():
                     with engine.autocast():
-                        logits = module(pixels).float()[valid]
-                    sums[prefix] += sum_metrics(logits, labels)
-                    if prefix == "":
-                        predicted = logits.argmax(1)
-                        pairs = labels * num_classes + predicted
-                        confusion += pairs.bincount(minlength=num_classes**2).view_as(confusion)
-                        correct[batch.indices[valid]] = (predicted == labels).float()
-                        if self._examples is None:
-                            self._examples = batch.images[valid].cpu(), labels.cpu(), logits.cpu()
+                        logits[prefix] = module(pixels).float()[valid]
+                    sums[prefix] += sum_metrics(logits[prefix], labels)
+                predicted = logits[""].argmax(1)
+                counts += count_confusion(labels, predicted, num_classes)
+                correct[batch.indices[valid]] = (predicted == labels).float()
+                examples = examples or [each.cpu() for each in (batch.images[valid], labels, logits[""])]
         engine.module.train()
-        self._confusion, self._correct = sum_over_ranks(confusion).cpu(), sum_over_ranks(correct).cpu() > 0
+        self.counts, self._correct = sum_over_ranks(counts).cpu(), sum_over_ranks(correct).cpu() > 0
+        self._examples, self.evaluated = examples, True  # images, labels and logits of the first batch
         row = {}
         for prefix, values in sums.items():
             count, top1, top5, loss = sum_over_ranks(values).tolist()
@@ -269,93 +245,55 @@ class Finetune:
             row[f"val/{prefix}loss"] = loss / count
         return row
 
-    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
-        weights = self.engine.weights(self.engine.module)
-        if self._examples is None:  # the last evaluation was made by an earlier start
-            self.evaluate(heartbeat)
-        source = val_location(self.config.data.train, self.config.val)
-        raw = raw_pixel_accuracy(self.config.data, source, self.encoder.shape.image_size, heartbeat)
-        if not is_main():
-            return []
-        assert self._examples is not None
-        rows = run.rows()
-        results = self._results(rows, raw)
+    def gather(self, heartbeat: Callable[[], None]) -> tuple[dict[str, Tensor], float]:
+        return self.engine.weights(self.engine.module), self.raw_pixel_accuracy(heartbeat)
+
+    def results(self, rows: list[dict[str, float]], gathered: tuple[dict[str, Tensor], float]) -> dict[str, Any]:
+        """Return the comparison with baselines, the last evaluation, and the best value of each metric."""
+        weights, raw = gathered
+        self._export(weights)
         (self.folder / CORRECT_FILE).write_text("".join(map(str, self._correct.int().tolist())))
-        atomic.write_json(self.folder / "results.json", results)
-        self._export({name: values.contiguous() for name, values in weights.items()})
-        if not self.config.train.report:
-            return []
-        accuracies, title = [name for name in rows[-1] if name.endswith("top1")], "validation top-1 in %"
-        images, labels, logits = self._examples
-        shown = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:EXAMPLES_SHOWN]
-        panels = {"loss": ["loss/total"], title: accuracies, "lr": ["lr"]}
-        figures = {
-            "curves": curves(rows, panels, "", {title: baselines.by_label(results)}),
-            "confusion": confusion_matrix(self._confusion, self.labels.names),
-            "examples": prediction_grid(images[shown], labels[shown], logits[shown], self.labels.names),
+        evaluations = [row for row in rows if "val/top1" in row]
+        epochs_per_step = self.config.data.batch_size / len(self.labels.targets)
+        last = {name.removeprefix("val/"): value for name, value in evaluations[-1].items() if name.startswith("val/")}
+        best_row = max(evaluations, key=lambda row: row["val/top1"])
+        best = {name: max(row[f"val/{name}"] for row in evaluations) for name in last if "top" in name}
+        return self.compare(self._correct, self.untrained, raw, METRIC) | {
+            "last": last | {"epoch": round(evaluations[-1]["step"] * epochs_per_step, 2)},
+            "best": best | {"epoch": round(best_row["step"] * epochs_per_step, 2)},
         }
-        return report.add_evaluation(self.folder, figures)
+
+    def figures(self, rows: list[dict[str, float]], results: dict[str, Any]) -> dict[str, Figure]:
+        accuracies, title = [name for name in rows[-1] if name.endswith("top1")], "validation top-1 in %"
+        shown = torch.randperm(len(self._examples[0]), generator=torch.Generator().manual_seed(0))[:EXAMPLES_SHOWN]
+        images, labels, logits = (each[shown] for each in self._examples)
+        panels = {"loss": ["loss/total"], title: accuracies, "lr": ["lr"]}
+        return {
+            "curves": curves(rows, panels, {title: baselines.by_label(results)}),
+            "confusion": confusion_matrix(self.counts, self.labels.names),
+            "examples": prediction_grid(images, labels, logits, self.labels.names),
+        }
 
     def summary(self) -> str:
         """Return the results as text, and where the classifier is."""
         results = json.loads((self.folder / "results.json").read_text())
         last, best = results["last"], results["best"]
-        lines = [
-            baselines.verdict_of(results),
-            f"top-1 {last['top1']:.2f} % after the last epoch; best on these images: {best['top1']:.2f} % after epoch "
-            f"{best['epoch']}",
-        ]
+        after_best = f"best on these images: {best['top1']:.2f} % after epoch {best['epoch']}"
+        lines = [baselines.verdict_of(results), f"top-1 {last['top1']:.2f} % after the last epoch; {after_best}"]
         if results.get("untrained") is None and self.config.encoder != UNTRAINED:
             lines.append("Pass --tune.untrained to train untrained weights by the same recipe, as a baseline.")
         if "ema_top1" in last:
-            lines.append(
-                f"averaged weights: {last['ema_top1']:.2f} % after the last epoch, best {best['ema_top1']:.2f} %"
-            )
+            last_average, best_average = (f"{each['ema_top1']:.2f} %" for each in (last, best))
+            lines.append(f"averaged weights: {last_average} after the last epoch, best {best_average}")
         return "\n".join([*lines, f"classifier:           {self.folder / 'classifier'}"])
 
     def _export(self, weights: dict[str, Tensor]) -> None:
         """Write the classifier in timm's format."""
         encoder = Encoder(self.encoder.shape)
         encoder.normalisation = self.encoder.normalisation
-        prefix = "encoder."
-        of_encoder = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
-        of_head = {name: each for name, each in weights.items() if not name.startswith(prefix)}
-        encoder.load_state_dict(of_encoder, strict=False)
+        head = {name: each for name, each in weights.items() if not name.startswith("encoder.")}
+        encoder.load_state_dict({name.removeprefix("encoder."): each for name, each in weights.items()}, strict=False)
         if self.config.tune.pool == "mean":
             encoder.norm = nn.Identity()  # type: ignore[assignment]
         pool = {"mean": "avg", "cls": "token"}[self.config.tune.pool]
-        write_timm(encoder, self.folder / "classifier", of_head, pool, self.labels.names)
-
-    def _results(self, rows: list[dict[str, float]], raw: float) -> dict[str, Any]:
-        """Return results.json: the last evaluation, and the best value of each metric.
-
-        rows: all rows of metrics. raw: accuracy of raw pixels in per cent.
-        """
-        chance = baselines.chance(self.labels.targets, self.val.labels)
-        evaluations = [row for row in rows if "val/top1" in row]
-        epochs_per_step = self.config.data.batch_size / len(self.labels.targets)
-        last = {name.removeprefix("val/"): value for name, value in evaluations[-1].items() if name.startswith("val/")}
-        best_row = max(evaluations, key=lambda row: row["val/top1"])
-        best = {name: max(row[f"val/{name}"] for row in evaluations) for name in last if "top" in name}
-        return {
-            "task": "finetune",
-            "encoder": self.config.encoder,
-            "recipe": self.config.preset,
-            "data": self.config.to_dict()["data"]["train"],
-            "classes": self.labels.num_classes,
-            "images": {"train": len(self.labels.targets), "val": len(self.val)},
-            **baselines.compare(self._correct, self.untrained, raw, chance).results(METRIC),
-            "last": last | {"epoch": round(evaluations[-1]["step"] * epochs_per_step, 2)},
-            "best": best | {"epoch": round(best_row["step"] * epochs_per_step, 2)},
-        }
-
-
-def sum_metrics(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the number of images, of correct ones (top-1, top-5), and the sum of their cross-entropies: float32 [4].
-
-    logits [B, C], labels int64 [B].
-    """
-    is_top = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    sums = [torch.tensor(float(len(labels)), device=logits.device), is_top[:, 0].sum(), is_top.sum(), loss]
-    return torch.stack([each.float() for each in sums])
+        write_timm(encoder, self.folder / "classifier", head, pool, self.labels.names)

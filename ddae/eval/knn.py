@@ -29,6 +29,7 @@ from ddae.eval.features import (
     quarter_blocks,
 )
 from ddae.eval.figures import confusion_matrix, metric_by_block, neighbour_grid
+from ddae.eval.metrics import count_confusion
 from ddae.export.encoder import load_encoder
 from ddae.models.vit import Encoder
 from ddae.report import html as report
@@ -149,9 +150,8 @@ def _extract(
         for batch in batches(reader, settings.batch, settings.workers, device()):
             yield batch._replace(images=baselines.to_grey(batch.images)) if settings.grey else batch
 
-    train, val = (
-        extract_features(encoders, images(reader), layers, device().type == "cuda") for reader in readers.values()
-    )
+    autocast = device().type == "cuda"
+    train, val = (extract_features(encoders, images(reader), layers, autocast) for reader in readers.values())
     return train, val
 
 
@@ -179,11 +179,9 @@ def _figures(
     rows = [(query, nearest[query, :NEIGHBOURS_SHOWN].tolist()) for query in queries]
     figures = {"neighbours": neighbour_grid(rows, readers["val"], readers["train"], names)}
     if labelled:
-        num_classes = votes.shape[1]
-        pairs = val.labels * num_classes + votes.argmax(1)
-        confusion = pairs.bincount(minlength=num_classes**2).view(num_classes, -1)
         top1 = {name: row["top1"] for name, row in results["features"].items()}
         figures["blocks"] = metric_by_block(top1, "top-1 in %", baselines.by_label(results))
+        confusion = count_confusion(val.labels, votes.argmax(1), votes.shape[1])
         figures["confusion"] = confusion_matrix(confusion, names)
     return figures
 
@@ -234,11 +232,9 @@ def format_results(results: dict[str, Any]) -> str:
     """Return the results as text; the first line is the accuracy with its baselines."""
     labelled = results["accuracy"] is not None
     unlabelled = f"{results['data']} has no classes, so no accuracy is reported. Write shards with a class per image."
-    lines = [results["verdict"] if labelled else unlabelled]
-    lines.append(
-        f"{results['queries']} queries, {results['bank']} images in the bank, k = {results['k']}"
-        + (", images in grey of equal contrast" if results["images"] == "grey" else "")
-    )
+    grey = ", images in grey of equal contrast" if results["images"] == "grey" else ""
+    protocol = f"{results['queries']} queries, {results['bank']} images in the bank, k = {results['k']}{grey}"
+    lines = [results["verdict"] if labelled else unlabelled, protocol]
     columns = {"top1": ("top-1", "8.2f"), "top5": ("top-5", "8.2f")} if labelled else {}
     columns |= {"effective_rank": ("rank", "8.1f"), "std": ("std", "8.2f")}
     lines.append(f"{'features':18}" + "".join(f"{head:>8}" for head, _ in columns.values()))

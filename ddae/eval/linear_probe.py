@@ -8,37 +8,34 @@ encoder width.
 
 import itertools
 import json
-from collections.abc import Callable, Generator, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from timm.optim.lars import Lars
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ddae import atomic
 from ddae.config.evaluation import ProbeConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
 from ddae.distributed.checkpoint_format import Checkpointable, TensorShard
-from ddae.distributed.comm import device, is_main, mean_over_ranks, rank, sum_over_ranks, world_size
+from ddae.distributed.comm import device, mean_over_ranks, rank, sum_over_ranks, world_size
 from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
-from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, val_location
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, validation_reader
 from ddae.eval.features import BATCH_SIZE, map_images, pooled_features
 from ddae.eval.figures import confusion_matrix, metric_by_block
-from ddae.eval.knn import raw_pixel_accuracy
+from ddae.eval.metrics import count_confusion
+from ddae.eval.task import ClassificationTask
 from ddae.export.encoder import load_encoder
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
-from ddae.report import html as report
 from ddae.report.figures import curves
 from ddae.trainer import fit
 from ddae.training.run import Run
-from ddae.training.schedules import warmup_cosine
-from ddae.training.tracker import run_id_of
 
 BATCH_NORM_EPS = 1e-6
 BATCH_NORM_MOMENTUM = 0.1  # weight of a micro-batch in the running mean and variance
@@ -52,7 +49,6 @@ def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
     Raise SystemExit with code 75 if a signal stops the run, and UserError if the encoder or the shards cannot be read,
     the shards have no classes, or the classes of the two splits differ.
     """
-    stop = stop or StopSignal()
     encoder = load_encoder(config.encoder, config.image_size, config.normalisation or None)
     config = config.resolved_for(encoder.shape.depth)
     batch_size = config.data.batch_size
@@ -65,7 +61,7 @@ def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
     run, size = Run(config, stop, {}, micro_batch), encoder.shape.image_size
     loader_class = IndexLoader if config.probe.cache else Loader
     loader = loader_class(config.data, size, config.train.seed, run.rank_batch, device())
-    val = ExampleReader(val_location(config.data.train, config.val), "val", size, open_cache(config.data))
+    val = validation_reader(config, size)
     task = LinearProbe(config, encoder, training_labels(loader, val), val, run.rank_batch.grad_accum_steps)
     fit(task, run, loader)
 
@@ -169,30 +165,22 @@ class IndexLoader(Loader):
             yield Batch(torch.empty(0), self.order.seeds(epochs, samples), samples)
 
 
-class LinearProbe:
+class LinearProbe(ClassificationTask):
     """The task that fit() trains and evaluates."""
-
-    schedule = staticmethod(warmup_cosine)
-    optimizable: HeadsOptimizer
-    description: str
 
     def __init__(
         self, config: ProbeConfig, encoder: Encoder, labels: Labels, val: ExampleReader, grad_accum_steps: int
     ):
-        self.config, self.encoder, self.labels, self.val = config, encoder.to(device()), labels, val
+        super().__init__(config, encoder.to(device()), labels, val, config.probe.evaluate_every)
         self.encoders = [self.encoder]
         if config.probe.untrained:
             self.encoders.append(baselines.untrained_encoder(encoder, config.train.seed).to(device()))
-        self.evaluate_every, self.parent = config.probe.evaluate_every, run_id_of(Path(config.encoder))
-        self.folder = Path(config.folder)
         self.names = [f"block {layer} {pool}" for layer in config.probe.layers for pool in ("cls", "mean")]
         self.is_selection = baselines.selection_mask(len(labels.targets))  # bool [N]: held out to select a head
         self._train_targets = labels.targets.masked_fill(self.is_selection, IGNORED)
         self._grad_accum_steps = grad_accum_steps
         self._feature_cache: dict[str, Tensor] = {}  # by split, with probe.cache: float32 [N, H, D]
-        # Of the last evaluation: counts [H, C * C], and which validation images are correct, bool [H, N].
-        self._confusion: Tensor | None = None
-        self._correct: Tensor | None = None
+        self._autocast = config.engine.precision != "fp32" and device().type == "cuda"
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         optim, seed = self.config.optim, self.config.train.seed
@@ -202,10 +190,6 @@ class LinearProbe:
         self.optimizable = HeadsOptimizer(self.heads, momentum, optim.weight_decay, self._grad_accum_steps, device())
         self.description = f"{count} heads on features in {'bf16' if self._autocast else 'fp32'}"
         return {"heads": self.optimizable}
-
-    @property
-    def _autocast(self) -> bool:
-        return self.config.engine.precision != "fp32" and device().type == "cuda"
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         """Return the sum [] of all heads' mean cross-entropies; each head's gradient depends on its own loss alone."""
@@ -218,9 +202,6 @@ class LinearProbe:
         count = (targets != IGNORED).sum().clamp(min=1)
         losses = (F.cross_entropy(each, targets, ignore_index=IGNORED, reduction="sum") for each in logits)
         return sum(losses, torch.zeros((), device=device())) / count
-
-    def after_step(self, applied: Tensor) -> None:
-        """Nothing depends on the heads' weights."""
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -244,19 +225,20 @@ class LinearProbe:
     def evaluate(self, poll: Callable[[], None]) -> dict[str, float]:
         """Return top-1 and top-5 accuracy of all heads in per cent; `untrained/` marks the untrained encoder's."""
         num_classes, num_heads = self.labels.num_classes, len(self.heads.weights)
-        confusion = torch.zeros(num_heads, num_classes**2, device=device())
+        counts = torch.zeros(num_heads, num_classes, num_classes, device=device())
         parts = []
-        for logits, labels in self._logits(self._val_features(poll)):
+        for logits, labels in self._logits("val", poll):
             is_top = logits.topk(min(5, num_classes), -1).indices == labels[None, :, None]
             parts.append(torch.stack([is_top[..., 0], is_top.any(-1)]).float())
-            for counts, predicted in zip(confusion, logits.argmax(-1), strict=True):
-                counts += (labels * num_classes + predicted).bincount(minlength=num_classes**2)
+            for of_head, predicted in zip(counts, logits.argmax(-1), strict=True):
+                of_head += count_confusion(labels, predicted, num_classes)
         correct = torch.zeros(2, num_heads, len(self.val), device=device())  # top-1 and top-5
         correct[:, :, rank() :: world_size()] = torch.cat(parts, -1)
         correct = sum_over_ranks(correct).cpu()
-        self._correct, self._confusion = correct[0] > 0, sum_over_ranks(confusion).cpu()
+        self._correct, self.counts = correct[0] > 0, sum_over_ranks(counts).cpu()
+        self.evaluated = True
         return {
-            f"val/{top}/{self._metric(name)}": float(value)
+            f"val/{top}/{name.replace(' ', '_')}": float(value)
             for top, values in zip(("top1", "top5"), 100 * correct.mean(2), strict=True)
             for name, value in zip(self._all_names(), values, strict=True)
         }
@@ -271,24 +253,20 @@ class LinearProbe:
         if not len(indices):
             return [self.names[-1]] * len(self.encoders)
         correct = torch.zeros(len(self.heads.weights), device=device())
-        if self.config.probe.cache:
-            share = indices[rank() :: world_size()]
-            features, labels = (
-                self._cached_features("train")[share].to(device()),
-                self.labels.targets[share].to(device()),
-            )
-            batches: Iterable = zip(features.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-        else:
-            batches = self._rank_features(self._train_reader(indices), poll)
-        for logits, labels in self._logits(batches):
+        for logits, labels in self._logits("train", poll, indices):
             correct += (logits.argmax(-1) == labels).sum(1)
         by_encoder = sum_over_ranks(correct).view(len(self.encoders), -1)
         return [self.names[best] for best in by_encoder.argmax(1).tolist()]
 
-    def _logits(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield logits [H, B, C] and classes for each (features [B, H, D], classes), with the heads in eval mode."""
+    def _logits(
+        self, split: str, poll: Callable[[], None], samples: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield logits [H, B, C] and classes of this rank's samples without padding, with the heads in eval mode.
+
+        samples: int64 [N], use these alone.
+        """
         self.heads.eval()
-        for features, labels in batches:
+        for features, labels in self._rank_features(split, poll, samples):
             yield self.heads(features.transpose(0, 1)), labels
         self.heads.train()
 
@@ -296,36 +274,33 @@ class LinearProbe:
         """Return the names of all heads in order, the untrained encoder's last."""
         return [*self.names, *(f"untrained/{name}" for name in self.names if len(self.encoders) > 1)]
 
-    @staticmethod
-    def _metric(name: str) -> str:
-        """Return a head's name within a metric."""
-        return name.replace(" ", "_")
+    def gather(self, heartbeat: Callable[[], None]) -> tuple[list[str], float]:
+        return self.select(heartbeat), self.raw_pixel_accuracy(heartbeat)
 
-    def finish(self, run: Run, heartbeat: Callable[[], None]) -> list[Path]:
-        if self._confusion is None:  # the last evaluation was made by an earlier start
-            self.evaluate(heartbeat)
-        selected = self.select(heartbeat)
-        source = val_location(self.config.data.train, self.config.val)
-        raw = raw_pixel_accuracy(self.config.data, source, self.encoder.shape.image_size, heartbeat)
-        if not is_main():
-            return []
-        assert self._confusion is not None
-        rows = run.rows()
+    def results(self, rows: list[dict[str, float]], gathered: tuple[list[str], float]) -> dict[str, Any]:
+        """Return the comparison with baselines of the selected head, and the accuracies of all heads.
+
+        gathered: one head per encoder, and the accuracy of raw pixels in per cent.
+        """
+        (selected, *untrained), raw = gathered
         last = next(row for row in reversed(rows) if any(name.startswith("val/") for name in row))
-        results = self._results(last, selected, raw)
-        atomic.write_json(self.folder / "results.json", results)
-        if not self.config.train.report:
-            return []
-        accuracies, title = [f"val/top1/{self._metric(name)}" for name in self.names], "validation top-1 in %"
-        confusion = self._confusion[self.names.index(results["best"])].view(self.labels.num_classes, -1)
-        lines, panels = baselines.by_label(results), {"sum of the heads' losses": ["loss/total"], title: accuracies}
-        top1 = {name: row["top1"] for name, row in results["heads"].items()}
-        figures = {
-            "curves": curves(rows, panels, "", {title: lines}),
-            "blocks": metric_by_block(top1, "top-1 in %", lines),
-            "confusion": confusion_matrix(confusion, self.labels.names),
+        heads = {
+            name: {top: last[f"val/{top}/{name.replace(' ', '_')}"] for top in ("top1", "top5")} for name in self.names
         }
-        return report.add_evaluation(self.folder, figures)
+        correct = dict(zip(self._all_names(), self._correct, strict=True))
+        baseline = correct[f"untrained/{untrained[0]}"] if untrained else None
+        comparison = self.compare(correct[selected], baseline, raw, "linear probe top-1")
+        return comparison | {"best": selected, "heads": heads}
+
+    def figures(self, rows: list[dict[str, float]], results: dict[str, Any]) -> dict[str, Figure]:
+        accuracies = [f"val/top1/{name.replace(' ', '_')}" for name in self.names]
+        lines, title = baselines.by_label(results), "validation top-1 in %"
+        top1 = {name: row["top1"] for name, row in results["heads"].items()}
+        return {
+            "curves": curves(rows, {"sum of the heads' losses": ["loss/total"], title: accuracies}, {title: lines}),
+            "blocks": metric_by_block(top1, "top-1 in %", lines),
+            "confusion": confusion_matrix(self.counts[self.names.index(results["best"])], self.labels.names),
+        }
 
     def summary(self) -> str:
         """Return the results as text."""
@@ -336,56 +311,30 @@ class LinearProbe:
             lines.append(f"{name:18}{row['top1']:8.2f}{row['top5']:8.2f}{mark}")
         return "\n".join(lines)
 
-    def _train_reader(self, samples: Tensor | None = None) -> ExampleReader:
-        """Return a reader of all training images, or of these, int64 [N], without augmentation."""
+    def _reader(self, split: str, samples: Tensor | None = None) -> ExampleReader:
+        """Return a reader of all images of a split, or of these training images, int64 [N], without augmentation."""
         data, size = self.config.data, self.encoder.shape.image_size
-        return ExampleReader(data.train, "train", size, open_cache(data), samples=samples)
+        return self.val if split == "val" else ExampleReader(data.train, split, size, open_cache(data), samples=samples)
 
     def _cached_features(self, split: str, poll: Callable[[], None] = lambda: None) -> Tensor:
         """Return the features of a whole split, float32 [N, H, D] on the CPU, computed at the first call."""
         if split not in self._feature_cache:
-            reader = self.val if split == "val" else self._train_reader()
-            results = map_images(reader, self.config.data.workers, lambda images: {"": self.features(images)}, poll)
-            self._feature_cache[split] = results[""]
+            reader, workers = self._reader(split), self.config.data.workers
+            self._feature_cache |= map_images(reader, workers, lambda images: {split: self.features(images)}, poll)
         return self._feature_cache[split]
 
-    def _val_features(self, poll: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's validation samples: features [B, H, D] and classes int64 [B]."""
+    def _rank_features(
+        self, split: str, poll: Callable[[], None], samples: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield features [B, H, D] and classes int64 [B] of this rank's samples; see _logits()."""
         if not self.config.probe.cache:
-            yield from self._rank_features(self.val, poll)
+            for batch in batches_of_rank(self._reader(split, samples), BATCH_SIZE, self.config.data.workers, device()):
+                poll()
+                valid = batch.labels >= 0
+                yield self.features(batch.images)[valid], batch.labels[valid]
             return
-        features = self._cached_features("val", poll)[rank() :: world_size()].to(device())
-        labels = self.val.labels[rank() :: world_size()].to(device())
-        yield from zip(features.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-
-    def _rank_features(self, reader: ExampleReader, poll: Callable[[], None]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's samples of a reader without padding: features [B, H, D] and classes int64 [B]."""
-        for batch in batches_of_rank(reader, BATCH_SIZE, self.config.data.workers, device()):
-            poll()
-            valid = batch.labels >= 0
-            yield self.features(batch.images)[valid], batch.labels[valid]
-
-    def _results(self, last: dict[str, float], selected: list[str], raw: float) -> dict[str, Any]:
-        """Return results.json.
-
-        last: metrics of the last evaluation. selected: one head per encoder. raw: accuracy of raw pixels in per cent.
-        """
-        names = self._all_names()
-        heads = {
-            name: {top: last[f"val/{top}/{self._metric(name)}"] for top in ("top1", "top5")} for name in self.names
-        }
-        assert self._correct is not None
-        untrained = self._correct[names.index(f"untrained/{selected[1]}")] if len(selected) > 1 else None
-        chance = baselines.chance(self.labels.targets, self.val.labels)
-        comparison = baselines.compare(self._correct[names.index(selected[0])], untrained, raw, chance)
-        return {
-            "task": "linear_probe",
-            "encoder": self.config.encoder,
-            "recipe": self.config.preset,
-            "data": self.config.to_dict()["data"]["train"],
-            "classes": self.labels.num_classes,
-            "images": {"train": len(self.labels.targets), "val": len(self.val)},
-            **comparison.results("linear probe top-1"),
-            "best": selected[0],
-            "heads": heads,
-        }
+        features = self._cached_features(split, poll)
+        labels = self.val.labels if split == "val" else self.labels.targets
+        share = (torch.arange(len(labels)) if samples is None else samples)[rank() :: world_size()]
+        for part in share.split(BATCH_SIZE):
+            yield features[part].to(device()), labels[part].to(device())

@@ -14,14 +14,7 @@ from ddae.distributed.engine import Engine
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.dataset import ExampleReader, val_location
-from ddae.eval.features import (
-    RAW_PIXELS,
-    effective_rank,
-    feature_std,
-    map_images,
-    pooled_features,
-    quarter_blocks,
-)
+from ddae.eval.features import RAW_PIXELS, effective_rank, feature_std, map_images, pooled_features, quarter_blocks
 from ddae.eval.knn import accuracy, vote
 from ddae.models.patches import normalise
 
@@ -52,21 +45,29 @@ class OnlineProbe:
         `features/effective_rank/tap_12` and `features/std/tap_12` of the mean of the patches. With labels also the
         accuracies in per cent `knn/tap_12/cls`, `knn/tap_12/mean`, `knn/raw_pixels` and `knn/chance`.
         """
-        features = {split: self._features(engine, split, poll) for split in self.readers}
+        encoder = engine.module.encoder
+        layers = quarter_blocks(encoder.shape.depth)
+
+        def compute(images: Tensor) -> dict[str, Tensor]:
+            with engine.autocast():
+                features = pooled_features(encoder, normalise(images, self._normalisation, engine.dtype), layers)
+            return features | ({RAW_PIXELS: baselines.pixel_features(images)} if self._first else {})
+
+        features = {split: map_images(reader, self._workers, compute, poll) for split, reader in self.readers.items()}
         self._first = False
         if not is_main():
             return {}
-        row, labels = {}, {split: reader.labels for split, reader in self.readers.items()}
-        labelled = len(labels["train"]) > 0 and len(labels["val"]) > 0
+        row, (labels, val_labels) = {}, (reader.labels for reader in self.readers.values())
+        labelled = len(labels) > 0 and len(val_labels) > 0
 
         def knn(bank: Tensor, queries: Tensor) -> float:
-            return accuracy(vote(bank, labels["train"], queries, min(K, len(bank))).votes, labels["val"])
+            return accuracy(vote(bank, labels, queries, min(K, len(bank))).votes, val_labels)
 
-        raw = {split: by_name.pop(RAW_PIXELS, None) for split, by_name in features.items()}
-        if labelled and raw["train"] is not None and raw["val"] is not None:
-            mean = raw["train"].mean(0)
-            self._constant["knn/raw_pixels"] = knn(raw["train"] - mean, raw["val"] - mean)
-            self._constant["knn/chance"] = baselines.chance(labels["train"], labels["val"])
+        raw = [by_name.pop(RAW_PIXELS) for by_name in features.values() if RAW_PIXELS in by_name]
+        if labelled and raw:
+            bank, queries = (each - raw[0].mean(0) for each in raw)
+            self._constant["knn/raw_pixels"] = knn(bank, queries)
+            self._constant["knn/chance"] = baselines.chance(labels, val_labels)
         for name, queries in features["val"].items():
             _, layer, pool = name.split()
             tap = tap_name(int(layer))
@@ -76,15 +77,3 @@ class OnlineProbe:
                 row[f"features/effective_rank/{tap}"] = effective_rank(queries)
                 row[f"features/std/{tap}"] = feature_std(queries)
         return row | self._constant
-
-    def _features(self, engine: Engine, split: str, poll: Callable[[], None]) -> dict[str, Tensor]:
-        """Return all features of a split by name, float32 [N, D] on the CPU; at the first call also raw pixels."""
-        encoder = engine.module.encoder
-        layers = quarter_blocks(encoder.shape.depth)
-
-        def compute(images: Tensor) -> dict[str, Tensor]:
-            with engine.autocast():
-                features = pooled_features(encoder, normalise(images, self._normalisation, engine.dtype), layers)
-            return features | ({RAW_PIXELS: baselines.pixel_features(images)} if self._first else {})
-
-        return map_images(self.readers[split], self._workers, compute, poll)

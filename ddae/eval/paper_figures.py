@@ -19,22 +19,23 @@ from ddae.data.masking import MASK_KINDS, sample_mask
 from ddae.distributed.checkpoint_format import load_weights
 from ddae.distributed.comm import device
 from ddae.errors import UserError
-from ddae.eval.attention import (
-    Locality,
-    attention_maps,
-    cls_attention,
-    foreground_iou,
-    measure_locality,
-    patch_distances,
-)
-from ddae.eval.dataset import ExampleReader, load_samples
+from ddae.eval.attention import attention_maps, cls_attention, foreground_iou, measure_locality, patch_distances
+from ddae.eval.dataset import ExampleReader, batches, load_samples
 from ddae.eval.segmentation_data import IGNORE_INDEX, SceneDataset, resize_image, resize_labels
 from ddae.export.encoder import load_encoder, newest_checkpoint
 from ddae.method.distance import masked_distance
 from ddae.method.model import build_uninitialised_model
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
-from ddae.report.figures import COLOURS, draw_reconstructions, pixel_betas, scatter_to_grid, style_axis
+from ddae.report.figures import (
+    COLOURS,
+    draw_reconstructions,
+    image_axes,
+    pixel_betas,
+    scatter_to_grid,
+    show_image,
+    style_axis,
+)
 from ddae.report.html import add_evaluation
 from ddae.training.tracker import read_metrics
 
@@ -89,9 +90,9 @@ def draw_paper_figures(named: Sequence[str], data: str, out: Path, settings: Fig
     if requested("distance"):
         drawn["distance"] = distance_maps(encoders[0].encoder.grid)
     if requested("attention"):
-        drawn["attention"] = _attention(encoders, data, settings)
+        drawn["attention"] = attention_grid(encoders, data, settings)
     if requested("locality"):
-        drawn["locality"], results["locality"] = _locality(encoders, data, settings.num_images)
+        drawn["locality"], results["locality"] = distance_dots(encoders, data, settings.num_images)
     if settings.masks:
         results["foreground_iou"] = {each.name: _foreground_iou(each, settings) for each in encoders}
     betas: dict[str, list[dict[str, float]]] = {}
@@ -120,67 +121,29 @@ def _load(named: str) -> NamedEncoder:
     """Load an encoder given as PATH or NAME=PATH, and the config if the path is a run folder."""
     name, _, path = ("", "", named) if Path(named).exists() else named.rpartition("=")
     folder = Path(path)
-    encoder = load_encoder(folder).to(device())
-    config = None
-    if (folder / "metrics.jsonl").exists():
-        config = PretrainConfig.read(folder / "config.json")
+    encoder, is_run = load_encoder(folder).to(device()), (folder / "metrics.jsonl").exists()
+    config = PretrainConfig.read(folder / "config.json") if is_run else None
     return NamedEncoder(name or folder.name, folder, encoder, config)
 
 
-def _image_batches(data: str, size: int, count: int) -> Iterator[Tensor]:
-    """Yield batches uint8 [B, 3, S, S] of `count` validation images, or of training images if there are no others.
+def _image_batches(data: str, encoder: Encoder, count: int) -> Iterator[Tensor]:
+    """Return batches uint8 [B, 3, S, S] of `count` validation images, or of training images if there are no others.
 
-    The images are drawn with a fixed seed.
+    The images have the encoder's size and are drawn with a fixed seed.
     """
+    size = encoder.shape.image_size
     try:
         reader = ExampleReader(data, "val", size, labelled=False)
     except UserError:
         reader = ExampleReader(data, "train", size, labelled=False)
     indices = torch.randperm(len(reader), generator=torch.Generator().manual_seed(0))[:count].tolist()
-    for images, _ in load_samples(reader, indices, 0, BATCH_SIZE):
-        yield images.to(device())
-
-
-def _images(data: str, size: int, count: int) -> Tensor:
-    """Return all batches of _image_batches() as one tensor uint8 [count, 3, S, S]."""
-    return torch.cat(list(_image_batches(data, size, count)))
-
-
-def _attention(encoders: Sequence[NamedEncoder], data: str, settings: FigureSettings) -> Figure:
-    """Draw the attention maps of all encoders; the images are drawn at the largest of their image sizes."""
-    maps, largest = {}, None
-    for each in encoders:
-        depth = len(each.encoder.blocks)
-        if not 1 <= settings.block <= depth:
-            raise UserError(f"--block is {settings.block}; expected 1 to {depth}, the blocks of {each.name}.")
-        images = _images(data, each.encoder.shape.image_size, settings.num_shown)
-        largest = images if largest is None or images.shape[2] > largest.shape[2] else largest
-        pixels = normalise(images, each.encoder.normalisation, torch.float32)
-        attention = attention_maps(each.encoder, pixels, [settings.block])[settings.block]
-        maps[each.name] = cls_attention(attention, each.encoder.grid).cpu()
-    assert largest is not None
-    return attention_grid(largest.cpu(), maps, settings.block)
-
-
-def _locality(encoders: Sequence[NamedEncoder], data: str, count: int) -> tuple[Figure, dict[str, Any]]:
-    """Draw the attention distances, and return each encoder's mean over the later half of its blocks."""
-    localities = {
-        each.name: measure_locality(each.encoder, _image_batches(data, each.encoder.shape.image_size, count))
-        for each in encoders
-    }
-    patches = {each.name: (each.encoder.grid, each.encoder.shape.patch_size) for each in encoders}
-    results = {}
-    for name, local in localities.items():
-        distance, diversity = local.deep_half
-        results[name] = {"distance_px": distance * patches[name][1], "diversity": diversity}
-    return distance_dots(localities, patches), results
+    return (batch.images for batch in batches(reader, BATCH_SIZE, 0, device(), indices))
 
 
 @torch.no_grad()
 def _reconstructions(named: NamedEncoder, data: str, count: int) -> Figure:
     """Draw reconstructions of the run's newest checkpoint."""
-    config = named.config
-    checkpoint = newest_checkpoint(named.path)
+    config, checkpoint = named.config, newest_checkpoint(named.path)
     assert config is not None
     assert checkpoint is not None
     model = build_uninitialised_model(config)
@@ -188,7 +151,7 @@ def _reconstructions(named: NamedEncoder, data: str, count: int) -> Figure:
     model.to(device()).eval()
     rows = [row for row in read_metrics(named.path / "metrics.jsonl") if "loss/total" in row]
     betas = {name.removeprefix("beta/"): value for name, value in rows[-1].items() if name.startswith("beta/")}
-    images = _images(data, config.model.image_size, count)
+    images = torch.cat(list(_image_batches(data, named.encoder, count)))
     return draw_reconstructions(model, config, images, pixel_betas(config, betas))
 
 
@@ -202,89 +165,93 @@ def _foreground_iou(named: NamedEncoder, settings: FigureSettings) -> float:
     ious = []
     for scene in load_samples(dataset, range(0, len(dataset), max(1, len(dataset) // settings.num_images)), 0):
         image = torch.from_numpy(resize_image(scene.image.numpy(), side, side))[None].to(device())
-        pixels = normalise(image, encoder.normalisation, torch.float32)
-        attention = attention_maps(encoder, pixels, [settings.block])[settings.block]
         labels = torch.from_numpy(resize_labels(scene.labels.numpy(), *encoder.grid))
         valid = labels[labels != IGNORE_INDEX]
         background = valid.mode().values if valid.numel() else IGNORE_INDEX
         foreground = (labels != IGNORE_INDEX) & (labels != background)
-        ious.append(foreground_iou(cls_attention(attention, encoder.grid).cpu(), foreground[None]))
+        ious.append(foreground_iou(_cls_attention(encoder, image, settings.block), foreground[None]))
     return float(torch.cat(ious).nanmean())
 
 
-def distance_maps(grid: tuple[int, int], kinds: Sequence[str] = MASK_KINDS) -> Figure:
+def _cls_attention(encoder: Encoder, images: Tensor, block: int) -> Tensor:
+    """Return the cls_attention() of images uint8 [B, 3, S, S] in a block: float [B, h, w] on the CPU."""
+    pixels = normalise(images, encoder.normalisation, torch.float32)
+    return cls_attention(attention_maps(encoder, pixels, [block])[block], encoder.grid).cpu()
+
+
+def distance_maps(grid: tuple[int, int]) -> Figure:
     """Draw Figure 2: distances of masked patches to the nearest visible one, over their maximum, by mask and ratio."""
-    size = (2.2 * len(MASK_RATIOS) + 1, 2.3 * len(kinds))
-    figure, axes = plt.subplots(len(kinds), len(MASK_RATIOS), figsize=size, squeeze=False, layout="constrained")
-    image = None
-    for row, kind in zip(axes, kinds, strict=True):
+    size = (2.2 * len(MASK_RATIOS) + 1, 2.3 * len(MASK_KINDS))
+    figure, axes = plt.subplots(len(MASK_KINDS), len(MASK_RATIOS), figsize=size, squeeze=False, layout="constrained")
+    for row, kind in zip(axes, MASK_KINDS, strict=True):
         for axis, ratio in zip(row, MASK_RATIOS, strict=True):
             mask = sample_mask(kind, torch.tensor([7]), grid, round(ratio * grid[0] * grid[1]))
             largest = float(masked_distance(mask, grid).max())
             relative = scatter_to_grid(masked_distance(mask, grid, norm="max"), mask, grid)[0]
-            image = axis.imshow(relative, cmap="cividis_r", vmin=0, vmax=1)
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.imshow(relative, cmap="cividis_r", vmin=0, vmax=1)
+            axis.set(xticks=[], yticks=[])
             axis.set_title(f"{ratio:.0%} masked, maximum {largest:.1f} patches", fontsize=8)
         row[0].set_ylabel(kind, fontsize=9)
-    assert image is not None
-    figure.colorbar(image, ax=axes, shrink=0.6, label="distance / maximum distance (white: visible patch)")
+    label = "distance / maximum distance (white: visible patch)"
+    figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.6, label=label)
     return figure
 
 
-def attention_grid(images: Tensor, maps: dict[str, Tensor], block: int) -> Figure:
-    """Draw Figures 3 and 7: images uint8 [B, 3, S, S] above each encoder's cls attention [B, h, w].
+def attention_grid(encoders: Sequence[NamedEncoder], data: str, settings: FigureSettings) -> Figure:
+    """Draw Figures 3 and 7: images, at the largest of the encoders' image sizes, above each encoder's cls attention.
 
     Every map is scaled from its minimum to its maximum.
     """
-    rows, size = 1 + len(maps), images.shape[2:]
-    figure, axes = plt.subplots(rows, len(images), figsize=(1.5 * len(images), 1.55 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    for axis, image in zip(axes[0], images, strict=True):
-        axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
-    axes[0, 0].set_ylabel("image", fontsize=8)
+    images, maps = [], {}
+    for each in encoders:
+        depth = len(each.encoder.blocks)
+        if not 1 <= settings.block <= depth:
+            raise UserError(f"--block is {settings.block}; expected 1 to {depth}, the blocks of {each.name}.")
+        images.append(torch.cat(list(_image_batches(data, each.encoder, settings.num_shown))))
+        maps[each.name] = _cls_attention(each.encoder, images[-1], settings.block)
+    largest = max(images, key=lambda of_encoder: of_encoder.shape[2])
+    figure, axes = image_axes(1 + len(maps), len(largest), 1.5, 1.55)
+    for axis, image in zip(axes[0], largest, strict=True):
+        show_image(axis, image)
     for row, (name, attention) in zip(axes[1:], maps.items(), strict=True):
-        large = F.interpolate(attention[:, None].float(), tuple(size), mode="bilinear", align_corners=False)[:, 0]
+        size = tuple(largest.shape[2:])
+        large = F.interpolate(attention[:, None].float(), size, mode="bilinear", align_corners=False)[:, 0]
         low, high = large.amin((1, 2), keepdim=True), large.amax((1, 2), keepdim=True)
         for axis, each in zip(row, (large - low) / (high - low).clamp(min=1e-12), strict=True):
-            axis.imshow(each.numpy(), cmap="viridis", vmin=0, vmax=1)
-        row[0].set_ylabel(name, fontsize=8)
-    figure.suptitle(f"cls attention in block {block}, averaged over heads (yellow: largest)", fontsize=9)
-    figure.tight_layout(pad=0.4)
+            show_image(axis, each.numpy(), cmap="viridis", vmin=0, vmax=1)
+        row[0].set_title(name, fontsize=8, loc="left")
+    figure.suptitle(f"cls attention in block {settings.block}, averaged over heads (yellow: largest)", fontsize=9)
     return figure
 
 
-def distance_dots(localities: dict[str, Locality], patches: dict[str, tuple[tuple[int, int], int]]) -> Figure:
+def distance_dots(encoders: Sequence[NamedEncoder], data: str, num_images: int) -> tuple[Figure, dict[str, Any]]:
     """Draw Figure 4: the attention distance of every head in pixels, by block.
 
-    patches: {encoder: (grid, patch size in pixels)}.
+    Return the figure, and each encoder's mean distance and diversity over the later half of its blocks.
     """
-    count = len(localities)
-    figure, axes = plt.subplots(1, count, figsize=(4.4 * count, 3.5), squeeze=False, sharey=True)
-    for axis, (name, local), colour in zip(axes[0], localities.items(), COLOURS * 3, strict=False):
-        grid, side = patches[name]
-        distance = local.distance * side
-        blocks = np.arange(1, len(distance) + 1)
+    count, results = len(encoders), {}
+    figure, axes = plt.subplots(1, count, figsize=(4.4 * count, 3.5), squeeze=False, sharey=True, layout="tight")
+    for axis, (name, _, encoder, _), colour in zip(axes[0], encoders, COLOURS * 3, strict=False):
+        local, side = measure_locality(encoder, _image_batches(data, encoder, num_images)), encoder.shape.patch_size
+        mean_distance, diversity = local.deep_half
+        results[name] = {"distance_px": mean_distance * side, "diversity": diversity}
+        distance, blocks = local.distance * side, np.arange(1, len(local.distance) + 1)
         for head in distance.T:
             axis.scatter(blocks, head, s=14, color=colour, alpha=0.6, linewidths=0)
         axis.plot(blocks, distance.mean(1), color=colour, linewidth=1.5, label="mean of the heads")
-        uniform = float(patch_distances(grid).mean()) * side
-        axis.axhline(uniform, color="#444444", linestyle="--", linewidth=1, label=f"uniform attention: {uniform:.0f}")
-        axis.set_title(f"{name}: mean of the later half {local.deep_half[0] * side:.1f} px", fontsize=10)
+        uniform = float(patch_distances(encoder.grid).mean()) * side
+        axis.set_title(f"{name}: mean of the later half {mean_distance * side:.1f} px", fontsize=10)
         axis.set_xticks(blocks if len(blocks) <= 12 else blocks[1::2])
         axis.set_ylim(bottom=0)
-        style_axis(axis, "block")
-        axis.legend(fontsize=7, frameon=False)
+        style_axis(axis, "block", levels={f"uniform attention: {uniform:.0f}": uniform})
     axes[0, 0].set_ylabel("attention distance in pixels (one dot per head)", fontsize=9)
-    figure.tight_layout()
-    return figure
+    return figure, results
 
 
 def beta_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
     """Draw Figures 5 and 6: the betas of each run by epoch, over the whole training and over its beginning."""
-    figure, axes = plt.subplots(len(runs), 2, figsize=(9.2, 0.6 + 2.9 * len(runs)), squeeze=False, sharey="col")
+    size = (9.2, 0.6 + 2.9 * len(runs))
+    figure, axes = plt.subplots(len(runs), 2, figsize=size, squeeze=False, sharey="col", layout="tight")
     for (run, rows), row_of_axes in zip(runs.items(), axes, strict=True):
         names, end = [name for name in rows[-1] if name.startswith("beta/")], rows[-1]["epoch"]
         panels = ((end, "whole training"), (BETA_ZOOM * end, f"first {BETA_ZOOM:.0%}"))
@@ -296,6 +263,4 @@ def beta_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
                 axis.plot(epochs, [row[name] for row in within], color=colour, linewidth=1.4, label=label)
             axis.set_title(f"{run}: {title}" if len(runs) > 1 else title, fontsize=10)
             style_axis(axis, "epoch", "β")
-        row_of_axes[0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
     return figure

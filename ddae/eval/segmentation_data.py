@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ddae.config.segmentation import SceneConfig
 from ddae.data.cache import Cache
@@ -21,6 +20,7 @@ from ddae.data.loader import Loader
 from ddae.data.reader import Reader
 from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
+from ddae.eval.dataset import SplitReader
 from ddae.models.patches import NORMALISATIONS
 
 IGNORE_INDEX = 65535
@@ -109,7 +109,7 @@ class Scene(NamedTuple):
     labels: Tensor  # int64 [H, W]: at the size of the stored image
 
 
-class SceneDataset(Dataset):
+class SceneDataset(SplitReader):
     """Whole images of a split with their labels."""
 
     def __init__(self, source: str, split: str, size: int, cache: Cache, num_classes: int = 0):
@@ -119,23 +119,12 @@ class SceneDataset(Dataset):
         their classes cannot be determined.
         """
         self.shards, self.size = open_shards(source, cache, split), size
-        self.masks = self.shards.file_locations("png")
+        self.samples, self.masks = range(len(self.shards)), self.shards.file_locations("png")
         self.classes = class_names(self.shards.classes, num_classes)
 
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, sample: int) -> Scene:
-        """Raise UserError if the image or its mask cannot be used."""
-        try:
-            image, labels = read_scene(self.shards, sample, self.masks[sample], len(self.classes))
-        except UserError:
-            raise
-        except Exception as error:  # decoders raise many kinds of errors for a damaged file
-            raise UserError(
-                f"{self.shards.sample_name(sample)} cannot be decoded ({error}). "
-                "Exclude it with data_prep/check_shards.py --full --mark_bad."
-            ) from None
+    def decode(self, index: int, sample: int) -> Scene:
+        """Return a scene. Raise UserError if its mask cannot be used."""
+        image, labels = read_scene(self.shards, sample, self.masks[sample], len(self.classes))
         image = resize_image(image, *resized_shape(labels.shape, self.size))
         return Scene(torch.from_numpy(image), torch.from_numpy(labels.astype(np.int64)))
 
@@ -170,10 +159,8 @@ def read_scene(shards: Shards, sample: int, location: np.ndarray, num_classes: i
         raise UserError(f"the mask of {name} has {labels.shape[2]} channels; expected one class per pixel. {REMAKE}.")
     if labels.shape != image.shape[1:]:
         mask_size, image_size = (f"{each[1]} x {each[0]}" for each in (labels.shape, image.shape[1:]))
-        raise UserError(
-            f"the mask of {name} has {mask_size} pixels; expected {image_size}, as its image. "
-            f"{REMAKE}, which leaves out such pairs."
-        )
+        fix = f"{REMAKE}, which leaves out such pairs."
+        raise UserError(f"the mask of {name} has {mask_size} pixels; expected {image_size}, as its image. {fix}")
     if labels.dtype == np.uint8:
         labels = np.where(labels == 255, IGNORE_INDEX, labels.astype(np.uint16))
     largest = int(labels.max(where=labels != IGNORE_INDEX, initial=0))

@@ -33,6 +33,7 @@ TOKENIZER_NAMES = {  # name in BEiT-v2's tokenizer files -> this project's, enco
     **{f"encode_task_layer.{n}.{kind}": f"to_code.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")},
     "quantize.embedding.weight": "codebook",
 }
+TOKENIZER_FIX = "Pass a run of launch/train_tokenizer.py, or a published file of BEiT-v2."  # of an error message
 BLOCK_LAYERS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 ENCODER_NAMES = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
@@ -62,10 +63,7 @@ def read_tokenizer(path: Path) -> ConvertedWeights:
     encoder = {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
     missing = [name for name in ("encoder.cls_token", *TOKENIZER_NAMES) if name not in state]
     if missing:
-        raise UserError(
-            f"{path} is not a tokenizer: it has no {missing[0]}. Pass a run of launch/train_tokenizer.py, or a "
-            "published file of BEiT-v2."
-        )
+        raise UserError(f"{path} is not a tokenizer: it has no {missing[0]}. {TOKENIZER_FIX}")
     converted = convert(encoder, path)
     weights = {f"encoder.{name}": values for name, values in converted.weights.items()}
     weights |= {name: state[published].float() for published, name in TOKENIZER_NAMES.items()}
@@ -136,14 +134,11 @@ def _read_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{path} cannot be read as weights: {one_line(error)}. Pass a .pth or .safetensors file."
-        ) from None
+        reason, fix = "cannot be read as weights", "Pass a .pth or .safetensors file."
+        raise UserError(f"{path} {reason}: {one_line(error)}. {fix}") from None
     except Exception as error:  # pickle raises its own for objects that are not allowed
-        raise UserError(
-            f"{path} holds more than tensors, which could run code: {one_line(error, 150)}. "
-            "Pass a file that holds only a state dict."
-        ) from None
+        reason, fix = "holds more than tensors, which could run code", "Pass a file that holds only a state dict."
+        raise UserError(f"{path} {reason}: {one_line(error, 150)}. {fix}") from None
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
@@ -184,31 +179,19 @@ def _infer_shape(weights: dict[str, Tensor], path: Path | str) -> ModelConfig:
     expected |= {f"blocks.{n}.{scale}" for n in range(depth) for scale in SCALED_LAYERS} if has_layer_scale else set()
     expected |= {"pos_embed"} if not tables else set()
     if missing := sorted(expected - weights.keys()):
-        raise UserError(
-            f"{path} is an incomplete encoder: {missing[0]} is missing, and {len(missing) - 1} more. "
-            "Pass a complete file."
-        )
+        others = f"{missing[0]} is missing, and {len(missing) - 1} more"
+        raise UserError(f"{path} is an incomplete encoder: {others}. Pass a complete file.")
     width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
     if "pos_embed" in weights:
-        patches = weights["pos_embed"].shape[1] - 1
+        positions, patches = "rowfirst", weights["pos_embed"].shape[1] - 1
         side = math.isqrt(patches)
     else:  # a table has (2 side - 1)^2 offsets, and 3 rows of the cls token
-        side = (math.isqrt(len(weights[tables[0]]) - 3) + 1) // 2
+        positions, side = "none", (math.isqrt(len(weights[tables[0]]) - 3) + 1) // 2
         patches = side**2
     heads = weights[tables[0]].shape[1] if tables else width // 64
     if side**2 != patches or width % heads or (not tables and width % 64):
-        raise UserError(
-            f"{path} has {patches} patches and width {width}; expected a square patch grid and heads of width 64. "
-            "Encoders of another shape are not supported."
-        )
-    return ModelConfig(
-        width=width,
-        depth=depth,
-        heads=heads,
-        image_size=side * patch,
-        patch_size=patch,
-        positions="rowfirst" if "pos_embed" in weights else "none",
-        relative_positions=relative,
-        layer_scale=1.0 if has_layer_scale else 0.0,
-        init="beit" if relative != "none" else "mae",  # of the untrained encoder that evaluations compare with
-    )
+        expected_shape = "expected a square patch grid and heads of width 64, as no others are supported"
+        raise UserError(f"{path} has {patches} patches and width {width}; {expected_shape}. Pass another file.")
+    init = "beit" if tables else "mae"  # of the untrained encoder that evaluations compare with
+    layer_scale = 1.0 if has_layer_scale else 0.0
+    return ModelConfig(width, depth, heads, side * patch, patch, positions, relative, layer_scale, init)

@@ -1,5 +1,6 @@
 """Model card: the README.md of an exported encoder, with its architecture, training, evaluations and usage."""
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,13 +36,11 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     config, environment = _read_json(source / "config.json"), _read_json(source / "environment.json")
     if "train" in config:
         last = _last_training_row(source / "metrics.jsonl")
-        branches = [name for name in ("pixel", "feature", "token") if config.get(name, {}).get("enabled")]
-        rows |= {
-            "pretraining": f"{config['preset']}: {' and '.join(branches)} branch, {config['mask']['kind']} masks of "
-            f"{config['mask']['ratio']:.0%}, seed {config['train']['seed']}",
-            "length": f"{last['step']:.0f} steps of {config['data']['batch_size']} images, {last['epoch']:.1f} epochs",
-            "data": config["data"]["train"],
-        }
+        names = " and ".join(name for name in ("pixel", "feature", "token") if config.get(name, {}).get("enabled"))
+        masks = f"{config['mask']['kind']} masks of {config['mask']['ratio']:.0%}"
+        length = f"{last['step']:.0f} steps of {config['data']['batch_size']} images, {last['epoch']:.1f} epochs"
+        rows["pretraining"] = f"{config['preset']}: {names} branch, {masks}, seed {config['train']['seed']}"
+        rows |= {"length": length, "data": config["data"]["train"]}
     else:
         rows["source"] = str(source)
     if environment:
@@ -66,11 +65,10 @@ def _evaluations(run: Path) -> list[tuple[str, ...]]:
         results = _read_json(file)
         task = results.get("task", file.parent.name)
         if task == "segment":
-            chance = results.get("chance", {}).get("miou")
-            rows += [
-                (task, f"{epoch} epoch, mIoU", _percent(results[epoch]["miou"]), "not measured", "", _percent(chance))
-                for epoch in ("last", "best")
-            ]
+            chance = _percent(results.get("chance", {}).get("miou"))
+            for epoch in ("last", "best"):
+                miou = _percent(results[epoch]["miou"])
+                rows.append((task, f"{epoch} epoch, mIoU", miou, "not measured", "", chance))
         elif results.get("accuracy") is not None:
             evaluated = results["best"] if isinstance(results.get("best"), str) else "last epoch"
             value = _percent(results["accuracy"])
@@ -93,11 +91,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file, {} if it cannot be read."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(content := json.loads(file.read_text()), dict):
+            return content
+    return {}
 
 
 def _last_training_row(file: Path) -> dict[str, float]:

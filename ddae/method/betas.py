@@ -28,8 +28,7 @@ class Betas:
     """The betas, fp32 [K], with their AdamW optimizer and the sums from which a step's gradient is computed."""
 
     def __init__(self, names: list[str], config: DynamicConfig, adam_betas: tuple[float, float], device: torch.device):
-        self.names = names
-        self.config = config
+        self.names, self.config = names, config
         start = torch.tensor(config.beta_init, device=device).expand(len(names)).clone()
         self.values = start.requires_grad_()
         self.optimizer = torch.optim.AdamW([self.values], lr=0.0, betas=adam_betas, weight_decay=0.0, fused=True)
@@ -37,8 +36,7 @@ class Betas:
         self.last_values = start.detach().clone()  # values that the last step used
         self.regulariser = torch.zeros((), device=device)  # of the last step, for the log
         self._squares, self._slopes = torch.zeros_like(start), torch.zeros_like(start)
-        self._micro_batches = 0
-        self._warned = False
+        self._micro_batches, self._warned = 0, False
 
     def clamped(self) -> Float[Tensor, " K"]:
         """Return the betas clamped to dynamic.clamp, as the loss uses them; differentiable."""

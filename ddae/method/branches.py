@@ -10,7 +10,7 @@ P values of a patch, C codes.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ddae_kernels as dk
 import torch
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
+from ddae.config.pretrain import DecoderBranchConfig, PretrainConfig, TokenConfig
 from ddae.data.masking import Mask
 from ddae.method.sequential import sequential_backward
 from ddae.models.decoder import Decoder
 from ddae.models.patches import NORMALISATIONS, cached_tensor, gather_tokens
-from ddae.models.vit import Encoder, build_blocks, run_block
+from ddae.models.vit import Encoder, LayerNorm, build_blocks, run_block
 
 
 class Inputs(NamedTuple):
@@ -54,20 +55,10 @@ class Branch(nn.Module):
 
     def __init__(self, taps: Sequence[int], tap_weights: Sequence[float], rescale_grad: str):
         super().__init__()
-        self.taps = tuple(taps)
-        self.tap_weights = tuple(tap_weights)
-        self.rescale_grad = rescale_grad
+        self.taps, self.tap_weights, self.rescale_grad = tuple(taps), tuple(tap_weights), rescale_grad
         self.beta_indices: tuple[int, ...] = ()  # into Inputs.betas, one per tap; empty: patches are weighted equally
-
-    @property
-    def normed_blocks(self) -> tuple[int, ...]:
-        """Encoder blocks whose tokens this branch uses after the encoder's final norm."""
-        return self.taps
-
-    @property
-    def raw_blocks(self) -> tuple[int, ...]:
-        """Encoder blocks whose tokens this branch uses before any norm."""
-        return ()
+        self.normed_blocks = self.taps  # encoder blocks whose tokens are used after the encoder's final norm
+        self.raw_blocks: tuple[int, ...] = ()  # encoder blocks whose tokens are used before any norm
 
     def loss_weights(self, inputs: Inputs) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
         """Return the beta and the weight of each tap. With beta 0 (not dynamic) all patch weights are exactly 1."""
@@ -75,6 +66,10 @@ class Branch(nn.Module):
         if not self.beta_indices:
             return torch.zeros_like(tap_weight), tap_weight
         return torch.stack([inputs.betas[index] for index in self.beta_indices]), tap_weight
+
+    def loss_options(self, inputs: Inputs, **options) -> dict[str, Any]:
+        """Return the options that all loss functions have, and further ones."""
+        return {"rescale_grad": self.rescale_grad, "patch_weight": inputs.patch_weight, **options}
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         """Return the weighted loss of all taps."""
@@ -84,32 +79,19 @@ class Branch(nn.Module):
 class DecoderBranch(Branch):
     """Branch with a decoder, which predicts something of every masked patch from the visible tokens.
 
-    norms: one per tap but the last, which uses the encoder's final norm; empty: all taps use it. context: encoder block
-    that the decoder cross-attends to, 0 for the tap itself; None without cross-attention.
+    out_width: values that are predicted of a patch. context: encoder block that the decoder cross-attends to with
+    branch.cross_attention, 0 for the tap itself.
     """
 
-    sequential_backward = False  # run the taps one after the other (method/sequential.py), not as one batch
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        taps: Sequence[int],
-        tap_weights: Sequence[float],
-        rescale_grad: str,
-        norms: Sequence[nn.Module] = (),
-        context: int | None = None,
-    ):
-        super().__init__(taps, tap_weights, rescale_grad)
-        self.decoder, self.norms, self.context = decoder, nn.ModuleList(norms), context
-
-    @property
-    def normed_blocks(self) -> tuple[int, ...]:
-        return self.taps[len(self.norms) :]
-
-    @property
-    def raw_blocks(self) -> tuple[int, ...]:
-        context_blocks = () if self.context is None else (self.context,) if self.context else self.taps
-        return (*self.taps[: len(self.norms)], *context_blocks)
+    def __init__(self, config: PretrainConfig, branch: DecoderBranchConfig, out_width: int, context: int):
+        super().__init__(branch.taps, branch.tap_weights, config.dynamic.rescale_grad)
+        # Run the taps one after the other (method/sequential.py), not as one batch.
+        self.sequential_backward = config.engine.tap_execution == "sequential"
+        self.decoder, self.context = Decoder(config, branch, out_width), context if branch.cross_attention else None
+        num_norms = len(branch.taps) - 1 if branch.per_tap_norm else 0  # the last tap uses the encoder's final norm
+        self.norms = nn.ModuleList(LayerNorm(config.model.width) for _ in range(num_norms))
+        context_blocks = () if self.context is None else (context,) if context else self.taps
+        self.normed_blocks, self.raw_blocks = self.taps[num_norms:], (*self.taps[:num_norms], *context_blocks)
 
     def predict(self, tokens: Tokens, mask: Mask, tap_indices: Sequence[int] = ()) -> Float[Tensor, "K B M P"]:
         """Decode the taps at these indices, by default all, in one batch."""
@@ -119,9 +101,7 @@ class DecoderBranch(Branch):
             self.norms[index](tokens.raw[tap]) if index < num_norms else tokens.normed[tap]
             for index, tap in zip(tap_indices, taps, strict=True)
         ]
-        context = None
-        if self.context is not None:
-            context = torch.cat([tokens.raw[self.context or tap] for tap in taps])
+        context = None if self.context is None else torch.cat([tokens.raw[self.context or tap] for tap in taps])
         return self.decoder(torch.cat(normed), *mask, context, tap_indices).unflatten(0, (len(taps), -1))
 
     def loss(self, pred: Float[Tensor, "K B M P"], inputs: Inputs, tap_slice: slice) -> dk.DynamicLoss:
@@ -149,38 +129,24 @@ class DecoderBranch(Branch):
 class PixelBranch(DecoderBranch):
     """Reconstructs the pixels of the masked patches (paper Eq. 3)."""
 
-    def __init__(self, *decoder_args, patch: int, norm: str, normalisation: str, **options):
-        """decoder_args, options: of DecoderBranch. norm: of a target patch. normalisation: of the encoder's input."""
-        super().__init__(*decoder_args, **options)
-        self.patch, self.norm = patch, norm
-        self.mean, self.std = NORMALISATIONS[normalisation]
+    def __init__(self, config: PretrainConfig):
+        super().__init__(config, config.pixel, config.model.patch_size**2 * 3, context=1)
+        self.patch, self.norm = config.model.patch_size, config.pixel.norm
+        self.mean, self.std = NORMALISATIONS[config.data.normalisation]
 
     def loss(self, pred: Float[Tensor, "K B M P"], inputs: Inputs, tap_slice: slice) -> dk.DynamicLoss:
-        beta, tap_weight = self.loss_weights(inputs)
-        return dk.dynamic_pixel_mse(
-            pred,
-            inputs.images,
-            inputs.mask.masked,
-            inputs.distance,
-            beta[tap_slice],
-            tap_weight[tap_slice],
-            patch=self.patch,
-            mean=self.mean,
-            std=self.std,
-            norm=self.norm,
-            rescale_grad=self.rescale_grad,
-            patch_weight=inputs.patch_weight,
-            impl=inputs.loss_backend,
-        )
+        weights = inputs.distance, *(each[tap_slice] for each in self.loss_weights(inputs))
+        options = self.loss_options(inputs, patch=self.patch, norm=self.norm, impl=inputs.loss_backend)
+        options |= {"mean": self.mean, "std": self.std}
+        return dk.dynamic_pixel_mse(pred, inputs.images, inputs.mask.masked, *weights, **options)
 
 
 class FeatureBranch(DecoderBranch):
     """Regresses the teacher's tokens of the masked patches (paper Eq. 5)."""
 
-    def __init__(self, *decoder_args, target_norm: str, **options):
-        """decoder_args, options: of DecoderBranch. target_norm: normalisation of the teacher's tokens."""
-        super().__init__(*decoder_args, **options)
-        self.target_norm = target_norm
+    def __init__(self, config: PretrainConfig):
+        super().__init__(config, config.feature, config.model.width, context=0)
+        self.target_norm = config.feature.target_norm
 
     def loss(self, pred: Float[Tensor, "K B M D"], inputs: Inputs, tap_slice: slice) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
@@ -188,32 +154,23 @@ class FeatureBranch(DecoderBranch):
         if inputs.teacher_event is not None:
             inputs.teacher_event.wait()
         beta, tap_weight = self.loss_weights(inputs)
-        return dk.dynamic_feature_mse(
-            pred,
-            inputs.teacher_tokens[tap_slice],
-            inputs.distance,
-            beta[tap_slice],
-            (tap_weight * inputs.feature_weight)[tap_slice],
-            norm_pred=self.target_norm != "none",
-            target_norm=self.target_norm,
-            rescale_grad=self.rescale_grad,
-            patch_weight=inputs.patch_weight,
-            impl=inputs.loss_backend,
-        )
+        weights = inputs.distance, beta[tap_slice], (tap_weight * inputs.feature_weight)[tap_slice]
+        options = self.loss_options(inputs, target_norm=self.target_norm, impl=inputs.loss_backend)
+        options |= {"norm_pred": self.target_norm != "none"}
+        return dk.dynamic_feature_mse(pred, inputs.teacher_tokens[tap_slice], *weights, **options)
 
 
 class TokenBranch(Branch):
     """Classifies the code of each masked patch from its mask token, with one linear head for all taps (BEiT-v2)."""
 
-    def __init__(self, width: int, codes: int, taps, tap_weights, rescale_grad):
-        super().__init__(taps, tap_weights, rescale_grad)
-        self.head = nn.Linear(width, codes)
+    def __init__(self, width: int, config: TokenConfig, rescale_grad: str):
+        super().__init__(config.taps, config.tap_weights, rescale_grad)
+        self.head = nn.Linear(width, config.codes)
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
-        beta, tap_weight = self.loss_weights(inputs)
         token_error = cross_entropy(self.head, [tokens.normed[tap] for tap in self.taps], inputs)
-        options = {"rescale_grad": self.rescale_grad, "patch_weight": inputs.patch_weight}
-        return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight, **options)
+        weights = self.loss_weights(inputs)
+        return dk.dynamic_error(token_error, inputs.distance, *weights, **self.loss_options(inputs))
 
 
 class ClsBranch(Branch):
@@ -223,23 +180,15 @@ class ClsBranch(Branch):
     head and shared relative positions are those of the encoder and the token branch.
     """
 
-    def __init__(self, encoder: Encoder, token_branch: TokenBranch, early_block: int, depth: int):
-        """early_block: encoder block that the patch tokens are taken from. depth: number of own blocks."""
+    def __init__(self, encoder: Encoder, token_branch: TokenBranch, config: TokenConfig):
         shape = encoder.shape
         super().__init__((shape.depth,), (1.0,), "full")
-        self.early_block = early_block
-        self.blocks = build_blocks(shape.width, depth, shape.heads, shape.layer_scale)
+        self.early_block = config.cls_block  # encoder block that the patch tokens are taken from
+        self.normed_blocks, self.raw_blocks = (), (self.early_block, *self.taps)
+        self.blocks = build_blocks(shape.width, config.cls_depth, shape.heads, shape.layer_scale)
         self.norm, self.head = encoder.norm, token_branch.head
         self.activation_checkpointing = False
         self.rel_pos_bias = encoder.rel_pos_bias if shape.relative_positions == "shared" else None
-
-    @property
-    def normed_blocks(self) -> tuple[int, ...]:
-        return ()
-
-    @property
-    def raw_blocks(self) -> tuple[int, ...]:
-        return (self.early_block, *self.taps)
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         early, last = tokens.raw[self.early_block], tokens.raw[self.taps[0]]
@@ -248,8 +197,7 @@ class ClsBranch(Branch):
         for block in self.blocks:
             combined = run_block(block, self.activation_checkpointing, combined, bias)
         token_error = cross_entropy(self.head, [self.norm(combined)], inputs)
-        beta, tap_weight = self.loss_weights(inputs)
-        return dk.dynamic_error(token_error, inputs.distance, beta, tap_weight)
+        return dk.dynamic_error(token_error, inputs.distance, *self.loss_weights(inputs))
 
 
 def cross_entropy(head: nn.Module, tokens: list[Float[Tensor, "B T D"]], inputs: Inputs) -> Float[Tensor, "K B M"]:

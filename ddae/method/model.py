@@ -11,20 +11,11 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig, beta_names, tap_name
-from ddae.method.branches import (
-    Branch,
-    ClsBranch,
-    DecoderBranch,
-    FeatureBranch,
-    Inputs,
-    PixelBranch,
-    TokenBranch,
-    Tokens,
-)
+from ddae.config.pretrain import PretrainConfig, beta_names, tap_name
+from ddae.method.branches import Branch, ClsBranch, FeatureBranch, Inputs, PixelBranch, TokenBranch, Tokens
 from ddae.models.decoder import Decoder
 from ddae.models.patches import normalise
-from ddae.models.vit import Encoder, LayerNorm, Mlp, initialise
+from ddae.models.vit import Encoder, Mlp, initialise
 
 
 class Losses(NamedTuple):
@@ -47,9 +38,7 @@ class PretrainModel(nn.Module):
     def __init__(self, encoder: Encoder, branches: dict[str, Branch], normalisation: str, use_mask_token: bool = False):
         """use_mask_token: the encoder sees a mask token for each masked patch (BEiT), not the visible patches alone."""
         super().__init__()
-        self.encoder = encoder
-        self.branches = nn.ModuleDict(branches)
-        self.normalisation = normalisation
+        self.encoder, self.branches, self.normalisation = encoder, nn.ModuleDict(branches), normalisation
         self.normed_blocks = tuple(sorted({block for branch in branches.values() for block in branch.normed_blocks}))
         raw_blocks = {block for branch in branches.values() for block in branch.raw_blocks}
         self.used_blocks = tuple(sorted(raw_blocks.union(self.normed_blocks)))
@@ -95,46 +84,21 @@ def build_model(config: PretrainConfig) -> PretrainModel:
 
 def build_uninitialised_model(config: PretrainConfig) -> PretrainModel:
     """Return the model of an experiment without setting its parameters."""
-    shape = config.model
-
-    def decoder_args(branch: PixelConfig | FeatureConfig, out_width: int, context: int) -> tuple:
-        """Return the positional arguments of a DecoderBranch."""
-        decoder = Decoder(
-            *(shape.width, branch.decoder_width, branch.decoder_depth, branch.decoder_heads, out_width),
-            *(config.grid, shape.positions),
-            num_tap_heads=len(branch.taps) if branch.per_tap_head else 1,
-            cross_attention=branch.cross_attention,
-        )
-        decoder.visible_positions = branch.decoder_positions == "all"
-        norms = [LayerNorm(shape.width) for _ in branch.taps[:-1]] if branch.per_tap_norm else []
-        taps = branch.taps, branch.tap_weights, config.dynamic.rescale_grad
-        return decoder, *taps, norms, context if branch.cross_attention else None
-
     branches: dict[str, Branch] = {}
     if config.pixel.enabled:
-        branches["pixel"] = PixelBranch(
-            *decoder_args(config.pixel, shape.patch_size**2 * 3, context=1),
-            patch=shape.patch_size,
-            norm=config.pixel.norm,
-            normalisation=config.data.normalisation,
-        )
+        branches["pixel"] = PixelBranch(config)
     if config.feature.enabled:
-        branches["feature"] = FeatureBranch(
-            *decoder_args(config.feature, shape.width, context=0), target_norm=config.feature.target_norm
-        )
-    encoder = Encoder(shape)
+        branches["feature"] = FeatureBranch(config)
+    encoder = Encoder(config.model)
     if config.token.enabled:
-        token = config.token
-        token_branch = TokenBranch(shape.width, token.codes, token.taps, token.tap_weights, config.dynamic.rescale_grad)
-        branches["token"] = token_branch
-        if token.cls:
-            branches["cls"] = ClsBranch(encoder, token_branch, token.cls_block, token.cls_depth)
+        branches["token"] = token_branch = TokenBranch(config.model.width, config.token, config.dynamic.rescale_grad)
+        if config.token.cls:
+            branches["cls"] = ClsBranch(encoder, token_branch, config.token)
     names = beta_names(config)
-    for name in config.branches:
-        branch = branches[name]
-        if config.branches[name].dynamic:
+    for name, branch in config.branches.items():
+        if branch.dynamic:
             prefix = "" if config.dynamic.shared else f"{name}/"
-            branch.beta_indices = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
+            branches[name].beta_indices = tuple(names.index(f"{prefix}{tap_name(tap)}") for tap in branch.taps)
     model = PretrainModel(encoder, branches, config.data.normalisation, config.mask.use_mask_token)
     _apply_engine_settings(model, config)
     return model
@@ -145,14 +109,8 @@ def _apply_engine_settings(model: PretrainModel, config: PretrainConfig) -> None
     engine = config.engine
     for module in model.modules():
         if isinstance(module, Encoder | Decoder | ClsBranch):
-            module.activation_checkpointing = engine.activation_checkpointing or (
-                engine.decoder_activation_checkpointing and isinstance(module, Decoder)
-            )
-            for submodule in module.modules():
-                if isinstance(submodule, Mlp):  # its hooks would replace those of activation checkpointing
-                    checkpointed = module.activation_checkpointing
-                    submodule.save_gelu_output = checkpointed or engine.tap_execution != "sequential"
-        if isinstance(module, Decoder):
-            module.skip_unused_tokens = engine.skip_unused_tokens
-        if isinstance(module, DecoderBranch):
-            module.sequential_backward = engine.tap_execution == "sequential"
+            of_decoders = isinstance(module, Decoder) and engine.decoder_activation_checkpointing
+            module.activation_checkpointing = engine.activation_checkpointing or of_decoders
+            for mlp in (each for each in module.modules() if isinstance(each, Mlp)):
+                # Its hooks would replace those of activation checkpointing.
+                mlp.save_gelu_output = module.activation_checkpointing or engine.tap_execution != "sequential"

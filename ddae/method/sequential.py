@@ -51,13 +51,8 @@ class _SequentialBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor, *_: object):  # type: ignore[override]
         sums, ctx.gradients = ctx.gradients, None
-        scaled = (None if each is None else each * upstream for each in sums)
-        return (
-            None,
-            None,
-            None,
-            *(None if each is None else each.to(dtype) for each, dtype in zip(scaled, ctx.dtypes, strict=True)),
-        )
+        pairs = zip(sums, ctx.dtypes, strict=True)
+        return None, None, None, *(None if each is None else (each * upstream).to(dtype) for each, dtype in pairs)
 
 
 def _add(total: Tensor | None, gradient: Tensor) -> Tensor:

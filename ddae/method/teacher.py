@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import vector_to_parameters
 
 from ddae.data.masking import Mask
 from ddae.distributed.checkpoint_format import TensorShard
@@ -31,24 +32,16 @@ class MovingAverage:
 
         sharded: whether each element belongs to one rank only.
         """
-        self.module = module.eval().requires_grad_(False)
-        self._locations = [(shard.name, shard.start) for shard in shards]
-        self._student = [shard.values for shard in shards]
-        self.sharded = sharded
+        self.module, self.sharded = module.eval().requires_grad_(False), sharded
+        self._shards, self._student = shards, [shard.values for shard in shards]
         parameters = dict(module.named_parameters())
-        first = next(iter(parameters.values()))
-        self._flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=first.dtype, device=first.device)
-        offsets, used = {}, 0
-        for name, parameter in parameters.items():  # the module's weights become views of one flat tensor
-            offsets[name] = used
-            parameter.data = self._flat[used : used + parameter.numel()].view_as(parameter)
-            used += parameter.numel()
-        self._model_slices = [
-            self._flat[offsets[s.name] + s.start : offsets[s.name] + s.start + s.values.numel()] for s in shards
-        ]
+        self._flat = next(module.parameters()).new_zeros(sum(p.numel() for p in parameters.values()))
+        vector_to_parameters(self._flat, parameters.values())  # the module's weights become views of one flat tensor
+        self._model_slices = [parameters[s.name].flatten()[s.start : s.start + len(s.values)] for s in shards]
         # Without sharding, rounding and offloading the model weights are the master weights.
-        same = not sharded and all(s.values.dtype == first.dtype and s.values.device == first.device for s in shards)
-        self.masters = self._model_slices if same else [torch.empty_like(shard.values) for shard in shards]
+        kind = self._flat.dtype, self._flat.device
+        same = not sharded and all((values.dtype, values.device) == kind for values in self._student)
+        self.masters = self._model_slices if same else [torch.empty_like(values) for values in self._student]
         for master, shard in zip(self.masters, shards, strict=True):
             master.copy_(shard.values)
         self.compensation = [torch.zeros_like(master) for master in self.masters]  # rounding errors of past additions
@@ -83,7 +76,7 @@ class MovingAverage:
         """Return this rank's slices of the master weights and of the compensation: views."""
         tensors = {"teacher": self.masters, "teacher_rounding": self.compensation}
         return {
-            kind: [TensorShard(*location, each) for location, each in zip(self._locations, values, strict=True)]
+            kind: [shard._replace(values=each) for shard, each in zip(self._shards, values, strict=True)]
             for kind, values in tensors.items()
         }
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ddae.config.pretrain import DecoderBranchConfig, PretrainConfig
 from ddae.models.patches import sincos_positions
 from ddae.models.vit import Block, LayerNorm, MaskTokens, build_blocks, run_block
 
@@ -41,15 +42,11 @@ class CrossBlock(Block):
         super().__init__(width, heads)
         self.norm_cross, self.cross = LayerNorm(width), CrossAttention(width, heads, context_width)
 
-    def forward(  # type: ignore[override]
-        self,
-        tokens: Float[Tensor, "B T W"],
-        context: Float[Tensor, "B S D"],
-        num_outputs: int | None = None,
-        mask_tokens: MaskTokens | None = None,
-    ) -> Float[Tensor, "B U W"]:
-        """Transform a sequence of tokens; num_outputs and mask_tokens as in Block.forward()."""
-        tokens = self.attend(tokens, num_outputs, mask_tokens)
+    def forward(
+        self, tokens: Float[Tensor, "B T W"], context: Float[Tensor, "B S D"], *options
+    ) -> Float[Tensor, "B U W"]:  # type: ignore[override]
+        """Transform a sequence of tokens. options: num_outputs and mask_tokens of Block.forward()."""
+        tokens = self.attend(tokens, *options)
         tokens = tokens + self.cross(self.norm_cross(tokens), context)
         return tokens + self.mlp(self.norm2(tokens))
 
@@ -58,41 +55,29 @@ class Decoder(nn.Module):
     """Linear embedding, mask tokens, positions, transformer blocks, norm, linear head.
 
     Tokens are ordered cls, visible, masked: attention is permutation-equivariant, so nothing is shuffled back. Only the
-    masked tokens pass the norm and the head. num_tap_heads: number of linear heads, 1 or one per tap. cross_attention:
-    its blocks cross-attend to a context.
+    masked tokens pass the norm and the head. out_width: values that are predicted of a patch.
     """
 
-    def __init__(
-        self,
-        in_width: int,
-        width: int,
-        depth: int,
-        heads: int,
-        out_width: int,
-        grid: tuple[int, int],
-        positions: str,
-        num_tap_heads: int = 1,
-        cross_attention: bool = False,
-    ):
+    def __init__(self, config: PretrainConfig, branch: DecoderBranchConfig, out_width: int):
         super().__init__()
+        in_width, width, heads = config.model.width, branch.decoder_width, branch.decoder_heads
         self.activation_checkpointing = False
         # Equal outputs with less computation: norm and qkv of the mask tokens are computed once for all images in the
         # first block, and the last block outputs masked tokens only.
-        self.skip_unused_tokens = True
-        self.visible_positions = True  # add positions to visible tokens, too; False: to mask tokens only (BootMAE)
+        self.skip_unused_tokens = config.engine.skip_unused_tokens
+        self.visible_positions = branch.decoder_positions == "all"  # False: only mask tokens get positions (BootMAE)
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed: Tensor
-        self.register_buffer("pos_embed", sincos_positions(grid, width, positions))
-        if cross_attention:
-            self.blocks = nn.ModuleList([CrossBlock(width, heads, in_width) for _ in range(depth)])
+        self.pos_embed = nn.Buffer(sincos_positions(config.grid, width, config.model.positions))
+        if branch.cross_attention:
+            self.blocks = nn.ModuleList(CrossBlock(width, heads, in_width) for _ in range(branch.decoder_depth))
         else:
-            self.blocks = build_blocks(width, depth, heads)
+            self.blocks = build_blocks(width, branch.decoder_depth, heads)
         self.norm = LayerNorm(width)
-        if num_tap_heads == 1:
-            self.head = nn.Linear(width, out_width)
+        if branch.per_tap_head and len(branch.taps) > 1:
+            self.heads = nn.ModuleList(nn.Linear(width, out_width) for _ in branch.taps)
         else:
-            self.heads = nn.ModuleList([nn.Linear(width, out_width) for _ in range(num_tap_heads)])
+            self.head = nn.Linear(width, out_width)
 
     def forward(
         self,
@@ -110,9 +95,7 @@ class Decoder(nn.Module):
         positions, num_masked = self.pos_embed[0].to(tokens.dtype), masked.shape[1]
         tokens = self.embed(tokens)
         if self.visible_positions:
-            rows = torch.cat(
-                [torch.zeros_like(visible[:, :1]), 1 + visible], 1
-            )  # row 0 of the table is the cls token's
+            rows = F.pad(1 + visible, (1, 0))  # row 0 of the table is the cls token's
             tokens = (tokens.unflatten(0, (-1, len(rows))) + F.embedding(rows, positions)).flatten(0, 1)
         mask_tokens: MaskTokens | None = MaskTokens(self.mask_token[0] + positions[1:], masked)
         if not self.skip_unused_tokens:

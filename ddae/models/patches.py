@@ -7,19 +7,9 @@ channel) order.
 from functools import cache
 
 import torch
-from ddae_kernels.reference import patchify
+from ddae_kernels.reference import patchify as patchify  # of this module, too
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
-
-__all__ = [
-    "cached_tensor",
-    "gather_tokens",
-    "normalise",
-    "normalise_patches",
-    "patchify",
-    "sincos_positions",
-    "unpatchify",
-]
 
 NORMALISATIONS = {  # mean and std of pixels in [0, 1]
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
@@ -37,20 +27,16 @@ def cached_tensor(values: tuple[float, ...], device: torch.device) -> Float[Tens
     return torch.tensor(values, device=device)
 
 
-def normalise(
-    images_u8: UInt8[Tensor, "*B 3 H W"], normalisation: str, dtype: torch.dtype
-) -> Float[Tensor, "*B 3 H W"]:
+def normalise(images: UInt8[Tensor, "*B 3 H W"], normalisation: str, dtype: torch.dtype) -> Float[Tensor, "*B 3 H W"]:
     """Scale pixels to [0, 1], subtract the mean and divide by the standard deviation of each channel."""
-    mean, std = (cached_tensor(x, images_u8.device).view(3, 1, 1) for x in NORMALISATIONS[normalisation])
-    return ((images_u8.float() / 255 - mean) / std).to(dtype)
+    mean, std = (cached_tensor(x, images.device).view(3, 1, 1) for x in NORMALISATIONS[normalisation])
+    return ((images.float() / 255 - mean) / std).to(dtype)
 
 
-def normalise_patches(
-    patches_u8: UInt8[Tensor, "*B P"], normalisation: str, dtype: torch.dtype
-) -> Float[Tensor, "*B P"]:
+def normalise_patches(patches: UInt8[Tensor, "*B P"], normalisation: str, dtype: torch.dtype) -> Float[Tensor, "*B P"]:
     """Normalise extracted patches as normalise() does images."""
-    mean, std = (cached_tensor(x, patches_u8.device) for x in NORMALISATIONS[normalisation])
-    return ((patches_u8.unflatten(-1, (-1, 3)).float() / 255 - mean) / std).flatten(-2).to(dtype)
+    mean, std = (cached_tensor(x, patches.device) for x in NORMALISATIONS[normalisation])
+    return ((patches.unflatten(-1, (-1, 3)).float() / 255 - mean) / std).flatten(-2).to(dtype)
 
 
 def unpatchify(patches: Shaped[Tensor, "B N P"], grid: tuple[int, int], patch: int) -> Shaped[Tensor, "B 3 H W"]:
@@ -74,16 +60,12 @@ def sincos_positions(grid: tuple[int, int], width: int, layout: str) -> Float[Te
     Raise ValueError if the layout is unknown, or if width is not a multiple of 4.
     """
     if layout not in LAYOUTS:
-        raise ValueError(
-            f"model.positions is {layout!r}; expected one of {', '.join(LAYOUTS)}. Pass --model.positions {LAYOUTS[0]}."
-        )
+        raise ValueError(f"model.positions is {layout!r}; expected one of {LAYOUTS}. Pass --model.positions rowfirst.")
     if width % 4:
         raise ValueError(f"the width is {width}; sin-cos positions need a multiple of 4. Choose another width.")
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
     frequencies = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    halves = []
-    for coordinates in (rows, columns) if layout == "rowfirst" else (columns, rows):
-        angles = coordinates.reshape(-1, 1) * frequencies
-        halves += [angles.sin(), angles.cos()]
-    table = torch.cat(halves, 1)
+    coordinates = (rows, columns) if layout == "rowfirst" else (columns, rows)
+    first, second = (each.reshape(-1, 1) * frequencies for each in coordinates)
+    table = torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], 1)
     return torch.cat([table.new_zeros(1, width), table])[None].float()

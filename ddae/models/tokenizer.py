@@ -12,6 +12,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
 from ddae.config.pretrain import ModelConfig
+from ddae.config.tokenizer import QuantizerConfig
 from ddae.distributed.comm import is_main, mean_over_ranks, sum_over_ranks
 from ddae.models.patches import normalise, sincos_positions
 from ddae.models.vit import Encoder, LayerNorm, build_blocks
@@ -27,8 +28,7 @@ class Tokenizer(nn.Module):
         self.encoder = Encoder(shape)
         self.encoder.normalisation = NORMALISATION
         self.to_code = _two_layers(shape.width, code_width)
-        self.codebook: Tensor
-        self.register_buffer("codebook", torch.zeros(codes, code_width))
+        self.codebook = nn.Buffer(torch.zeros(codes, code_width))
 
     def encode(self, images: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B N E"]:
         """Return a unit vector for each patch, before quantisation."""
@@ -51,35 +51,23 @@ class Quantizer(nn.Module):
     """A tokenizer in training: with a decoder that predicts a teacher's features, and EMA updates of the codebook.
 
     The codebook has no gradient; it follows the vectors assigned to each code by exponential moving averages (van den
-    Oord et al. 2017). decay: of the averages. dead_threshold: a code whose share of patches is below
-    dead_threshold / C is reset to the vector of a random patch.
+    Oord et al. 2017). config.decay: of the averages. A code whose share of patches is below config.dead / C is reset to
+    the vector of a random patch. The decoder has the config's shape.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        feature_width: int,
-        depth: int,
-        width: int,
-        heads: int,
-        decay: float = 0.99,
-        dead_threshold: float = 0.01,
-    ):
+    def __init__(self, tokenizer: Tokenizer, feature_width: int, config: QuantizerConfig):
         super().__init__()
-        self.tokenizer, self.decay, self.dead_threshold = tokenizer, decay, dead_threshold
-        codes, code_width = tokenizer.codebook.shape
+        self.tokenizer, self.decay, self.dead = tokenizer, config.decay, config.dead
+        (codes, code_width), width = tokenizer.codebook.shape, config.decoder_width
         self.embed = nn.Linear(code_width, width)
-        self.pos_embed: Tensor
-        self.register_buffer("pos_embed", sincos_positions(tokenizer.encoder.grid, width, "rowfirst")[:, 1:])
-        self.blocks = build_blocks(width, depth, heads)
+        self.pos_embed = nn.Buffer(sincos_positions(tokenizer.encoder.grid, width, "rowfirst")[:, 1:])
+        self.blocks = build_blocks(width, config.decoder_depth, config.decoder_heads)
         self.norm = LayerNorm(width)
         self.to_feature = _two_layers(width, feature_width)
-        self.share: Tensor
-        self.register_buffer("share", torch.zeros(codes))  # EMA of each code's share of patches
-        self.centre: Tensor
-        self.register_buffer("centre", torch.zeros(feature_width))  # EMA of the features' mean
-        self._accumulated: tuple[Tensor, Tensor, int] | None = None  # sums over the micro-batches of a step
-        self._last_vectors: Tensor | None = None  # of the last micro-batch
+        self.share = nn.Buffer(torch.zeros(codes))  # EMA of each code's share of patches
+        self.centre = nn.Buffer(torch.zeros(feature_width))  # EMA of the features' mean
+        # Sums over the micro-batches of a step, their number, and the vectors of the last one.
+        self._accumulated: tuple[Tensor, Tensor, int, Tensor] | None = None
 
     def forward(
         self, images: UInt8[Tensor, "B 3 H W"], features: Float[Tensor, "B N F"]
@@ -123,9 +111,9 @@ class Quantizer(nn.Module):
         sums.index_add_(0, self.tokenizer.nearest_code(flat), with_count)
         centre, micro_batches = features.float().mean((0, 1)), 1
         if not first and self._accumulated is not None:
-            old_sums, old_centre, old_micro_batches = self._accumulated
+            old_sums, old_centre, old_micro_batches, _ = self._accumulated
             sums, centre, micro_batches = old_sums + sums, old_centre + centre, old_micro_batches + 1
-        self._accumulated, self._last_vectors = (sums, centre, micro_batches), flat
+        self._accumulated = sums, centre, micro_batches, flat
 
     @torch.no_grad()
     def update_codebook(self, seed: int, applied: Float[Tensor, ""]) -> None:
@@ -134,19 +122,19 @@ class Quantizer(nn.Module):
         applied: 1, or 0 to leave everything unchanged. seed: of the patches that replace dead codes.
         """
         assert self._accumulated is not None
-        assert self._last_vectors is not None
-        old_buffers = [self.tokenizer.codebook.clone(), self.centre.clone(), self.share.clone()]
-        sums, centre, micro_batches = self._accumulated
-        codebook = self.tokenizer.codebook
+        sums, centre, micro_batches, last_vectors = self._accumulated
+        codebook, rate = self.tokenizer.codebook, 1 - self.decay
+        buffers = codebook, self.centre, self.share
+        old_buffers = [buffer.clone() for buffer in buffers]
         sums, counts = sum_over_ranks(sums).split([codebook.shape[1], 1], 1)
-        self.centre.lerp_(mean_over_ranks(centre / micro_batches), 1 - self.decay)
-        self.share.lerp_(counts[:, 0] / counts.sum(), 1 - self.decay)
-        moved = F.normalize(codebook.lerp(F.normalize(sums, dim=-1), 1 - self.decay), dim=-1)
+        self.centre.lerp_(mean_over_ranks(centre / micro_batches), rate)
+        self.share.lerp_(counts[:, 0] / counts.sum(), rate)
+        moved = F.normalize(codebook.lerp(F.normalize(sums, dim=-1), rate), dim=-1)
         codebook.copy_(torch.where(counts > 0, moved, codebook))
-        dead = self.share < self.dead_threshold / len(self.share)
-        codebook.copy_(torch.where(dead[:, None], self._random_vectors(self._last_vectors, seed), codebook))
+        dead = self.share < self.dead / len(self.share)
+        codebook.copy_(torch.where(dead[:, None], self._random_vectors(last_vectors, seed), codebook))
         self.share.masked_fill_(dead, 1 / len(self.share))
-        for buffer, old in zip((codebook, self.centre, self.share), old_buffers, strict=True):
+        for buffer, old in zip(buffers, old_buffers, strict=True):
             buffer.copy_(torch.where(applied > 0, buffer, old))
 
     def _random_vectors(self, flat: Float[Tensor, "BN E"], seed: int) -> Float[Tensor, "C E"]:

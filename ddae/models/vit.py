@@ -172,24 +172,20 @@ def initialise(module: nn.Module, generator: torch.Generator, scheme: str = "boo
     cls_std = 1e-6 if scheme == "bootmae" else TOKEN_STD
     with torch.no_grad():
         for name, parameter in module.named_parameters():
+            is_matrix = parameter.ndim >= 2 and not name.endswith("relative_position_bias_table")
             if name.endswith(("cls_token", "mask_token")):
                 parameter.normal_(std=cls_std if name.endswith("cls_token") else TOKEN_STD, generator=generator)
-            elif name.endswith("gamma"):
-                continue
-            elif parameter.ndim >= 2 and not name.endswith("relative_position_bias_table"):
-                if scheme == "beit":
-                    within_std = math.erf(0.5**0.5)  # probability of a normal variable within one standard deviation
-                    parameter.uniform_(-within_std, within_std, generator=generator).erfinv_()
-                    parameter.mul_(TOKEN_STD * 2**0.5).clamp_(-TOKEN_STD, TOKEN_STD)
-                    continue
+            elif is_matrix and scheme == "beit":
+                within_std = math.erf(0.5**0.5)  # probability of a normal variable within one standard deviation
+                parameter.uniform_(-within_std, within_std, generator=generator).erfinv_()
+                parameter.mul_(TOKEN_STD * 2**0.5).clamp_(-TOKEN_STD, TOKEN_STD)
+            elif is_matrix:
                 fan_out, fan_in = parameter.flatten(1).shape
                 fan_out = fan_in if scheme == "bootmae" and name.endswith("qkv.weight") else fan_out
                 bound = math.sqrt(6 / (fan_in + fan_out))
                 parameter.uniform_(-bound, bound, generator=generator)
-            elif name.endswith("weight"):
-                parameter.fill_(1)
-            else:
-                parameter.zero_()
+            elif not name.endswith("gamma"):
+                parameter.fill_(1 if name.endswith("weight") else 0)
         if scheme == "beit":
             _rescale_by_depth(module)
 
@@ -226,19 +222,14 @@ class Encoder(nn.Module):
 
     def __init__(self, shape: ModelConfig):
         super().__init__()
-        self.shape = shape
-        self.activation_checkpointing = False
-        self.drop_path = 0.0
+        self.shape, self.activation_checkpointing, self.drop_path = shape, False, 0.0
         self.normalisation = "half"  # of the images it was trained on, a key of NORMALISATIONS; loaders set it
         self.report: dict[str, list[str]] = {}  # names of the loaded and ignored tensors of the file it came from
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(shape.patch_size, shape.width)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width))
-        self.pos_embed: Tensor
-        if shape.positions == "none":
-            table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], shape.width)
-        else:
-            table = sincos_positions(self.grid, shape.width, shape.positions)
-        self.register_buffer("pos_embed", table, persistent=shape.positions != "none")
+        has_positions = shape.positions != "none"
+        table = sincos_positions(self.grid, shape.width, shape.positions if has_positions else "rowfirst")
+        self.pos_embed = nn.Buffer(table if has_positions else torch.zeros_like(table), persistent=has_positions)
         self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale)
         self.norm = LayerNorm(shape.width)
         if shape.relative_positions == "shared":
@@ -279,18 +270,12 @@ class Encoder(nn.Module):
         elif images.ndim == 4 and tuple(images.shape[1:]) == (3, side, side):
             patches = patchify(images, self.shape.patch_size)
         else:
-            raise ValueError(
-                f"images have shape {list(images.shape)}; this encoder expects [B, 3, {side}, {side}]. "
-                "Resize the images, or load the encoder with this image_size."
-            )
+            raise ValueError(f"images have shape {list(images.shape)}; expected [B, 3, {side}, {side}]. Resize them.")
         table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
         positions = table[:, 1:]
         if visible is not None and mask_token is None:
             if self.shape.relative_positions != "none":
-                raise ValueError(
-                    "visible is set, but an encoder with relative positions needs all patches. Pass a mask_token, or "
-                    "set model.relative_positions to none."
-                )
+                raise ValueError("visible is set, but relative positions need all patches. Pass a mask_token, too.")
             if patches is not images:
                 patches = gather_tokens(patches, visible)
             positions = F.embedding(visible, positions[0])
@@ -315,9 +300,7 @@ class Encoder(nn.Module):
     def features(self, images: Float[Tensor, "B C H W"], layers: Sequence[int]) -> list[Float[Tensor, "B T D"]]:
         """Return the tokens [B, 1 + N, D] after each of the given blocks (counted from 1), before any norm."""
         if not layers or min(layers) < 1 or max(layers) > len(self.blocks):
-            raise ValueError(
-                f"layers are {list(layers)}; expected numbers of blocks from 1 to {len(self.blocks)}, at least one."
-            )
+            raise ValueError(f"layers are {list(layers)}; expected one or more from 1 to {len(self.blocks)}.")
         return self(images, layers=tuple(layers))
 
     def set_image_size(self, image_size: int) -> None:

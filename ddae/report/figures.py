@@ -1,5 +1,7 @@
 """Figures of a pretraining run and the plot helpers of all figures. Each draw function returns a matplotlib figure."""
 
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -18,7 +20,7 @@ from ddae.data.masking import Mask, sample_mask
 from ddae.method.branches import PixelBranch
 from ddae.method.distance import masked_distance
 from ddae.method.model import PretrainModel
-from ddae.models.patches import NORMALISATIONS, patchify, unpatchify
+from ddae.models.patches import NORMALISATIONS, gather_tokens, normalise_patches, patchify, unpatchify
 
 MASKED_GREY = 0.82  # value of masked patches, in [0, 1]
 BASELINES = ("raw_pixels", "chance")  # metrics that do not depend on the encoder
@@ -34,51 +36,57 @@ def reconstruct(model: PretrainModel, images: Tensor, mask: Mask) -> dict[int, T
     """
     branch = model.branches["pixel"]
     assert isinstance(branch, PixelBranch)
-    tokens = model.encode(images, mask.visible)
-    predicted = branch.predict(tokens, mask).float()
-    patches = patchify(images, branch.patch).float() / 255
-    index = mask.masked[:, :, None].expand(-1, -1, patches.shape[-1])
-    mean, std = (
-        torch.tensor(x, device=images.device).repeat(branch.patch**2) for x in NORMALISATIONS[model.normalisation]
-    )
-    target = ((patches.gather(1, index) - mean) / std).unflatten(-1, (-1, 3))
+    predicted = branch.predict(model.encode(images, mask.visible), mask).float()
     if branch.norm != "none":
+        masked = gather_tokens(patchify(images, branch.patch), mask.masked)
+        target = normalise_patches(masked, model.normalisation, torch.float32).unflatten(-1, (-1, 3))
         dims = (-2,) if branch.norm == "per_channel" else (-2, -1)
         unbiased, eps = PATCH_NORMS[branch.norm]
         patch_mean = target.mean(dims, keepdim=True)
         patch_std = (target.var(dims, unbiased=unbiased, keepdim=True) + eps).sqrt()
         predicted = (predicted.unflatten(-1, (-1, 3)) * patch_std + patch_mean).flatten(-2)
+    mean, std = torch.tensor(NORMALISATIONS[model.normalisation], device=images.device).repeat(1, branch.patch**2)
     predicted = (predicted * std + mean).clamp(0, 1)
-    grid = images.shape[2] // branch.patch, images.shape[3] // branch.patch
-    return {
-        tap: unpatchify(patches.scatter(1, index, of_tap), grid, branch.patch)
-        for tap, of_tap in zip(branch.taps, predicted, strict=True)
-    }
+    return {t: fill_masked(images, mask, branch.patch, each) for t, each in zip(branch.taps, predicted, strict=True)}
 
 
-def grey_out_masked(images: Tensor, mask: Mask, patch: int) -> Tensor:
-    """Return uint8 images as [B, 3, H, W] in [0, 1] with the masked patches grey."""
-    patches = patchify(images.float() / 255, patch)
+def fill_masked(images: Tensor, mask: Mask, patch: int, values: Any) -> Tensor:
+    """Return uint8 images as [B, 3, H, W] in [0, 1], the masked patches replaced by values: [B, M, P] or a number."""
+    patches = patchify(images, patch).float() / 255
     index = mask.masked[:, :, None].expand(-1, -1, patches.shape[-1])
     grid = images.shape[2] // patch, images.shape[3] // patch
-    return unpatchify(patches.scatter(1, index, MASKED_GREY), grid, patch)
+    return unpatchify(patches.scatter(1, index, values), grid, patch)
 
 
 def draw_reconstructions(
     model: PretrainModel, config: PretrainConfig, images: Tensor, betas: dict[int, float]
 ) -> Figure:
-    """Draw reconstruction_grid() of images uint8 [B, 3, H, W]. betas: {tap: value}.
+    """Draw a row per image: input, visible patches, each tap's reconstruction, distances, each tap's weights.
 
-    The rows alternate between the run's own masks and random ones.
+    images: uint8 [B, 3, H, W]; betas: {tap: value}. The rows alternate between the run's own masks and random ones.
     """
-    kinds = [config.mask.kind if number % 2 == 0 else "random" for number in range(len(images))]
+    kinds, grid = [config.mask.kind if number % 2 == 0 else "random" for number in range(len(images))], config.grid
     seeds = torch.arange(len(images)) + 1
-    by_row = [sample_mask(k, s[None], config.grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)]
+    by_row = [sample_mask(k, s[None], grid, config.num_masked) for k, s in zip(kinds, seeds, strict=True)]
     mask = Mask(*(torch.cat(positions).to(images.device) for positions in zip(*by_row, strict=True)))
-    rebuilt = reconstruct(model, images, mask)
-    return reconstruction_grid(
-        images, mask, kinds, config.model.patch_size, rebuilt, betas, config.dynamic.distance_norm
-    )
+    distance = masked_distance(mask, grid, norm=config.dynamic.distance_norm)
+    visible = fill_masked(images, mask, config.model.patch_size, MASKED_GREY)
+    rebuilt = {f"block {tap}": picture for tap, picture in reconstruct(model, images, mask).items()}
+    pictures = {"input": images.float() / 255, "visible": visible, **rebuilt}
+    maps: dict[str, tuple[np.ndarray, float | None]] = {"distance": (scatter_to_grid(distance, mask, grid), None)}
+    for tap, beta in betas.items():
+        weight = dk.distance_weights(distance, torch.tensor([beta], device=distance.device))[0]
+        maps[f"weight {tap}, β={beta:.2f}"] = scatter_to_grid(weight, mask, grid), 1
+    figure, axes = image_axes(len(images), len(pictures) + len(maps), 1.45, 1.52)
+    for row, (kind, axis_row) in enumerate(zip(kinds, axes, strict=True)):
+        at = {"rotation": 90, "va": "center", "ha": "center", "transform": axis_row[0].transAxes}
+        axis_row[0].text(-0.08, 0.5, kind, size=7, **at)
+        for axis, (title, picture) in zip(axis_row, pictures.items(), strict=False):
+            show_image(axis, picture[row], title if row == 0 else "")
+        for axis, (title, (values, largest)) in zip(axis_row[len(pictures) :], maps.items(), strict=True):
+            limits = {"vmin": 0, "vmax": largest or float(np.nanmax(values))}
+            show_image(axis, values[row], title if row == 0 else "", cmap="viridis", **limits)
+    return figure
 
 
 def pixel_betas(config: PretrainConfig, by_name: dict[str, float]) -> dict[int, float]:
@@ -94,59 +102,31 @@ def scatter_to_grid(values: Tensor, mask: Mask, grid: tuple[int, int]) -> np.nda
     return full.scatter(1, mask.masked.cpu(), values.float().cpu()).view(-1, *grid).numpy()
 
 
-def reconstruction_grid(
-    images: Tensor,
-    mask: Mask,
-    kinds: list[str],
-    patch: int,
-    rebuilt: dict[int, Tensor],
-    betas: dict[int, float],
-    distance_norm: str = "none",
-) -> Figure:
-    """Draw a row per image: input, visible patches, each tap's reconstruction, distances, each tap's weights.
-
-    kinds: of the masks, by row; rebuilt: see reconstruct(); betas: {tap: value}.
-    """
-    grid = images.shape[2] // patch, images.shape[3] // patch
-    distance = masked_distance(mask, grid, norm=distance_norm)
-    pictures = [("input", images.float() / 255), ("visible", grey_out_masked(images, mask, patch))]
-    pictures += [(f"block {tap}", picture) for tap, picture in rebuilt.items()]
-    maps: list[tuple[str, np.ndarray, float | None]] = [("distance", scatter_to_grid(distance, mask, grid), None)]
-    for tap, beta in betas.items():
-        weight = dk.distance_weights(distance, torch.tensor([beta], device=distance.device))[0]
-        maps.append((f"weight {tap}, β={beta:.2f}", scatter_to_grid(weight, mask, grid), 1))
-    columns = len(pictures) + len(maps)
-    figure, axes = plt.subplots(len(images), columns, figsize=(1.45 * columns, 1.52 * len(images)), squeeze=False)
-    for row, kind in enumerate(kinds):
-        first = axes[row, 0]
-        first.text(-0.08, 0.5, kind, rotation=90, va="center", ha="center", transform=first.transAxes, size=7)
-        for column, (title, picture) in enumerate(pictures):
-            _show_image(axes[row, column], picture[row].permute(1, 2, 0).cpu().numpy(), title if row == 0 else "")
-        for column, (title, values, largest) in enumerate(maps, len(pictures)):
-            limits = {"vmin": 0, "vmax": largest or float(np.nanmax(values))}
-            _show_image(axes[row, column], values[row], title if row == 0 else "", cmap="viridis", **limits)
-    figure.tight_layout(pad=0.3)
-    return figure
+def image_axes(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """Return a figure and its rows x columns axes without frames; width, height: of an axis, in inches."""
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
+    figure.set_layout_engine("tight", pad=0.3)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    return figure, axes
 
 
-def _show_image(axis: Axes, picture: np.ndarray, title: str, **options) -> None:
-    axis.imshow(picture, interpolation="nearest", **options)
-    axis.set_title(title, fontsize=8)
-    axis.set_axis_off()
+def show_image(axis: Axes, picture: Tensor | np.ndarray, title: str = "", colour: str = "black", **options) -> None:
+    """Show a picture under a title: an array [H, W] or [H, W, 3], or a tensor [3, H, W]. options: imshow's."""
+    array = picture.permute(1, 2, 0).cpu().numpy() if isinstance(picture, Tensor) else picture
+    axis.imshow(array, interpolation="nearest", **options)
+    axis.set_title(title, fontsize=7, color=colour)
 
 
 def curves(
-    rows: list[dict[str, float]],
-    groups: dict[str, list[str]],
-    title: str,
-    levels: dict[str, dict[str, float]] | None = None,
+    rows: list[dict[str, float]], groups: dict[str, list[str]], levels: dict[str, dict[str, float]] | None = None
 ) -> Figure:
     """Draw metrics over steps, one panel per group.
 
     groups: {panel: metric names}; a line is labelled with its metric's name after the first "/". levels: {panel:
     {name: value}}, drawn as grey horizontal lines.
     """
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.2), squeeze=False, layout="tight")
     for axis, (panel, names) in zip(axes[0], groups.items(), strict=True):
         for name, colour in zip(names, COLOURS * 3, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -154,13 +134,8 @@ def curves(
             if name.endswith(BASELINES):
                 style |= {"color": "#777", "linewidth": 1, "linestyle": "-." if name.endswith(BASELINES[0]) else ":"}
             axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
-        for number, (name, value) in enumerate((levels or {}).get(panel, {}).items()):
-            axis.axhline(value, color="#777", linewidth=1, linestyle=("--", "-.", ":")[number % 3], label=name)
         axis.set_title(panel, fontsize=10)
-        style_axis(axis, "step")
-        axis.legend(fontsize=7, frameon=False)
-    figure.suptitle(title, fontsize=11)
-    figure.tight_layout()
+        style_axis(axis, "step", levels=(levels or {}).get(panel, {}))
     return figure
 
 
@@ -169,7 +144,7 @@ def weight_by_distance(betas: dict[str, float], farthest: float, distance_norm: 
 
     farthest: largest distance in patches.
     """
-    figure, axis = plt.subplots(figsize=(4.6, 3.2))
+    figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="tight")
     patches = torch.linspace(1, max(2.0, farthest), 100)[None]
     distance = patches / patches.max() if distance_norm == "max" else patches
     for (name, beta), colour in zip(betas.items(), COLOURS * 3, strict=False):
@@ -177,17 +152,21 @@ def weight_by_distance(betas: dict[str, float], farthest: float, distance_norm: 
         axis.plot(patches[0], weight, color=colour, linewidth=1.6, label=f"{name}: β={beta:.2f}")
     axis.set_ylim(0, 1.05)
     style_axis(axis, "distance to the nearest visible patch, in patches", "weight")
-    axis.legend(fontsize=7, frameon=False)
-    figure.tight_layout()
     return figure
 
 
-def style_axis(axis: Axes, xlabel: str, ylabel: str = "") -> None:
-    """Label the axes, draw a light grid and remove the upper and right border."""
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+def style_axis(axis: Axes, xlabel: str, ylabel: str = "", levels: dict[str, float] | None = None) -> None:
+    """Label the axes, draw a light grid, remove the upper and right border; add a legend if anything is labelled.
+
+    levels: {name: value}, drawn as grey horizontal lines.
+    """
+    for number, (name, value) in enumerate((levels or {}).items()):
+        axis.axhline(value, color="#777", linewidth=1, linestyle=("--", "-.", ":")[number % 3], label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7, frameon=False)
 
 
 def metric_names(rows: list[dict[str, float]], prefix: str) -> list[str]:

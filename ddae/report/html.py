@@ -87,20 +87,19 @@ def write_report(config: PretrainConfig, model: PretrainModel, betas: Betas, pre
         return []
     all_rows = read_metrics(folder / "metrics.jsonl")
     rows = [row for row in all_rows if "loss/total" in row]
-    groups = {"loss": ["loss/total"]}
-    groups |= {f"{branch} error": figures.metric_names(rows, f"error/{branch}/") for branch in model.branches}
-    drawn["losses"] = figures.curves(rows, groups, "")
+    errors = {f"{branch} error": figures.metric_names(rows, f"error/{branch}/") for branch in model.branches}
+    drawn["losses"] = figures.curves(rows, {"loss": ["loss/total"], **errors})
     if by_name:
-        drawn["betas"] = figures.curves(rows, {"betas": figures.metric_names(rows, "beta/")}, "")
+        drawn["betas"] = figures.curves(rows, {"betas": figures.metric_names(rows, "beta/")})
         farthest = float(max(config.grid) - 1) / 2
         drawn["weights"] = figures.weight_by_distance(by_name, farthest, config.dynamic.distance_norm)
     if evaluations := [row for row in all_rows if any(name.startswith("features/") for name in row)]:
         prefixes = {"k-NN accuracy in %": "knn/", "effective rank": "features/effective_rank/"}
         prefixes |= {"standard deviation": "features/std/"}
         groups = {panel: figures.metric_names(evaluations, prefix) for panel, prefix in prefixes.items()}
-        drawn["probes"] = figures.curves(all_rows, {panel: names for panel, names in groups.items() if names}, "")
-    groups = {name: [name] for name in ("lr", "throughput/images_per_s", "time/data_wait")}
-    drawn["rates"] = figures.curves(rows, groups, "")
+        drawn["probes"] = figures.curves(all_rows, {panel: names for panel, names in groups.items() if names})
+    rates = ("lr", "throughput/images_per_s", "time/data_wait")
+    drawn["rates"] = figures.curves(rows, {name: [name] for name in rates})
     files = _save_figures(drawn, folder)
     path = folder / "report.html"
     write_text(path, _run_page(config, rows, files, "Validation" if preview.held_out else "Training"))

@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ddae.data.decode import encode_image
 from ddae.data.shard_writer import Sample, write_manifest, write_shard, write_text_durably
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError, one_line
@@ -97,11 +98,10 @@ def find_pairs(archive: zipfile.ZipFile, path: Path) -> tuple[Layout, list[Pair]
     images = _match_members(members, IMAGE)
     found = [(layout, masks) for layout in (SCENE_PARSE, FULL) if (masks := _match_members(members, layout.mask))]
     if not images or len(found) != 1:
-        raise UserError(
-            f"{path} contains {len(images)} images (images/*/ADE_*.jpg) and masks of {len(found)} layouts "
-            "(annotations/*.png, *_seg.png); expected images and one layout. "
-            "Pass a zip of SceneParse150 or of the full ADE20K."
-        )
+        found_masks = f"masks of {len(found)} layouts (annotations/*.png, *_seg.png)"
+        problem = f"{path} contains {len(images)} images (images/*/ADE_*.jpg) and {found_masks}"
+        fix = "Pass a zip of SceneParse150 or of the full ADE20K."
+        raise UserError(f"{problem}; expected images and one layout. {fix}")
     layout, masks = found[0]
     for member in [*images.values(), *masks.values()]:
         if member.flag_bits & 1:
@@ -122,9 +122,8 @@ def convert_pair(archive: zipfile.ZipFile, pair: Pair, layout: Layout) -> tuple[
         return None, ("damaged_in_zip",)
     inspected = inspect(data)
     if inspected.jpeg and "exif_rotated" in inspected.kinds:  # inspect() rotated it, but its mask is not rotated
-        image, buffer = Image.open(io.BytesIO(data)).convert("RGB"), io.BytesIO()
-        image.save(buffer, "JPEG", quality=95)  # without EXIF, so that no reader rotates it
-        inspected = Inspection(inspected.kinds, buffer.getvalue(), image.width, image.height)
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+        inspected = Inspection(inspected.kinds, encode_image(image), *image.size)  # no EXIF: no reader rotates it
     if inspected.jpeg is None:
         return None, inspected.kinds
     mask = _convert_mask(mask, (inspected.width, inspected.height), layout)
@@ -186,9 +185,8 @@ def _convert_mask(data: bytes, size: tuple[int, int], layout: Layout) -> bytes |
     labels = values[..., 0] // 10 * 256 + values[..., 1] if values.ndim == 3 else values
     if labels.max() > layout.max_label:
         return "label_out_of_range"
-    buffer = io.BytesIO()
-    Image.fromarray(labels - layout.label_dtype(1)).save(buffer, "PNG")  # unsigned: 0 - 1 wraps to the ignore value
-    return buffer.getvalue()
+    # Unsigned: 0 - 1 wraps to the ignore value.
+    return encode_image(Image.fromarray(labels - layout.label_dtype(1)), file_format="PNG")
 
 
 def _check_complete(out: Path, source: str, settings: dict[str, Any]) -> None:

@@ -37,7 +37,7 @@ def check(folder: Path, full: bool, num_workers: int) -> tuple[list[Problem], in
     total = sum(entry["samples"] for entry in shards.values())
     if full:
         tasks = [(folder / name, shards[name], num_classes) for name in shards if (folder / name).is_file()]
-        for of_shard in workers.run(_check_content, tasks, num_workers, total) if tasks else ():
+        for of_shard in workers.run(_check_content, tasks, num_workers, total):
             problems += of_shard
     return sorted(set(problems)), total
 
@@ -89,13 +89,12 @@ def _check_content(shard: Path, entry: dict[str, Any], num_classes: int) -> list
                 if num_classes and not (label.isdigit() and int(label) < num_classes):
                     description = f"{member.name} is {label!r}; expected a number below {num_classes}"
                     problems.append(Problem(shard.name, description))
-            if ending != "jpg":
-                continue
-            if key not in known_bad:
-                size = entry["sizes"][len(images) : len(images) + 1]
-                problems += _check_image(shard, key, member.offset, member.length, size)
-            images.append((key, member.offset, member.length))
-            workers.count_image()
+            elif ending == "jpg":
+                if key not in known_bad:
+                    size = entry["sizes"][len(images) : len(images) + 1]
+                    problems += _check_image(shard, key, member.offset, member.length, size)
+                images.append((key, member.offset, member.length))
+                workers.count_image()
         keys, index = read_index(shard.with_suffix(".idx"))
         if images != [(key, *row) for key, row in zip(keys, index.tolist(), strict=True)]:
             problems.append(Problem(shard.name, "does not match its index"))

@@ -27,16 +27,14 @@ class Devkit:
     def synsets_of(self, names: list[str], source: str) -> list[str | int | None]:
         """Return the synsets of validation images by their numbered names.
 
-        Raise UserError if a name has no number, or one that is out of range. source: path shown in the error.
+        Raise UserError if a name has no number, or one that is out of range. source: option and path for the error.
         """
         synsets: list[str | int | None] = []
         for name in names:
             number = re.search(r"(\d+)\.\w+$", name)
             if number is None or not 1 <= int(number[1]) <= len(self.ground_truth):
-                raise UserError(
-                    f"{source} contains {name}, which is not one of the devkit's {len(self.ground_truth)} validation "
-                    "images. Pass --val ILSVRC2012_img_val.tar."
-                )
+                expected = f"the devkit's {len(self.ground_truth)} validation images"
+                raise UserError(f"{source} contains {name}, not one of {expected}. Pass --val ILSVRC2012_img_val.tar.")
             synsets.append(self.ground_truth[int(number[1]) - 1])
         return synsets
 
@@ -55,10 +53,8 @@ def read_devkit(path: Path) -> Devkit:
     lines = ground_truth.decode(errors="replace").split()
     invalid = [line for line in lines if not line.isdecimal() or int(line) not in by_id]
     if invalid or not lines:
-        raise UserError(
-            f"--devkit {path}: {GROUND_TRUTH} contains class {invalid[0] if invalid else ''!r}, outside "
-            f"meta.mat's {len(by_id)} classes. {FIX}"
-        )
+        problem = f"class {invalid[0] if invalid else ''!r}, outside meta.mat's {len(by_id)} classes"
+        raise UserError(f"--devkit {path}: {GROUND_TRUTH} contains {problem}. {FIX}")
     words = dict(sorted(by_id.values()))
     return Devkit(list(words), list(words.values()), [by_id[int(line)][0] for line in lines])
 

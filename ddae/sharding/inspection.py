@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ddae.data.decode import is_truncated
+from ddae.data.decode import encode_image, is_truncated
 
 MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest image has 61 million
 MAX_BYTES = 1 << 28  # of one image file: 256 MiB
@@ -65,7 +65,7 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Inspecti
     if downscale:
         scale = resize_shorter / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
-    return Inspection(kinds, _encode_jpeg(image, quality), image.width, image.height)
+    return Inspection(kinds, encode_image(image, quality), *image.size)
 
 
 def make_thumbnail(data: bytes) -> bytes | None:
@@ -75,15 +75,9 @@ def make_thumbnail(data: bytes) -> bytes | None:
         image.draft(image.mode, (128, 128))  # decodes a JPEG at 1/2, 1/4 or 1/8 of its size, but not below 128
         image = _upright_rgb(image)
         image.thumbnail((128, 128))
-        return _encode_jpeg(image, 85)
+        return encode_image(image, 85)
     except Exception:  # as in inspect()
         return None
-
-
-def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 def _kinds(image: Image.Image, data: bytes, rotated: bool) -> tuple[str, ...]:

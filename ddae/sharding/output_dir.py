@@ -26,31 +26,27 @@ def is_complete(out: Path, identity: dict[str, Any]) -> bool:
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file. Pass a folder.")
-    for path, verb in ((out / MANIFEST, "made"), (out / PROGRESS / "plan.json", "begun")):
-        if path.exists():
-            previous = _read_json(path) or {}
-            settings = previous.get("settings")
-            if isinstance(settings, dict) and settings.get("on_bad") == "stop" and path.name != MANIFEST:
-                settings["on_bad"] = identity["settings"]["on_bad"]  # no shard with a reported image was completed
-            for key, value in identity.items():
-                if previous.get(key) != value:
-                    raise UserError(
-                        f"--out {out} contains shards {verb} with another {key} "
-                        f"({_difference(previous.get(key), value)}). Pass another folder, or delete this one."
-                    )
-            if path.name != MANIFEST:
-                return False
-            missing = [name for name, entry in previous["shards"].items() if not _has_shard(out / name, entry)]
-            if missing:
-                raise UserError(
-                    f"--out {out} lacks {missing[0]} or its index as listed in {MANIFEST}. "
-                    "Delete the folder and run the same command again."
-                )
-            clear_progress(out)
-            return True
-    if out.exists() and any(out.glob("*.tar")):
-        raise UserError(f"--out {out} contains tars without {MANIFEST}. Pass an empty folder.")
-    return False
+    complete, plan = (out / MANIFEST).exists(), out / PROGRESS / "plan.json"
+    if not complete and not plan.exists():
+        if any(out.glob("*.tar")):
+            raise UserError(f"--out {out} contains tars without {MANIFEST}. Pass an empty folder.")
+        return False
+    previous = _read_json(out / MANIFEST if complete else plan) or {}
+    settings = previous.get("settings")
+    if not complete and isinstance(settings, dict) and settings.get("on_bad") == "stop":
+        settings["on_bad"] = identity["settings"]["on_bad"]  # no shard with a reported image was completed
+    for key, value in identity.items():
+        if previous.get(key) != value:
+            problem = f"--out {out} contains shards {'made' if complete else 'begun'} with another {key}"
+            difference = _difference(previous.get(key), value)
+            raise UserError(f"{problem} ({difference}). Pass another folder, or delete this one.")
+    if complete:
+        missing = [name for name, entry in previous["shards"].items() if not _has_shard(out / name, entry)]
+        if missing:
+            fix = "Delete the folder and run the same command again."
+            raise UserError(f"--out {out} lacks {missing[0]} or its index as listed in {MANIFEST}. {fix}")
+        clear_progress(out)
+    return complete
 
 
 @contextmanager
@@ -113,10 +109,8 @@ def check_disk_space(out: Path, needed: int) -> None:
     """Raise UserError if less than `needed` bytes are free."""
     free = shutil.disk_usage(out).free
     if needed > free:
-        raise UserError(
-            f"no space left on {out}: {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed. Free space there, or "
-            "pass another --out."
-        )
+        sizes = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed"
+        raise UserError(f"no space left on {out}: {sizes}. Free space there, or pass another --out.")
 
 
 def _has_shard(shard: Path, entry: Any) -> bool:
@@ -136,12 +130,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _difference(previous: Any, current: Any) -> str:
+def _difference(previous: Any, current: Any, field: str = "") -> str:
     """Return the first field in which two dicts differ, as "max_count 10, not 20"."""
     if isinstance(previous, dict) and isinstance(current, dict):
         for key, value in current.items():
-            old = previous.get(key)
-            if old != value:
-                nested = isinstance(value, dict) and isinstance(old, dict)
-                return _difference(old, value) if nested else f"{key} {old}, not {value}"
-    return "not recorded" if previous is None else f"{previous}, not {current}"
+            if previous.get(key) != value:
+                return _difference(previous.get(key), value, f"{key} ")
+    return f"{field}not recorded" if previous is None else f"{field}{previous}, not {current}"

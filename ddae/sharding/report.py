@@ -31,14 +31,8 @@ def write_report(out: Path, num_read: int, num_written: int, images: list[Report
     left_out = sum(image.action == "left_out" for image in images)
     assert num_read == num_written + left_out, (num_read, num_written, left_out)
     kinds = Counter(kind for image in images for kind in image.kinds)
-    content = {
-        "input": num_read,
-        "written": num_written,
-        "left_out": left_out,
-        "kinds": dict(kinds.most_common()),
-        "images": [_json_entry(image) for image in images],
-        "passed_over": skipped,
-    }
+    content = {"input": num_read, "written": num_written, "left_out": left_out, "kinds": dict(kinds.most_common())}
+    content |= {"images": [_json_entry(image) for image in images], "passed_over": skipped}
     write_text_durably(out / "report.json", json.dumps(content, indent=1) + "\n")
     title = f"{num_read} images read, {num_written} written, {left_out} left out"
     lines = [title, "", *(f"{count:8d}  {kind}" for kind, count in kinds.most_common())]

@@ -8,7 +8,7 @@ shard and saves its record (output_dir.py), so that a restarted run writes only 
 import errno
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,7 +40,6 @@ class Settings:
 
 
 ImageId = tuple[int, int]  # number of the split, number of the image in its index
-Irregularity = tuple[int, list[str], str]  # number of an image in its index, kinds, action
 
 
 class ShardPlan(NamedTuple):
@@ -89,7 +88,10 @@ class _Sharder:
     def __init__(self, indexes: list[Index], out: Path, settings: Settings, num_workers: int):
         self.indexes, self.out, self.settings, self.num_workers = indexes, out, settings, num_workers
         self.plans = [plan for split, index in enumerate(indexes) for plan in plan_split(split, index, settings)]
-        self.may_be_duplicate = _may_be_duplicate(indexes)
+        lengths, counts = np.unique(np.concatenate([index.length for index in indexes]), return_counts=True)
+        # By split, bool [N]: the images that have the length of another image of any split.
+        self.may_be_duplicate = [counts[np.searchsorted(lengths, index.length)] > 1 for index in indexes]
+        self.records: list[tuple[ShardPlan, dict[str, Any]]] = []
 
     def run(self, identity: dict[str, Any], facts: dict[str, Any]) -> str:
         missing = [plan for plan in self.plans if output_dir.load_record(self.out, plan.name) is None]
@@ -98,18 +100,14 @@ class _Sharder:
             needed = sum(int(each.sum()) + SAMPLE_OVERHEAD * len(each) for each in lengths)
             output_dir.check_disk_space(self.out, needed)
         self.write_shards([(plan, frozenset()) for plan in missing])
-        records = self.load_records()
-        duplicates = self.find_duplicates(records)
+        duplicates = self.find_duplicates()
         if duplicates and self.settings.on_bad == "stop":
-            image, first = next(iter(duplicates.items()))
-            raise UserError(
-                f"{self.source(image)} has the same bytes as {self.source(first)}. Remove it and delete {self.out}, "
-                "or pass --on_bad keep."
-            )
+            image, first = map(self.source, next(iter(duplicates.items())))
+            fix = f"Remove it and delete {self.out}, or pass --on_bad keep."
+            raise UserError(f"{image} has the same bytes as {first}. {fix}")
         if duplicates and self.settings.on_bad == "drop_all":  # duplicates are known only after all images were read
-            self.write_shards(self.with_duplicates(duplicates, records))
-            records = self.load_records()
-        return self.finish(records, duplicates, identity, facts)
+            self.write_shards(self.with_duplicates(duplicates))
+        return self.finish(duplicates, identity, facts)
 
     def source(self, image: ImageId) -> str:
         """Return archive or folder and path of an image."""
@@ -117,63 +115,54 @@ class _Sharder:
         return self.indexes[split].source(number)
 
     def write_shards(self, tasks: list[tuple[ShardPlan, frozenset[int]]]) -> None:
-        """Write shards in the workers. Each task: a plan, and which of its images to leave out."""
-        if not tasks:
-            return
+        """Write shards in the workers, then load all records. Each task: a plan, and which images to leave out."""
         total = sum(len(plan.images) for plan in self.plans)
         done = total - sum(len(plan.images) for plan, _ in tasks)
         for name, record in workers.run(self.write_shard, tasks, self.num_workers, total, done):
             commit_shard(self.out / name)  # in the main process: fsync would block a worker
             output_dir.save_record(self.out, name, record)
+        self.records = [(plan, output_dir.load_record(self.out, plan.name) or {}) for plan in self.plans]
 
     def write_shard(self, plan: ShardPlan, omit: frozenset[int]) -> tuple[str, dict[str, Any]]:
         """Write one shard. Return its name and its record; in a worker."""
-        irregular: list[Irregularity] = []
-        digests: dict[int, str] = {}
-        entry = write_partial_shard(self.out / plan.name, self.samples(plan, omit, irregular, digests))
-        return plan.name, {"entry": entry, "odd": irregular, "digests": digests}
+        record: dict[str, Any] = {"odd": [], "digests": {}}  # (image, kinds, action) and SHA-256 by image
+        entry = write_partial_shard(self.out / plan.name, self.samples(plan, omit, record))
+        return plan.name, {"entry": entry, **record}
 
-    def samples(
-        self, plan: ShardPlan, omit: frozenset[int], irregular: list[Irregularity], digests: dict[int, str]
-    ) -> Iterator[Sample]:
-        """Yield the samples of a shard in order. Append irregular images, and hashes of possible duplicates."""
+    def samples(self, plan: ShardPlan, omit: frozenset[int], record: dict[str, Any]) -> Iterator[Sample]:
+        """Yield the samples of a shard in order. Record irregular images, and hashes of possible duplicates."""
         index, settings = self.indexes[plan.split], self.settings
         for image in plan.images.tolist():
-            if index.length[image] > MAX_BYTES:
-                data, inspected = b"", Inspection(("bomb",), None)
-            else:
+            data, inspected = b"", Inspection(("bomb",), None)
+            if index.length[image] <= MAX_BYTES:
                 data = index.read(image)
                 inspected = inspect(data, settings.resize_shorter, settings.quality)
             kinds = [*inspected.kinds, *(["duplicate_key"] if index.duplicate_key[image] else [])]
             if kinds and settings.on_bad == "stop":
-                raise UserError(
-                    f"{index.source(image)} is not a plain RGB JPEG with a unique key ({', '.join(kinds)}). "
-                    "Fix or remove it, or pass --on_bad keep to convert usable images."
-                )
+                problem = f"is not a plain RGB JPEG with a unique key ({', '.join(kinds)})"
+                fix = "Fix or remove it, or pass --on_bad keep to convert usable images."
+                raise UserError(f"{index.source(image)} {problem}. {fix}")
             if inspected.jpeg is not None and self.may_be_duplicate[plan.split][image]:
-                digests[image] = hashlib.sha256(data).hexdigest()[:32]
+                record["digests"][image] = hashlib.sha256(data).hexdigest()[:32]
             left_out = inspected.jpeg is None or image in omit or (bool(kinds) and settings.on_bad == "drop_all")
             if kinds or left_out:
-                irregular.append((image, kinds, "left_out" if left_out else "converted" if inspected.kinds else "kept"))
+                action = "left_out" if left_out else "converted" if inspected.kinds else "kept"
+                record["odd"].append((image, kinds, action))
             if inspected.jpeg is not None and not left_out:
                 label = None if index.label[image] == UNLABELLED else int(index.label[image])
                 yield Sample(index.key_of(image), inspected.jpeg, label, inspected.width, inspected.height)
             workers.count_image()
 
-    def load_records(self) -> dict[str, dict[str, Any]]:
-        """Return the record of each shard."""
-        return {plan.name: output_dir.load_record(self.out, plan.name) or {} for plan in self.plans}
-
-    def find_duplicates(self, records: dict[str, dict[str, Any]]) -> dict[ImageId, ImageId]:
+    def find_duplicates(self) -> dict[ImageId, ImageId]:
         """Return for each duplicate the first image with the same bytes.
 
         With on_bad="drop_all" an image that is left out for another reason counts as the first only if all are.
         """
-        irregular = {(p.split, image) for p in self.plans for image, kinds, _ in records[p.name]["odd"] if kinds}
+        irregular = {(plan.split, i) for plan, record in self.records for i, kinds, _ in record["odd"] if kinds}
         left_out = irregular if self.settings.on_bad == "drop_all" else set()
         by_digest: dict[str, list[ImageId]] = {}
-        for plan in self.plans:
-            for image, digest in records[plan.name]["digests"].items():
+        for plan, record in self.records:
+            for image, digest in record["digests"].items():
                 by_digest.setdefault(digest, []).append((plan.split, int(image)))
         duplicates = {}
         for same in by_digest.values():
@@ -181,29 +170,19 @@ class _Sharder:
             duplicates |= dict.fromkeys(rest, first)
         return dict(sorted(duplicates.items()))
 
-    def with_duplicates(
-        self, duplicates: Iterable[ImageId], records: dict[str, dict[str, Any]]
-    ) -> list[tuple[ShardPlan, frozenset[int]]]:
+    def with_duplicates(self, duplicates: dict[ImageId, ImageId]) -> list[tuple[ShardPlan, frozenset[int]]]:
         """Return the shards that contain duplicates, each with the duplicates to leave out."""
         tasks = []
-        for plan in self.plans:
+        for plan, record in self.records:
             planned = {image for split, image in duplicates if split == plan.split} & set(plan.images.tolist())
-            left_out = {image for image, _, action in records[plan.name]["odd"] if action == "left_out"}
+            left_out = {image for image, _, action in record["odd"] if action == "left_out"}
             if planned - left_out:
                 tasks.append((plan, frozenset(planned)))
         return tasks
 
-    def finish(
-        self,
-        records: dict[str, dict[str, Any]],
-        duplicates: dict[ImageId, ImageId],
-        identity: dict[str, Any],
-        facts: dict[str, Any],
-    ) -> str:
+    def finish(self, duplicates: dict[ImageId, ImageId], identity: dict[str, Any], facts: dict[str, Any]) -> str:
         """Write report and manifest. Return a summary. Raise UserError if no image is usable."""
-        irregular = {
-            (p.split, image): (kinds, action) for p in self.plans for image, kinds, action in records[p.name]["odd"]
-        }
+        irregular = {(p.split, i): (kinds, action) for p, record in self.records for i, kinds, action in record["odd"]}
         for image in duplicates:
             kinds, action = irregular.get(image, ([], "kept"))
             irregular[image] = ([*kinds, "duplicate"], action)
@@ -215,7 +194,7 @@ class _Sharder:
             thumbnail = make_thumbnail(index.read(image)) if wanted else None
             num_thumbnails[kinds[-1]] += thumbnail is not None
             reported.append(ReportedImage(index.source(image), index.key_of(image), kinds, action, same_as, thumbnail))
-        shards = {plan.name: records[plan.name]["entry"] for plan in self.plans}
+        shards = {plan.name: record["entry"] for plan, record in self.records}
         num_read = sum(len(index) for index in self.indexes)
         num_written = sum(entry["samples"] for entry in shards.values())
         kinds = Counter(kind for image in reported for kind in image.kinds).most_common()
@@ -223,29 +202,20 @@ class _Sharder:
             for name in shards:  # they are empty
                 (self.out / name).unlink()
                 (self.out / name).with_suffix(".idx").unlink()
-            raise UserError(
-                f"none of the {num_read} images is usable ({_counts(kinds[:3])}). Check {reported[0].source}."
-            )
+            problem = f"none of the {num_read} images is usable ({_counts(kinds[:3])})"
+            raise UserError(f"{problem}. Check {reported[0].source}.")
         skipped = [f"{index.location}: {name}" for index in self.indexes for name in index.skipped]
         write_report(self.out, num_read, num_written, reported, skipped)
         classes = max((index.classes for index in self.indexes), key=len)
         write_manifest(self.out, shards, classes=classes, **identity, **facts)
         output_dir.clear_progress(self.out)
         found = f"{_counts(kinds)}; see {self.out / 'report.html'}" if reported else "all were plain RGB JPEGs"
-        return (
-            f"{self.out}: {num_written} of {num_read} images in {len(shards)} shards, "
-            f"{num_read - num_written} left out; {found}"
-        )
+        written = f"{num_written} of {num_read} images in {len(shards)} shards, {num_read - num_written} left out"
+        return f"{self.out}: {written}; {found}"
 
 
 def _counts(kinds: list[tuple[str, int]]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in kinds)
-
-
-def _may_be_duplicate(indexes: list[Index]) -> list[np.ndarray]:
-    """Return for each split which images have the length of another image of any split: bool [N]."""
-    lengths, counts = np.unique(np.concatenate([index.length for index in indexes]), return_counts=True)
-    return [counts[np.searchsorted(lengths, index.length)] > 1 for index in indexes]
 
 
 def _fingerprint(index: Index) -> dict[str, Any]:
@@ -253,9 +223,5 @@ def _fingerprint(index: Index) -> dict[str, Any]:
     digest = hashlib.sha256()
     for column in (index.name, index.length, index.label, index.key):
         digest.update(np.ascontiguousarray(column).tobytes())
-    return {
-        "name": Path(index.location).name,
-        "images": len(index),
-        "bytes": int(index.length.sum()),
-        "sha256": digest.hexdigest(),
-    }
+    name, size = Path(index.location).name, int(index.length.sum())
+    return {"name": name, "images": len(index), "bytes": size, "sha256": digest.hexdigest()}

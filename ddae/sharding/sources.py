@@ -86,16 +86,15 @@ def build_index(split: str, location: str, classes: list[str] | None, devkit: De
         raise UserError(f"--{split} {location!r} would run a command. Pass archives, shards or a folder.")
     path = Path(location)
     if path.is_dir():
-        tars = sorted(each for each in path.glob("*.tar") if not each.name.startswith("."))
-        scan = _scan_archives(_of_split(tars, split), _manifest_classes(path)) if tars else _scan_folder(path)
+        tars = _of_split(sorted(each for each in path.glob("*.tar") if not each.name.startswith(".")), split)
     elif path.is_file():
-        scan = _scan_archives([path], _manifest_classes(path.parent))
+        tars = [path]
     else:
         tars = [Path(name) for each in braceexpand(location) for name in sorted(glob.glob(each)) or [each]]
         missing = [tar for tar in tars if not tar.is_file()]
         if missing:
             raise UserError(f"--{split} {location}: {missing[0]} does not exist. Check the path.")
-        scan = _scan_archives(tars, _manifest_classes(tars[0].parent))
+    scan = _scan_archives(tars) if tars else _scan_folder(path)
     if not len(scan.length):
         raise UserError(f"--{split} {location} contains no image. Pass files ending in {', '.join(IMAGE_ENDINGS)}.")
     return scan.finish(split, location, classes, devkit)
@@ -145,7 +144,7 @@ def _manifest_classes(folder: Path) -> list[str] | None:
 def _of_split(tars: list[Path], split: str) -> list[Path]:
     """Return the tars of a folder that have the split in their name; all of them unless every name has a split."""
     splits = [match and match[1] for match in (SPLIT_IN_NAME.search(tar.name) for tar in tars)]
-    if not all(splits):
+    if not tars or not all(splits):
         return tars
     of_split = [tar for tar, name in zip(tars, splits, strict=True) if name == split]
     if not of_split:
@@ -176,30 +175,17 @@ class _Scan:
     def finish(self, split: str, location: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
         """Return the index, with unique keys and labels. Raise UserError as build_index()."""
         keys, duplicate_key = unique_keys(self.stem, self.class_, by_folder=-1 in self.offset[:1])
-        label, classes = self._labels(split, location, classes, devkit)
-        return Index(
-            split=split,
-            location=location,
-            files=self.files,
-            file_number=np.array(self.file_number, np.int32),
-            offset=np.array(self.offset, np.int64),
-            length=np.array(self.length, np.int64),
-            label=label,
-            name=np.array(self.name),
-            key=np.array(keys, "S"),
-            duplicate_key=duplicate_key,
-            classes=classes,
-            skipped=self.skipped,
-        )
+        label, classes = self._labels(f"--{split} {location}", classes, devkit)
+        file_number, offset = np.array(self.file_number, np.int32), np.array(self.offset, np.int64)
+        place = (file_number, offset, np.array(self.length, np.int64))
+        name, key = np.array(self.name), np.array(keys, "S")
+        return Index(split, location, self.files, *place, label, name, key, duplicate_key, classes, self.skipped)
 
-    def _labels(
-        self, split: str, location: str, classes: list[str] | None, devkit: Devkit | None
-    ) -> tuple[np.ndarray, list[str]]:
-        """Return the label of each image, int32 [N], and the names of all classes."""
-        source = f"--{split} {location}"
+    def _labels(self, source: str, classes: list[str] | None, devkit: Devkit | None) -> tuple[np.ndarray, list[str]]:
+        """Return the label of each image, int32 [N], and the names of all classes. source: for error messages."""
         if all(each is None for each in self.class_):
             if devkit is not None:
-                self.class_ = devkit.synsets_of([name.decode(errors="replace") for name in self.name], location)
+                self.class_ = devkit.synsets_of([name.decode(errors="replace") for name in self.name], source)
                 classes = classes or devkit.synsets
             elif classes is not None:
                 raise UserError(f"{source} has no classes, but training has. Pass --devkit.")
@@ -214,31 +200,28 @@ class _Scan:
             if self.manifest_classes and expected != self.manifest_classes:
                 raise UserError(f"{source} has other classes than training. Shard it with a separate command.")
             limit = len(expected) or 1 << 31
-            if min(numbers) < 0 or max(numbers) >= limit:
-                invalid = min(numbers) if min(numbers) < 0 else max(numbers)
-                raise UserError(f"{source} has label {invalid}; expected 0 to {limit - 1}. Fix its .cls or .json.")
+            extreme = min(numbers) if min(numbers) < 0 else max(numbers)
+            if not 0 <= extreme < limit:
+                raise UserError(f"{source} has label {extreme}; expected 0 to {limit - 1}. Fix its .cls or .json.")
             return np.array(numbers, np.int32), expected
         if classes == []:
-            raise UserError(
-                f"{source} has class names, but training has class numbers only. Shard it with a separate command."
-            )
+            problem = "has class names, but training has class numbers only"
+            raise UserError(f"{source} {problem}. Shard it with a separate command.")
         names = [str(each) for each in self.class_]
         classes = classes or sorted(set(names))
         number = {name: i for i, name in enumerate(classes)}
         unknown = sorted(set(names) - number.keys())
         if unknown:
-            raise UserError(
-                f"{source} has class {unknown[0]!r}, which is not among the {len(classes)} classes of training. "
-                "Pass a split of the same data set."
-            )
+            problem = f"has class {unknown[0]!r}, which is not among the {len(classes)} classes of training"
+            raise UserError(f"{source} {problem}. Pass a split of the same data set.")
         return np.array([number[name] for name in names], np.int32), classes
 
 
-def _scan_archives(tars: list[Path], manifest_classes: list[str] | None) -> _Scan:
+def _scan_archives(tars: list[Path]) -> _Scan:
     """Scan tars: shards, class tars, or images with or without class folders."""
     first = next(iter(members(tars[0])), None)
     if first is not None and ".tar/" not in first.name and _is_shard(tars[0]):
-        return _scan_shards(tars, manifest_classes)
+        return _scan_shards(tars)
     scan = _Scan(tars)
     for number, tar in enumerate(tars):
         for member in members(tar):
@@ -270,9 +253,9 @@ def _is_shard(tar: Path) -> bool:
     return False
 
 
-def _scan_shards(tars: list[Path], manifest_classes: list[str] | None) -> _Scan:
+def _scan_shards(tars: list[Path]) -> _Scan:
     """Scan webdataset shards: the part of a file's name before the first dot is its sample's key."""
-    scan = _Scan(tars, manifest_classes)
+    scan = _Scan(tars, _manifest_classes(tars[0].parent))
     for number, tar in enumerate(tars):
         images, labels = [], {}
         for member in members(tar):

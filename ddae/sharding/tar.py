@@ -41,9 +41,8 @@ def members(path: Path) -> Iterator[Member]:
                             offset = outer.offset_data + inner.offset_data
                             yield Member(f"{outer.name}/{inner.name}", offset, inner.size)
     except tarfile.TarError as error:
-        raise UserError(
-            f"{path} cannot be read as a tar ({error}). Expected a complete, uncompressed tar. Download it again."
-        ) from None
+        expected = "Expected a complete, uncompressed tar. Download it again."
+        raise UserError(f"{path} cannot be read as a tar ({error}). {expected}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check its name and permissions.") from None
 

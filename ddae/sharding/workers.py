@@ -35,10 +35,11 @@ def run(work: Callable[..., T], tasks: list[tuple], num_workers: int, total: int
     `work` may be any callable. The progress bar counts images from `done` to `total`. The first error in a worker ends
     all workers and is raised here. Raise UserError if a worker was killed.
     """
+    if not tasks:
+        return
     _num_done.value = done
-    initargs = (work, os.getpid())
     with (
-        ProcessPoolExecutor(max(1, min(num_workers, len(tasks))), _FORK, _init_worker, initargs) as pool,
+        ProcessPoolExecutor(max(1, min(num_workers, len(tasks))), _FORK, _init_worker, (work, os.getpid())) as pool,
         tqdm(total=total, initial=done, unit=" images", mininterval=0.3 if sys.stderr.isatty() else 10) as bar,
     ):
         try:
@@ -49,9 +50,8 @@ def run(work: Callable[..., T], tasks: list[tuple], num_workers: int, total: int
                 for future in finished:
                     yield future.result()
         except BrokenProcessPool:
-            raise UserError(
-                "a worker was killed, possibly because memory ran out. Pass fewer --workers; the same command resumes."
-            ) from None
+            fix = "Pass fewer --workers; the same command resumes."
+            raise UserError(f"a worker was killed, possibly because memory ran out. {fix}") from None
         finally:
             if pending:  # an error, or the caller closed the generator
                 for child in multiprocessing.active_children():

@@ -14,7 +14,7 @@ from ddae.eval.dataset import Labels
 from ddae.eval.knn import vote
 from ddae.eval.linear_probe import LinearProbe
 from ddae.models.vit import Encoder, initialise
-from ddae.tools.bench_data import report
+from ddae.tools.bench_report import report_rates
 
 BATCH, CLASSES = 64, 1000
 BANK, QUERIES, WIDTH, K = 50_000, 5_000, 384, 20
@@ -22,7 +22,7 @@ BANK, QUERIES, WIDTH, K = 50_000, 5_000, 384, 20
 
 def benchmark_evaluation(rounds: int, out: str) -> None:
     """Measure and report both."""
-    report(probe_rates(rounds), "one head", f"linear probe step, {os.cpu_count()} cores", out)
+    report_rates(probe_rates(rounds), "one head", f"linear probe step, {os.cpu_count()} cores", out)
     print(f"k-NN: {QUERIES:,} queries, {BANK:,} images, k = {K}, width {WIDTH}: {knn_seconds():.1f} s")
 
 

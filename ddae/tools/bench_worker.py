@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ddae.config import deepspeed as ds_config
 from ddae.config.cli import parse
@@ -34,16 +34,8 @@ from ddae.method.distance import masked_distance
 from ddae.method.model import build_model
 from ddae.method.naive import NaiveEncoder, NaiveMethod, ema_update, to_pixels
 from ddae.method.teacher import MovingAverage
+from ddae.training import step as pretraining
 from ddae.training.optimizer import build_optimizer
-from ddae.training.step import (
-    ForwardPass,
-    build_loader,
-    build_targets,
-    compile_modules,
-    mask_sampler,
-    resolve_auto,
-    resolve_loss_backend,
-)
 
 LR, MOMENTUM = 1e-4, 0.999
 HOST_SYNCS = {  # profiler events, by device
@@ -56,14 +48,14 @@ class PretrainStep:
     """The step that pretraining runs."""
 
     def __init__(self, config: PretrainConfig, ds_json: dict[str, Any]):
-        resolved, backend = resolve_auto(config, ds_json), resolve_loss_backend(config)
+        resolved, backend = pretraining.resolve_auto(config, ds_json), pretraining.resolve_loss_backend(config)
         model = build_model(resolved)
         self.engine = Engine(model, build_optimizer(model, config.optim), ds_json)
-        self.targets = build_targets(resolved, self.engine)
+        self.targets = pretraining.build_targets(resolved, self.engine)
         if config.engine.compile:
-            compile_modules(self.engine.module, self.targets)
+            pretraining.compile_modules(self.engine.module, self.targets)
         self.betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, self.engine.device)
-        self.forward = ForwardPass(resolved, self.engine, self.targets, self.betas, 1.0, backend)
+        self.forward = pretraining.ForwardPass(resolved, self.engine, self.targets, self.betas, 1.0, backend)
 
     def __call__(self, batch: Batch) -> Tensor:
         losses = self.forward(batch, 1.0)
@@ -102,7 +94,7 @@ class NaiveStep:
 
     def __call__(self, batch: Batch) -> Tensor:
         config, module, autocast = self.config, self.engine.module, self.config.engine.precision != "fp32"
-        mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(device())
+        mask = (batch.mask or pretraining.mask_sampler(config)(batch.seeds)).to(device())
         distance = masked_distance(mask, config.grid, "reference", config.dynamic.distance_norm)
         tokens = None
         if self.teacher is not None:
@@ -138,12 +130,12 @@ def batches(config: PretrainConfig) -> Iterator[Batch]:
     """Yield batches of the loader; without data.train the same batch of random images again and again."""
     size, count = config.model.image_size, config.data.batch_size
     if config.data.train:
-        loader = build_loader(config, RankBatch(count, count, 0, 1))
+        loader = pretraining.build_loader(config, RankBatch(count, count, 0, 1))
         loader.select_backend()
         yield from loader.batches(0)
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device())
     numbers = torch.arange(count)
-    mask = mask_sampler(config)(numbers)  # in advance, as the loader's workers do
+    mask = pretraining.mask_sampler(config)(numbers)  # in advance, as the loader's workers do
     while True:
         yield Batch(images, numbers, numbers, mask)
 
@@ -186,24 +178,17 @@ def measure_flops(run: Callable[[], object]) -> int:
     Attention's backward pass counts twice its forward pass. FlopCounterMode's own formulas ignore the CPU's fused
     attention and count 2.5 times the forward pass for the backward pass of the others.
     """
-    aten = torch.ops.aten
-    forward_ops = [
-        *(aten._scaled_dot_product_flash_attention_for_cpu, aten._scaled_dot_product_flash_attention),
-        *(aten._scaled_dot_product_efficient_attention, aten._scaled_dot_product_cudnn_attention),
-    ]
-    backward_ops = [
-        *(aten._scaled_dot_product_flash_attention_for_cpu_backward, aten._scaled_dot_product_flash_attention_backward),
-        *(aten._scaled_dot_product_efficient_attention_backward, aten._scaled_dot_product_cudnn_attention_backward),
-    ]
 
-    def forward_flops(query, key, *_, out_shape=None, **__) -> int:
-        *batch, length, width = query
-        return 4 * int(torch.tensor(batch).prod()) * length * key[-2] * width
+    def forward_flops(query, key, value, *_, **__) -> int:
+        return sdpa_flop_count(query, key, value)
 
-    def backward_flops(_, query, key, *more, **options) -> int:
-        return 2 * forward_flops(query, key)
+    def backward_flops(_, *inputs, **options) -> int:
+        return 2 * forward_flops(*inputs, **options)
 
-    formulas: dict[Any, Any] = dict.fromkeys(forward_ops, forward_flops) | dict.fromkeys(backward_ops, backward_flops)
+    formulas: dict[Any, Any] = {}
+    for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention"):
+        formulas[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")] = forward_flops
+        formulas[getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")] = backward_flops
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         run()
     return counter.get_total_flops()

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from ddae_kernels.implementation import resolve_impl
 from PIL import Image, features
 
+from ddae.atomic import fsync
 from ddae.config import deepspeed as ds_config
 from ddae.config.presets import preset
 from ddae.config.pretrain import beta_names
@@ -34,6 +35,7 @@ from ddae.distributed.watchdog import Watchdog
 from ddae.errors import UserError, one_line
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
+from ddae.tools.bench_worker import synchronise
 from ddae.training import run_dir
 from ddae.training.optimizer import build_optimizer
 
@@ -48,9 +50,8 @@ def check_flags(folder: Path, json_path: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"--folder {folder} cannot be created or written ({error.strerror}). Name another folder."
-        ) from None
+        problem = f"--folder {folder} cannot be created or written ({error.strerror}). Name another folder."
+        raise UserError(problem) from None
 
 
 def run_checks(folder: Path, json_path: str) -> int:
@@ -79,12 +80,10 @@ def run_checks(folder: Path, json_path: str) -> int:
             result = check()
         except Exception as error:  # any failure is a result of this command
             problem = f"{type(error).__name__}: {one_line(error, 300)}"
-        problems = [each for each in gather(problem) if each]
-        num_failed += bool(problems)
-        watchdog.heartbeat(0)
+        if problems := list(filter(None, gather(problem))):
+            num_failed += 1
+            result = f"FAILED on {len(problems)} of {world_size()} ranks: {problems[0]}"
         if is_main():
-            if problems:
-                result = f"FAILED on {len(problems)} of {world_size()} ranks: {problems[0]}"
             print(f"{name:12}" + ("\n" + " " * 12).join(result.splitlines()), flush=True)
     watchdog.stop()
     barrier()
@@ -104,21 +103,16 @@ def versions() -> str:
 
 def ranks_and_devices() -> str:
     """Return the nodes with their ranks and devices. Raise RuntimeError if package versions differ between ranks."""
-    own_device = device()
-    if own_device.type == "cuda":
-        memory = torch.cuda.get_device_properties(own_device).total_memory / 2**30
-        name = f"{torch.cuda.get_device_name(own_device)}, {memory:.1f} GiB, CUDA {torch.version.cuda}"
-    else:
-        name = f"{os.cpu_count()} cores"
+    name = f"{os.cpu_count()} cores"
+    if device().type == "cuda":
+        gpu = torch.cuda.get_device_properties(device())
+        name = f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, CUDA {torch.version.cuda}"
     of_ranks = gather((platform.node(), name, run_dir.environment()["versions"]))
     packages = of_ranks[0][2]
     if others := [each[2] for each in of_ranks if each[2] != packages]:
         raise RuntimeError(f"package versions differ between ranks: {packages} and {others[0]}")
-    lines = []
-    for node in dict.fromkeys(each[0] for each in of_ranks):
-        names = [each[1] for each in of_ranks if each[0] == node]
-        lines.append(f"{node}: {len(names)} x {names[0]}")
-    return "\n".join(lines)
+    counts = Counter((node, name) for node, name, _ in of_ranks)
+    return "\n".join(f"{node}: {count} x {name}" for (node, name), count in counts.items())
 
 
 def deepspeed_report() -> str:
@@ -133,10 +127,8 @@ def deepspeed_report() -> str:
     text = broadcast_from_main(run_ds_report)
     ops = re.findall(r"^(\w+) \.+ \S+ \.+ \[(\w+)\]", text, re.MULTILINE)
     usable = [name for name, compatible in ops if compatible == "OKAY" and name != "deepspeed_not_implemented"]
-    pattern = (
-        r"^((?:nvcc version|deepspeed wheel compiled w\.|shared memory \(/dev/shm\) size|deepspeed info)) \.+ (.*)$"
-    )
-    facts = [f"{name}: {value.strip()}" for name, value in re.findall(pattern, text, re.MULTILINE)]
+    names = r"nvcc version|deepspeed wheel compiled w\.|shared memory \(/dev/shm\) size|deepspeed info"
+    facts = [f"{name}: {value.strip()}" for name, value in re.findall(rf"^({names}) \.+ (.*)$", text, re.MULTILINE)]
     compilers = [f"{name} {'found' if shutil.which(name) else 'MISSING'}" for name in ("g++", "ninja")]
     return "\n".join([", ".join(facts), f"ops it can build: {', '.join(usable)}; {', '.join(compilers)}"])
 
@@ -157,9 +149,7 @@ def decoders() -> str:
     from_dali = DaliDecoder(64, 1, 1, device()).decode(files, torch.tensor([box]), torch.tensor([False]))
     difference = float((from_dali[0].cpu().float() - torch.as_tensor(np.asarray(crop)).float()).abs().mean())
     if difference > 3:
-        raise RuntimeError(
-            f"pixels of DALI and Pillow differ by {difference:.1f} of 255 on average; expected 3 at most"
-        )
+        raise RuntimeError(f"pixels of DALI and Pillow differ by {difference:.1f} of 255 on average; expected <= 3")
     return result + f"; DALI decodes on the {device().type}, mean difference {difference:.2f} of 255"
 
 
@@ -170,10 +160,8 @@ def disk(folder: Path) -> str:
         raise RuntimeError(f"{folder} is not shared with node {lacking[0]}. Name a folder that all nodes share.")
     start, problem = time.perf_counter(), ""
     try:
-        with open(path, "wb") as file:
-            file.write(os.urandom(2**16) * 1000)
-            file.flush()
-            os.fsync(file.fileno())
+        path.write_bytes(os.urandom(2**16) * 1000)
+        fsync(path)
     except OSError as error:
         problem = f"{error.strerror} on {platform.node()}"
     of_ranks = gather((time.perf_counter() - start, problem))
@@ -188,12 +176,12 @@ def disk(folder: Path) -> str:
 def checkpoint(folder: Path, json_path: str) -> str:
     """Save the state of a small model on all ranks, verify it and load it. Raise RuntimeError if that fails."""
     settings, config = ds_config.load(json_path), preset("demo")
+    config = replace(config, data=replace(config.data, batch_size=8 * world_size()))
     if settings.get("bf16", {}).get("enabled"):
         config = replace(config, engine=replace(config.engine, precision="bf16"))
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        settings.pop(key, None)  # they describe the run's batch, not the batch of this check
-    settings.pop("gradient_clipping", None)
-    config = replace(config, data=replace(config.data, batch_size=8 * world_size()))
+    batch = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    for key in (*batch, "gradient_clipping"):
+        settings.pop(key, None)  # of the run, not of this check
     resolved = ds_config.resolve(settings, config, world_size())
     model = build_model(config)
     engine = Engine(model, build_optimizer(model, config.optim), resolved.json)
@@ -212,15 +200,21 @@ def checkpoint(folder: Path, json_path: str) -> str:
 
 
 def all_reduce() -> str:
-    """Time an all-reduce. A rank sends 2 (W - 1) / W of the bytes, W ranks."""
+    """Time an all-reduce, on the slowest rank. A rank sends 2 (W - 1) / W of the bytes, W ranks."""
     if world_size() == 1:
         return "skipped with one rank; start this command with deepspeed, torchrun or srun to time it"
     lines = []
     for size in SIZES_MB:
-        values = torch.ones(size * 10**6 // 4, device=device())
-        seconds = min(_seconds(lambda values=values: dist.all_reduce(values)) for _ in range(ROUNDS))
-        bandwidth = 2 * (world_size() - 1) / world_size() * size / 1000 / seconds
-        lines.append(f"{size:4} MB in {seconds * 1000:8.2f} ms: {bandwidth:6.2f} GB/s a rank")
+        values, times = torch.ones(size * 10**6 // 4, device=device()), []
+        for _ in range(ROUNDS):
+            barrier()
+            synchronise()
+            start = time.perf_counter()
+            dist.all_reduce(values)
+            synchronise()
+            times.append(max(gather(time.perf_counter() - start)))
+        bandwidth = 2 * (world_size() - 1) / world_size() * size / 1000 / min(times)
+        lines.append(f"{size:4} MB in {min(times) * 1000:8.2f} ms: {bandwidth:6.2f} GB/s a rank")
     return "\n".join(lines)
 
 
@@ -232,22 +226,6 @@ def gloo() -> str:
         group: Any = dist.new_group(backend="gloo")
         dist.all_reduce(torch.ones(1), group=group)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"{one_line(error, 150)}. Set GLOO_SOCKET_IFNAME to the network interface that joins the nodes."
-        ) from None
+        fix = "Set GLOO_SOCKET_IFNAME to the network interface that joins the nodes."
+        raise RuntimeError(f"{one_line(error, 150)}. {fix}") from None
     return "the ranks connect over the CPU's network"
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    """Return the seconds that `run` takes on the slowest rank."""
-
-    def synchronise() -> None:
-        if device().type == "cuda":
-            torch.cuda.synchronize()
-
-    barrier()
-    synchronise()
-    start = time.perf_counter()
-    run()
-    synchronise()
-    return max(gather(time.perf_counter() - start))

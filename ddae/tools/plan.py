@@ -11,6 +11,7 @@ Shape letters: B images of a micro-batch, N patches, V visible, M masked, K taps
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -68,17 +69,18 @@ class ParameterCounts(NamedTuple):
         A group is split evenly; a parameter on the boundary of two shards keeps its whole gradient on both GPUs.
         """
         total = 0
-        for group in self.groups:
-            shard_size, start, on_shard = sum(size for size, _ in group) / shards, 0, [0] * shards
+        for group, group_size in zip(self.groups, self.of_groups(), strict=True):
+            start, on_shard = 0, [0] * shards
             for size, _ in group:
-                last = min(shards - 1, int((start + size - 1) // shard_size))
-                for shard in range(int(start // shard_size), last + 1):
+                first, last = (int(place * shards // group_size) for place in (start, start + size - 1))
+                for shard in range(first, last + 1):
                     on_shard[shard] += size
                 start += size
             total += max(on_shard)
         return total
 
 
+@cache
 def count_parameters(config: PretrainConfig) -> ParameterCounts:
     """Count the parameters of a config's model, without allocating it."""
     with torch.device("meta"):
@@ -88,16 +90,14 @@ def count_parameters(config: PretrainConfig) -> ParameterCounts:
     return ParameterCounts([[(p.numel(), id(p) in encoder) for p in group["params"]] for group in groups])
 
 
-def estimate_memory(
-    config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, micro_batch: int
-) -> Memory:
+def estimate_memory(config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, images: int) -> Memory:
     """Estimate the memory of each of `gpus` GPUs at a ZeRO stage.
 
-    settings: a DeepSpeed JSON, for its bucket sizes and offloading.
+    settings: a DeepSpeed JSON, for its bucket sizes and offloading. images: of a micro-batch.
     """
     zero = settings.get("zero_optimization", {})
     counts = count_parameters(config)
-    n, weight_bytes, is_bf16 = counts.model, bytes_per_weight(config), config.engine.precision == "bf16"
+    n, (weight_bytes, _), is_bf16 = counts.model, bytes_per_number(config), config.engine.precision == "bf16"
     shards = gpus if stage > 0 else 1
     weights = weight_bytes * n
     if stage == 3:
@@ -110,7 +110,7 @@ def estimate_memory(
     if stage in (1, 2):
         by_group = zip(counts.of_groups(), counts.of_groups(encoder_only=True), strict=True)
         in_encoder = sum(min(encoder, group / shards) for group, encoder in by_group)
-    accumulates = stage == 1 and micro_batch * gpus < config.data.batch_size  # all gradients until the last micro-batch
+    accumulates = stage == 1 and images * gpus < config.data.batch_size  # all gradients until the last micro-batch
     with_gradient = n if stage == 0 or accumulates else counts.with_gradient(shards) if stage < 3 else n / shards
     gradients = weight_bytes * with_gradient
     teacher_masters = 8 * in_encoder
@@ -129,109 +129,92 @@ def estimate_memory(
     if stage == 3:
         buffers += weight_bytes * (bucket + min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus))
     if config.engine.activation_checkpointing:
-        buffers += max(block_bytes(config, *shape) * rows for shape, _, rows in block_stacks(config, micro_batch))
-    return Memory(weights, gradients, optimizer, teacher, activation_bytes(config, micro_batch), buffers, update)
+        stacks = block_stacks(config, images)
+        buffers += max(block_bytes(config, width, heads) * tokens for width, heads, _, tokens in stacks)
+    return Memory(weights, gradients, optimizer, teacher, activation_bytes(config, images), buffers, update)
 
 
-def bytes_per_weight(config: PretrainConfig) -> int:
-    """Return the bytes of a weight; norms and the residual stream have the same precision."""
-    return 2 if config.engine.precision == "bf16" else 4
+def bytes_per_number(config: PretrainConfig) -> tuple[int, int]:
+    """Return the bytes of a number in weights, norms and the residual stream, and of one in matrix products."""
+    precision = config.engine.precision
+    return 2 if precision == "bf16" else 4, 4 if precision == "fp32" else 2
 
 
-def bytes_per_product(config: PretrainConfig) -> int:
-    """Return the bytes of an input or output number of a matrix product."""
-    return 4 if config.engine.precision == "fp32" else 2
-
-
-def block_stacks(config: PretrainConfig, images: int) -> list[tuple[tuple[int, int], int, int]]:
-    """Return encoder, decoders and cls decoder: ((width, heads), number of blocks, tokens of `images` images)."""
-    patches, model = config.grid[0] * config.grid[1], config.model
-    stacks = [((model.width, model.heads), model.depth, images * (1 + encoder_patches(config)))]
-    for branch in decoder_branches(config):
-        shape = (branch.decoder_width, branch.decoder_heads)
-        stacks.append((shape, branch.decoder_depth, len(branch.taps) * images * (1 + patches)))
+def block_stacks(config: PretrainConfig, images: int) -> list[tuple[int, int, int, int]]:
+    """Return (width, heads, number of blocks, tokens of `images` images) of encoder, cls decoder, and decoders."""
+    model, all_tokens = config.model, images * (1 + config.grid[0] * config.grid[1])
+    stacks = [(model.width, model.heads, model.depth, images * (1 + encoder_patches(config)))]
     if config.token.enabled and config.token.cls:
-        stacks.append(((model.width, model.heads), config.token.cls_depth, images * (1 + patches)))
+        stacks.append((model.width, model.heads, config.token.cls_depth, all_tokens))
+    for branch in decoder_branches(config):
+        shape = branch.decoder_width, branch.decoder_heads, branch.decoder_depth
+        stacks.append((*shape, len(branch.taps) * all_tokens))
     return stacks
 
 
 def block_bytes(config: PretrainConfig, width: int, heads: int) -> float:
     """Return the bytes that one block saves of one token for its backward pass."""
-    stream, product = bytes_per_weight(config), bytes_per_product(config)
+    stream, product = bytes_per_number(config)
     statistics = 4 * heads + 4 * 4  # attention's log-sum-exp; mean and deviation of two norms
     scaled = 2 if config.model.layer_scale else 0  # inputs of the two layer scales
     return width * (2 * stream + (14 + scaled) * product) + statistics
 
 
-def decoder_block_bytes(config: PretrainConfig, branch: PixelConfig | FeatureConfig, rows: int) -> float:
-    """Return the bytes that the blocks of a decoder save; rows: images times taps."""
-    stream, product, width = bytes_per_weight(config), bytes_per_product(config), branch.decoder_width
-    tokens, masked, skips = 1 + config.grid[0] * config.grid[1], config.num_masked, config.engine.skip_unused_tokens
-    per_token = block_bytes(config, width, branch.decoder_heads)
-    if config.engine.activation_checkpointing or config.engine.decoder_activation_checkpointing:
-        return rows * width * stream * (branch.decoder_depth * tokens - (masked if skips else 0))
-    total = branch.decoder_depth * tokens * per_token
-    if skips:
-        unused = tokens - masked
-        total -= width * masked * (stream + product)  # the first norm runs before mask tokens are added
-        # The last block saves inputs, keys and values of all tokens, the rest of masked ones only, and queries twice.
-        total -= unused * (per_token - width * (stream + 3 * product))
-        total += width * masked * product if branch.decoder_depth > 1 else 0
-    return rows * total
-
-
 def activation_bytes(config: PretrainConfig, images: int) -> float:
     """Return the bytes that the forward pass of a micro-batch saves for the backward pass."""
-    stream, product = bytes_per_weight(config), bytes_per_product(config)
-    total = 0.0
-    encoder, *others = block_stacks(config, images)
-    for (width, heads), depth, rows in [encoder, *others[len(decoder_branches(config)) :]]:
-        checkpointed = config.engine.activation_checkpointing
-        total += rows * depth * (width * stream if checkpointed else block_bytes(config, width, heads))
-    width, patch_numbers = config.model.width, config.model.patch_size**2 * 3
-    visible = encoder_patches(config)
-    total += images * visible * patch_numbers * product  # input of the patch embedding
+    stream, product = bytes_per_number(config)
+    model, token, branches, visible = config.model, config.token, decoder_branches(config), encoder_patches(config)
+    total = visible * model.patch_size**2 * 3 * product  # of an image: input of the patch embedding
     all_taps = {tap for branch in config.branches.values() for tap in branch.taps}
-    total += len(all_taps) * images * (1 + visible) * width * stream  # input of the taps' norm
-    if config.token.enabled:
-        masked = (len(config.token.taps) + config.token.cls) * images * config.num_masked
-        total += masked * (width * product + config.token.codes * 4)  # input of the head; log-softmax
-    branches = decoder_branches(config)
-    by_branch = [branch_bytes(config, branch, images) for branch in branches]
+    total += len(all_taps) * (1 + visible) * model.width * stream  # input of the taps' norm
+    stacks = block_stacks(config, 1)
+    for width, heads, depth, tokens in stacks[: len(stacks) - len(branches)]:
+        checkpointed = config.engine.activation_checkpointing
+        total += tokens * depth * (width * stream if checkpointed else block_bytes(config, width, heads))
+    if token.enabled:  # input of the head; log-softmax
+        total += (len(token.taps) + token.cls) * config.num_masked * (model.width * product + token.codes * 4)
+    tap_bytes = [(branch_bytes(config, branch), len(branch.taps)) for branch in branches]
+    counts = count_parameters(config)
     if config.engine.tap_execution == "sequential":  # one tap of one branch at a time, and fp32 gradients of decoders
-        largest = max(size / len(branch.taps) for size, branch in zip(by_branch, branches, strict=True))
-        counts = count_parameters(config)
-        total += largest + 4 * (counts.model - counts.encoder)
+        total = images * (total + max(tap_bytes)[0]) + 4 * (counts.model - counts.encoder)
     else:
-        total += sum(by_branch)
+        total = images * (total + sum(size * taps for size, taps in tap_bytes))
     if config.engine.precision == "autocast":
-        total += 2 * count_parameters(config).of_groups()[0]  # bf16 copies of the matrices
+        total += 2 * counts.of_groups()[0]  # bf16 copies of the matrices
     return total
 
 
-def branch_bytes(config: PretrainConfig, branch: PixelConfig | FeatureConfig, images: int) -> float:
-    """Return the bytes that a branch saves, all taps together."""
-    stream, product = bytes_per_weight(config), bytes_per_product(config)
-    encoder_width, visible, width = config.model.width, encoder_patches(config), branch.decoder_width
-    rows, patches, skips = len(branch.taps) * images, config.grid[0] * config.grid[1], config.engine.skip_unused_tokens
-    masked = rows * config.num_masked
-    is_pixel = isinstance(branch, PixelConfig)
-    out_width = config.model.patch_size**2 * 3 if is_pixel else encoder_width
-    total = decoder_block_bytes(config, branch, rows)
-    total += rows * (1 + visible) * encoder_width * product  # input of the decoder
-    outputs = masked if skips else rows * (1 + patches)
-    total += (outputs * stream + masked * product) * width  # inputs of the last norm and of the head
+def branch_bytes(config: PretrainConfig, branch: PixelConfig | FeatureConfig) -> float:
+    """Return the bytes that a branch saves of one image at one tap."""
+    stream, product = bytes_per_number(config)
+    width, depth, encoder_width = branch.decoder_width, branch.decoder_depth, config.model.width
+    tokens, masked, skips = 1 + config.grid[0] * config.grid[1], config.num_masked, config.engine.skip_unused_tokens
+    context, per_token = tokens - masked, block_bytes(config, width, branch.decoder_heads)
+    if config.engine.activation_checkpointing or config.engine.decoder_activation_checkpointing:
+        total = width * stream * (depth * tokens - (masked if skips else 0))
+    else:
+        total = depth * tokens * per_token
+        if skips:
+            total -= width * masked * (stream + product)  # the first norm runs before mask tokens are added
+            # The last block saves inputs, keys and values of all tokens, the rest of masked ones only, queries twice.
+            total -= context * (per_token - width * (stream + 3 * product))
+            total += width * masked * product if depth > 1 else 0
+    total += context * encoder_width * product  # input of the decoder
+    total += ((masked if skips else tokens) * stream + masked * product) * width  # inputs of the last norm and head
     if branch.cross_attention:
-        context = rows * (1 + visible) * (encoder_width * (stream + product) + 2 * width * product)
-        queries = branch.decoder_depth * rows * (1 + patches) - (rows * (1 + visible) if skips else 0)
-        total += queries * width * (stream + 4 * product) + branch.decoder_depth * context
-    copies = 1 if is_pixel else 2
+        queries = depth * tokens - (context if skips else 0)
+        total += queries * width * (stream + 4 * product)
+        total += depth * context * (encoder_width * (stream + product) + 2 * width * product)
+    if isinstance(branch, PixelConfig):
+        out_width, copies = config.model.patch_size**2 * 3, 1
+    else:
+        out_width, copies = encoder_width, 2
     return total + masked * out_width * (copies * 4 if config.engine.loss_backend == "reference" else product)  # loss
 
 
 def bytes_sent(config: PretrainConfig, stage: int, gpus: int, accumulation: int) -> float:
     """Return the bytes that a GPU sends in a step by ring collectives: gradients, weights, the teacher's copy."""
-    counts, weight_bytes = count_parameters(config), bytes_per_weight(config)
+    counts, (weight_bytes, _) = count_parameters(config), bytes_per_number(config)
     n, ring_share = counts.model, (gpus - 1) / gpus
     # Passes over all numbers: at stages 1 and 2, too, DeepSpeed all-reduces gradients (2), then gathers weights (1).
     passes = {0: 2, 1: 2 + 1, 2: 2 * accumulation + 1, 3: 3 * accumulation}[stage]
@@ -241,11 +224,9 @@ def bytes_sent(config: PretrainConfig, stage: int, gpus: int, accumulation: int)
 
 def largest_micro_batch(config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, gpu: Gpu) -> int:
     """Return the largest micro-batch that fits and divides the global batch; 0 if none fits."""
-    for micro in range(config.data.batch_size // gpus, 0, -1):
-        divides = config.data.batch_size % (micro * gpus) == 0
-        if divides and estimate_memory(config, settings, stage, gpus, micro).peak < USABLE * gpu.memory * GIB:
-            return micro
-    return 0
+    batch, usable = config.data.batch_size, USABLE * gpu.memory * GIB
+    divisors = (micro for micro in range(batch // gpus, 0, -1) if batch % (micro * gpus) == 0)
+    return next((n for n in divisors if estimate_memory(config, settings, stage, gpus, n).peak < usable), 0)
 
 
 def format_plan(
@@ -269,14 +250,11 @@ def format_plan(
     gpu, batch = GPUS[gpu_name], config.data.batch_size
     micro = int(micro or settings.get("train_micro_batch_size_per_gpu") or batch // gpus)
     if micro < 1 or batch % (micro * gpus):
-        raise UserError(
-            f"data.batch_size {batch} is not divisible by {gpus} GPUs x micro-batch {micro}. "
-            "Change --data.batch_size, --gpus or --micro_batch."
-        )
+        problem = f"data.batch_size {batch} is not divisible by {gpus} GPUs x micro-batch {micro}."
+        raise UserError(f"{problem} Change --data.batch_size, --gpus or --micro_batch.")
     counts, flops, accumulation = count_parameters(config), count_flops(config), batch // (micro * gpus)
     peak_teraflops = gpu.in_fp32 if config.engine.precision == "fp32" else gpu.teraflops
-    max_rate = gpus * peak_teraflops * 1e12 / flops.total
-    samples = config.num_steps(images) * batch
+    max_rate, samples = gpus * peak_teraflops * 1e12 / flops.total, config.num_steps(images) * batch
     days = samples / (mfu * max_rate) / 86400
     shares = ", ".join(f"{name} {value / flops.total:.0%}" for name, value in flops._asdict().items() if value)
     lines = [
@@ -301,6 +279,6 @@ def format_plan(
         sent = bytes_sent(config, stage, gpus, accumulation) / GIB
         lines.append(f"{stage:4}  {numbers}  {fits:>4}  {max_micro:5}  {sent:6.2f}")
     checkpointed = replace(config, engine=replace(config.engine, activation_checkpointing=True))
-    gib_checkpointed = estimate_memory(checkpointed, settings, 2, gpus, micro).activations / GIB
+    gib_checkpointed = activation_bytes(checkpointed, micro) / GIB
     lines.append(f"with --engine.activation_checkpointing the activations are {gib_checkpointed:.2f} GiB")
     return "\n".join(lines)

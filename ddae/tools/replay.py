@@ -19,14 +19,7 @@ from ddae.method.model import Losses, PretrainModel, build_model
 from ddae.method.teacher import Teacher
 from ddae.models.vit import Encoder
 from ddae.training.nonfinite import DUMPED, LayerMaxima
-from ddae.training.step import (
-    ForwardPass,
-    Targets,
-    TeacherTargets,
-    TokenTargets,
-    build_tokenizer,
-    resolve_loss_backend,
-)
+from ddae.training.step import ForwardPass, Targets, TeacherTargets, TokenTargets, build_tokenizer, resolve_loss_backend
 
 Maxima = dict[str, dict[str, float]]  # by layer: output and gradient
 

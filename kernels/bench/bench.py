@@ -11,88 +11,58 @@ results.csv. Without a GPU the same code runs on tiny shapes and writes a file o
 import argparse
 import csv
 import os
-import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ddae_kernels as dk
 import torch
-from ddae_kernels.implementation import HAS_TRITON
+from ddae_kernels.implementation import HAS_TRITON, INTERPRETED
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results.csv"
-CUDA = torch.cuda.is_available()
+CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 K, PATCH, IMAGE = 4, 16, 224 if CUDA else 64
 GRID = IMAGE // PATCH
 M = round(0.75 * GRID**2)
-LOSSES = ["mse", "feature", "instance", "pixel"]  # instance: dynamic_feature_mse with target_norm instance_layer
 WIDTHS = {"S": 384, "B": 768, "L": 1024} if CUDA else {"nano": 48}
 ROTATED_BYTES = 600e6 if CUDA else 0  # 10 times the L2 cache of an H200 (60 MB)
 ROUNDS = 30 if CUDA else 3
 WARMUP_ROUNDS = 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LOSSES: dict[str, Callable[..., dk.DynamicLoss]] = {
+    "mse": dk.dynamic_mse,  # all taps share the target; feature and instance have one per tap
+    "feature": dk.dynamic_feature_mse,
+    "instance": partial(dk.dynamic_feature_mse, target_norm="instance_layer"),
+    "pixel": partial(dk.dynamic_pixel_mse, patch=PATCH, mean=MEAN, std=STD),
+}
 
 
-class Case(NamedTuple):
-    """One loss at one size: a call for each set of rotating inputs, and the minimum memory traffic."""
-
-    loss: str
-    size: str
-    batch: int
-    width: int
-    calls: dict[str, list[Callable[[], Any]]]  # by implementation
-    floor_bytes: int  # pred and target read once, gradient written once
-    grad_bytes: int  # of pred
-
-
-def build_case(loss: str, size: str, width: int, batch: int) -> Case:
-    """Return a case with random inputs of training's shapes."""
-    torch._dynamo.reset()  # compile every case from scratch
-    width = 3 * PATCH**2 if loss == "pixel" else width
-    pred_bytes = K * batch * M * width * 2
-    target_bytes = {"mse": pred_bytes // K, "pixel": batch * M * width}.get(loss, pred_bytes)
-    input_sets = [
-        random_inputs(loss, width, batch) for _ in range(1 + int(ROTATED_BYTES // (2 * pred_bytes + target_bytes)))
-    ]
-    call = {"mse": dk.dynamic_mse, "pixel": dk.dynamic_pixel_mse}.get(loss, dk.dynamic_feature_mse)
-    options: dict[str, Any] = {"patch": PATCH, "mean": MEAN, "std": STD} if loss == "pixel" else {}
-    if loss == "instance":
-        options = {"target_norm": "instance_layer"}
-
-    def forward_backward(impl: str, function: Callable, args: tuple[Tensor, ...]) -> Callable[[], Any]:
-        pred, beta = args[0], args[-2]
-        return lambda: torch.autograd.grad(function(*args, impl=impl, **options).loss, (pred, beta))
-
-    compiled = torch.compile(call, dynamic=False, fullgraph=True)
-    variants = {"eager": ("reference", call), "compiled": ("reference", compiled)}
-    if CUDA:
-        variants["triton"] = ("triton", call)
-    calls = {
-        name: [forward_backward(impl, function, args) for args in input_sets]
-        for name, (impl, function) in variants.items()
-    }
-    return Case(loss, size, batch, width, calls, 2 * pred_bytes + target_bytes, pred_bytes)
-
-
-def random_inputs(loss: str, width: int, batch: int) -> tuple[Tensor, ...]:
+def random_inputs(
+    loss: str, width: int, batch: int, device: torch.device = DEVICE, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, ...]:
     """Return the positional arguments of one call: pred first, beta second to last."""
-    pred = torch.randn(K, batch, M, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
-    order = torch.rand(batch, GRID**2, device=DEVICE).argsort(1)
-    is_masked = torch.ones(batch, GRID**2, dtype=torch.bool, device=DEVICE).scatter_(1, order[:, M:], False)
+    pred = torch.randn(K, batch, M, width, device=device, dtype=dtype, requires_grad=True)
+    order = torch.rand(batch, GRID**2, device=device).argsort(1)
+    is_masked = torch.ones(batch, GRID**2, dtype=torch.bool, device=device).scatter_(1, order[:, M:], False)
     masked = order[:, :M].contiguous()
-    distance = dk.patch_distance(is_masked, (GRID, GRID)).gather(1, masked)
+    distance = dk.patch_distance(is_masked, (GRID, GRID), impl="reference").gather(1, masked)
     if loss == "pixel":
-        target = (torch.randint(0, 256, (batch, 3, IMAGE, IMAGE), device=DEVICE, dtype=torch.uint8), masked)
+        target = (torch.randint(0, 256, (batch, 3, IMAGE, IMAGE), device=device, dtype=torch.uint8), masked)
     else:
-        target = (torch.randn(pred.shape[loss == "mse" :], device=DEVICE, dtype=torch.bfloat16),)
-    beta = torch.full((K,), -0.5, device=DEVICE, requires_grad=True)
-    return pred, *target, distance, beta, torch.tensor([0.75, 0.75, 0.75, 1.0], device=DEVICE)
+        target = (torch.randn(pred.shape[loss == "mse" :], device=device, dtype=dtype),)
+    beta = torch.full((K,), -0.5, device=device, requires_grad=True)
+    return pred, *target, distance, beta, torch.tensor([0.75, 0.75, 0.75, 1.0], device=device)
+
+
+def forward_backward(function: Callable[..., dk.DynamicLoss], impl: str, inputs: tuple[Tensor, ...]) -> Any:
+    """Return the gradients of pred and beta."""
+    return torch.autograd.grad(function(*inputs, impl=impl).loss, (inputs[0], inputs[-2]))
 
 
 def capture(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
@@ -100,9 +70,8 @@ def capture(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
-            for call in calls:
-                call()
+        for call in calls * 3:
+            call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
@@ -125,7 +94,7 @@ def seconds(run: Callable[[], Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def interleave(runs: dict[str, Callable[[], Any]], calls_per_run: int) -> dict[str, tuple[float, float, float]]:
+def interleave(runs: dict[str, Callable[[], Any]], calls_per_run: int) -> dict[str, list[float]]:
     """Time the runs in an interleaved order. Return p20, p50 and p80 of one call in microseconds."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for round_number in range(WARMUP_ROUNDS + ROUNDS):
@@ -134,7 +103,7 @@ def interleave(runs: dict[str, Callable[[], Any]], calls_per_run: int) -> dict[s
             if round_number >= WARMUP_ROUNDS:
                 samples[name].append(1e6 * elapsed / calls_per_run)
     quantiles = torch.tensor([0.2, 0.5, 0.8])
-    return {name: tuple(torch.tensor(s).quantile(quantiles).tolist()) for name, s in samples.items()}  # type: ignore[misc]
+    return {name: torch.tensor(times).quantile(quantiles).tolist() for name, times in samples.items()}
 
 
 def extra_bytes(call: Callable[[], Any]) -> int | None:
@@ -167,9 +136,22 @@ def can_run(name: str, call: Callable[[], Any]) -> bool:
     return True
 
 
-def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one case, one per mode and implementation. bandwidth: of `copy_bandwidth`."""
-    calls = {name: each for name, each in case.calls.items() if name == "triton" or can_run(name, each[0])}
+def measure(loss: str, size: str, width: int, batch: int, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one loss at one size, one per mode and implementation. bandwidth: of `copy_bandwidth`."""
+    torch._dynamo.reset()  # compile every case from scratch
+    width = 3 * PATCH**2 if loss == "pixel" else width
+    pred_bytes = K * batch * M * width * 2
+    target_bytes = {"mse": pred_bytes // K, "pixel": batch * M * width}.get(loss, pred_bytes)
+    floor_bytes = 2 * pred_bytes + target_bytes  # pred and target read once, gradient written once
+    input_sets = [random_inputs(loss, width, batch) for _ in range(1 + int(ROTATED_BYTES // floor_bytes))]
+    compiled = torch.compile(LOSSES[loss], dynamic=False, fullgraph=True)
+    variants = {"eager": (LOSSES[loss], "reference"), "compiled": (compiled, "reference")}
+    if CUDA:
+        variants["triton"] = (LOSSES[loss], "triton")
+    calls = {
+        name: [partial(forward_backward, *each, inputs) for inputs in input_sets] for name, each in variants.items()
+    }
+    calls = {name: each for name, each in calls.items() if name == "triton" or can_run(name, each[0])}
     memory = {name: extra_bytes(each[0]) for name, each in calls.items()}
 
     def run_all(calls: list[Callable[[], Any]]) -> Callable[[], Any]:
@@ -178,24 +160,17 @@ def measure(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
     runs = {"launched": {name: run_all(each) for name, each in calls.items()}}
     if CUDA:
         runs["graph"] = {name: capture(each) for name, each in calls.items()}
-    floor_us = 1e6 * case.floor_bytes / bandwidth
+    floor_us = 1e6 * floor_bytes / bandwidth
+    case = {"loss": loss, "size": size, "batch": batch, "width": width}
     for mode, by_impl in runs.items():
-        times = interleave(by_impl, max(len(each) for each in case.calls.values()))
-        for name, (p20, p50, p80) in times.items():
+        for name, times in interleave(by_impl, len(input_sets)).items():
+            quantiles = {f"p{q}_us": round(time, 1) for q, time in zip((20, 50, 80), times, strict=True)}
+            x_floor = round(times[1] / floor_us, 3)
+            floor = {"floor_bytes": floor_bytes, "copy_gb_per_s": round(bandwidth / 1e9), "x_floor": x_floor}
             extra = memory[name]
-            yield {
-                **dict(zip(("loss", "size", "batch", "width"), case[:4], strict=True)),
-                "impl": name,
-                "mode": mode,
-                "p20_us": round(p20, 1),
-                "p50_us": round(p50, 1),
-                "p80_us": round(p80, 1),
-                "floor_bytes": case.floor_bytes,
-                "copy_gb_per_s": round(bandwidth / 1e9),
-                "x_floor": round(p50 / floor_us, 3),
-                "peak_extra_bytes": extra,
-                "temporary_bytes": None if extra is None else extra - case.grad_bytes,
-            }
+            temporary = None if extra is None else extra - pred_bytes
+            peak = {"peak_extra_bytes": extra, "temporary_bytes": temporary}
+            yield case | {"impl": name, "mode": mode} | quantiles | floor | peak
 
 
 def step_share(preset: str, batch: int) -> str:
@@ -225,15 +200,12 @@ def step_share(preset: str, batch: int) -> str:
         optimizer.step()
         optimizer.zero_grad()
 
-    impls = ("reference", "triton") if CUDA else ("reference",)
-    distance = masked_distance(mask, config.grid)
-    weights = distance, betas, torch.ones(len(betas), device=DEVICE)
-    pixel_pred, feature_pred = (
-        torch.randn(
-            *(len(betas), batch, config.num_masked, width), device=DEVICE, dtype=torch.bfloat16, requires_grad=True
-        )
-        for width in (3 * config.model.patch_size**2, config.model.width)
-    )
+    def pred(width: int) -> Tensor:
+        shape = len(betas), batch, config.num_masked, width
+        return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+
+    weights = masked_distance(mask, config.grid), betas, torch.ones(len(betas), device=DEVICE)
+    pixel_pred, feature_pred = pred(3 * config.model.patch_size**2), pred(config.model.width)
 
     def losses(impl: str) -> None:
         options = {"patch": config.model.patch_size, "mean": MEAN, "std": STD, "impl": impl}
@@ -242,8 +214,8 @@ def step_share(preset: str, batch: int) -> str:
         feature = dk.dynamic_feature_mse(feature_pred, feature_pred.detach(), *weights, target_norm=norm, impl=impl)
         torch.autograd.grad(pixel.loss + feature.loss, (pixel_pred, feature_pred))
 
-    runs = {f"{impl} {run.__name__}": partial(run, impl) for run in (step, losses) for impl in impls}
-    times = interleave(runs, 1)
+    impls = ("reference", "triton") if CUDA else ("reference",)
+    times = interleave({f"{impl} {run.__name__}": partial(run, impl) for run in (step, losses) for impl in impls}, 1)
     lines = [f"{preset}, batch {batch}, one process, without torch.compile; losses launched from Python"]
     for impl in impls:
         step_ms, losses_ms = (times[f"{impl} {name}"][1] / 1000 for name in ("step", "losses"))
@@ -254,50 +226,39 @@ def step_share(preset: str, batch: int) -> str:
 
 def environment() -> dict[str, Any]:
     """Return the columns that describe where a row was measured."""
-    commit = os.environ.get("DDAE_COMMIT")  # set on machines that have the code without git
-    if commit is None and shutil.which("git"):
-        command = ["git", "rev-parse", "--short", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    triton = metadata.version("triton") if HAS_TRITON else None
+    # DDAE_COMMIT is set on machines that have the code without git.
+    commit = os.environ.get("DDAE_COMMIT") or subprocess.getoutput("git rev-parse --short HEAD 2>/dev/null") or None
     hardware = torch.cuda.get_device_name() if CUDA else "cpu"
-    return {
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": hardware,
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit,
-    }
+    triton = metadata.version("triton") if HAS_TRITON else None
+    software = {"torch": torch.__version__, "triton": triton, "commit": commit}
+    return {"date": time.strftime("%Y-%m-%d"), "hardware": hardware} | software
 
 
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file. A new file gets a header."""
-    is_new = not path.exists()
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
-        if is_new:
+        if not file.tell():
             writer.writeheader()
         writer.writerows(rows)
 
 
-def main(args: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Time the losses against eager torch, torch.compile and their memory-traffic floor."
-    )
+def main() -> None:
+    description = "Time the losses against eager torch, torch.compile and their memory-traffic floor."
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 512] if CUDA else [2], help="images per call")
-    parser.add_argument("--only", nargs="+", default=LOSSES, choices=LOSSES, help="losses to time")
+    parser.add_argument("--only", nargs="+", default=list(LOSSES), choices=LOSSES, help="losses to time")
     parser.add_argument("--step", metavar="PRESET", help="also time a training step of this preset, with each loss")
     parser.add_argument("--out", type=Path, default=RESULTS if CUDA else None, help="CSV file to append rows to")
-    options = parser.parse_args(args)
+    options = parser.parse_args()
     torch.manual_seed(0)
     bandwidth, facts = copy_bandwidth(), environment()
-    print(
-        f"{facts['hardware']}: copy bandwidth {bandwidth / 1e9:.0f} GB/s (read + write). "
-        "Columns: p20, p50, p80 of forward + backward in us; p50 over floor."
-    )
+    print(f"{facts['hardware']}: copy bandwidth {bandwidth / 1e9:.0f} GB/s (read + write). ", end="")
+    print("Columns: p20, p50, p80 of forward + backward in us; p50 over floor.")
     for batch in options.batch:
         for loss in options.only:
             for size, width in WIDTHS.items() if loss != "pixel" else [("any", 0)]:
-                rows = [facts | row for row in measure(build_case(loss, size, width, batch), bandwidth)]
+                rows = [facts | row for row in measure(loss, size, width, batch, bandwidth)]
                 for row in rows:
                     times = f"{row['p20_us']:9} {row['p50_us']:9} {row['p80_us']:9}  {row['x_floor']:6} x floor"
                     print(f"{loss:8} {size:4} B={batch:4} {row['impl']:9} {row['mode']:9} {times}", flush=True)

@@ -11,48 +11,42 @@ import json
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
+import ddae_kernels as dk
 import torch
 import triton
-from ddae_kernels import operators
+from bench import LOSSES, PATCH, random_inputs
+from ddae_kernels import implementation, operators
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-K, B, M, PATCH = 4, 2, 147, 16
+B = 2
 WIDTHS = (384, 512, 768, 1024)  # of ViT-S, the decoders, ViT-B and ViT-L
-
-
-class CompileOnlyDriver:
-    """The parts of a Triton driver that compilation uses."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 def compile_kernels(calls: dict[str, Callable[[], Any]], arch: int) -> Iterator[tuple[str, str, Any]]:
     """Yield (call, kernel, compiled kernel) for every distinct kernel that the calls would launch."""
-    driver: Any = CompileOnlyDriver(arch)
+    driver: Any = SimpleNamespace(  # the parts of a Triton driver that compilation uses
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+        get_current_device=lambda: arch,
+        get_current_stream=lambda device: 0,
+    )
     triton.runtime.driver.set_active(driver)
     run, by_kernel, hashes = JITFunction.run, {}, set()
 
     def only_compile(self, *args, grid, warmup, **options):
         by_kernel[self.__name__] = run(self, *args, grid=grid, warmup=True, **options)
 
-    JITFunction.run = only_compile
-    try:
+    accept_cpu = mock.patch.object(implementation, "INTERPRETED", True)
+    with accept_cpu, mock.patch.object(JITFunction, "run", only_compile):
         for name, call in calls.items():
             by_kernel.clear()
             call()
@@ -60,52 +54,36 @@ def compile_kernels(calls: dict[str, Callable[[], Any]], arch: int) -> Iterator[
                 if binary.hash not in hashes:  # many calls share the small kernels
                     hashes.add(binary.hash)
                     yield name, kernel, binary
-    finally:
-        JITFunction.run = run
 
 
 def loss_call(
-    width: int, target: str, dtype: torch.dtype = torch.bfloat16, rescale_grad: str = "full", **options
+    call: Callable[..., dk.DynamicLoss], loss: str, width: int, dtype: torch.dtype = torch.bfloat16, **options
 ) -> Callable[[], None]:
-    """Return a forward and backward pass of the loss; target: "shared", "per_tap" or "pixels"."""
-
-    def call() -> None:
-        pred = torch.zeros(K, B, M, width, dtype=dtype, requires_grad=True)
-        vectors = torch.ones(B, M), torch.zeros(K, requires_grad=True), torch.ones(K)
-        if target == "pixels":
-            images, masked = torch.zeros(B, 3, 224, 224, dtype=torch.uint8), torch.zeros(B, M, dtype=torch.int64)
-            pixel = {"masked": masked, "patch": PATCH, "mean": (0.5,) * 3, "std": (0.5,) * 3, "eps": 1e-5}
-            loss, *_ = operators.dynamic_loss(pred, images, *vectors, rescale_grad, **pixel, **options)
-        else:
-            features = torch.zeros_like(pred[0] if target == "shared" else pred).detach()
-            loss, *_ = operators.dynamic_loss(pred, features, *vectors, rescale_grad, **options)
-        loss.backward()
-
-    return call
+    """Return a forward and backward pass of `call` with bench.py's inputs for `loss`."""
+    inputs = random_inputs(loss, width, B, torch.device("cpu"), dtype)
+    return lambda: call(*inputs, impl="triton", **options).loss.backward()
 
 
 def training_calls() -> dict[str, Callable[[], Any]]:
     """Return the calls that training makes, by name, at all WIDTHS."""
-    calls: dict[str, Callable[[], Any]] = {
-        f"distance {side}x{side}": lambda side=side: operators.patch_distance(
-            torch.zeros(B, side**2).bool(), side, side
-        )
-        for side in (14, 64)
-    }
+    calls: dict[str, Callable[[], Any]] = {}
+    for side in (14, 64):
+        is_masked = torch.zeros(B, side**2, dtype=torch.bool)
+        calls[f"distance {side}x{side}"] = partial(operators.patch_distance, is_masked, side, side)
     for width in WIDTHS:
-        calls[f"mse D={width}"] = loss_call(width, "shared")
-        calls[f"feature D={width}"] = loss_call(width, "per_tap", norm="layer", norm_pred=True, eps=1e-6)
-    standardised = {"norm": "instance_layer", "norm_pred": True, "eps": 1e-6, "standardise_eps": 1e-5}
+        calls[f"mse D={width}"] = loss_call(LOSSES["mse"], "mse", width)
+        calls[f"feature D={width}"] = loss_call(LOSSES["feature"], "feature", width)
     for width in WIDTHS:
-        calls[f"feature standardised D={width}"] = loss_call(width, "per_tap", **standardised)
+        calls[f"feature standardised D={width}"] = loss_call(LOSSES["instance"], "instance", width)
+    dim, pixel = 3 * PATCH**2, partial(dk.dynamic_pixel_mse, patch=PATCH, mean=(0.5,) * 3, std=(0.5,) * 3)
     for norm in ("per_channel", "joint", "none"):
-        calls[f"pixel {norm} D={3 * PATCH**2}"] = loss_call(3 * PATCH**2, "pixels", norm=norm)
+        calls[f"pixel {norm} D={dim}"] = loss_call(pixel, "pixel", dim, norm=norm, unbiased=False)
     for norm in ("per_channel", "joint"):
         options = {"norm": norm, "unbiased": True, "rescale_grad": "detach"}
-        calls[f"pixel {norm} unbiased detach D={3 * PATCH**2}"] = loss_call(3 * PATCH**2, "pixels", **options)
-    for dtype in (torch.float32, torch.float16):
-        options = {"dtype": dtype, "rescale_grad": "detach", "norm": "layer", "norm_pred": True, "eps": 1e-6}
-        calls[f"feature {str(dtype)[6:]} detach D=768"] = loss_call(768, "shared", **options)
+        calls[f"pixel {norm} unbiased detach D={dim}"] = loss_call(pixel, "pixel", dim, **options)
+    for dtype in (torch.float32, torch.float16):  # with the target of "mse", which all taps share
+        call = loss_call(dk.dynamic_feature_mse, "mse", 768, dtype, rescale_grad="detach")
+        calls[f"feature {str(dtype)[6:]} detach D=768"] = call
     return calls
 
 
@@ -118,24 +96,16 @@ def resource_row(call: str, kernel: str, binary: Any, arch: int) -> dict[str, An
             subprocess.run([CUOBJDUMP, option, file.name], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
-    accesses: dict[str, int] = {}
+    keys = {"registers": "REG", "stack": "STACK", "local": "LOCAL"}
+    resources = {name: int(re.findall(rf"{key}:(\d+)", usage)[0]) for name, key in keys.items()}
+    resources["spills"] = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    resources["instructions"] = len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.MULTILINE))
+    accesses: Counter[str] = Counter()
     for instruction, suffixes in re.findall(r"\b(LDG|STG)\.E([.\w]*)", code):
         bits = re.search(r"\.(U8|U16|S8|S16|64|128)\b", suffixes)
-        name = f"{'load' if instruction == 'LDG' else 'store'}_{bits[1].lstrip('US') if bits else 32}"
-        accesses[name] = accesses.get(name, 0) + 1
-    return {
-        "arch": arch,
-        "call": call,
-        "kernel": kernel,
-        "warps": binary.metadata.num_warps,
-        "registers": registers,
-        "stack": stack,
-        "local": local,
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4}\*/", code, re.MULTILINE)),
-        **accesses,
-    }
+        accesses[f"{'load' if instruction == 'LDG' else 'store'}_{bits[1].lstrip('US') if bits else 32}"] += 1
+    warps = binary.metadata.num_warps
+    return {"arch": arch, "call": call, "kernel": kernel, "warps": warps} | resources | accesses
 
 
 def as_text(row: dict[str, Any]) -> str:

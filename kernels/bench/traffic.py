@@ -8,27 +8,25 @@ all inputs and outputs, as if the cache were empty between operators. A kernel c
 
 import argparse
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
-import ddae_kernels as dk
 import torch
+from bench import LOSSES, PATCH, random_inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from triton.runtime.interpreter import InterpreterBuilder
 
-K, B, M, PATCH = 4, 1, 12, 16
-# Minimum bytes per element: pred read, gradient written and target read once each. feature and instance have a target
-# per tap; instance is dynamic_feature_mse with target_norm instance_layer.
+# Minimum bytes per element: pred read, gradient written and target read once each.
 FLOOR = {"mse": 4.5, "feature": 6.0, "instance": 6.0, "pixel": 4.25}
 
 
 class OperatorTraffic(TorchDispatchMode):
     """Counter of the bytes that torch operators read and write; views count 0."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
+    bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -41,25 +39,23 @@ class OperatorTraffic(TorchDispatchMode):
         return result
 
 
-class KernelTraffic:
+class KernelTraffic(ExitStack):
     """Context that counts the bytes which interpreted kernels load and store.
 
     `bytes` has keys such as "load pred" for the named tensors, and "load other", "store other" for all other memory.
     """
 
     def __init__(self, **tensors: Tensor):
-        self.ranges = {name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for name, t in tensors.items()}
+        super().__init__()
+        self.ranges = {name: (t.data_ptr(), t.data_ptr() + t.nbytes) for name, t in tensors.items()}
         self.bytes: dict[str, int] = {}
 
     def __enter__(self) -> "KernelTraffic":
-        self._originals = {kind: getattr(InterpreterBuilder, f"create_masked_{kind}") for kind in ("load", "store")}
-        for kind, original in self._originals.items():
-            setattr(InterpreterBuilder, f"create_masked_{kind}", self._count(kind, original))
+        for kind in ("load", "store"):
+            name = f"create_masked_{kind}"
+            counted = self._count(kind, getattr(InterpreterBuilder, name))
+            self.enter_context(mock.patch.object(InterpreterBuilder, name, counted))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for kind, original in self._originals.items():
-            setattr(InterpreterBuilder, f"create_masked_{kind}", original)
 
     def _count(self, kind: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def counted(builder, pointers, *args):
@@ -78,42 +74,29 @@ class KernelTraffic:
 
 def bytes_per_element(loss: str, impl: str) -> float:
     """Return the bytes that a forward and backward pass moves, per element of the predictions."""
-    pred = torch.randn(K, B, M, 3 * PATCH**2, dtype=torch.bfloat16, requires_grad=True)
-    vectors = torch.ones(B, M), torch.zeros(K, requires_grad=True), torch.ones(K)
-    if loss == "pixel":
-        call: Callable[..., dk.DynamicLoss] = dk.dynamic_pixel_mse
-        images = torch.zeros(B, 3, 64, 64, dtype=torch.uint8)
-        target: tuple[Tensor, ...] = images, torch.arange(M).expand(B, M)
-        options: dict[str, Any] = {"patch": PATCH, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    else:
-        call = dk.dynamic_mse if loss == "mse" else dk.dynamic_feature_mse
-        target = (torch.randn_like(pred[0] if loss == "mse" else pred),)
-        options = {"target_norm": "instance_layer"} if loss == "instance" else {}
+    inputs = random_inputs(loss, 3 * PATCH**2, 1, torch.device("cpu"))
     counter = OperatorTraffic() if impl == "reference" else KernelTraffic()
     with counter:
-        call(pred, *target, *vectors, impl=impl, **options).loss.backward()
+        LOSSES[loss](*inputs, impl=impl).loss.backward()
     total = counter.bytes if isinstance(counter, OperatorTraffic) else sum(counter.bytes.values())
-    return total / pred.numel()
+    return total / inputs[0].numel()
 
 
 def draw(rows: dict[str, dict[str, float]], path: str) -> None:
     """Save a bar chart of bytes per element, with one group of bars per loss."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 3.2), layout="constrained")
-    labels = {
-        "torch": "eager torch",
-        "triton": "ddae_kernels (Triton)",
-        "floor": "floor (each tensor moved once)",
-    }
-    colours = {"torch": "#999999", "triton": "#0072b2", "floor": "#e69f00"}
-    for position, (kind, label) in enumerate(labels.items()):
+    figure = Figure(figsize=(7.5, 3.2), layout="constrained")
+    axes = figure.subplots()
+    bars = (
+        ("torch", "eager torch", "#999999"),
+        ("triton", "ddae_kernels (Triton)", "#0072b2"),
+        ("floor", "floor (each tensor moved once)", "#e69f00"),
+    )
+    for position, (kind, label, colour) in enumerate(bars):
         y = [3.6 * (len(rows) - i) - position for i in range(len(rows))]
-        bars = axes.barh(y, [row[kind] for row in rows.values()], 0.9, color=colours[kind], label=label)
-        axes.bar_label(bars, fmt="%.2f" if kind != "torch" else "%.0f", padding=3, fontsize=9)
+        group = axes.barh(y, [row[kind] for row in rows.values()], 0.9, color=colour, label=label)
+        axes.bar_label(group, fmt="%.2f" if kind != "torch" else "%.0f", padding=3, fontsize=9)
     calls = {"mse": "dynamic_mse", "instance": "dynamic_feature_mse,\ninstance_layer"}
     names = [calls.get(name, f"dynamic_{name}_mse") for name in rows]
     axes.set_yticks([3.6 * (len(rows) - i) - 1 for i in range(len(rows))], names)
@@ -130,8 +113,8 @@ def main() -> None:
     figure = parser.parse_args().figure
     rows = {}
     for loss, floor in FLOOR.items():
-        impls = {"torch": "reference", "triton": "triton"}
-        rows[loss] = {kind: bytes_per_element(loss, impl) for kind, impl in impls.items()} | {"floor": floor}
+        torch_bytes, triton_bytes = (bytes_per_element(loss, impl) for impl in ("reference", "triton"))
+        rows[loss] = {"torch": torch_bytes, "triton": triton_bytes, "floor": floor}
         counts = "".join(f"  {kind} {count:6.2f}" for kind, count in rows[loss].items())
         print(f"{loss:8}{counts} bytes per element")
     if figure:

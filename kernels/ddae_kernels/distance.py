@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ddae_kernels.implementation import resolve_impl, should_check_values
+from ddae_kernels.implementation import check_choice, resolve_impl, should_check_values
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float32
@@ -36,20 +36,13 @@ def patch_distance(
     if not isinstance(grid, tuple | list) or len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid is {grid}; expected (rows, columns), both >= 1. Pass the patch grid of the images.")
     height, width = grid
-    if masked.ndim != 2 or masked.shape[1] != height * width:
-        raise ValueError(
-            f"masked has shape {list(masked.shape)}; expected [B, {height * width}] for grid {grid}. "
-            "Pass one value per patch, or the grid that fits masked."
-        )
-    if masked.dtype != torch.bool:
-        raise ValueError(f"masked is {masked.dtype}; expected bool, True where a patch is masked. Convert it.")
+    if masked.dtype != torch.bool or masked.ndim != 2 or masked.shape[1] != height * width:
+        expected = f"expected bool [B, {height * width}] for grid {grid}, True where a patch is masked"
+        raise ValueError(f"masked is {masked.dtype} {list(masked.shape)}; {expected}.")
     if should_check_values(masked) and bool(masked.all(1).any()):
-        raise ValueError(
-            "masked contains an image without a visible patch, so its distances are undefined. "
-            "Leave at least one patch of each image unmasked."
-        )
-    if norm not in DISTANCE_NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(DISTANCE_NORMS)}.")
+        expected = "expected at least one, otherwise its distances are undefined"
+        raise ValueError(f"masked contains an image without a visible patch; {expected}. Unmask a patch of each image.")
+    check_choice("norm", norm, DISTANCE_NORMS)
     if resolve_impl(impl, masked.device) == "triton":
         from ddae_kernels import operators  # imported on first use: Triton may not be installed
 

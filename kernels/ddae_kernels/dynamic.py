@@ -5,20 +5,20 @@ Shape letters: B images, N patches, M masked patches per image, K taps, D width,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ddae_kernels import reference
-from ddae_kernels.implementation import resolve_impl, should_check_values
+from ddae_kernels.implementation import check_choice, resolve_impl, should_check_values
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64, UInt8
 
 RESCALE_GRADS = ("full", "detach")
 TARGET_NORMS = ("layer", "instance_layer", "batch_layer", "none")  # of features
-STANDARDISE_EPS = 1e-5  # added to the variance of a channel over tokens, as in torch's instance_norm
 PATCH_NORMS = {"per_channel": (False, 1e-5), "joint": (True, 1e-6), "none": (False, 0.0)}  # norm: (unbiased, eps)
 
 
@@ -50,7 +50,7 @@ def weight_norm(distance: Float[Tensor, "B M"], beta: Float[Tensor, " K"], ref_b
     ref_batch = 256 gives the norm of a flattened batch of 256 images, independent of the actual batch size.
     Raise ValueError if an argument is invalid.
     """
-    _check_weights(distance, beta, "full")
+    _check_weights(distance, beta)
     if ref_batch <= 0:
         raise ValueError(f"ref_batch is {ref_batch}; expected a number of images > 0.")
     return reference.weight_norm(distance, beta, ref_batch)
@@ -82,12 +82,9 @@ def dynamic_mse(
 
     Raise ValueError if a shape, dtype, device or option is invalid, or a value is (on the CPU, or with DDAE_CHECK=1).
     """
-    _check_loss(pred, distance, beta, tap_weight, rescale_grad, patch_weight)
-    _check_target(pred, target)
-    weights = distance, beta, tap_weight, rescale_grad, patch_weight
-    if resolve_impl(impl, pred.device, pred.dtype, target.dtype) == "triton":
-        return _triton_loss(pred, target, *weights)
-    return _detach_components(*reference.weighted_mse(pred, target, *weights))
+    options: dict[str, Any] = {"rescale_grad": rescale_grad, "patch_weight": patch_weight, "impl": impl}
+    vectors = distance, beta, tap_weight
+    return dynamic_feature_mse(pred, target, *vectors, norm_pred=False, target_norm="none", eps=0.0, **options)
 
 
 def dynamic_pixel_mse(
@@ -120,15 +117,14 @@ def dynamic_pixel_mse(
 
     Raise ValueError if an argument is invalid.
     """
-    _check_loss(pred, distance, beta, tap_weight, rescale_grad, patch_weight)
-    if norm not in PATCH_NORMS:
-        raise ValueError(f"norm is {norm!r}; expected one of {', '.join(PATCH_NORMS)}.")
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight
+    _check_loss(pred, *weights)
+    check_choice("norm", norm, PATCH_NORMS)
     _check_images(pred, images_u8, patch, mean, std)
     masked = _masked_indices(masked, distance, images_u8.shape[2] * images_u8.shape[3] // patch**2)
-    _check_device(pred, images_u8=images_u8, masked=masked)
+    _check_constants(pred, images_u8=images_u8, masked=masked)
     unbiased = PATCH_NORMS[norm][0] if unbiased is None else unbiased
     eps = PATCH_NORMS[norm][1] if eps is None else eps
-    weights = distance, beta, tap_weight, rescale_grad, patch_weight
     if resolve_impl(impl, pred.device, pred.dtype) == "triton":
         options = {"masked": masked, "patch": patch, "mean": mean, "std": std}
         return _triton_loss(pred, images_u8, *weights, norm=norm, unbiased=unbiased, eps=eps, **options)
@@ -156,19 +152,19 @@ def dynamic_feature_mse(
     target_norm: "layer" applies LayerNorm without affine to each token (BootMAE). "instance_layer" first standardises
     each channel over the masked tokens of an image (data2vec 2.0), "batch_layer" over those of all images in the call.
     "none" leaves the target unchanged. norm_pred: apply the same LayerNorm, but no standardisation, to the prediction.
-    eps: of the LayerNorm; the standardisation uses STANDARDISE_EPS. A channel or token of zero variance becomes 0.
-    The other arguments, shapes and errors are those of `dynamic_mse`.
+    eps: of the LayerNorm; the standardisation uses STANDARDISE_EPS of reference.py. A channel or token of zero variance
+    becomes 0. The other arguments, shapes and errors are those of `dynamic_mse`.
     """
-    if target_norm not in TARGET_NORMS:
-        raise ValueError(f"target_norm is {target_norm!r}; expected one of {', '.join(TARGET_NORMS)}.")
-    _check_loss(pred, distance, beta, tap_weight, rescale_grad, patch_weight)
-    _check_target(pred, target)
     weights = distance, beta, tap_weight, rescale_grad, patch_weight
+    check_choice("target_norm", target_norm, TARGET_NORMS)
+    _check_loss(pred, *weights)
+    fix = "Pass one target for all taps, [B, M, D], or one per tap, [K, B, M, D]."
+    _check_tensor("target", target, pred.shape if target.ndim == 4 else pred.shape[1:], fix)
+    _check_constants(pred, target=target)
     if resolve_impl(impl, pred.device, pred.dtype, target.dtype) == "triton":
-        options = {"norm": target_norm, "eps": eps, "norm_pred": norm_pred, "standardise_eps": STANDARDISE_EPS}
-        return _triton_loss(pred, target, *weights, **options)
+        return _triton_loss(pred, target, *weights, norm=target_norm, eps=eps, norm_pred=norm_pred)
     dtype = reference.compute_dtype(pred, target)
-    target = reference.feature_target(target, target_norm, eps, STANDARDISE_EPS, dtype)
+    target = reference.feature_target(target, target_norm, eps, dtype)
     pred = reference.layer_norm(pred, eps, dtype) if norm_pred else pred
     return _detach_components(*reference.weighted_mse(pred, target, *weights))
 
@@ -189,13 +185,10 @@ def dynamic_error(
     token_error: [K, B, M]; the other arguments and errors are those of `dynamic_mse`, which is this loss of squared
     errors. Differentiable in token_error and beta by autograd; there is no Triton version, because [K, B, M] is small.
     """
-    if token_error.ndim != 3:
-        raise ValueError(
-            f"token_error has shape {_shape(token_error)}; expected [K, B, M]. Pass one value per masked patch and tap."
-        )
-    _check_loss(token_error[..., None], distance, beta, tap_weight, rescale_grad, patch_weight)
-    components = reference.weighted_error(token_error, distance, beta, tap_weight, rescale_grad, patch_weight)
-    return _detach_components(*components)
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight
+    _check_tensor("token_error", token_error, ("K", "B", "M"), "Pass one value per tap and masked patch.")
+    _check_loss(token_error[..., None], *weights)
+    return _detach_components(*reference.weighted_error(token_error, *weights))
 
 
 def _triton_loss(*args, **options) -> DynamicLoss:
@@ -208,14 +201,32 @@ def _detach_components(loss: Tensor, tap_loss: Tensor, token_error: Tensor) -> D
     return DynamicLoss(loss, tap_loss.detach(), token_error.detach())
 
 
-def _shape(tensor: Tensor) -> list[int]:
-    return list(tensor.shape)
+def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], fix: str, dtype: str = "float") -> None:
+    """Raise ValueError unless `tensor` has `dtype` and `shape`, where a letter is any size. Only vectors may be empty.
+
+    dtype: "float" for any floating-point dtype. fix: sentence for the error message.
+    """
+    has_dtype = tensor.is_floating_point() if dtype == "float" else tensor.dtype == getattr(torch, dtype)
+    is_empty = len(shape) > 1 and 0 in tensor.shape
+    sizes = zip(tensor.shape, shape, strict=False)
+    if (
+        not has_dtype
+        or is_empty
+        or tensor.ndim != len(shape)
+        or any(n != s for n, s in sizes if not isinstance(s, str))
+    ):
+        expected = f"expected {dtype} [{', '.join(map(str, shape))}]{', not empty' if is_empty else ''}"
+        raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; {expected}. {fix}")
 
 
-def _check_device(pred: Tensor, **others: Tensor) -> None:
-    for name, tensor in others.items():
+def _check_constants(pred: Tensor, **tensors: Tensor) -> None:
+    """Raise ValueError unless the tensors are on pred's device and require no gradient."""
+    for name, tensor in tensors.items():
         if tensor.device != pred.device:
             raise ValueError(f"{name} is on {tensor.device}, but pred is on {pred.device}. Move both to one device.")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            message = "but the loss has gradients of pred and beta only"
+            raise ValueError(f"{name} requires a gradient, {message}. Pass {name}.detach().")
 
 
 def _check_finite(**tensors: Tensor) -> None:
@@ -224,117 +235,62 @@ def _check_finite(**tensors: Tensor) -> None:
             raise ValueError(f"{name} contains a non-finite value; expected finite values.")
 
 
-def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str) -> None:
-    if rescale_grad not in RESCALE_GRADS:
-        raise ValueError(f"rescale_grad is {rescale_grad!r}; expected one of {', '.join(RESCALE_GRADS)}.")
-    if distance.ndim != 2 or 0 in distance.shape or not distance.is_floating_point():
-        raise ValueError(
-            f"distance is {distance.dtype} {_shape(distance)}; expected a non-empty float tensor [B, M]. "
-            "Pass the distances of the masked patches."
-        )
-    if beta.ndim != 1 or not beta.is_floating_point():
-        raise ValueError(f"beta is {beta.dtype} {_shape(beta)}; expected a float tensor [K]. Pass one value per tap.")
+def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str = "full") -> None:
+    check_choice("rescale_grad", rescale_grad, RESCALE_GRADS)
+    _check_tensor("distance", distance, ("B", "M"), "Pass the distances of the masked patches.")
+    _check_tensor("beta", beta, ("K",), "Pass one value per tap.")
     if beta.device != distance.device:
         raise ValueError(f"beta is on {beta.device}, but distance is on {distance.device}. Move both to one device.")
     if should_check_values(distance) and not bool((distance.isfinite() & (distance > 0)).all()):
+        expected = "expected the distances of the masked patches only"
         raise ValueError(
-            "distance contains a value that is non-finite or <= 0. Pass the distances of the masked patches only."
+            f"distance contains a value that is non-finite or <= 0; {expected}. Leave out visible patches."
         )
     _check_finite(beta=beta)
 
 
 def _check_loss(
-    pred: Tensor,
-    distance: Tensor,
-    beta: Tensor,
-    tap_weight: Tensor,
-    rescale_grad: str,
-    patch_weight: Tensor | None = None,
+    pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str, patch_weight: Tensor | None
 ) -> None:
     _check_weights(distance, beta, rescale_grad)
-    if pred.ndim != 4 or 0 in pred.shape or not pred.is_floating_point():
-        raise ValueError(f"pred is {pred.dtype} {_shape(pred)}; expected a non-empty float tensor [K, B, M, D].")
-    num_taps, num_images, num_masked, _ = pred.shape
-    if distance.shape != (num_images, num_masked):
-        raise ValueError(
-            f"distance is {_shape(distance)}; expected [{num_images}, {num_masked}] for pred {_shape(pred)}. "
-            "Pass the distances of the masked patches."
-        )
-    for name, tensor in (("beta", beta), ("tap_weight", tap_weight)):
-        if tensor.shape != (num_taps,) or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} is {tensor.dtype} {_shape(tensor)}; expected a float tensor [{num_taps}] for pred "
-                f"{_shape(pred)}. Pass one value per tap."
-            )
-    _check_finite(tap_weight=tap_weight)
-    _check_device(pred, distance=distance, beta=beta, tap_weight=tap_weight)
-    _check_constant(distance=distance, tap_weight=tap_weight)
-    if patch_weight is None:
-        return
-    if patch_weight.shape != distance.shape or not patch_weight.is_floating_point():
-        raise ValueError(
-            f"patch_weight is {patch_weight.dtype} {_shape(patch_weight)}; expected a float tensor {_shape(distance)}. "
-            "Pass one value per masked patch."
-        )
-    _check_finite(patch_weight=patch_weight)
-    _check_device(pred, patch_weight=patch_weight)
-    _check_constant(patch_weight=patch_weight)
-
-
-def _check_target(pred: Tensor, target: Tensor) -> None:
-    if target.shape not in (pred.shape, pred.shape[1:]) or not target.is_floating_point():
-        raise ValueError(
-            f"target is {target.dtype} {_shape(target)}; expected a float tensor {_shape(pred[0])}, shared by all "
-            f"taps, or {_shape(pred)}."
-        )
-    _check_device(pred, target=target)
-    _check_constant(target=target)
-
-
-def _check_constant(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{name} requires a gradient, but the loss has gradients of pred and beta only. Pass {name}.detach()."
-            )
+    _check_tensor("pred", pred, ("K", "B", "M", "D"), "Pass the predictions of all taps, at least one.")
+    _check_tensor("distance", distance, pred.shape[1:3], "Pass one distance per masked patch of pred.")
+    _check_tensor("beta", beta, pred.shape[:1], "Pass one value per tap of pred.")
+    _check_tensor("tap_weight", tap_weight, pred.shape[:1], "Pass one value per tap of pred.")
+    constants = {"tap_weight": tap_weight}
+    if patch_weight is not None:
+        _check_tensor("patch_weight", patch_weight, distance.shape, "Pass one value per masked patch.")
+        constants["patch_weight"] = patch_weight
+    _check_finite(**constants)
+    _check_constants(pred, distance=distance, **constants)
 
 
 def _masked_indices(masked: Tensor, distance: Tensor, num_patches: int) -> Tensor:
     """Return int64 [B, M] indices, given those or a bool mask [B, N] with M masked patches in every row."""
     num_images, num_masked = distance.shape
-    if masked.dtype == torch.bool and masked.shape == (num_images, num_patches):
+    if masked.dtype == torch.bool:
+        _check_tensor("masked", masked, (num_images, num_patches), "Pass one value per patch of images_u8.", "bool")
         if should_check_values(masked) and not bool((masked.sum(1) == num_masked).all()):
-            raise ValueError(
-                f"masked has a row that does not mark {num_masked} patches, the number of patches in distance. "
-                "Mask as many patches in every image."
-            )
+            expected = "expected as many in every image as in distance"
+            raise ValueError(f"masked has a row that does not mark {num_masked} patches; {expected}. Mask as many.")
         return masked.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_masked]
-    if masked.shape != distance.shape or masked.dtype != torch.int64:
-        raise ValueError(
-            f"masked is {masked.dtype} {_shape(masked)}; expected indices, int64 {_shape(distance)}, "
-            f"or a mask, bool [{num_images}, {num_patches}]."
-        )
+    fix = f"Pass the indices of the masked patches, or a mask, bool [{num_images}, {num_patches}]."
+    _check_tensor("masked", masked, distance.shape, fix, "int64")
     if should_check_values(masked) and not bool(((masked >= 0) & (masked < num_patches)).all()):
         raise ValueError(f"masked contains an index outside 0 to {num_patches - 1}, the patches of images_u8.")
     return masked
 
 
-def _check_images(pred: Tensor, images_u8: Tensor, patch: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+def _check_images(pred: Tensor, images_u8: Tensor, patch: int, mean: Sequence[float], std: Sequence[float]) -> None:
     if patch < 1:
         raise ValueError(f"patch is {patch}; expected the side of a patch in pixels, >= 1.")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != 3 or (name == "std" and min(values) <= 0):
-            above_zero = ", all > 0" if name == "std" else ""
-            raise ValueError(f"{name} is {values}; expected three numbers{above_zero}. Pass one value per channel.")
-    if images_u8.dtype != torch.uint8 or images_u8.ndim != 4 or images_u8.shape[:2] != (pred.shape[1], 3):
-        raise ValueError(
-            f"images_u8 is {images_u8.dtype} {_shape(images_u8)}; expected uint8 [{pred.shape[1]}, 3, H, W]. "
-            "Pass the RGB bytes of the images that pred was computed from."
-        )
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        expected = "expected three numbers each, one per channel, and those of std all > 0"
+        raise ValueError(f"mean is {mean} and std is {std}; {expected}.")
+    fix = "Pass the RGB bytes of the images that pred was computed from."
+    _check_tensor("images_u8", images_u8, (pred.shape[1], 3, "H", "W"), fix, "uint8")
     height, width = images_u8.shape[2:]
     if height % patch or width % patch:
         raise ValueError(f"images_u8 is {height} x {width} pixels; expected multiples of patch, which is {patch}.")
-    if pred.shape[3] != patch * patch * 3:
-        raise ValueError(
-            f"pred has {pred.shape[3]} values per patch; expected {patch**2 * 3} for patch {patch} (patch * patch * 3)."
-        )
+    if pred.shape[3] != 3 * patch**2:
+        raise ValueError(f"pred has {pred.shape[3]} values per patch; expected {3 * patch**2}, 3 * patch * patch.")

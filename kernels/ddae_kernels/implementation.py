@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -15,6 +16,12 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 logger = logging.getLogger("ddae_kernels")
 
 
+def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
+    """Raise ValueError if `value` is not one of `choices`. name: of the argument, for the message."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(choices)}.")
+
+
 def resolve_impl(impl: str, device: torch.device, *dtypes: torch.dtype, quiet: bool = False) -> str:
     """Return "reference" or "triton" for a call with tensors of this device and these dtypes.
 
@@ -23,17 +30,14 @@ def resolve_impl(impl: str, device: torch.device, *dtypes: torch.dtype, quiet: b
 
     Raise ValueError if `impl` is unknown, or if it is "triton" and Triton cannot run the call.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; expected one of {', '.join(IMPLEMENTATIONS)}.")
+    check_choice("impl", impl, IMPLEMENTATIONS)
     if impl == "reference":
         return impl
     obstacle = _triton_obstacle(device.type, dtypes)
-    if impl == "triton":
-        if obstacle:
-            raise ValueError(f"impl='triton' cannot serve this call: {obstacle}. Pass impl='reference'.")
-        return impl
-    resolved = "triton" if device.type == "cuda" and not obstacle else "reference"
-    if not (quiet or torch.compiler.is_compiling()):
+    if impl == "triton" and obstacle:
+        raise ValueError(f"impl='triton' cannot serve this call: {obstacle}. Pass impl='reference'.")
+    resolved = "triton" if impl == "triton" or (device.type == "cuda" and not obstacle) else "reference"
+    if impl == "auto" and not (quiet or torch.compiler.is_compiling()):
         _log_choice(resolved, device.type, obstacle)
     return resolved
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddae_kernels import triton_impl
+from ddae_kernels import reference, triton_impl
 
 kernels: Any = triton_impl  # Any: kernel[grid](...) has no types
+cdiv, next_power_of_2 = kernels.triton.cdiv, kernels.triton.next_power_of_2  # triton_impl alone imports triton
 # Masked patches per program. Few balance the load at the end of the launch. More than one amortise the scan over all
 # distances of the image with which every program starts.
 ROWS = 4
@@ -26,7 +27,7 @@ ROWS = 4
 def patch_distance(masked: Tensor, height: int, width: int, over_max: bool = False) -> Tensor:
     """Return the distances that distance.py defines: bool [B, height * width] -> float32 [B, height * width]."""
     distance = torch.empty(masked.shape, device=masked.device)
-    block_h, block_w = _next_power_of_2(height), _next_power_of_2(width)
+    block_h, block_w = next_power_of_2(height), next_power_of_2(width)
     num_warps = _num_warps(block_w * max(block_h, block_w), 512)
     with torch.cuda.device_of(masked):
         kernels.distance_kernel[(len(masked),)](
@@ -53,7 +54,6 @@ def dynamic_loss(
     unbiased: bool = False,
     eps: float = 0.0,
     norm_pred: bool = False,
-    standardise_eps: float = 0.0,
     masked: Tensor | None = None,
     patch: int = 0,
     mean: Sequence[float] = (),
@@ -69,7 +69,7 @@ def dynamic_loss(
     patch_weight = patch_weight if patch_weight is None else patch_weight.float().contiguous()
     target, statistics = target.contiguous(), (None, None)
     if norm in ("instance_layer", "batch_layer"):
-        statistics, norm = _mean_and_scale(target, norm == "batch_layer", standardise_eps), "standardised_layer"
+        statistics, norm = _mean_and_scale(target, norm == "batch_layer"), "standardised_layer"
     # Scales, then offsets, that turn the bytes of each channel into pixels normalised by mean and std.
     affine = [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]
     loss, tap_loss, token_error, _, _ = _dynamic_loss(
@@ -81,17 +81,18 @@ def dynamic_loss(
     return loss, tap_loss, token_error
 
 
-def _mean_and_scale(target: Tensor, over_batch: bool, eps: float) -> tuple[Tensor, Tensor]:
-    """Return mean and 1 / sqrt(variance + eps) of each channel over masked tokens: [.., B, M, D] -> [taps, images, D].
+def _mean_and_scale(target: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
+    """Return mean and 1 / sqrt(variance + STANDARDISE_EPS) of each channel over masked tokens.
 
-    taps is 1 if all taps share the target; images is 1 if the statistics are over the batch.
+    [.., B, M, D] -> two tensors [taps, images, D]. taps is 1 if all taps share the target; images is 1 if the
+    statistics are over the batch.
     """
     means, variances = _token_statistics(target)
     if over_batch:
         batch_mean = means[:, :1] + (means - means[:, :1]).mean(1, keepdim=True)  # exact if all means are equal
         variances = (variances + (means - batch_mean).square()).mean(1, keepdim=True)  # images have equal token counts
         means = batch_mean
-    return means.contiguous(), (variances + eps).rsqrt()
+    return means.contiguous(), (variances + reference.STANDARDISE_EPS).rsqrt()
 
 
 @torch.library.custom_op("ddae_kernels::token_statistics", mutates_args=())
@@ -99,9 +100,9 @@ def _token_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each channel over the tokens of an image: [.., B, M, D] -> [taps, B, D]."""
     mean, variance = _empty_statistics(target)
     num_tokens, width = target.shape[-2:]
-    block_d = min(128, _next_power_of_2(width))
+    block_d = min(128, next_power_of_2(width))
     with torch.cuda.device_of(target):
-        kernels.statistics_kernel[(target.shape[:-2].numel(), _ceil_div(width, block_d))](
+        kernels.statistics_kernel[(target.shape[:-2].numel(), cdiv(width, block_d))](
             *(target, mean, variance, num_tokens), D=width, BLOCK_M=16, BLOCK_D=block_d, num_warps=4
         )
     return mean, variance
@@ -145,8 +146,8 @@ def _dynamic_loss(
     loss, tap_loss, token_error, grad, beta_grad = outputs
     num_taps, num_images, num_masked, dim = pred.shape
     height, width = target.shape[2:] if patch else (0, 0)
-    block_k, block_d = _next_power_of_2(num_taps), _next_power_of_2(dim)
-    programs = num_images * _ceil_div(num_masked, ROWS)
+    block_k, block_d = next_power_of_2(num_taps), next_power_of_2(dim)
+    programs = num_images * cdiv(num_masked, ROWS)
     partial = torch.empty(2, num_taps, programs, device=pred.device)
     with torch.cuda.device_of(pred):
         kernels.loss_kernel[(programs,)](
@@ -207,10 +208,10 @@ def _scale_gradients(grad: Tensor, beta_grad: Tensor, upstream: Tensor, unit: fl
     upstream * unit = 1 and leave grad unchanged.
     """
     block, num_taps = 4096, len(beta_grad)
-    programs = min(1024, max(1, _ceil_div(grad.numel(), block)))
+    programs = min(1024, max(1, cdiv(grad.numel(), block)))
     with torch.cuda.device_of(grad):
         kernels.scale_kernel[(programs,)](
-            grad, beta_grad, upstream, unit, grad.numel(), num_taps, _next_power_of_2(num_taps), block
+            grad, beta_grad, upstream, unit, grad.numel(), num_taps, next_power_of_2(num_taps), block
         )
 
 
@@ -234,15 +235,6 @@ def _backward(ctx, upstream: Tensor, *_):
 
 NUM_INPUTS = len(inspect.signature(_dynamic_loss._init_fn).parameters)
 _dynamic_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _ceil_div(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _next_power_of_2(size: int) -> int:
-    """Return the smallest power of two >= size, as Triton's block sizes must be."""
-    return 1 << (size - 1).bit_length()
 
 
 def _num_warps(elements: int, elements_per_warp: int) -> int:

@@ -17,10 +17,13 @@ Everything is computed in fp32, or in fp64 if the prediction or its target is fp
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+STANDARDISE_EPS = 1e-5  # added to the variance of a channel over tokens, as in torch's instance_norm
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -53,19 +56,10 @@ def weight_norm(distance: Tensor, beta: Tensor, ref_batch: float) -> Tensor:
     return (ref_batch * weight.square().sum(-1).mean(-1)).sqrt()
 
 
-def weighted_mse(
-    pred: Tensor,
-    target: Tensor,
-    distance: Tensor,
-    beta: Tensor,
-    tap_weight: Tensor,
-    rescale_grad: str,
-    patch_weight: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss [], tap_loss [K] and token_error [K, B, M] for pred [K, B, M, D] and patch_weight [B, M]."""
+def weighted_mse(pred: Tensor, target: Tensor, *weights: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `weighted_error` of the squared errors of pred [K, B, M, D]. weights: the other arguments of that call."""
     dtype = compute_dtype(pred, target)
-    token_error = (pred.to(dtype) - target.to(dtype)).square().mean(-1)
-    return weighted_error(token_error, distance, beta, tap_weight, rescale_grad, patch_weight)
+    return weighted_error((pred.to(dtype) - target.to(dtype)).square().mean(-1), *weights)
 
 
 def weighted_error(
@@ -74,9 +68,9 @@ def weighted_error(
     beta: Tensor,
     tap_weight: Tensor,
     rescale_grad: str,
-    patch_weight: Tensor | None = None,
+    patch_weight: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss [], tap_loss [K] and token_error [K, B, M] for any per-patch error [K, B, M]."""
+    """Return loss [], tap_loss [K] and token_error [K, B, M] for any error [K, B, M]. patch_weight: [B, M]."""
     dtype = compute_dtype(token_error)
     relative = relative_weights(distance.to(dtype), beta.to(dtype), rescale_grad)
     if patch_weight is not None:
@@ -132,17 +126,17 @@ def layer_norm(tokens: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     return F.layer_norm(tokens.to(dtype), tokens.shape[-1:], eps=eps)
 
 
-def feature_target(target: Tensor, norm: str, eps: float, standardise_eps: float, dtype: torch.dtype) -> Tensor:
+def feature_target(target: Tensor, norm: str, eps: float, dtype: torch.dtype) -> Tensor:
     """Normalise the teacher's tokens [.., B, M, D], which have no gradient.
 
     norm: "layer" applies LayerNorm to each token. "instance_layer" first standardises each channel over the M masked
-    tokens of an image, "batch_layer" over those of all images: (t - mean) / sqrt(variance + standardise_eps) with the
+    tokens of an image, "batch_layer" over those of all images: (t - mean) / sqrt(variance + STANDARDISE_EPS) with the
     biased variance. "none" leaves the tokens unchanged.
     """
     target = target.to(dtype)
     if norm in ("instance_layer", "batch_layer"):
         mean, variance = token_statistics(target, over_batch=norm == "batch_layer")
-        target = (target - mean) / (variance + standardise_eps).sqrt()
+        target = (target - mean) / (variance + STANDARDISE_EPS).sqrt()
     return target if norm == "none" else layer_norm(target, eps, dtype)
 
 

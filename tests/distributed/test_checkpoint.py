@@ -11,26 +11,29 @@ from ddae.distributed.comm import configure_logging
 from ddae.errors import UserError
 
 
-def make(folder, step, files=("state.pt", "rank_00000.safetensors"), format=FORMAT):
+def make(folder, step, format=FORMAT):
+    """Write a complete checkpoint of two files with 100 zero bytes each."""
     path = folder / f"step_{step:08d}"
     path.mkdir(parents=True)
+    files = ("state.pt", "rank_00000.safetensors")
     for name in files:
         (path / name).write_bytes(bytes(100))
     entry = {"bytes": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}
-    (path / MANIFEST).write_text(json.dumps({"format": format, "step": step, "ranks": 1, "files": dict.fromkeys(files, entry)}))
+    manifest = {"format": format, "step": step, "ranks": 1, "files": dict.fromkeys(files, entry)}
+    (path / MANIFEST).write_text(json.dumps(manifest))
     return path
 
 
-def test_a_new_run_has_none(tmp_path):
+def test_a_new_run_has_no_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints", 3).newest(allow_restart=False) is None
 
 
-def test_the_newest_is_used(tmp_path):
+def test_the_newest_checkpoint_is_used(tmp_path):
     for step in (5, 100, 20):
         make(tmp_path, step)
     (tmp_path / ".unfinished_00000200").mkdir()
-    found = Checkpoints(tmp_path, 3).newest(False)
-    assert (found.step, found.path.name) == (100, "step_00000100")
+    newest = Checkpoints(tmp_path, 3).newest(False)
+    assert (newest.step, newest.path.name) == (100, "step_00000100")
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,7 @@ def test_the_newest_is_used(tmp_path):
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest cannot be read"),
     ],
 )
-def test_a_damaged_one_is_skipped_and_named(damage, reason, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_skipped_and_logged(damage, reason, tmp_path, capsys):
     configure_logging()
     make(tmp_path, 10)
     damage(make(tmp_path, 20))
@@ -54,7 +57,7 @@ def test_a_damaged_one_is_skipped_and_named(damage, reason, tmp_path, capsys):
     assert "step_00000020" in log
 
 
-def test_a_run_with_damaged_checkpoints_alone_does_not_restart_silently(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_refused(tmp_path):
     (make(tmp_path, 10) / "state.pt").unlink()
     checkpoints = Checkpoints(tmp_path, 3)
     with pytest.raises(UserError, match="--allow_restart"):
@@ -68,7 +71,7 @@ def test_a_checkpoint_of_version_0_1_is_refused(tmp_path):
         Checkpoints(tmp_path, 3).newest(allow_restart=True)
 
 
-def test_other_folders_beside_checkpoints_are_not_touched(tmp_path):
+def test_other_folders_beside_checkpoints_are_ignored(tmp_path):
     checkpoints = Checkpoints(tmp_path, 1)
     for name in ("step_00000010_best", "step_x", "steps"):
         (tmp_path / name).mkdir()

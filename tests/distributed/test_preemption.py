@@ -1,4 +1,4 @@
-"""At which steps ranks synchronise about stopping, with a simulated clock; test_signals.py stops whole runs."""
+"""Steps at which ranks poll for signals, with a simulated clock; test_signals.py stops whole runs."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from ddae.distributed import preemption
 
 @pytest.fixture
 def stop(monkeypatch):
-    """A StopSignal of one of two ranks; `polled` lists the steps at which it synchronised, `clock` holds the time."""
+    """Return a StopSignal of one of two ranks. `polled`: steps at which it communicated; `clock`: seconds."""
     clock, polled = [0.0], []
     monkeypatch.setattr(preemption.signal, "signal", lambda *_: None)
     monkeypatch.setattr(preemption.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
@@ -23,21 +23,21 @@ def stop(monkeypatch):
 
 
 def run_steps(stop, count, seconds):
-    """`count` steps of so many seconds each."""
+    """Run `count` steps of this many seconds each."""
     for _ in range(count):
         stop.now += 1
         assert stop.poll(stop.now) == ""
         stop.clock[0] += seconds
 
 
-def test_ranks_synchronise_once_a_second(stop):
+def test_ranks_communicate_once_a_second(stop):
     run_steps(stop, 100, 0.1)
     assert 9 <= len(stop.polled) <= 13
     run_steps(stop, 20, 3)
-    assert stop.polled[-8:] == list(range(113, 121))  # slower steps: at each
+    assert stop.polled[-8:] == list(range(113, 121))  # steps of more than one second: at each
 
 
-def test_after_an_evaluation_they_synchronise_before_the_next_slow_step(stop):
+def test_after_a_reset_ranks_communicate_at_the_next_step(stop):
     run_steps(stop, 100, 0.01)
     stop.reset_poll_interval()
     run_steps(stop, 3, 10)

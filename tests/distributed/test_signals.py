@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1, under every launcher and to every process of it: a checkpoint, stopped.json, exit code 75."""
+"""SIGTERM and SIGUSR1 to each process of each launcher: a checkpoint, stopped.json, exit code 75."""
 
 import contextlib
 import json
@@ -23,46 +23,48 @@ LAUNCHERS = {
 
 
 class Job:
-    """A run under a launcher: the launcher's process, and its ranks'."""
+    """A run under a launcher: the launcher's process and the processes of its ranks."""
 
-    def __init__(self, launcher: str, words: list[str], log: Path):
+    def __init__(self, launcher: str, args: list[str], log: Path):
         self.port = str(ranks.free_port())
-        environment = os.environ | {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
-        command = [*LAUNCHERS[launcher](self.port), "launch/pretrain.py", *words]
+        env = os.environ | {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+        command = [*LAUNCHERS[launcher](self.port), "launch/pretrain.py", *args]
         self.log = log
         with open(log, "w") as out:
-            self.process = subprocess.Popen(command, env=environment, cwd=ranks.ROOT, stdout=out, stderr=out)
+            self.process = subprocess.Popen(command, env=env, cwd=ranks.ROOT, stdout=out, stderr=out)
 
     def ranks(self) -> list[psutil.Process]:
+        """Return the processes of the ranks, rank 0 first."""
         return ranks.rank_processes(self.process.pid)
 
     def node_launcher(self) -> psutil.Process:
-        """deepspeed's launch.py, between `deepspeed` and the ranks."""
+        """Return the process of DeepSpeed's launch.py, the child of `deepspeed` and parent of the ranks."""
         return psutil.Process(self.ranks()[0].ppid())
 
-    def until(self, there, seconds: float = 240) -> None:
+    def wait_until(self, condition, seconds: float = 240) -> None:
+        """Wait until condition() is true. Fail if the launcher exits, or after this many seconds."""
         deadline = time.monotonic() + seconds
-        while not there():
+        while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
                 pytest.fail(self.log.read_text()[-3000:])
             time.sleep(0.05)
 
-    def end(self, seconds: float = 60) -> dict[int, int | None]:
-        """Exit codes of the ranks where the system still tells them, once all are gone."""
-        gone, alive = psutil.wait_procs(self._watched, timeout=seconds)
+    def wait_for_exit(self, seconds: float = 60) -> None:
+        """Wait until the ranks of watch() and the launcher have exited. Fail if a rank needs more than `seconds`."""
+        _, alive = psutil.wait_procs(self._watched, timeout=seconds)
         for process in alive:
             process.kill()
         assert alive == [], self.log.read_text()[-3000:]
         self.process.wait(timeout=60)
         assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{self.port}_*"))
-        return {process.pid: process.returncode for process in gone}
 
     def watch(self) -> None:
+        """Remember the ranks, which have no parent any more once the launcher is gone."""
         self._watched = self.ranks()
 
     def kill(self) -> None:
-        """Whatever of it is left."""
+        """Kill the launcher and all its descendants."""
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 process.kill()
@@ -82,19 +84,19 @@ CASES = [
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("launcher, number, whom", CASES, ids=lambda value: getattr(value, "name", value))
-def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, record_result):
+@pytest.mark.parametrize("launcher, number, receiver", CASES, ids=lambda value: getattr(value, "name", value))
+def test_a_signal_stops_the_run(launcher, number, receiver, shards, tmp_path, record_result):
     """A signal to a launcher or rank, two ranks with one data worker each."""
     options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
-    words = ranks.arguments(shards, tmp_path / "run", 2, *options, "--data.workers", "1")
-    job = Job(launcher, words, tmp_path / "log")
-    job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 5)
+    args = ranks.arguments(shards, tmp_path / "run", 2, *options, "--data.workers", "1")
+    job = Job(launcher, args, tmp_path / "log")
+    job.wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 5)
     job.watch()
-    told = {"launcher": [job.process], "launch.py": [job.node_launcher()], "one": job.ranks()[1:], "all": job.ranks()}
-    for process in told[whom]:
+    receivers = {"launcher": [job.process], "one": job.ranks()[1:], "all": job.ranks()}
+    for process in [job.node_launcher()] if receiver == "launch.py" else receivers[receiver]:
         process.send_signal(number)
     since = time.monotonic()
-    job.end()
+    job.wait_for_exit()
     seconds = time.monotonic() - since
     note = json.loads((tmp_path / "run" / "stopped.json").read_text())
     assert note["reason"] in (number.name, "the launcher is gone")
@@ -105,17 +107,17 @@ def test_a_signal_stops_the_run(launcher, number, whom, shards, tmp_path, record
 
 @pytest.mark.faults
 @pytest.mark.parametrize("when", ["during set-up", "during export"])
-def test_a_signal_outside_the_loop(when, shards, tmp_path, record_result):
+def test_a_signal_outside_the_training_loop(when, shards, tmp_path, record_result):
     """SIGTERM before the first step, or after the last."""
     options = ("--engine.precision", "fp32", "--train.steps", "20", "--train.report", "--train.save_every", "100")
     job = Job("none", ranks.arguments(shards, tmp_path / "run", 2, *options), tmp_path / "log")
-    late = when == "during export"
-    job.until((tmp_path / "run" / ("checkpoints/latest" if late else ".lock")).exists)
+    is_export = when == "during export"
+    job.wait_until((tmp_path / "run" / ("checkpoints/latest" if is_export else ".lock")).exists)
     job.process.send_signal(signal.SIGTERM)
     since = time.monotonic()
     code = job.process.wait(timeout=60)
     seconds = time.monotonic() - since
-    if late:
+    if is_export:
         assert code == 0, job.log.read_text()[-3000:]
         assert (tmp_path / "run" / "finished.json").exists()
         record_result(f"the export was completed, and the run exited with code 0 after {seconds:.1f} s")
@@ -126,14 +128,14 @@ def test_a_signal_outside_the_loop(when, shards, tmp_path, record_result):
     record_result(f"checkpoint of step 0, stopped.json, exit code 75 after {seconds:.1f} s")
 
 
-TOLD_WHILE_IT_PROBES = """
+SIGNAL_DURING_EVALUATION = """
 import os, runpy, signal
 from ddae.eval import features
 
-whole = features.batches_of_rank
+batches_of_rank = features.batches_of_rank
 
-def interrupted(*words):
-    for number, batch in enumerate(whole(*words)):
+def interrupted(*args):
+    for number, batch in enumerate(batches_of_rank(*args)):
         if number == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         yield batch
@@ -147,21 +149,21 @@ runpy.run_path("launch/pretrain.py", run_name="__main__")
 def test_a_signal_during_an_evaluation(digits, tmp_path, record_result):
     """SIGTERM to one of two ranks during the k-NN evaluation of the untrained encoder; then the same command again."""
     options = ("--engine.precision", "fp32", "--train.steps", "12", "--probe_every", "0.1")
-    words = ranks.arguments(digits, tmp_path / "run", 2, *options)
-    for command, code in ((["-c", TOLD_WHILE_IT_PROBES], 75), (["launch/pretrain.py"], 0)):
+    args = ranks.arguments(digits, tmp_path / "run", 2, *options)
+    for command, code in ((["-c", SIGNAL_DURING_EVALUATION], 75), (["launch/pretrain.py"], 0)):
         since = time.monotonic()
-        started = ranks.start(2, [*command, *words])
-        said = [rank.communicate(timeout=240)[0] for rank in started]
-        ranks.remove_shared_memory(started[0].port)
-        assert [rank.returncode for rank in started] == [code] * 2, "".join(said)
+        processes = ranks.start(2, [*command, *args])
+        outputs = [rank.communicate(timeout=240)[0] for rank in processes]
+        ranks.remove_shared_memory(processes[0].port)
+        assert [rank.returncode for rank in processes] == [code] * 2, "".join(outputs)
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-        probed = [row["step"] for row in rows if "features/effective_rank/tap_02" in row]
+        evaluated = [row["step"] for row in rows if "features/effective_rank/tap_02" in row]
         if code == 75:
             assert json.loads((tmp_path / "run" / "stopped.json").read_text()) == {"reason": "SIGTERM", "step": 0}
             assert (tmp_path / "run" / "checkpoints" / "step_00000000").is_dir()
-            assert probed == []
+            assert evaluated == []
             seconds = time.monotonic() - since
-    assert probed == [0, 9, 12]
+    assert evaluated == [0, 9, 12]
     record_result(f"checkpoint, stopped.json, exit code 75 ({seconds:.0f} s with start-up); evaluation was repeated")
 
 
@@ -171,17 +173,17 @@ def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, record_result):
     """kill -9 of one of two ranks under a launcher."""
     options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "20")
     job = Job(launcher, ranks.arguments(shards, tmp_path / "run", 2, *options), tmp_path / "log")
-    job.until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 30)
+    job.wait_until(lambda: len(read_metrics(tmp_path / "run" / "metrics.jsonl")) > 30)
     job.watch()
     job.ranks()[1].kill()
     since = time.monotonic()
-    job.end(seconds=90)
+    job.wait_for_exit(seconds=90)
     assert job.process.returncode != 0
     record_result(f"the job ended with exit code {job.process.returncode} after {time.monotonic() - since:.1f} s")
 
 
 @pytest.mark.faults
-def test_output_that_nobody_reads_any_longer_stops_the_run(shards, tmp_path, record_result):
+def test_a_closed_output_pipe_stops_the_run(shards, tmp_path, record_result):
     """The reader of a rank's output exits, as over ssh when `deepspeed --hostfile` is killed."""
     options = ("--engine.precision", "fp32", "--train.steps", "100000", "--train.save_every", "100000")
     (rank,) = ranks.start(1, ["launch/pretrain.py", *ranks.arguments(shards, tmp_path / "run", 2, *options)])

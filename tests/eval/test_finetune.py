@@ -15,7 +15,8 @@ from ddae.config.pretrain import ModelConfig
 from ddae.errors import UserError
 from ddae.eval import dataset
 from ddae.eval.augment import BatchAugment, RandAugment, posterize
-from ddae.eval.finetune import Classifier, sum_metrics
+from ddae.eval.finetune import Classifier
+from ddae.eval.metrics import sum_metrics
 from ddae.eval.predict import classify_images
 from ddae.models.vit import Encoder, initialise
 from ddae.training.optimizer import layer_groups

@@ -141,7 +141,7 @@ def test_head_is_selected_on_train(good_on_train, digits, encoder_folder):
     assert task.select(lambda: None)[0] == task.names[good_on_train]
     metrics = task.evaluate(lambda: None)
     assert metrics[f"val/top1/{task.names[1 - good_on_train].replace(' ', '_')}"] == 100
-    results = task._results(metrics, task.select(lambda: None), 0.0)
+    results = task.results([metrics], (task.select(lambda: None), 0.0))
     assert results["accuracy"] == pytest.approx(metrics[f"val/top1/{results['best'].replace(' ', '_')}"])
     assert results["accuracy"] < 50
 

@@ -18,8 +18,8 @@ from ddae.config.segmentation import SceneConfig, segment_recipe
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import open_shards
 from ddae.errors import UserError
+from ddae.eval.metrics import count_confusion, intersection_over_union, segmentation_scores
 from ddae.eval.predict import segment_images
-from ddae.eval.segmentation import count_confusion, intersection_over_union, segmentation_scores
 from ddae.eval.segmentation_data import (
     IGNORE_INDEX,
     SceneCrop,

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from ddae.ablation import tables as ablations
 from ddae.config.cli import parse
 from ddae.config.presets import preset
-from ddae.config.pretrain import ModelConfig, check
-from ddae.config.tokenizer import TOKENIZING
+from ddae.config.pretrain import ModelConfig, TokenConfig, check
+from ddae.config.tokenizer import TOKENIZING, QuantizerConfig
 from ddae.data.masking import sample_mask
 from ddae.errors import UserError
 from ddae.export.convert import read_tokenizer
@@ -46,7 +46,7 @@ def test_token_branch_equals_weighted_cross_entropy(rescale_grad):
     """Loss and gradients of tokens, head and betas, transcribed in float64."""
     mask, distance = batch()
     generator = torch.Generator().manual_seed(0)
-    branch = TokenBranch(16, CODES, (2, 5), (0.75, 1.0), rescale_grad).double()
+    branch = TokenBranch(16, TokenConfig(taps=(2, 5), tap_weights=(0.75, 1.0), codes=CODES), rescale_grad).double()
     branch.beta_indices = (1, 0)
     tokens = {tap: torch.randn(3, 37, 16, generator=generator).double().requires_grad_() for tap in (2, 5)}
     codes = torch.randint(CODES, (3, 20), generator=generator)
@@ -148,7 +148,8 @@ def test_codes_under_autocast_are_computed_in_fp32():
 
 
 def quantizer(codes=40, **options):
-    module = Quantizer(tokenizer(codes=codes), 5, 1, 8, 2, **options)
+    config = QuantizerConfig(decoder_depth=1, decoder_width=8, decoder_heads=2, **options)
+    module = Quantizer(tokenizer(codes=codes), 5, config)
     for name, parameter in module.named_parameters():
         if not name.startswith("tokenizer"):
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
@@ -158,7 +159,7 @@ def quantizer(codes=40, **options):
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_codebook_update(micro_batches):
     """code <- unit(0.9 code + 0.1 unit(sum of its vectors)), once per step; a dead code is reset to some vector."""
-    module, generator = quantizer(codes=4, decay=0.9, dead_threshold=0.5), torch.Generator().manual_seed(5)
+    module, generator = quantizer(codes=4, decay=0.9, dead=0.5), torch.Generator().manual_seed(5)
     codebook = torch.eye(8)[:4].clone()
     module.tokenizer.codebook.copy_(codebook)
     module.share.copy_(torch.tensor([0.3, 0.3, 0.3, 0.13]))

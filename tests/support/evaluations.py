@@ -1,8 +1,8 @@
 """One rank that pretrains and evaluates encoders. Reads commands from standard input, one JSON list a line:
 
-    ["finetune", "--encoder", ...]   run a command of COMMANDS with these arguments; a UserError is printed after the
-                                     word ERROR, and the next command is read
-    ["copy_before", RUN, COPY, STEP] copy a finished run as if it had been killed before its checkpoint of this step
+["finetune", "--encoder", ...]   run a command of COMMANDS with these arguments; a UserError is printed after the
+                                 word ERROR, and the next command is read
+["copy_before", RUN, COPY, STEP] copy a finished run as if it had been killed before its checkpoint of this step
 """
 
 import json

@@ -1,7 +1,8 @@
 """Golden curves: losses, gradient norms, betas and sample keys of short runs of every method, which must not change.
 
-As a program this module is one rank. It reads runs from standard input, one JSON list a line (the run's name, `pretrain` or
-`finetune`, then command-line arguments), trains each, and on rank 0 prints the curves as JSON after the word GOLDEN.
+As a program this module is one rank. It reads runs from standard input, one JSON list a line (the run's name,
+`pretrain` or `finetune`, then command-line arguments), trains each, and on rank 0 prints the curves as JSON after the
+word GOLDEN.
 """
 
 import hashlib
@@ -11,8 +12,8 @@ from pathlib import Path
 
 STEPS, BF16_STEPS, DEMO_STEPS = 20, 5, 50
 STAGES, RANKS = (0, 2, 3), (1, 2)
-# Largest |measured - recorded| / (1 + |recorded|). Curves recorded with AVX-512 and one thread deviated by 5.6e-7 (bf16:
-# 2.9e-2) with ATEN_CPU_CAPABILITY=default and one thread, and by 4.9e-7 with avx2 and DDAE_TEST_THREADS=2.
+# Largest |measured - recorded| / (1 + |recorded|). Curves recorded with AVX-512 and one thread deviated by 5.6e-7
+# (bf16: 2.9e-2) with ATEN_CPU_CAPABILITY=default and one thread, and by 4.9e-7 with avx2 and DDAE_TEST_THREADS=2.
 TOLERANCE, BF16_TOLERANCE = 5e-6, 6e-2
 FILE = Path(__file__).parents[1] / "golden_curves.json"
 SMALL = (
