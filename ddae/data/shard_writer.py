@@ -26,6 +26,11 @@ class Sample(NamedTuple):
     mask: bytes | None = None  # for segmentation: PNG with the class of each pixel
 
 
+def import_webdataset() -> None:
+    """Import webdataset, and with it torch, before worker processes are forked, so that they share it."""
+    import webdataset.writer  # noqa: F401
+
+
 def write_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]:
     """Write a shard and its index atomically. Return the shard's manifest entry."""
     try:

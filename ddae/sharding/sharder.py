@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ddae.data.shard_writer import Sample, commit_shard, write_manifest, write_partial_shard
+from ddae.data.shard_writer import Sample, commit_shard, import_webdataset, write_manifest, write_partial_shard
 from ddae.errors import UserError
 from ddae.sharding import output_dir, workers
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect, make_thumbnail
@@ -118,6 +118,7 @@ class _Sharder:
         """Write shards in the workers, then load all records. Each task: a plan, and which images to leave out."""
         total = sum(len(plan.images) for plan in self.plans)
         done = total - sum(len(plan.images) for plan, _ in tasks)
+        import_webdataset()
         for name, record in workers.run(self.write_shard, tasks, self.num_workers, total, done):
             commit_shard(self.out / name)  # in the main process: fsync would block a worker
             output_dir.save_record(self.out, name, record)

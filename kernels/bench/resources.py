@@ -75,7 +75,8 @@ def training_calls() -> dict[str, Callable[[], Any]]:
         calls[f"feature D={width}"] = loss_call(LOSSES["feature"], "feature", width)
     for width in WIDTHS:
         calls[f"feature standardised D={width}"] = loss_call(LOSSES["instance"], "instance", width)
-    dim, pixel = 3 * PATCH**2, partial(dk.dynamic_pixel_mse, patch=PATCH, mean=(0.5,) * 3, std=(0.5,) * 3)
+    dim, half = 3 * PATCH**2, (0.5, 0.5, 0.5)
+    pixel = partial(dk.dynamic_pixel_mse, patch=PATCH, mean=half, std=half)
     for norm in ("per_channel", "joint", "none"):
         calls[f"pixel {norm} D={dim}"] = loss_call(pixel, "pixel", dim, norm=norm, unbiased=False)
     for norm in ("per_channel", "joint"):

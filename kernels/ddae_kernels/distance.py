@@ -36,9 +36,11 @@ def patch_distance(
     if not isinstance(grid, tuple | list) or len(grid) != 2 or min(grid) < 1:
         raise ValueError(f"grid is {grid}; expected (rows, columns), both >= 1. Pass the patch grid of the images.")
     height, width = grid
-    if masked.dtype != torch.bool or masked.ndim != 2 or masked.shape[1] != height * width:
-        expected = f"expected bool [B, {height * width}] for grid {grid}, True where a patch is masked"
-        raise ValueError(f"masked is {masked.dtype} {list(masked.shape)}; {expected}.")
+    if masked.dtype != torch.bool:
+        raise ValueError(f"masked is {masked.dtype}; expected bool, True where a patch is masked. Convert it.")
+    if masked.ndim != 2 or masked.shape[1] != height * width:
+        expected = f"expected [B, {height * width}] for grid {grid}, one value per patch"
+        raise ValueError(f"masked has shape {list(masked.shape)}; {expected}. Pass the grid that fits masked.")
     if should_check_values(masked) and bool(masked.all(1).any()):
         expected = "expected at least one, otherwise its distances are undefined"
         raise ValueError(f"masked contains an image without a visible patch; {expected}. Unmask a patch of each image.")

@@ -11,7 +11,8 @@ def test_fine_tuning_leaves_a_dump_and_exits_with_1(encoder_folder, tmp_path):
     (tmp_path / "images").mkdir()
     images = make_shards(make_shards(tmp_path / "images"), (16,), "val", 100)
     run = tmp_path / "run"
-    command = ["launch/finetune.py", *golden.finetune_arguments("fp32", 10), "--optim.lr", "1e36", "--run_dir", str(run)]
+    command = ["launch/finetune.py", *golden.finetune_arguments("fp32", 10), "--optim.lr", "1e36"]
+    command += ["--run_dir", str(run)]
     command += ["--data.train", str(images), "--encoder", str(encoder_folder)]
     command += ["--ds_config", str(ranks.ROOT / "ds_configs" / "zero1.json")]
     code, log = ranks.run_command(*command)

@@ -48,6 +48,6 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(last, tmp_path):
 @pytest.mark.parametrize("last, files", [(11, ()), (500, ()), (3, ("stopped.json",)), (3, ("finished.json",))])
 def test_missing_checkpoints_are_noticed(last, files, tmp_path):
     config = started(tmp_path, last, files=files)
-    with pytest.raises(UserError, match="holds no checkpoint. Restore its checkpoints/"):
+    with pytest.raises(UserError, match=r"holds no checkpoint\. Restore its checkpoints/"):
         check_history(config)
     check_history(replace(config, allow_restart=True))
