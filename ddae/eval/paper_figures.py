@@ -19,7 +19,7 @@ from ddae.data.masking import MASK_KINDS, sample_mask
 from ddae.distributed.checkpoint_format import load_weights
 from ddae.distributed.comm import device
 from ddae.errors import UserError
-from ddae.eval.attention import attention_maps, cls_attention, foreground_iou, measure_locality, patch_distances
+from ddae.eval.attention_metrics import attention_maps, cls_attention, foreground_iou, measure_locality, patch_distances
 from ddae.eval.dataset import ExampleReader, batches, load_samples
 from ddae.eval.segmentation_data import IGNORE_INDEX, SceneDataset, resize_image, resize_labels
 from ddae.export.encoder import load_encoder, newest_checkpoint
@@ -242,9 +242,9 @@ def distance_dots(encoders: Sequence[NamedEncoder], data: str, num_images: int) 
         uniform = float(patch_distances(encoder.grid).mean()) * side
         axis.set_title(f"{name}: mean of the later half {mean_distance * side:.1f} px", fontsize=10)
         axis.set_xticks(blocks if len(blocks) <= 12 else blocks[1::2])
-        axis.set_ylim(bottom=0)
         style_axis(axis, "block", levels={f"uniform attention: {uniform:.0f}": uniform})
     axes[0, 0].set_ylabel("attention distance in pixels (one dot per head)", fontsize=9)
+    axes[0, 0].set_ylim(bottom=0)
     return figure, results
 
 

@@ -270,7 +270,8 @@ class Encoder(nn.Module):
         elif images.ndim == 4 and tuple(images.shape[1:]) == (3, side, side):
             patches = patchify(images, self.shape.patch_size)
         else:
-            raise ValueError(f"images have shape {list(images.shape)}; expected [B, 3, {side}, {side}]. Resize them.")
+            wrong, expected = f"images have shape {list(images.shape)}", f"this encoder expects [B, 3, {side}, {side}]"
+            raise ValueError(f"{wrong}; {expected}. Resize them, or load the encoder with this image_size.")
         table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
         positions = table[:, 1:]
         if visible is not None and mask_token is None:
@@ -300,7 +301,7 @@ class Encoder(nn.Module):
     def features(self, images: Float[Tensor, "B C H W"], layers: Sequence[int]) -> list[Float[Tensor, "B T D"]]:
         """Return the tokens [B, 1 + N, D] after each of the given blocks (counted from 1), before any norm."""
         if not layers or min(layers) < 1 or max(layers) > len(self.blocks):
-            raise ValueError(f"layers are {list(layers)}; expected one or more from 1 to {len(self.blocks)}.")
+            raise ValueError(f"layers are {list(layers)}; expected one or more blocks from 1 to {len(self.blocks)}.")
         return self(images, layers=tuple(layers))
 
     def set_image_size(self, image_size: int) -> None:

@@ -104,8 +104,8 @@ def scatter_to_grid(values: Tensor, mask: Mask, grid: tuple[int, int]) -> np.nda
 
 def image_axes(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """Return a figure and its rows x columns axes without frames; width, height: of an axis, in inches."""
-    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
-    figure.set_layout_engine("tight", pad=0.3)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_axis_off()
     return figure, axes

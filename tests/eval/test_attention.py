@@ -8,7 +8,7 @@ import torch
 
 from ddae.config.pretrain import ModelConfig
 from ddae.errors import UserError
-from ddae.eval.attention import (
+from ddae.eval.attention_metrics import (
     attention_distance,
     attention_maps,
     cls_attention,

@@ -81,7 +81,7 @@ def test_token_branch_equals_weighted_cross_entropy(rescale_grad):
 
 
 def test_encoder_with_mask_tokens_ignores_masked_pixels():
-    config = ablations.nano(preset("dds_beitv2_vit_b16_100e"))
+    config = ablations.at_scale(preset("dds_beitv2_vit_b16_100e"), "nano", None)
     check(config)
     model = build_model(config)
     mask = sample_mask("beit_block", torch.arange(2), config.grid, config.num_masked)
