@@ -18,7 +18,7 @@ from ddae.atomic import new_folder, write_json
 from ddae.config.pretrain import ModelConfig, PretrainConfig
 from ddae.distributed.checkpoint_format import MANIFEST, load_weights
 from ddae.errors import UserError, one_line
-from ddae.export.convert import TOKENIZER_FIX, read_encoder, read_tokenizer
+from ddae.export.published_weights import TOKENIZER_FIX, read_encoder, read_tokenizer
 from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ddae.errors import UserError
-from ddae.export.convert import to_beit, to_mae
 from ddae.export.encoder import write_export, write_folder
+from ddae.export.published_weights import to_beit, to_mae
 from ddae.models.patches import NORMALISATIONS
 from ddae.models.vit import Encoder
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 import ddae
 from ddae.config.presets import preset
 from ddae.errors import UserError
-from ddae.export.convert import convert, to_beit
 from ddae.export.encoder import export_encoder, write_export
 from ddae.export.formats import write_beit, write_mae, write_onnx, write_timm, write_torch_export
+from ddae.export.published_weights import convert, to_beit
 from ddae.models.vit import Encoder, initialise
 
 SHAPE = {"img_size": 64, "patch_size": 16, "embed_dim": 128, "depth": 3, "num_heads": 2, "num_classes": 0}
