@@ -207,14 +207,10 @@ def _check_tensor(name: str, tensor: Tensor, shape: Sequence[int | str], fix: st
     dtype: "float" for any floating-point dtype. fix: sentence for the error message.
     """
     has_dtype = tensor.is_floating_point() if dtype == "float" else tensor.dtype == getattr(torch, dtype)
+    sizes = [n if isinstance(size, str) else size for n, size in zip(tensor.shape, shape, strict=False)]
+    has_shape = tensor.ndim == len(shape) and list(tensor.shape) == sizes
     is_empty = len(shape) > 1 and 0 in tensor.shape
-    sizes = zip(tensor.shape, shape, strict=False)
-    if (
-        not has_dtype
-        or is_empty
-        or tensor.ndim != len(shape)
-        or any(n != s for n, s in sizes if not isinstance(s, str))
-    ):
+    if not (has_dtype and has_shape) or is_empty:
         expected = f"expected {dtype} [{', '.join(map(str, shape))}]{', not empty' if is_empty else ''}"
         raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}; {expected}. {fix}")
 
@@ -242,10 +238,8 @@ def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str = "full") -
     if beta.device != distance.device:
         raise ValueError(f"beta is on {beta.device}, but distance is on {distance.device}. Move both to one device.")
     if should_check_values(distance) and not bool((distance.isfinite() & (distance > 0)).all()):
-        expected = "expected the distances of the masked patches only"
-        raise ValueError(
-            f"distance contains a value that is non-finite or <= 0; {expected}. Leave out visible patches."
-        )
+        fix = "Pass the distances of the masked patches only"
+        raise ValueError(f"distance contains a value that is non-finite or <= 0; expected finite values > 0. {fix}.")
     _check_finite(beta=beta)
 
 
