@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
 
     guard = NonFiniteGuard(
         *(run, state, engine.module, num_steps),
-        forward=lambda step, batch: forward(batch, scheduled(step).feature_weight),
+        loss=lambda step, micro, batch: forward(batch, scheduled(step).feature_weight).total,
         facts=lambda step: {"feature_weight": scheduled(step).feature_weight, "share": forward.share},
     )
     evaluation = PeriodicEvaluation(

@@ -96,8 +96,8 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
     Raise NonFiniteError after several steps with non-finite gradients, and SystemExit with code 75 if a signal stops
     the run: the same command then resumes it.
     """
-    config, epoch_steps = run.config, loader.epoch_samples / run.config.data.batch_size
-    num_steps = config.num_steps(loader.epoch_samples)
+    config, batch_size, epoch_samples = run.config, run.config.data.batch_size, loader.epoch_samples
+    num_steps = config.num_steps(epoch_samples)
     if run.is_complete(num_steps):
         log_summary(task, run, num_steps)
         return
@@ -105,13 +105,15 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
     state = task.build(run.ds_json)
     start = run.restore(state, task.parent)
     run.describe(start, num_steps, task.description)
-    optimizable, meter, warmup_steps = task.optimizable, LossMeter(), config.optim.warmup_epochs * epoch_steps
+    optimizable, meter = task.optimizable, LossMeter()
+    warmup_steps = config.optim.warmup_epochs * epoch_samples / batch_size
+    evaluate_every = max(1, round(task.evaluate_every * epoch_samples / batch_size))
     guard = NonFiniteGuard(
         *(run, state, optimizable.module, num_steps),
-        forward=lambda step, batch: task.loss(batch, int(fold(config.train.seed, step, 0, rank()))),
+        loss=lambda step, micro, batch: task.loss(batch, int(fold(config.train.seed, step, micro, rank()))),
         facts=lambda step: {},
     )
-    evaluation = PeriodicEvaluation(run, task.evaluate, max(1, round(task.evaluate_every * epoch_steps)), first=1)
+    evaluation = PeriodicEvaluation(run, task.evaluate, evaluate_every, first=1)
 
     batches = loader.batches(start)
     with ManualGC(config.train.log_every) as collector:
@@ -135,7 +137,7 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
 
             done = step + 1
             if done == 1 or is_due(config.train.log_every, done, num_steps):
-                row = {"step": done, "epoch": step / epoch_steps, **meter.read(), "lr": lr}
+                row = {"step": done, "epoch": step * batch_size / epoch_samples, **meter.read(), "lr": lr}
                 run.log_step(num_steps, row)
             if is_due(config.train.save_every, done, num_steps):
                 run.save(done)

@@ -142,13 +142,7 @@ class Experiment:
     @classmethod
     def read(cls, path: Path) -> Self:
         """Read what write() wrote. Raise UserError for a run of another version."""
-        tree = json.loads(path.read_text())
-        if tree.pop("format", None) != FORMAT:
-            raise UserError(
-                f"{path} was written by another version of ddae; this one reads run format {FORMAT}. "
-                "Resume with that version, or choose another --run_dir."
-            )
-        return cls.from_dict(tree)
+        return cls.from_dict(read_settings(path))
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any]) -> Self:
@@ -167,6 +161,17 @@ class ExperimentType(NamedTuple):
     config: type[Experiment]
     preset: Callable[[str], Any]
     check: Callable[[Any], None]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a run's config.json, of any kind of experiment. Raise UserError for another version."""
+    tree = json.loads(path.read_text())
+    if tree.pop("format", None) != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of ddae; this one reads run format {FORMAT}. "
+            "Use that version with this run directory, or choose another directory."
+        )
+    return tree
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

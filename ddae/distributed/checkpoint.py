@@ -80,7 +80,9 @@ class Checkpoints:
                     f"two checkpoints in a row could not be written to {self.folder} ({problem}). "
                     "Free space there and run the same command again."
                 )
-            logger.info("checkpoint of step %d failed: %s. Training continues; the next save retries.", step, problem)
+            if is_main():
+                reason = "checkpoint of step %d failed: %s. Training continues; the next save retries."
+                logger.warning(reason, step, problem)
         self._failed = problem is not None
         return not self._failed
 
@@ -91,10 +93,12 @@ class Checkpoints:
         """
         names = broadcast_from_main(self._names)
         for name in reversed(names):
+            broadcast_from_main(lambda path=self.folder / name: _check_format(path))
             damage = next((each for each in gather(_damage(self.folder / name)) if each is not None), None)
             if damage is None:
                 return CheckpointInfo(self.folder / name, int(name.removeprefix("step_")))
-            logger.info("skipping checkpoint %s: %s", self.folder / name, damage)
+            if is_main():
+                logger.warning("skipping checkpoint %s: %s", self.folder / name, damage)
         if names and not allow_restart:
             raise UserError(
                 f"{self.folder} holds only damaged checkpoints. Restore one, choose another --run_dir, "
@@ -183,19 +187,23 @@ def _attempt(write: Callable[[], object]) -> str | None:
     return None
 
 
-def _damage(path: Path) -> str | None:
-    """Return why a checkpoint is unusable, as far as this rank checks: all sizes, and the hashes of its share of files.
-
-    Raise UserError for a checkpoint of another version.
-    """
+def _check_format(path: Path) -> None:
+    """Raise UserError for a checkpoint of another version. An unreadable manifest is left to _damage()."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        files = manifest["files"]
-        if manifest.get("format") != FORMAT:
-            raise UserError(
-                f"{path} was written by another version of ddae; this one reads format {FORMAT}. "
-                "Resume with that version, or choose another --run_dir."
-            )
+        written = json.loads((path / MANIFEST).read_text()).get("format")
+    except (OSError, ValueError, AttributeError):
+        return
+    if written != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of ddae; this one reads format {FORMAT}. "
+            "Resume with that version, or choose another --run_dir."
+        )
+
+
+def _damage(path: Path) -> str | None:
+    """Return why a checkpoint is unusable, as far as this rank checks it: all sizes, and its share of the hashes."""
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
         for number, (name, entry) in enumerate(files.items()):
             if not (path / name).exists():
                 return f"{name} is missing"
@@ -204,8 +212,6 @@ def _damage(path: Path) -> str | None:
                 return f"{name} has {size} of {entry['bytes']} bytes"
             if number % world_size() == rank() and _sha256(path / name) != entry["sha256"]:
                 return f"{name} has changed since it was written (SHA-256)"
-    except UserError:
-        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     return None

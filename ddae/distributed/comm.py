@@ -54,9 +54,12 @@ def configure_logging() -> None:
 
 def device() -> torch.device:
     """Return the device of this process: its own GPU, or the CPU."""
-    if torch.cuda.is_available():  # under Slurm a task may see its own GPU alone
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if "SLURM_LOCALID" in os.environ:
+        local %= torch.cuda.device_count()  # srun may show a task its own GPU alone
+    return torch.device("cuda", local)
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

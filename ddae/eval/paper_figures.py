@@ -1,5 +1,6 @@
 """The paper's figures for one or several runs and encoders, and the statistics that belong to them."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from ddae.report.figures import (
 from ddae.report.html import add_evaluation
 from ddae.training.tracker import read_metrics
 
+logger = logging.getLogger(__name__)
 KINDS = ("distance", "attention", "locality", "betas", "reconstructions")
 MASK_RATIOS = (0.5, 0.75, 0.9)  # of the distance maps
 BETA_ZOOM = 0.15  # share of the training in the zoomed panel of the betas
@@ -61,7 +63,7 @@ class NamedEncoder(NamedTuple):
     name: str
     path: Path
     encoder: Encoder
-    config: PretrainConfig | None  # None if `path` is not a run folder
+    config: PretrainConfig | None  # None if `path` is not a run folder of this version
 
 
 def draw_paper_figures(named: Sequence[str], data: str, out: Path, settings: FigureSettings) -> dict[str, Any]:
@@ -118,11 +120,16 @@ def draw_paper_figures(named: Sequence[str], data: str, out: Path, settings: Fig
 
 
 def _load(named: str) -> NamedEncoder:
-    """Load an encoder given as PATH or NAME=PATH, and the config if the path is a run folder."""
+    """Load an encoder given as PATH or NAME=PATH, and the config if the path is a run folder of this version."""
     name, _, path = ("", "", named) if Path(named).exists() else named.rpartition("=")
     folder = Path(path)
     encoder, is_run = load_encoder(folder).to(device()), (folder / "metrics.jsonl").exists()
-    config = PretrainConfig.read(folder / "config.json") if is_run else None
+    config = None
+    if is_run:
+        try:
+            config = PretrainConfig.read(folder / "config.json")
+        except UserError as error:  # its exported encoder is readable nevertheless
+            logger.warning("figures of the run itself are left out: %s", error)
     return NamedEncoder(name or folder.name, folder, encoder, config)
 
 

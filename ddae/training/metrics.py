@@ -95,11 +95,15 @@ class StepTimer:
         """End a step."""
         self._steps += 1
 
+    @property
+    def seconds(self) -> float:
+        """Seconds since the last read(), without saving and evaluating."""
+        return time.perf_counter() - self._start - self._spent["save"] - self._spent["evaluate"]
+
     def read(self, batch_size: int) -> dict[str, float]:
         """Return images/s over all ranks, seconds a step (without saving and evaluating), seconds of it spent waiting
         for data, and seconds spent saving; then start anew."""
-        seconds = time.perf_counter() - self._start - self._spent["save"] - self._spent["evaluate"]
-        steps = max(1, self._steps)
+        seconds, steps = self.seconds, max(1, self._steps)
         row = {
             "throughput/images_per_s": batch_size * self._steps / seconds,
             "time/step": seconds / steps,

@@ -49,12 +49,13 @@ class NonFiniteGuard:
         state: dict[str, Checkpointable],
         module: nn.Module,
         num_steps: int,
-        forward: Callable[[int, Batch], object],
+        loss: Callable[[int, int, Batch], Tensor],
         facts: Callable[[int], dict[str, Any]],
     ):
-        """forward(step, batch) repeats a forward pass; facts(step): what replaying it needs besides the state."""
+        """loss(step, micro, batch) computes the loss [] of a micro-batch again; facts(step): what replaying the step
+        needs besides the state."""
         self.run, self.state, self.module, self.num_steps = run, state, module, num_steps
-        self.forward, self.facts = forward, facts
+        self.loss, self.facts = loss, facts
         self._skipped = 0  # consecutive steps
         self._held: dict[int, list[Batch]] = {}  # by step, while steps are skipped
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
@@ -113,10 +114,10 @@ class NonFiniteGuard:
         )
 
     def _complete_dump(self, folder: Path, step: int, batches: list[Batch]) -> None:
-        """Add each rank's micro-batches, and the maxima of its layers in a repeated forward pass, to the dump."""
+        """Add each rank's micro-batches, and the maxima of its layers when the step is repeated, to the dump."""
         with LayerMaxima(self.module) as maxima, torch.compiler.set_stance("force_eager"):  # compiled: no hooks
-            for batch in batches:
-                self.forward(step, batch)
+            for micro, batch in enumerate(batches):
+                maxima.record_gradients(self.loss(step, micro, batch))
         tensors = {f"{n}/{name}": getattr(batch, name).cpu() for n, batch in enumerate(batches) for name in DUMPED}
         save_file(tensors, folder / f"batch_{rank():05d}.safetensors")
         samples = [self.run.loader.sample_name(sample) for batch in batches for sample in batch.samples.tolist()]
@@ -136,11 +137,14 @@ class LayerMaxima(AbstractContextManager):
     def __init__(self, module: nn.Module):
         self.module = module
         self._maxima: dict[tuple[str, str], Tensor] = {}
+        self._outputs: list[Tensor] = []  # of which record_gradients() computes gradients
         self._hooks: list = []
 
     def __enter__(self) -> "LayerMaxima":
-        for name, module in self.module.named_modules():
-            if next(module.parameters(recurse=False), None) is not None:
+        for path, module in self.module.named_modules():
+            name = path or type(module).__name__
+            lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
+            if any(next(each.parameters(recurse=False), None) is not None for each in (module, *lists)):
                 hook = module.register_forward_hook(lambda _, __, out, name=name: self._record_output(name, out))
                 self._hooks.append(hook)
         return self
@@ -148,6 +152,11 @@ class LayerMaxima(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def record_gradients(self, loss: Tensor) -> None:
+        """Backpropagate a loss [] to the outputs since the last call; the gradients of the weights do not change."""
+        outputs, self._outputs = self._outputs, []
+        torch.autograd.grad(loss, outputs, allow_unused=True)
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return {"encoder.blocks.0": {"output": 3.1, "gradient": 0.2}}, in the order in which the layers ran."""
@@ -161,6 +170,7 @@ class LayerMaxima(AbstractContextManager):
             if isinstance(each, Tensor) and each.is_floating_point():
                 self._record(name, "output", each)
                 if each.requires_grad:
+                    self._outputs.append(each)
                     each.register_hook(lambda gradient: self._record(name, "gradient", gradient))
 
     def _record(self, name: str, kind: str, values: Tensor) -> None:

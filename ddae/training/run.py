@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -109,7 +108,7 @@ class Run:
         self.evaluated_steps = {row["step"] for row in rows if any(n.startswith(EVALUATION_METRICS) for n in row)}
         self._spikes = SpikeDetector(row["loss/total"] for row in rows if "loss/total" in row)
         self._saved_step = start if self._newest is not None else -1
-        self.timer, self._restored_at = StepTimer(), time.perf_counter()
+        self.timer = StepTimer()
         return start
 
     def describe(self, start: int, num_steps: int, more: str) -> None:
@@ -138,10 +137,10 @@ class Run:
         self._watchdog.heartbeat(step)
 
     def step_done(self, step: int) -> None:
-        """Count a step; log how long the first one took."""
+        """Count a step; log how long the first one took, with compilation and the first batch."""
         self.timer.count_step()
         if self._first_step:
-            logger.info("first step done after %.1f s", time.perf_counter() - self._restored_at)
+            logger.info("first step done after %.1f s", self.timer.seconds)
             self._first_step = False
 
     @contextmanager
@@ -225,8 +224,9 @@ class PeriodicEvaluation:
             return
         with self.run.evaluation():
             row = self.evaluate(partial(self.run.poll, step))
-        untrained = next((each for each in self.run.rows() if each["step"] == 0), {})
-        logger.info("  ".join([f"step {step}", *(_with_baseline(*item, untrained) for item in row.items())]))
+        if is_main():
+            untrained = next((each for each in self.run.rows() if each["step"] == 0), {})
+            logger.info("  ".join([f"step {step}", *(_with_baseline(*item, untrained) for item in row.items())]))
         self.run.log({"step": step, **row})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ddae import atomic
-from ddae.config.base import Experiment, flatten
+from ddae.config.base import Experiment, flatten, read_settings
 from ddae.distributed.comm import broadcast_from_main, world_size
 from ddae.errors import UserError
 
@@ -47,10 +47,11 @@ def check(config: Experiment) -> None:
 
 def _read_settings(config: Experiment, path: Path) -> dict[str, Any]:
     """Return the settings that the run was started with, which may be of another kind of experiment."""
+    settings = read_settings(path)
     try:
-        return type(config).read(path).to_dict()
+        return type(config).from_dict(settings).to_dict()
     except (KeyError, TypeError):
-        return json.loads(path.read_text())
+        return settings
 
 
 def lock(config: Experiment) -> None:
@@ -71,7 +72,7 @@ def lock(config: Experiment) -> None:
                 raise UserError(
                     f"run_dir {folder} is in use: {owner} trains there. Wait for it, or choose another --run_dir."
                 ) from None
-            logger.info("%s cannot be locked (%s). Make sure that no other run uses it.", folder, error.strerror)
+            logger.warning("%s cannot be locked (%s). Make sure that no other run uses it.", folder, error.strerror)
         else:
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())

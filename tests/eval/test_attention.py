@@ -1,6 +1,7 @@
 """Attention maps against an explicit softmax, their statistics against hand-computed values, the paper's figures."""
 
 import json
+import shutil
 
 import pytest
 import ranks
@@ -122,6 +123,16 @@ def test_figures_of_a_run_and_an_encoder(run, encoder_folder, digits, tmp_path):
     for name in names:
         assert f'<img alt="{name}"' in page
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
+
+
+def test_the_encoder_of_a_run_of_version_0_1_is_drawn(run, digits, tmp_path):
+    """Its export is readable; figures that need its checkpoints or settings are left out."""
+    shutil.copytree(run, old := tmp_path / "old", ignore=shutil.ignore_patterns("checkpoints"))
+    config = json.loads((old / "config.json").read_text())
+    (old / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "format"}))
+    draw_paper_figures([str(old)], str(digits), tmp_path / "out", settings(("locality", "attention")))
+    drawn = {file.stem for file in (tmp_path / "out" / "figures").glob("*.png")}
+    assert drawn == {"locality", "attention"}
 
 
 def test_user_errors(run, encoder_folder, digits, tmp_path):

@@ -18,8 +18,8 @@ from ddae.config.pretrain import ModelConfig, TokenConfig, check
 from ddae.config.tokenizer import TOKENIZING, QuantizerConfig
 from ddae.data.masking import sample_mask
 from ddae.errors import UserError
-from ddae.export.published_weights import read_tokenizer
 from ddae.export.encoder import load_tokenizer
+from ddae.export.published_weights import read_tokenizer
 from ddae.method.branches import Inputs, TokenBranch, Tokens
 from ddae.method.distance import masked_distance
 from ddae.method.model import build_model

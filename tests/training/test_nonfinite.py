@@ -3,26 +3,52 @@
 import json
 
 import golden
+import pytest
 import ranks
+import torch
 from conftest import make_shards
+from torch import nn
+
+from ddae.training.nonfinite import LayerMaxima
+
+PROBE = (
+    "--preset demo --tracker.kind jsonl --train.no_report --data.workers 0 --data.batch_size 16 --data.backend pillow"
+)
+COMMANDS = {
+    "finetune": [*golden.finetune_arguments("fp32", 10), "--ds_config", str(ranks.ROOT / "ds_configs" / "zero3.json")],
+    "linear_probe": [*PROBE.split(), "--train.steps", "10"],
+}
 
 
-def test_fine_tuning_leaves_a_dump_and_exits_with_1(encoder_folder, tmp_path):
+@pytest.mark.parametrize("task", COMMANDS)
+def test_a_supervised_task_leaves_a_dump_and_exits_with_1(task, encoder_folder, tmp_path):
     (tmp_path / "images").mkdir()
     images = make_shards(make_shards(tmp_path / "images"), (16,), "val", 100)
     run = tmp_path / "run"
-    command = ["launch/finetune.py", *golden.finetune_arguments("fp32", 10), "--optim.lr", "1e36"]
-    command += ["--run_dir", str(run)]
-    command += ["--data.train", str(images), "--encoder", str(encoder_folder)]
-    command += ["--ds_config", str(ranks.ROOT / "ds_configs" / "zero1.json")]
-    code, log = ranks.run_command(*command)
+    paths = ["--run_dir", str(run), "--data.train", str(images), "--encoder", str(encoder_folder)]
+    code, log = ranks.run_command(f"launch/{task}.py", *COMMANDS[task], "--optim.lr", "1e38", *paths)
     assert code == 1, log
     assert "NonFiniteError: non-finite gradients in 3 consecutive steps" in log
     (dump,) = (run / "dumps").glob("step_*")
     assert f"python launch/replay.py {dump}" in log
     recorded = json.loads((dump / "layers_00000.json").read_text())
     assert len(recorded["samples"]) == 16
+    assert recorded["layers"]
+    assert all(layer.keys() == {"output", "gradient"} for layer in recorded["layers"].values())
     code, report = ranks.run_command("launch/replay.py", str(dump))
     assert code == 1, report
     assert "recorded by the run, not computed again" in report
     assert "<-- non-finite" in report
+
+
+def test_the_gradient_of_a_layer_is_recorded_without_touching_its_weights():
+    """A loss that is finite with a gradient that is not: sqrt at 0."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    with LayerMaxima(model) as maxima:
+        output = model(torch.ones(4, 2))
+        maxima.record_gradients((output - output.detach()).square().sum().sqrt())
+    layers = maxima.by_layer()
+    assert list(layers) == ["0", "1"]
+    assert all(torch.tensor(layer["output"]).isfinite() for layer in layers.values())
+    assert not any(torch.tensor(layer["gradient"]).isfinite() for layer in layers.values())
+    assert all(parameter.grad is None for parameter in model.parameters())

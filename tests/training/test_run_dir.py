@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from ddae.config.base import TrainConfig
-from ddae.config.pretrain import PretrainConfig
+from ddae.config.pretrain import DataConfig, PretrainConfig, PretrainEngineConfig
+from ddae.config.tokenizer import TokenizerConfig
 from ddae.errors import UserError
 from ddae.training.run_dir import check, check_history
 
@@ -36,8 +37,15 @@ def test_a_run_of_another_kind_is_refused(tmp_path):
     from ddae.config.evaluation import FinetuneConfig
 
     FinetuneConfig(run_dir=str(tmp_path), encoder="runs/demo").write(tmp_path / "config.json")
-    with pytest.raises(UserError, match="was started with"):
+    with pytest.raises(UserError, match="was started with augment"):
         check(PretrainConfig(run_dir=str(tmp_path)))
+
+
+def test_a_small_tables_tokenizer_is_resumed(tmp_path):
+    """Its data and engine settings are pretraining's, which have more fields (ablation/run.py)."""
+    config = TokenizerConfig(run_dir=str(tmp_path), data=DataConfig(), engine=PretrainEngineConfig())
+    config.write(tmp_path / "config.json")
+    check(config)
 
 
 @pytest.mark.parametrize("last", [0, 3, 10])
