@@ -87,9 +87,19 @@ class DecoderBranch(Branch):
         super().__init__(branch.taps, branch.tap_weights, config.dynamic.rescale_grad)
         # Run the taps one after the other (method/sequential.py), not as one batch.
         self.sequential_backward = config.engine.tap_execution == "sequential"
-        self.decoder, self.context = Decoder(config, branch, out_width), context if branch.cross_attention else None
+        model = config.model
+        self.decoder = Decoder(
+            *(model.width, branch.decoder_width, branch.decoder_depth, branch.decoder_heads, out_width),
+            grid=config.grid,
+            positions=model.positions,
+            output_heads=len(branch.taps) if branch.per_tap_head else 1,
+            cross_attention=branch.cross_attention,
+        )
+        self.decoder.skip_unused_tokens = config.engine.skip_unused_tokens
+        self.decoder.visible_positions = branch.decoder_positions == "all"
+        self.context = context if branch.cross_attention else None
         num_norms = len(branch.taps) - 1 if branch.per_tap_norm else 0  # the last tap uses the encoder's final norm
-        self.norms = nn.ModuleList(LayerNorm(config.model.width) for _ in range(num_norms))
+        self.norms = nn.ModuleList(LayerNorm(model.width) for _ in range(num_norms))
         context_blocks = () if self.context is None else (context,) if context else self.taps
         self.normed_blocks, self.raw_blocks = self.taps[num_norms:], (*self.taps[:num_norms], *context_blocks)
 

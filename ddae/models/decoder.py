@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from ddae.config.pretrain import DecoderBranchConfig, PretrainConfig
 from ddae.models.patches import sincos_positions
 from ddae.models.vit import Block, LayerNorm, MaskTokens, build_blocks, run_block
 
@@ -55,27 +54,38 @@ class Decoder(nn.Module):
     """Linear embedding, mask tokens, positions, transformer blocks, norm, linear head.
 
     Tokens are ordered cls, visible, masked: attention is permutation-equivariant, so nothing is shuffled back. Only the
-    masked tokens pass the norm and the head. out_width: values that are predicted of a patch.
+    masked tokens pass the norm and the head. in_width: of the encoder; out_width: values that are predicted of a patch;
+    grid: (rows, columns) of patches; positions: as ModelConfig.positions; output_heads: linear heads, one per tap.
     """
 
-    def __init__(self, config: PretrainConfig, branch: DecoderBranchConfig, out_width: int):
+    def __init__(
+        self,
+        in_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        out_width: int,
+        grid: tuple[int, int],
+        positions: str,
+        output_heads: int = 1,
+        cross_attention: bool = False,
+    ):
         super().__init__()
-        in_width, width, heads = config.model.width, branch.decoder_width, branch.decoder_heads
         self.activation_checkpointing = False
         # Equal outputs with less computation: norm and qkv of the mask tokens are computed once for all images in the
         # first block, and the last block outputs masked tokens only.
-        self.skip_unused_tokens = config.engine.skip_unused_tokens
-        self.visible_positions = branch.decoder_positions == "all"  # False: only mask tokens get positions (BootMAE)
+        self.skip_unused_tokens = True
+        self.visible_positions = True  # False: only mask tokens get positions (BootMAE)
         self.embed = nn.Linear(in_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Buffer(sincos_positions(config.grid, width, config.model.positions))
-        if branch.cross_attention:
-            self.blocks = nn.ModuleList(CrossBlock(width, heads, in_width) for _ in range(branch.decoder_depth))
+        self.pos_embed = nn.Buffer(sincos_positions(grid, width, positions))
+        if cross_attention:
+            self.blocks = nn.ModuleList(CrossBlock(width, heads, in_width) for _ in range(depth))
         else:
-            self.blocks = build_blocks(width, branch.decoder_depth, heads)
+            self.blocks = build_blocks(width, depth, heads)
         self.norm = LayerNorm(width)
-        if branch.per_tap_head and len(branch.taps) > 1:
-            self.heads = nn.ModuleList(nn.Linear(width, out_width) for _ in branch.taps)
+        if output_heads > 1:
+            self.heads = nn.ModuleList(nn.Linear(width, out_width) for _ in range(output_heads))
         else:
             self.head = nn.Linear(width, out_width)
 

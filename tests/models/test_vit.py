@@ -7,7 +7,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from ddae.config.presets import preset
-from ddae.config.pretrain import ModelConfig, PixelConfig, PretrainConfig
+from ddae.config.pretrain import ModelConfig
 from ddae.data.masking import Mask
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.method.model import build_model
@@ -109,10 +109,7 @@ def test_encoder_equals_timm_vit():
 
 def test_decoder_outputs_follow_the_order_of_masked_positions():
     """Reversing the masked positions reverses the outputs."""
-    config = PretrainConfig(
-        model=ModelConfig(width=24, image_size=32, patch_size=8), pixel=PixelConfig(decoder_width=16, decoder_heads=2)
-    )
-    decoder = Decoder(config, config.pixel, 12).eval()
+    decoder = Decoder(24, 16, 2, 2, 12, grid=(4, 4), positions="rowfirst").eval()
     initialise(decoder, torch.Generator().manual_seed(0))
     tokens, visible = torch.rand(1, 5, 24), torch.tensor([[0, 3, 7, 9]])
     masked = torch.tensor([[i for i in range(16) if i not in (0, 3, 7, 9)]])
