@@ -73,7 +73,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
         return schedules(config, step, num_steps, loader.epoch_samples)
 
     guard = NonFiniteGuard(
-        *(run, state, engine.module, num_steps),
+        *(run, state, engine, num_steps),
         loss=lambda step, micro, batch: forward(batch, scheduled(step).feature_weight).total,
         facts=lambda step: {"feature_weight": scheduled(step).feature_weight, "share": forward.share},
     )

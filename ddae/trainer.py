@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddae.data.loader import Batch, Loader
 from ddae.data.rng import fold
@@ -20,29 +19,10 @@ from ddae.distributed.comm import is_main, rank
 from ddae.report.html import report_page
 from ddae.training.metrics import LossMeter
 from ddae.training.nonfinite import NonFiniteGuard
+from ddae.training.optimizer import Optimizable
 from ddae.training.run import ManualGC, PeriodicEvaluation, Run, is_due
 
 logger = logging.getLogger(__name__)
-
-
-class Optimizable(Protocol):
-    """A module with its optimizer: an Engine, or something smaller."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def backward(self, loss: Tensor) -> None:
-        """Compute gradients of one micro-batch, whose loss [] is its share of the step's."""
-
-    def step(self, lr: float) -> Tensor:
-        """End a micro-batch; after the last one of a step update the weights.
-
-        Return float32 [], on the device: 1 if the weights were updated, 0 if a gradient was non-finite.
-        """
-        ...
 
 
 class ValidationSet(Protocol):
@@ -105,14 +85,14 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
     state = task.build(run.ds_json)
     start = run.restore(state, task.parent)
     run.describe(start, num_steps, task.description)
-    optimizable, meter = task.optimizable, LossMeter()
+    optimizable, meter, accumulation = task.optimizable, LossMeter(), run.rank_batch.grad_accum_steps
     warmup_steps = config.optim.warmup_epochs * epoch_samples / batch_size
     evaluate_every = max(1, round(task.evaluate_every * epoch_samples / batch_size))
-    guard = NonFiniteGuard(
-        *(run, state, optimizable.module, num_steps),
-        loss=lambda step, micro, batch: task.loss(batch, int(fold(config.train.seed, step, micro, rank()))),
-        facts=lambda step: {},
-    )
+
+    def compute_loss(step: int, micro: int, batch: Batch) -> Tensor:
+        return task.loss(batch, int(fold(config.train.seed, step, micro, rank()))) / accumulation
+
+    guard = NonFiniteGuard(run, state, optimizable, num_steps, compute_loss, facts=lambda step: {})
     evaluation = PeriodicEvaluation(run, task.evaluate, evaluate_every, first=1)
 
     batches = loader.batches(start)
@@ -122,11 +102,10 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
             evaluation.maybe_run(step)
             lr = task.schedule(step, num_steps, warmup_steps, config.peak_lr, config.optim.min_lr)
             meter.reset()
-            for micro in range(run.rank_batch.grad_accum_steps):
+            for micro in range(accumulation):
                 with run.timer.measure("data_wait"):
                     batch = next(batches)
-                loss = task.loss(batch, int(fold(config.train.seed, step, micro, rank())))
-                loss = loss / run.rank_batch.grad_accum_steps
+                loss = compute_loss(step, micro, batch)
                 optimizable.backward(loss)
                 applied = optimizable.step(lr)
                 meter.add(loss)

@@ -72,8 +72,9 @@ def replay(dump: Path) -> int:
         with LayerMaxima(engine.module) as maxima:
             samples = []  # whose loss is non-finite
             for batch in _batches(file, engine.device):
+                engine.module.zero_grad()
                 losses = forward(batch, facts["feature_weight"])
-                maxima.record_gradients(losses.total)
+                losses.total.backward()
                 finite = [each.token_error.isfinite().all(2).all(0) for each in losses.branches.values()]
                 is_finite = torch.stack(finite).all(0).tolist()
                 samples += [name for name, good in zip(names, is_finite, strict=False) if not good]

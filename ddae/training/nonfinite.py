@@ -24,6 +24,7 @@ from ddae.data.loader import Batch
 from ddae.distributed.checkpoint import Checkpoints
 from ddae.distributed.checkpoint_format import Checkpointable
 from ddae.distributed.comm import barrier, is_main, rank
+from ddae.training.optimizer import Optimizable
 from ddae.training.run import Run
 
 MAX_SKIPPED_STEPS = 3  # in a row; then the run ends
@@ -47,14 +48,14 @@ class NonFiniteGuard:
         self,
         run: Run,
         state: dict[str, Checkpointable],
-        module: nn.Module,
+        optimizable: Optimizable,
         num_steps: int,
         loss: Callable[[int, int, Batch], Tensor],
         facts: Callable[[int], dict[str, Any]],
     ):
         """loss(step, micro, batch) computes the loss [] of a micro-batch again; facts(step): what replaying the step
         needs besides the state."""
-        self.run, self.state, self.module, self.num_steps = run, state, module, num_steps
+        self.run, self.state, self.optimizable, self.num_steps = run, state, optimizable, num_steps
         self.loss, self.facts = loss, facts
         self._skipped = 0  # consecutive steps
         self._held: dict[int, list[Batch]] = {}  # by step, while steps are skipped
@@ -115,9 +116,11 @@ class NonFiniteGuard:
 
     def _complete_dump(self, folder: Path, step: int, batches: list[Batch]) -> None:
         """Add each rank's micro-batches, and the maxima of its layers when the step is repeated, to the dump."""
-        with LayerMaxima(self.module) as maxima, torch.compiler.set_stance("force_eager"):  # compiled: no hooks
+        eager = torch.compiler.set_stance("force_eager")  # compiled modules run no hooks
+        with LayerMaxima(self.optimizable.module) as maxima, eager:
             for micro, batch in enumerate(batches):
-                maxima.record_gradients(self.loss(step, micro, batch))
+                self.optimizable.backward(self.loss(step, micro, batch))
+                self.optimizable.step(lr=0.0)
         tensors = {f"{n}/{name}": getattr(batch, name).cpu() for n, batch in enumerate(batches) for name in DUMPED}
         save_file(tensors, folder / f"batch_{rank():05d}.safetensors")
         samples = [self.run.loader.sample_name(sample) for batch in batches for sample in batch.samples.tolist()]
@@ -137,7 +140,6 @@ class LayerMaxima(AbstractContextManager):
     def __init__(self, module: nn.Module):
         self.module = module
         self._maxima: dict[tuple[str, str], Tensor] = {}
-        self._outputs: list[Tensor] = []  # of which record_gradients() computes gradients
         self._hooks: list = []
 
     def __enter__(self) -> "LayerMaxima":
@@ -153,11 +155,6 @@ class LayerMaxima(AbstractContextManager):
         for hook in self._hooks:
             hook.remove()
 
-    def record_gradients(self, loss: Tensor) -> None:
-        """Backpropagate a loss [] to the outputs since the last call; the gradients of the weights do not change."""
-        outputs, self._outputs = self._outputs, []
-        torch.autograd.grad(loss, outputs, allow_unused=True)
-
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return {"encoder.blocks.0": {"output": 3.1, "gradient": 0.2}}, in the order in which the layers ran."""
         layers: dict[str, dict[str, float]] = {}
@@ -170,7 +167,6 @@ class LayerMaxima(AbstractContextManager):
             if isinstance(each, Tensor) and each.is_floating_point():
                 self._record(name, "output", each)
                 if each.requires_grad:
-                    self._outputs.append(each)
                     each.register_hook(lambda gradient: self._record(name, "gradient", gradient))
 
     def _record(self, name: str, kind: str, values: Tensor) -> None:

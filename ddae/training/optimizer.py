@@ -1,11 +1,32 @@
 """AdamW's parameter groups: weight decay, learning rates by layer. The betas have their own optimizer (betas.py)."""
 
 import re
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddae.config.base import OptimConfig
+
+
+class Optimizable(Protocol):
+    """A module with its optimizer: an Engine, or something smaller."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients of one micro-batch, whose loss [] is its share of the step's."""
+
+    def step(self, lr: float) -> Tensor:
+        """End a micro-batch; after the last one of a step update the weights.
+
+        Return float32 [], on the device: 1 if the weights were updated, 0 if a gradient was non-finite.
+        """
+        ...
 
 
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

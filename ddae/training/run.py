@@ -167,7 +167,7 @@ class Run:
         """Complete a training step's row with spike, throughput and system load; write it and log the progress."""
         row["loss/spike"] = float(self._spikes.is_spike(row["loss/total"]))
         row |= self.timer.read(self.rank_batch.batch_size) | self.loader.read_stats() | system_metrics()
-        if self.count_flops is not None and self._flops is None:
+        if self.count_flops is not None and self._flops is None and is_main():
             with self.timer.measure("evaluate"):
                 self._flops = self.count_flops()
         if self._flops is not None:
