@@ -25,10 +25,9 @@ demo: $(READY) data/demo/manifest.json
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
 	$(BIN)/python launch/knn.py --encoder runs/demo --data data/demo --grey --workers 2
 
-# Two test modules at a time. test_loader.py forks readers, so it runs in a process without the threads of other tests.
+# Two test modules at a time.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/data/test_loader.py
-	$(BIN)/python -m pytest tests/data/test_loader.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Long sweeps over settings, of which make test covers fewer cases.
 test-slow: $(READY)

@@ -151,7 +151,7 @@ GPU_ONLY = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU
     "name, gigaflop",
     [
         ("ddae_vit_s16_100e", 68.6),
-        ("ddae_vit_b16_100e", 168.3),
+        pytest.param("ddae_vit_b16_100e", 168.3, marks=pytest.mark.slow),
         pytest.param("ddae_vit_l16_100e", 377.8, marks=pytest.mark.faults),  # 6 GB of memory
         ("mae_vit_s16_100e", 39.0),
     ],
