@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -188,3 +189,10 @@ def test_teacher_runs_its_master_weights_without_gradient(chunk_size, monkeypatc
         teacher.update(0.5)
         for parameter, old in zip(teacher.module.parameters(), before, strict=True):
             torch.testing.assert_close(parameter, old + 0.5)
+
+
+def test_annotated_shapes_are_checked():
+    """pyproject.toml turns the checks on."""
+    images, visible = torch.rand(2, 3, 32, 32), torch.zeros(3, 4, dtype=torch.int64)  # of two and of three images
+    with pytest.raises(jaxtyping.TypeCheckError):
+        build()(images, visible=visible)
