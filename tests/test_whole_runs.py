@@ -20,7 +20,8 @@ from ddae.training.tracker import read_metrics
 STAGES = (0, 1, 2, 3)
 FP32 = ("--engine.precision", "fp32")
 COLUMNS = ("loss/total", "error/pixel/tap_02", "error/feature/tap_01", "beta/tap_01")
-RESUMED = [f"{precision}_{stage}" for precision in ("two", "two_bf16") for stage in STAGES]
+TWO_RANKS = {"two": ("fp32", (1, 3)), "two_bf16": ("bf16", (0, 2, 3))}  # test_golden.py has the other stages in fp32
+RESUMED = [f"{name}_{stage}" for name, (_, stages) in TWO_RANKS.items() for stage in stages]
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,11 @@ def runs(shards, tmp_path_factory):
         for precision in ("fp32", "bf16"):
             options = ("--engine.loss_backend", backend, "--engine.precision", precision)
             one.append(command(f"{backend}_{precision}", 2, *options, *small, *micro_1))
-    two = [command(f"two_{stage}", stage, *FP32, *steps) for stage in STAGES]
-    two += [command(f"two_bf16_{stage}", stage, *steps) for stage in STAGES]
+    two = [
+        command(f"{name}_{stage}", stage, "--engine.precision", precision, *steps)
+        for name, (precision, stages) in TWO_RANKS.items()
+        for stage in stages
+    ]
     two += [
         command("two_recompute", 3, *FP32, *steps, recompute),
         command("offload_micro", 2, *FP32, *steps, *offload),
@@ -89,21 +93,19 @@ def assert_same_curves(runs, name, other, tolerance):
         )
 
 
-@pytest.mark.parametrize(
-    "name", ["one_2", "micro_2", "offload_micro", "two_0", "two_1", "two_2", "two_3", "recompute", "two_recompute"]
-)
+@pytest.mark.parametrize("name", ["one_2", "micro_2", "offload_micro", "two_1", "two_3", "recompute", "two_recompute"])
 def test_stages_ranks_and_accumulation_give_one_curve_in_fp32(runs, name):
     assert len(ranks.column(runs / name)) == 20
     assert_same_curves(runs, name, "one_0", 1e-6)
 
 
-@pytest.mark.parametrize("name", ["bf16", *(f"two_bf16_{s}" for s in STAGES), "autocast"])
+@pytest.mark.parametrize("name", ["bf16", "two_bf16_0", "two_bf16_2", "two_bf16_3", "autocast"])
 def test_bf16_is_close_to_fp32(runs, name):
     assert_same_curves(runs, name, "one_0", 0.03)
     assert ranks.column(runs / name) != ranks.column(runs / "one_0")
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [0, 3])
 def test_stages_give_one_curve_in_bf16(runs, stage):
     assert_same_curves(runs, f"two_bf16_{stage}", "two_bf16_2", 0.005)
 
@@ -343,7 +345,7 @@ def test_mae_logs_neither_betas_nor_features(runs):
 
 
 def test_exported_encoders_are_equal_at_all_stages(runs):
-    encoders = [ddae.load_encoder(runs / name) for name in ("one_0", "two_1", "two_2", "two_3")]
+    encoders = [ddae.load_encoder(runs / name) for name in ("one_0", "two_1", "two_3")]
     images = torch.rand(2, 3, 32, 32)
     outputs = [encoder(images) for encoder in encoders]
     assert outputs[0].shape == (2, 17, 32)
