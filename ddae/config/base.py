@@ -24,6 +24,7 @@ class ShardsConfig:
     # An epoch's last, incomplete batch: completed with images of the next epoch, or dropped.
     remainder: Literal["carry_over", "drop"] = "carry_over"
     backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # image decoder; auto: the faster one here
+    in_memory: bool = False  # decode a small data set once, with Pillow, and keep its images in memory
     workers: int = 4  # a rank: Pillow's worker processes (0: the training process itself), or DALI's threads
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI gives to a GPU's hardware decoder
     cache: str = "data/cache"  # folder for shards downloaded from URLs
@@ -106,7 +107,7 @@ class Experiment:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {
             *("preset", "run_dir", "ds_config", "allow_restart", "data.train", "data.backend", "data.workers"),
-            *("data.hw_decoder_load", "data.cache", "data.cache_gib"),
+            *("data.in_memory", "data.hw_decoder_load", "data.cache", "data.cache_gib"),
             *("engine.loss_backend", "engine.activation_checkpointing", "tracker.kind", "tracker.experiment"),
             "tracker.parent",
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.watchdog_timeout_s"),

@@ -48,7 +48,9 @@ class SegmentConfig(Evaluation):
     seg: SceneConfig = field(default_factory=SceneConfig)
 
     TASK = "segment"
-    UNUSED = frozenset({"engine.loss_backend", "data.crop", "data.crop_scale", "data.hw_decoder_load"})
+    UNUSED = frozenset(
+        {"engine.loss_backend", "data.crop", "data.crop_scale", "data.hw_decoder_load", "data.in_memory"}
+    )
 
     def resolved_for(self, width: int, depth: int) -> "SegmentConfig":
         """Return the config with blocks and channels for this encoder, unless they are set.

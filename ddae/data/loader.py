@@ -27,6 +27,7 @@ from ddae.data.backend import can_decode_regions, check_installed, choose_backen
 from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import FallbackDecoder
 from ddae.data.masking import Mask
+from ddae.data.memory import DecodedImages, decode_all
 from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
@@ -73,7 +74,11 @@ class Loader:
         """
         self.config, self.rank_batch, self.device, self.size = config, rank_batch, device, size
         self.augment, self.sample_masks = augment, sample_masks
-        backend = "pillow" if augment is not None and config.backend == "auto" else config.backend
+        if config.in_memory and config.backend not in ("auto", "pillow"):
+            problem = f"data.in_memory is set, but data.backend is {config.backend}; expected pillow"
+            raise UserError(f"{problem}. Leave out --data.backend or --data.in_memory.")
+        needs_pillow = augment is not None or config.in_memory
+        backend = "pillow" if needs_pillow and config.backend == "auto" else config.backend
         self.backend = check_installed(backend)  # select_backend() replaces "auto"
         self.shards: Shards | None = None
         if self.backend == "synthetic":
@@ -92,6 +97,7 @@ class Loader:
         self.bad: dict[int, str] = {}  # reason by sample, for those that could not be decoded
         self.backend_reason = ""  # why select_backend() chose the back end
         self._decode_regions = True
+        self._decoded: DecodedImages | None = None
         self._num_decoded, self._decode_seconds = 0, 0.0
         self._stream: Generator[Batch, None, None] | None = None
         # Runs before multiprocessing's exit handler, which would wait for the workers: they ignore its SIGTERM.
@@ -108,6 +114,8 @@ class Loader:
             self.backend, self.backend_reason = choice
         if self.backend == "dali":
             self._decode_regions = can_decode_regions(reader, self.config, self.device)
+        if self.config.in_memory and self.shards is not None and self._decoded is None:
+            self._decoded = decode_all(self.shards, max(1, self.config.workers))
 
     def describe(self) -> str:
         """Return the number of images, the back end and the handling of an epoch's last batch, for the log."""
@@ -126,7 +134,7 @@ class Loader:
         A step has rank_batch.grad_accum_steps of them. Raise UserError if samples cannot be read.
         """
         self.close()
-        if self.backend == "auto":
+        if self.backend == "auto" or self.config.in_memory:
             self.select_backend()
         self._stream = self._batches(step)
         return self._stream
@@ -186,7 +194,8 @@ class Loader:
         if self.shards is None:
             return SyntheticReader(self.order, self.rank_batch, self.size)
         crop, decodes = crop_policy(self.config.crop, self.config.crop_scale), self.backend == "pillow"
-        return self.READER(self.shards, self.order, self.rank_batch, self.size, crop, decodes, self.augment)
+        options = crop, decodes, self.augment, self._decoded
+        return self.READER(self.shards, self.order, self.rank_batch, self.size, *options)
 
     def read_files(self, first: int) -> Generator[RawBatch, None, None]:
         """Yield micro-batches of encoded files, read by threads, from number `first` on."""

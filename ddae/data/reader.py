@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ddae.data.decode import decode_crop, is_truncated
+from ddae.data.decode import decode_crop, is_truncated, resize
 from ddae.data.masking import Mask
+from ddae.data.memory import DecodedImages
 from ddae.data.sampling import CropFn, Crops, EpochOrder
 from ddae.data.shards import Shards
 from ddae.errors import UserError
@@ -80,9 +81,12 @@ class Reader(Dataset):
         crop: CropFn,
         decodes: bool = True,
         augment: Augment | None = None,
+        decoded: DecodedImages | None = None,
     ):
+        """augment: applied to each decoded crop. decoded: the images of the shards, if they are in memory."""
         self.shards, self.order, self.rank_batch = shards, order, rank_batch
         self.size, self.crop, self.decodes, self.augment = size, crop, decodes, augment
+        self.decoded = decoded
         self.width, self.height = torch.as_tensor(shards.width), torch.as_tensor(shards.height)
 
     def __getitem__(self, number: int) -> RawBatch:
@@ -154,7 +158,11 @@ class Reader(Dataset):
         return loaded, bad
 
     def decode(self, row: int, sample: int, box: list[int], flip: bool) -> np.ndarray:
-        """Decode a sample's crop with Pillow: uint8 [3, S, S]."""
+        """Return a sample's crop, decoded with Pillow: uint8 [3, S, S]."""
+        pixels = None if self.decoded is None else self.decoded[sample]
+        if pixels is not None:
+            left, top, width, height = box
+            return resize(pixels[top : top + height, left : left + width], flip, self.size)
         file = self.shards.read(sample)
         raise_if_truncated(file)
         return decode_crop(file, tuple(box), flip, self.size)  # type: ignore[arg-type]

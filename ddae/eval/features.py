@@ -40,7 +40,8 @@ def pooled_features(encoder: Encoder, pixels: Tensor, layers: Sequence[int]) -> 
     features = {}
     for layer, tokens in zip(layers, encoder.features(pixels, layers), strict=True):
         tokens = encoder.norm(tokens) if layer == encoder.shape.depth else tokens
-        features |= {f"block {layer} cls": tokens[:, 0], f"block {layer} mean": tokens[:, 1:].mean(1)}
+        # A view of the cls tokens would keep all tokens in memory.
+        features |= {f"block {layer} cls": tokens[:, 0].clone(), f"block {layer} mean": tokens[:, 1:].mean(1)}
     return features
 
 

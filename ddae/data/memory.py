@@ -1,0 +1,81 @@
+"""Decoded images in memory: a small data set is decoded once, not in every epoch."""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ddae.data.decode import decode_image, is_truncated
+from ddae.data.shards import Shards
+
+MAX_MEMORY_FRACTION = 0.5  # of the memory that is available, for the images of all ranks of a machine
+CGROUP_FILES = (  # limit and use of a container's memory, in bytes: cgroup v2 and v1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
+logger = logging.getLogger(__name__)
+
+
+class DecodedImages:
+    """The images of a data set as pixels, in one buffer that forked worker processes share."""
+
+    def __init__(self, shards: Shards, threads: int):
+        """Decode all images with so many threads. Those that cannot be decoded are left out."""
+        sizes = 3 * shards.width * shards.height
+        self._ends = np.cumsum(sizes)
+        self._pixels = np.empty(int(self._ends[-1]), np.uint8)
+        self._width, self._height = shards.width, shards.height
+        with ThreadPoolExecutor(threads) as pool:
+            decoded = pool.map(lambda sample: self._decode(shards, sample), range(len(shards)), chunksize=64)
+            self._decoded = np.fromiter(decoded, bool, len(shards))
+
+    def __getitem__(self, sample: int) -> np.ndarray | None:
+        """Return the pixels of a sample, uint8 [H, W, 3]; None if it was left out."""
+        return self._view(sample) if self._decoded[sample] else None
+
+    def _view(self, sample: int) -> np.ndarray:
+        shape = int(self._height[sample]), int(self._width[sample]), 3
+        end = int(self._ends[sample])
+        return self._pixels[end - shape[0] * shape[1] * 3 : end].reshape(shape)
+
+    def _decode(self, shards: Shards, sample: int) -> bool:
+        """Decode a sample into the buffer. Return whether that was possible."""
+        try:
+            file = shards.read(sample)
+            pixels = decode_image(file).transpose(1, 2, 0)
+        except Exception:  # decoders raise many types; the reader raises the same error and replaces the sample
+            return False
+        if is_truncated(file) or pixels.shape != self._view(sample).shape:
+            return False
+        self._view(sample)[:] = pixels
+        return True
+
+
+def decode_all(shards: Shards, threads: int) -> DecodedImages | None:
+    """Return the images of a data set in memory; None, with a warning, if they would take too much of it."""
+    needed = int((3 * shards.width * shards.height).sum())
+    limit = MAX_MEMORY_FRACTION * available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if needed > limit:
+        logger.warning(
+            "data.in_memory is set, but the decoded images of a rank take %.1f GiB, and at most %.1f GiB may be used "
+            "for them. They are decoded in every epoch instead.",
+            *(needed / 2**30, limit / 2**30),
+        )
+        return None
+    logger.info("decoding %d images into %.1f GiB of memory", len(shards), needed / 2**30)
+    return DecodedImages(shards, threads)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this process may still use, within its container's limit."""
+    available = psutil.virtual_memory().available
+    for limit_file, use_file in CGROUP_FILES:
+        try:
+            limit, use = (int(Path(each).read_text()) for each in (limit_file, use_file))
+        except (OSError, ValueError):  # another version, or no limit ("max")
+            continue
+        available = min(available, max(0, limit - use))
+    return available
