@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+STALE_AFTER_S = 3600.0  # of a partial file whose process must have died
 
 
 def write_text(path: Path, text: str) -> None:
@@ -17,6 +20,29 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def remove_stale_partial_files(*folders: Path) -> None:
+    """Remove what killed processes left of write_text() in these folders: partial files older than an hour."""
+    for folder in folders:
+        for partial in folder.glob(".*.part"):
+            with suppress(FileNotFoundError):
+                if time.time() - partial.stat().st_mtime > STALE_AFTER_S:
+                    partial.unlink()
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Write a file as write_text() does, and flush it to the disk before the renaming: it survives a power failure.
+
+    Characters that UTF-8 cannot encode (of file names in archives) are written as backslash escapes.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        fsync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object, indent: int | None = 2) -> None:

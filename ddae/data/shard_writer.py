@@ -78,21 +78,7 @@ def write_manifest(folder: Path, shards: dict[str, Any], **metadata: Any) -> Non
     lines = [f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in shards.items()]
     rest = "".join(f',\n "{key}": {json.dumps(value)}' for key, value in metadata.items())
     body = ",\n".join(lines)
-    write_text_durably(folder / MANIFEST, f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n')
-
-
-def write_text_durably(path: Path, text: str) -> None:
-    """Write a file atomically, flushed to the disk first. Unlike atomic.write_text() it survives a power failure.
-
-    Characters that UTF-8 cannot encode (of file names in archives) are written as backslash escapes.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        atomic.fsync(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    atomic.write_text_durably(folder / MANIFEST, f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n')
 
 
 def _partial_paths(path: Path) -> tuple[Path, Path]:

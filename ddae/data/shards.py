@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import braceexpand
+from braceexpand import UnbalancedBracesError, braceexpand
 
 from ddae.data.cache import Cache, is_url, url_join, url_name, url_parent
 from ddae.errors import UserError
@@ -151,11 +151,11 @@ def find_shards(where: str, split: str = "train") -> list[str]:
     if where.startswith("pipe:"):
         raise UserError(f"data.train is {where!r}, which would run a command. Pass a folder, a pattern or a URL.")
     if is_url(where):
-        return list(braceexpand(where)) if where.endswith(".tar") else []
+        return _expand(where) if where.endswith(".tar") else []
     if os.path.isdir(where):
         paths = sorted(glob.glob(os.path.join(where, f"{split}-*.tar")))
     else:
-        paths = [path for each in braceexpand(where) for path in (sorted(glob.glob(each)) or [each])]
+        paths = [path for each in _expand(where) for path in (sorted(glob.glob(each)) or [each])]
         missing = [path for path in paths if not os.path.exists(path)]
         if missing and len(paths) > 1:
             raise UserError(f"data.train is {where!r}, but {missing[0]} does not exist. Correct the range.")
@@ -166,12 +166,22 @@ def find_shards(where: str, split: str = "train") -> list[str]:
     return paths
 
 
+def _expand(pattern: str) -> list[str]:
+    """Return the names that a pattern with braces stands for. Raise UserError if a brace is not closed."""
+    try:
+        return list(braceexpand(pattern))
+    except UnbalancedBracesError:
+        fix = "Write a range as train-{000000..000099}.tar, in quotes."
+        raise UserError(f"data.train is {pattern!r}, in which a brace is not closed. {fix}") from None
+
+
 def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
     """Find shards and read their manifests and indexes. Raise UserError if one is missing or inconsistent."""
+    where = where.rstrip("/") or where  # as a shell completes the name of a folder
     paths = find_shards(where, split)
     manifests: dict[str, dict[str, Any]] = {}
     if not paths:
-        manifests[where.rstrip("/")] = manifest = read_manifest(where, cache)
+        manifests[where] = manifest = read_manifest(where, cache)
         paths = [url_join(where, name) for name in sorted(manifest["shards"]) if name.startswith(f"{split}-")]
         if not paths:
             raise UserError(f"data.train is {where!r}, whose {MANIFEST} lists no shards of split {split!r}.")
@@ -234,7 +244,7 @@ def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, A
         raise UserError(f"{path} is not a manifest of format {FORMAT}. {MAKE_SHARDS}")
     for shard, entry in shards.items():
         complete = isinstance(entry, dict) and entry.keys() >= {"samples", "bytes", "sha256", "sizes"}
-        if not complete or len(entry["sizes"]) != entry["samples"]:
+        if not complete or not isinstance(entry["sizes"], list) or len(entry["sizes"]) != entry["samples"]:
             raise UserError(f"the entry for {shard} in {path} is incomplete. {MAKE_SHARDS}")
     return manifest
 
@@ -248,10 +258,11 @@ def read_index(path: Path, extension: str = "jpg") -> tuple[list[str], np.ndarra
     if not path.exists():
         fix = f"{MAKE_SHARDS} DALI's wds2idx makes it too."
         raise UserError(f"{path.with_suffix('.tar')} has no index {path.name} beside it. {fix}")
-    header, _, body = path.read_text(errors="replace").partition("\n")
-    if not header.startswith(INDEX_VERSION):
+    header, _, body_bytes = path.read_bytes().partition(b"\n")
+    if not header.startswith(INDEX_VERSION.encode()):
         raise UserError(f"{path} is not an index of version {INDEX_VERSION}. {MAKE_SHARDS}")
     try:
+        body = body_bytes.decode()
         # Four fields a file (extension, offset, size, name), and the same files in every line.
         num_fields = len(body.partition("\n")[0].split())
         fields = body.split()

@@ -141,8 +141,8 @@ class Checkpoints:
         atomic.fsync(path / MANIFEST)
         name = f"step_{step:08d}"
         atomic.rename_folder(path, self.folder / name)
-        atomic.write_text(self.folder / "latest", name)
-        atomic.fsync(self.folder / "latest", self.folder)
+        atomic.write_text_durably(self.folder / "latest", name)
+        atomic.fsync(self.folder)
         for old in self._names()[: -self.keep]:
             if not self.keep_every or int(old.removeprefix("step_")) % self.keep_every:
                 shutil.rmtree(self.folder / old, ignore_errors=True)  # files that are still open: at the next save
@@ -188,12 +188,13 @@ def _attempt(write: Callable[[], object]) -> str | None:
 
 
 def _check_format(path: Path) -> None:
-    """Raise UserError for a checkpoint of another version. An unreadable manifest is left to _damage()."""
+    """Raise UserError for a checkpoint of another version. A damaged manifest is left to _damage()."""
     try:
-        written = json.loads((path / MANIFEST).read_text()).get("format")
-    except (OSError, ValueError, AttributeError):
+        manifest = json.loads((path / MANIFEST).read_text())
+        is_other = "files" in manifest and manifest.get("format") != FORMAT
+    except (OSError, ValueError, TypeError, AttributeError):
         return
-    if written != FORMAT:
+    if is_other:
         raise UserError(
             f"{path} was written by another version of ddae; this one reads format {FORMAT}. "
             "Resume with that version, or choose another --run_dir."

@@ -31,7 +31,7 @@ def is_main() -> bool:
 
 
 class _Handler(logging.StreamHandler):
-    """Write to the current sys.stdout: INFO on rank 0 alone, warnings and errors on every rank."""
+    """Write INFO on rank 0 alone and warnings on every rank to the current sys.stdout, errors to sys.stderr."""
 
     def __init__(self) -> None:
         super().__init__(sys.stdout)
@@ -39,12 +39,12 @@ class _Handler(logging.StreamHandler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno > logging.INFO or is_main():
-            record.rank, self.stream = rank(), sys.stdout
+            record.rank, self.stream = rank(), sys.stderr if record.levelno >= logging.ERROR else sys.stdout
             super().emit(record)
 
 
 def configure_logging() -> None:
-    """Log this package's messages to standard output, each with its time and rank. Calling it again changes nothing."""
+    """Log this package's messages, each with its time and rank. Calling it again changes nothing."""
     logger = logging.getLogger("ddae")
     if not any(isinstance(handler, _Handler) for handler in logger.handlers):
         logger.addHandler(_Handler())

@@ -154,18 +154,19 @@ def read_scene(shards: Shards, sample: int, location: np.ndarray, num_classes: i
     image = decode_image(shards.read(sample))
     with Image.open(io.BytesIO(shards.read_file(sample, location)), formats=["PNG"]) as file:
         labels = np.asarray(file)
-    name = shards.sample_name(sample)
     if labels.ndim != 2:
+        name = shards.sample_name(sample)  # reads the shard's index: for messages alone
         raise UserError(f"the mask of {name} has {labels.shape[2]} channels; expected one class per pixel. {REMAKE}.")
     if labels.shape != image.shape[1:]:
         mask_size, image_size = (f"{each[1]} x {each[0]}" for each in (labels.shape, image.shape[1:]))
-        fix = f"{REMAKE}, which leaves out such pairs."
+        name, fix = shards.sample_name(sample), f"{REMAKE}, which leaves out such pairs."
         raise UserError(f"the mask of {name} has {mask_size} pixels; expected {image_size}, as its image. {fix}")
     if labels.dtype == np.uint8:
         labels = np.where(labels == 255, IGNORE_INDEX, labels.astype(np.uint16))
     largest = int(labels.max(where=labels != IGNORE_INDEX, initial=0))
     if largest >= num_classes:
         fix = f"{REMAKE}." if shards.classes else f"Pass --seg.classes {largest + 1} or more."
+        name = shards.sample_name(sample)
         raise UserError(f"{name} has class {largest}; expected classes 0 to {num_classes - 1}. {fix}")
     return image, labels.astype(np.uint16)
 

@@ -22,8 +22,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ddae import atomic
 from ddae.data.decode import encode_image
-from ddae.data.shard_writer import Sample, write_manifest, write_shard, write_text_durably
+from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError, one_line
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect
@@ -222,7 +223,7 @@ def _write(archive: zipfile.ZipFile, out: Path, layout: Layout, pairs: list[Pair
             raise UserError(f"none of the {len(pairs)} images is usable. Check {report[0]['source']} ({kinds}).")
         written, left_out = sum(e["samples"] for e in entries.values()), sum(r["action"] == "left_out" for r in report)
         content = {"input": len(pairs), "written": written, "left_out": left_out, "images": report}
-        write_text_durably(partial / "report.json", json.dumps(content, indent=1) + "\n")
+        atomic.write_text_durably(partial / "report.json", json.dumps(content, indent=1) + "\n")
         write_manifest(partial, entries, classes=classes, source=layout.name, settings=settings)
         os.rename(partial, out)
     finally:

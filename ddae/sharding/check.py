@@ -94,7 +94,7 @@ def _check_content(shard: Path, entry: dict[str, Any], num_classes: int) -> list
                     size = entry["sizes"][len(images) : len(images) + 1]
                     problems += _check_image(shard, key, member.offset, member.length, size)
                 images.append((key, member.offset, member.length))
-                workers.count_image()
+                workers.count_images()
         keys, index = read_index(shard.with_suffix(".idx"))
         if images != [(key, *row) for key, row in zip(keys, index.tolist(), strict=True)]:
             problems.append(Problem(shard.name, "does not match its index"))

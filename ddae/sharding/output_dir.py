@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ddae.data.shard_writer import write_text_durably
+from ddae import atomic
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError
 
@@ -68,7 +68,7 @@ def locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
         except OSError:
             raise UserError(f"--out {out} is in use by another process. Wait until that ends.") from None
         remove_partial_files(out)
-        write_text_durably(out / PROGRESS / "plan.json", json.dumps(identity))
+        atomic.write_text_durably(out / PROGRESS / "plan.json", json.dumps(identity))
         try:
             yield
         except UserError:
@@ -91,7 +91,7 @@ def remove_partial_files(out: Path) -> None:
 
 def save_record(out: Path, name: str, record: dict[str, Any]) -> None:
     """Save the record of a complete shard: its manifest entry and what the report needs."""
-    write_text_durably(out / PROGRESS / f"{name}.json", json.dumps(record))
+    atomic.write_text_durably(out / PROGRESS / f"{name}.json", json.dumps(record))
 
 
 def load_record(out: Path, name: str) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from ddae.data.shard_writer import write_text_durably
+from ddae import atomic
 
 
 class ReportedImage(NamedTuple):
@@ -33,7 +33,7 @@ def write_report(out: Path, num_read: int, num_written: int, images: list[Report
     kinds = Counter(kind for image in images for kind in image.kinds)
     content = {"input": num_read, "written": num_written, "left_out": left_out, "kinds": dict(kinds.most_common())}
     content |= {"images": [_json_entry(image) for image in images], "passed_over": skipped}
-    write_text_durably(out / "report.json", json.dumps(content, indent=1) + "\n")
+    atomic.write_text_durably(out / "report.json", json.dumps(content, indent=1) + "\n")
     title = f"{num_read} images read, {num_written} written, {left_out} left out"
     lines = [title, "", *(f"{count:8d}  {kind}" for kind, count in kinds.most_common())]
     if images:
@@ -43,8 +43,8 @@ def write_report(out: Path, num_read: int, num_written: int, images: list[Report
         lines += ["", *("  ".join(map(str.ljust, row, widths)) for row in rows)]
     if skipped:
         lines += ["", f"{len(skipped)} files that are not images were skipped:", *skipped]
-    write_text_durably(out / "report.txt", "\n".join(lines) + "\n")
-    write_text_durably(out / "report.html", _page(title, kinds, images))
+    atomic.write_text_durably(out / "report.txt", "\n".join(lines) + "\n")
+    atomic.write_text_durably(out / "report.html", _page(title, kinds, images))
 
 
 def _json_entry(image: ReportedImage) -> dict[str, object]:

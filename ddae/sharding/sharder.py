@@ -152,7 +152,7 @@ class _Sharder:
             if inspected.jpeg is not None and not left_out:
                 label = None if index.label[image] == UNLABELLED else int(index.label[image])
                 yield Sample(index.key_of(image), inspected.jpeg, label, inspected.width, inspected.height)
-            workers.count_image()
+            workers.count_images()
 
     def find_duplicates(self) -> dict[ImageId, ImageId]:
         """Return for each duplicate the first image with the same bytes.

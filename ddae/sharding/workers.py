@@ -23,10 +23,10 @@ _num_done = _FORK.Value("q", 0)  # images
 _work: Callable[..., Any]
 
 
-def count_image() -> None:
-    """Advance the progress bar by one image; called in a worker."""
+def count_images(count: int = 1) -> None:
+    """Advance the progress bar by so many images; called in a worker."""
     with _num_done.get_lock():
-        _num_done.value += 1
+        _num_done.value += count
 
 
 def run(work: Callable[..., T], tasks: list[tuple], num_workers: int, total: int, done: int = 0) -> Iterator[T]:

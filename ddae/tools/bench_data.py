@@ -33,7 +33,7 @@ from ddae.distributed.comm import device
 from ddae.sharding.inspection import inspect
 from ddae.sharding.sharder import Settings, shard
 from ddae.sharding.sources import Index, build_index
-from ddae.sharding.workers import count_image, run
+from ddae.sharding.workers import count_images, run
 from ddae.tools.bench_report import READ_ONLY, report_rates
 
 SIZE, BATCH = 224, 64  # pixels a side; images a batch
@@ -193,9 +193,10 @@ def process_all(images: Index, process: Callable[[bytes], object], workers: int)
     """Read each image in worker processes, 64 a task, and process its bytes."""
 
     def work(start: int) -> None:
-        for image in range(start, min(start + BATCH, len(images))):
+        end = min(start + BATCH, len(images))
+        for image in range(start, end):
             process(images.read(image))
-            count_image()
+        count_images(end - start)
 
     list(run(work, [(start,) for start in range(0, len(images), BATCH)], workers, len(images)))
 

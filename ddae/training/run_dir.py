@@ -77,6 +77,7 @@ def lock(config: Experiment) -> None:
             os.ftruncate(file, 0)
             os.write(file, f"process {os.getpid()} on {platform.node()}\n".encode())
         _locks[folder.absolute()] = file
+        atomic.remove_stale_partial_files(folder, folder / "heartbeats")
 
     broadcast_from_main(acquire)
 

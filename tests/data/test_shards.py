@@ -79,6 +79,13 @@ def damage(kind, folder):
             content = json.loads(manifest.read_text())
             content["shards"][shard.name]["sizes"].pop()
             manifest.write_text(json.dumps(content))
+        case "sizes are a number":
+            content = json.loads(manifest.read_text())
+            content["shards"][shard.name]["sizes"] = 24
+            manifest.write_text(json.dumps(content))
+        case "index is not text":
+            index = shard.with_suffix(".idx")
+            index.write_bytes(index.read_bytes().replace(b"s00", b"s\xff0", 1))
         case "binary manifest":
             manifest.write_bytes(bytes(range(256)))
         case "garbled index":
@@ -100,6 +107,8 @@ def damage(kind, folder):
         "broken manifest": "is not JSON",
         "other manifest": "is not a manifest",
         "one size short": "the entry for train-000001.tar in .* is incomplete",
+        "sizes are a number": "the entry for train-000001.tar in .* is incomplete",
+        "index is not text": "without offset and size of a jpg file",
         "binary manifest": "is not JSON",
         "garbled index": "without offset and size of a jpg file",
         "empty index": "is not an index of version",
@@ -118,6 +127,15 @@ def test_damage_is_reported(kind, message, tmp_path):
 def test_missing_shards_are_reported(where):
     with pytest.raises(UserError, match="data_prep"):
         find_shards(where)
+
+
+def test_a_trailing_slash_changes_nothing(shards):
+    assert open_shards(f"{shards}/", CACHE).paths == open_shards(str(shards), CACHE).paths
+
+
+def test_an_open_brace_is_reported():
+    with pytest.raises(UserError, match=r"in which a brace is not closed\. Write a range as"):
+        find_shards("data/train-{000000..000003.tar")
 
 
 def test_sample_photos_writes_both_splits(tmp_path):

@@ -45,6 +45,7 @@ def test_the_newest_checkpoint_is_used(tmp_path):
         (lambda path: (path / MANIFEST).unlink(), "manifest cannot be read"),
         (lambda path: (path / MANIFEST).write_text('{"step": 1'), "manifest cannot be read"),
         (lambda path: (path / MANIFEST).write_text("[]"), "manifest cannot be read"),
+        (lambda path: (path / MANIFEST).write_text("{}"), "manifest cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_and_logged(damage, reason, tmp_path, capsys):

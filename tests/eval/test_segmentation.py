@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from ddae.config.pretrain import ModelConfig
 from ddae.config.segmentation import SceneConfig, segment_recipe
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
-from ddae.data.shards import open_shards
+from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
 from ddae.eval.metrics import count_confusion, intersection_over_union, segmentation_scores
 from ddae.eval.predict import segment_images
@@ -98,6 +98,14 @@ def test_scenes_are_read_as_written(scenes, tmp_path):
     assert set(np.unique(labels)) <= {0, 300, 600, IGNORE_INDEX}
     with pytest.raises(UserError, match=r"s0003 has class \d00; expected classes 0 to 299\. Make the shards"):
         read_scene(wide, 3, wide.file_locations("png")[3], 300)
+
+
+def test_reading_a_scene_does_not_read_the_index(scenes, monkeypatch):
+    """Which is a download for each image if the shards are at a URL."""
+    shards = open_shards(str(scenes), None)
+    locations = shards.file_locations("png")
+    monkeypatch.setattr(Shards, "sample_name", lambda *_: pytest.fail("a name is for messages alone"))
+    read_scene(shards, 3, locations[3], 3)
 
 
 def test_sizes_match_mmsegmentation():

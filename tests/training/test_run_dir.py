@@ -1,6 +1,7 @@
 """A run directory's history: which earlier starts it accepts, and which it refuses."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from ddae.config.base import TrainConfig
 from ddae.config.pretrain import DataConfig, PretrainConfig, PretrainEngineConfig
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.errors import UserError
-from ddae.training.run_dir import check, check_history
+from ddae.training.run_dir import check, check_history, lock
 
 
 def started(path, last, save_every=10, files=()):
@@ -46,6 +47,18 @@ def test_a_small_tables_tokenizer_is_resumed(tmp_path):
     config = TokenizerConfig(run_dir=str(tmp_path), data=DataConfig(), engine=PretrainEngineConfig())
     config.write(tmp_path / "config.json")
     check(config)
+
+
+def test_partial_files_of_killed_processes_are_removed(tmp_path):
+    """Those of other processes that may still write are kept."""
+    (tmp_path / "heartbeats").mkdir()
+    old, new = tmp_path / "heartbeats" / ".rank_00003.json.17.part", tmp_path / ".config.json.18.part"
+    for partial in (old, new):
+        partial.touch()
+    os.utime(old, (0, 0))
+    lock(PretrainConfig(run_dir=str(tmp_path)))
+    assert not old.exists()
+    assert new.exists()
 
 
 @pytest.mark.parametrize("last", [0, 3, 10])
