@@ -202,4 +202,4 @@ class CodebookState:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, values in state.items():
             self._buffers[name].copy_(values)
-        self.initialised = True
+        self.initialised = bool(self._buffers["share"].any())  # not if the run was stopped before its first step

@@ -22,6 +22,10 @@ TESTS = [
 ]
 
 
+# The packages that check tensor shapes need not be installed.
+PYTEST = ("--noconftest", "-q", "-o", "addopts=--strict-markers")
+
+
 def main() -> int:
     out, shards = Path(sys.argv[1]), sys.argv[2:3]
     folder = out.parent / f"{out.stem}_parts"
@@ -30,7 +34,7 @@ def main() -> int:
     kernels, step, loader = folder / "kernels.csv", folder / "step.json", folder / "loader"
     python = sys.executable
     parts = {
-        "tests": [python, "-m", "pytest", "--noconftest", "-q", "-m", "not reliability", *TESTS],
+        "tests": [python, "-m", "pytest", *PYTEST, "-m", "not reliability", *TESTS],
         "kernels": [python, "kernels/bench/bench.py", "--batch", "256", "--out", str(kernels)],
         "step": [python, "launch/benchmark.py", "step", "--preset", *PRESETS, "--rounds", "5", "--json", str(step)],
         "loader": [python, "launch/benchmark.py", "loader", "--data", *shards, "--rounds", "2", "--out", str(loader)],

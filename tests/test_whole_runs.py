@@ -20,7 +20,7 @@ from ddae.training.tracker import read_metrics
 STAGES = (0, 1, 2, 3)
 FP32 = ("--engine.precision", "fp32")
 COLUMNS = ("loss/total", "error/pixel/tap_02", "error/feature/tap_01", "beta/tap_01")
-TWO_RANKS = {"two": ("fp32", (1, 3)), "two_bf16": ("bf16", (0, 2, 3))}  # test_golden.py has the other stages in fp32
+TWO_RANKS = {"two": ("fp32", (1, 3)), "two_bf16": ("bf16", STAGES)}  # test_golden.py has the other stages in fp32
 RESUMED = [f"{name}_{stage}" for name, (_, stages) in TWO_RANKS.items() for stage in stages]
 
 
@@ -99,13 +99,13 @@ def test_stages_ranks_and_accumulation_give_one_curve_in_fp32(runs, name):
     assert_same_curves(runs, name, "one_0", 1e-6)
 
 
-@pytest.mark.parametrize("name", ["bf16", "two_bf16_0", "two_bf16_2", "two_bf16_3", "autocast"])
+@pytest.mark.parametrize("name", ["bf16", *(f"two_bf16_{stage}" for stage in STAGES), "autocast"])
 def test_bf16_is_close_to_fp32(runs, name):
     assert_same_curves(runs, name, "one_0", 0.03)
     assert ranks.column(runs / name) != ranks.column(runs / "one_0")
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 3])
 def test_stages_give_one_curve_in_bf16(runs, stage):
     assert_same_curves(runs, f"two_bf16_{stage}", "two_bf16_2", 0.005)
 

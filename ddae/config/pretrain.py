@@ -19,9 +19,8 @@ class ModelConfig:
     image_size: int = 224  # height and width of a training image in pixels
     patch_size: int = 16  # height and width of a patch in pixels
     positions: Literal["rowfirst", "colfirst", "none"] = "rowfirst"  # sin-cos positions: what fills their first half
-    relative_positions: Literal["none", "shared", "each"] = (
-        "none"  # in attention: one table for all blocks, or one each
-    )
+    # Relative positions in attention: one table for all blocks, or one each.
+    relative_positions: Literal["none", "shared", "each"] = "none"
     layer_scale: float = 0.0  # initial value of the learnable layer scale; 0: no layer scale
     # Initial weights: Xavier-uniform with queries, keys and values as three matrices (BootMAE, MoCo v3) or as one
     # (MAE), or a truncated normal whose residual layers shrink with depth (BEiT).
@@ -33,9 +32,7 @@ class MaskConfig:
     kind: Literal["bootmae_block", "beit_block", "random"] = "bootmae_block"  # how masked patches are sampled
     ratio: float = 0.75  # masked patches over all patches
     neighbour_weight: bool = False  # weight a masked patch by 1 + the masked share of its 3 x 3 patches (BootMAE)
-    use_mask_token: bool = (
-        False  # the encoder sees a mask token for each masked patch (BEiT), not visible patches alone
-    )
+    use_mask_token: bool = False  # the encoder sees a mask token for each masked patch (BEiT)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
-    if "SLURM_LOCALID" in os.environ:
+    if os.environ.get("SLURM_PROCID") == os.environ.get("RANK", "none"):  # started by srun, not by a launcher inside it
         local %= torch.cuda.device_count()  # srun may show a task its own GPU alone
     return torch.device("cuda", local)
 

@@ -30,7 +30,7 @@ from ddae.distributed.preemption import StopSignal
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.augment import BatchAugment, RandAugment
-from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, validation_reader
+from ddae.eval.dataset import ExampleReader, Labels, batches_of_rank, training_labels, val_location, validation_reader
 from ddae.eval.figures import confusion_matrix, prediction_grid
 from ddae.eval.metrics import count_confusion, sum_metrics
 from ddae.eval.task import ClassificationTask, deepspeed_run
@@ -94,7 +94,7 @@ def _evaluate_untrained(config: FinetuneConfig, encoder: Encoder, stop: StopSign
 
     The result is read from the cache, or the encoder is trained now.
     """
-    val = validation_reader(config, encoder.shape.image_size).shards
+    val = open_shards(val_location(config.data.train, config.val), open_cache(config.data), "val")
     train = open_shards(config.data.train, open_cache(config.data), "train")
     recipe = {key: value for key, value in flatten(config.to_dict()).items() if key not in config.FREE_ON_RESUME}
     protocol = {"task": "finetune", "recipe": recipe, "data": [train.fingerprint, val.fingerprint]}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -238,7 +239,7 @@ def distance_dots(encoders: Sequence[NamedEncoder], data: str, num_images: int) 
     """
     count, results = len(encoders), {}
     figure, axes = plt.subplots(1, count, figsize=(4.4 * count, 3.5), squeeze=False, sharey=True, layout="tight")
-    for axis, (name, _, encoder, _), colour in zip(axes[0], encoders, COLOURS * 3, strict=False):
+    for axis, (name, _, encoder, _), colour in zip(axes[0], encoders, cycle(COLOURS), strict=False):
         local, side = measure_locality(encoder, _image_batches(data, encoder, num_images)), encoder.shape.patch_size
         mean_distance, diversity = local.deep_half
         results[name] = {"distance_px": mean_distance * side, "diversity": diversity}

@@ -189,7 +189,7 @@ def _infer_shape(weights: dict[str, Tensor], path: Path | str) -> ModelConfig:
         positions, side = "none", (math.isqrt(len(weights[tables[0]]) - 3) + 1) // 2
         patches = side**2
     heads = weights[tables[0]].shape[1] if tables else width // 64
-    if side**2 != patches or width % heads or (not tables and width % 64):
+    if side**2 != patches or heads == 0 or width % heads or (not tables and width % 64):
         expected_shape = "expected a square patch grid and heads of width 64, as no others are supported"
         raise UserError(f"{path} has {patches} patches and width {width}; {expected_shape}. Pass another file.")
     init = "beit" if tables else "mae"  # of the untrained encoder that evaluations compare with

@@ -228,8 +228,10 @@ class Encoder(nn.Module):
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(shape.patch_size, shape.width)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width))
         has_positions = shape.positions != "none"
-        table = sincos_positions(self.grid, shape.width, shape.positions if has_positions else "rowfirst")
-        self.pos_embed = nn.Buffer(table if has_positions else torch.zeros_like(table), persistent=has_positions)
+        table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], shape.width)
+        if has_positions:
+            table = sincos_positions(self.grid, shape.width, shape.positions)
+        self.pos_embed = nn.Buffer(table, persistent=has_positions)
         self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale)
         self.norm = LayerNorm(shape.width)
         if shape.relative_positions == "shared":

@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +23,7 @@ from ddae.method.model import PretrainModel
 from ddae.report import figures
 from ddae.training.tracker import read_metrics
 
+logger = logging.getLogger(__name__)
 NUM_IMAGES = 8  # in the figure of reconstructions
 CAPTIONS = {  # by the first word of a figure's file name, in the order of the page
     "reconstructions": "{images} images; visible patches (rows alternate between the run's own masks and random "
@@ -114,8 +116,12 @@ def add_evaluation(folder: Path, drawn: dict[str, Figure]) -> list[Path]:
     if path.parent == folder:
         text = page(str(folder), _evaluation(folder))
     else:
-        before, _, after = path.read_text().partition(START)
-        text = before + _evaluations(folder.parent) + after.partition(END)[2]
+        before, start, after = path.read_text().partition(START)
+        _, end, after = after.partition(END)
+        if not (start and end):
+            logger.warning("%s has no place for evaluations; %s is not shown there", path, folder)
+            return files
+        text = before + _evaluations(folder.parent) + after
     write_text(path, text)
     update_model_card(folder.parent)
     return [*files, path]

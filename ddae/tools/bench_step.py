@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ddae import atomic
 from ddae.errors import UserError
 from ddae.tools.bench_report import append_csv, draw_bars
 from ddae.training.run_dir import git
@@ -79,7 +78,7 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
         rows += of_preset
         panels[f"{preset}, batch {batch}"] = {row["variant"]: row["ratio"] for row in of_preset}
         if flags.json:  # rewritten after every preset, so that an interrupted benchmark keeps its rows
-            atomic.write_json(Path(flags.json), rows, indent=1)
+            Path(flags.json).write_text(json.dumps(rows, indent=1) + "\n")
         if flags.out:
             append_csv(of_preset, Path(flags.out).with_suffix(".csv"))
             title = f"{rows[0]['hardware']}, {rows[0]['precision']}"

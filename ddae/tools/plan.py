@@ -176,7 +176,7 @@ def activation_bytes(config: PretrainConfig, images: int) -> float:
     tap_bytes = [(branch_bytes(config, branch), len(branch.taps)) for branch in branches]
     counts = count_parameters(config)
     if config.engine.tap_execution == "sequential":  # one tap of one branch at a time, and fp32 gradients of decoders
-        total = images * (total + max(tap_bytes)[0]) + 4 * (counts.model - counts.encoder)
+        total = images * (total + max(tap_bytes, default=(0, 0))[0]) + 4 * (counts.model - counts.encoder)
     else:
         total = images * (total + sum(size * taps for size, taps in tap_bytes))
     if config.engine.precision == "autocast":

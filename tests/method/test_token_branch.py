@@ -25,6 +25,7 @@ from ddae.method.distance import masked_distance
 from ddae.method.model import build_model
 from ddae.models.tokenizer import Quantizer, Tokenizer, codebook_usage
 from ddae.models.vit import Encoder, initialise
+from ddae.train_tokenizer import CodebookState
 from ddae.training.step import build_tokenizer
 
 PROGRAM = str(ranks.ROOT / "tests" / "support" / "evaluations.py")
@@ -154,6 +155,15 @@ def quantizer(codes=40, **options):
         if not name.startswith("tokenizer"):
             torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(len(name)))
     return module
+
+
+def test_a_codebook_saved_before_the_first_step_is_initialised_after_resuming():
+    module = quantizer()
+    saved, resumed = CodebookState(module).state_dict(), CodebookState(module)
+    resumed.load_state_dict(saved)
+    assert not resumed.initialised
+    resumed.load_state_dict(saved | {"share": torch.full((40,), 1 / 40)})
+    assert resumed.initialised
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
