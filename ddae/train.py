@@ -91,12 +91,13 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
         for step in range(start, num_steps):
             run.poll(step)
             evaluation.maybe_run(step)
-            now = scheduled(step)
+            now, done = scheduled(step), step + 1
+            is_log_step = done == 1 or is_due(config.train.log_every, done, num_steps)
             meter.reset()
             for _ in range(run.rank_batch.grad_accum_steps):
                 with run.timer.measure("data_wait"):
                     batch = next(batches)
-                losses = forward(batch, now.feature_weight)
+                losses = forward(batch, now.feature_weight, measure=is_log_step)
                 engine.backward(losses.total)
                 applied = engine.step(now.lr)
                 meter.add(losses.total, losses.metrics())
@@ -106,10 +107,9 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
             run.step_done(step)
             guard.check(step, applied)
 
-            done = step + 1
-            if done == 1 or is_due(config.train.log_every, done, num_steps):
+            if is_log_step:
                 row = {"step": done, "epoch": now.epoch, **meter.read(betas), "lr": now.lr}
-                row |= {"grad/norm": engine.grad_norm(), **targets.metrics(now)}
+                row |= {"grad/norm": engine.grad_norm(), **forward.metrics(now)}
                 betas.warn_if_clamped()
                 run.log_step(num_steps, row)
             if is_due(config.train.save_every, done, num_steps):

@@ -85,22 +85,3 @@ def map_images(
                 results[name] = torch.zeros(len(reader), *values.shape[1:], device=device())
             results[name][batch.indices[valid]] = values[valid].float()
     return {name: sum_over_ranks(values).cpu() for name, values in results.items()}
-
-
-def effective_rank(features: Tensor) -> float:
-    """Return the effective rank of features [B, D]: the exponential of the entropy of the normalised singular values.
-
-    From 1, if all features are collinear, to min(B, D) (RankMe, Garrido et al. 2023).
-    """
-    values = torch.linalg.svdvals(features.double())
-    shares = values / values.sum() + 1e-7
-    return float(torch.exp(-(shares * shares.log()).sum()))
-
-
-def feature_std(features: Tensor) -> float:
-    """Return the standard deviation over the images of features [B, D], averaged over the dimensions.
-
-    Each image's features are scaled to norm sqrt(D) first: 1 for isotropic features, 0 if they have collapsed.
-    """
-    unit = torch.nn.functional.normalize(features, dim=1) * features.shape[1] ** 0.5
-    return float(unit.std(0).mean())

@@ -22,15 +22,14 @@ from ddae.eval.dataset import ExampleBatch, ExampleReader, batches
 from ddae.eval.features import (
     RAW_PIXELS,
     Features,
-    effective_rank,
     extract_features,
-    feature_std,
     map_images,
     quarter_blocks,
 )
 from ddae.eval.figures import confusion_matrix, metric_by_block, neighbour_grid
 from ddae.eval.metrics import count_confusion
 from ddae.export.encoder import load_encoder
+from ddae.method.feature_statistics import effective_rank, feature_std
 from ddae.models.vit import Encoder
 from ddae.report import html as report
 from ddae.training.tracker import run_id_of, start_tracker
@@ -161,7 +160,7 @@ def _metrics_by_feature(
     """Return effective rank and standard deviation of each feature, and with labels its accuracies in per cent."""
     metrics = {}
     for name, queries in val.by_name.items():
-        metrics[name] = {"effective_rank": effective_rank(queries), "std": feature_std(queries)}
+        metrics[name] = {"effective_rank": float(effective_rank(queries)), "std": float(feature_std(queries))}
         if labelled:
             votes = vote(train.by_name[name], train.labels, queries, settings.k, settings.temperature).votes
             metrics[name] |= {"top1": accuracy(votes, val.labels), "top5": accuracy(votes, val.labels, 5)}

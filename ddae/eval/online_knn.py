@@ -14,8 +14,9 @@ from ddae.distributed.engine import Engine
 from ddae.errors import UserError
 from ddae.eval import baselines
 from ddae.eval.dataset import ExampleReader, val_location
-from ddae.eval.features import RAW_PIXELS, effective_rank, feature_std, map_images, pooled_features, quarter_blocks
+from ddae.eval.features import RAW_PIXELS, map_images, pooled_features, quarter_blocks
 from ddae.eval.knn import accuracy, vote
+from ddae.method.feature_statistics import effective_rank, feature_std
 from ddae.models.patches import normalise
 
 MAX_IMAGES = {"train": 20_000, "val": 5_000}  # of each split, spread evenly over it
@@ -74,6 +75,6 @@ class OnlineProbe:
             if labelled:
                 row[f"knn/{tap}/{pool}"] = knn(features["train"][name], queries)
             if pool == "mean":
-                row[f"features/effective_rank/{tap}"] = effective_rank(queries)
-                row[f"features/std/{tap}"] = feature_std(queries)
+                row[f"features/effective_rank/{tap}"] = float(effective_rank(queries))
+                row[f"features/std/{tap}"] = float(feature_std(queries))
         return row | self._constant

@@ -26,6 +26,7 @@ class Losses(NamedTuple):
 
     total: Float[Tensor, ""]
     branches: dict[str, dk.DynamicLoss]
+    tokens: dict[int, Float[Tensor, "B T D"]]  # by encoder block, before any norm, without gradient
 
     def metrics(self) -> list[Tensor]:
         """Return the values of PretrainModel.metric_names(): per branch the loss [K] and mean error [K] of its taps."""
@@ -72,7 +73,8 @@ class PretrainModel(nn.Module):
     def forward(self, inputs: Inputs) -> Losses:
         tokens = self.encode(inputs.images, inputs.mask.visible, inputs.patches)
         losses = {name: branch(tokens, inputs) for name, branch in self.branches.items()}
-        return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses)
+        detached = {block: each.detach() for block, each in tokens.raw.items()}
+        return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses, detached)
 
 
 def build_model(config: PretrainConfig) -> PretrainModel:

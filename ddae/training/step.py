@@ -27,6 +27,7 @@ from ddae.models.decoder import Decoder
 from ddae.models.patches import gather_tokens, normalise_patches, patchify
 from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
+from ddae.training.collapse import CollapseMonitor
 from ddae.training.schedules import TEACHER_LINE, TEACHER_MOMENTUM, ramp, teacher_momentum, warmup_cosine
 
 MOMENTUM_SCHEDULES = {"schedule": TEACHER_MOMENTUM, "linear": TEACHER_LINE}  # by teacher.momentum
@@ -200,9 +201,14 @@ class ForwardPass:
         """share: 1 / micro-batches of a step."""
         self.config, self.engine, self.targets, self.betas = config, engine, targets, betas
         self.share, self.loss_backend = share, loss_backend
+        self.monitor = CollapseMonitor(config) if config.feature.enabled else None
 
-    def __call__(self, batch: Batch, feature_weight: float) -> Losses:
-        """Return the losses; feature_weight: of the feature branch, 0 to 1."""
+    def __call__(self, batch: Batch, feature_weight: float, measure: bool = False) -> Losses:
+        """Return the losses.
+
+        feature_weight: of the feature branch, 0 to 1. measure: give the tokens to the collapse monitor, if there is
+        one.
+        """
         config, engine = self.config, self.engine
         mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(engine.device)
         distance = masked_distance(mask, config.grid, self.loss_backend, config.dynamic.distance_norm)
@@ -221,7 +227,14 @@ class ForwardPass:
             patch_weight=neighbour_weight(mask, config.grid) if config.mask.neighbour_weight else None,
             **targets,
         )
-        return engine(inputs)
+        losses = engine(inputs)
+        if measure and self.monitor is not None:
+            self.monitor.measure(losses.tokens, targets["teacher_tokens"], mask)
+        return losses._replace(tokens={})  # so that they are freed after the backward pass
+
+    def metrics(self, now: "Schedules") -> dict[str, float]:
+        """Return what a log row shows of targets and tokens. All ranks call it."""
+        return self.targets.metrics(now) | ({} if self.monitor is None else self.monitor.read())
 
 
 def extract_patches(images: Tensor, mask: Mask, config: PretrainConfig, dtype: torch.dtype) -> Tensor:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 RESCALE_GRADS = ("full", "detach")
 TARGET_NORMS = ("layer", "instance_layer", "batch_layer", "none")  # of features
+LAYER_NORM_EPS = 1e-6  # of features
 PATCH_NORMS = {"per_channel": (False, 1e-5), "joint": (True, 1e-6), "none": (False, 0.0)}  # norm: (unbiased, eps)
 
 
@@ -142,7 +143,7 @@ def dynamic_feature_mse(
     *,
     norm_pred: bool = True,
     target_norm: str = "layer",
-    eps: float = 1e-6,
+    eps: float = LAYER_NORM_EPS,
     rescale_grad: str = "full",
     patch_weight: Float[Tensor, "B M"] | None = None,
     impl: str = "auto",

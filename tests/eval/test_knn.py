@@ -17,7 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.eval.dataset import ExampleReader, batches
-from ddae.eval.features import Features, effective_rank, extract_features, feature_std
+from ddae.eval.features import Features, extract_features
 from ddae.eval.knn import Settings, accuracy, select_and_evaluate, vote
 
 
@@ -70,16 +70,6 @@ def test_accuracy():
     assert accuracy(votes, labels) == pytest.approx(100 / 3)
     assert accuracy(votes, labels, 2) == pytest.approx(200 / 3)
     assert accuracy(votes, labels, 5) == 100
-
-
-def test_effective_rank_and_std():
-    generator = torch.Generator().manual_seed(0)
-    orthogonal = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0]
-    assert effective_rank(orthogonal) == pytest.approx(64, rel=1e-3)
-    assert effective_rank(torch.ones(64, 64)) == pytest.approx(1, abs=1e-3)
-    assert effective_rank(torch.randn(100, 8, generator=generator) @ torch.randn(8, 64, generator=generator)) < 8.01
-    assert feature_std(torch.ones(64, 64)) == 0
-    assert feature_std(torch.randn(2000, 64, generator=generator)) == pytest.approx(1, abs=0.02)
 
 
 def test_features_equal_the_encoders(digits, encoder_folder):
