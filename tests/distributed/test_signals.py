@@ -129,7 +129,7 @@ def test_a_signal_outside_the_training_loop(when, shards, tmp_path, record_resul
 
 
 SIGNAL_DURING_EVALUATION = """
-import os, runpy, signal
+import os, runpy, signal, time
 from ddae.eval import features
 
 batches_of_rank = features.batches_of_rank
@@ -138,6 +138,7 @@ def interrupted(*args):
     for number, batch in enumerate(batches_of_rank(*args)):
         if number == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.6)  # the ranks agree about once a second, which may be after a faster evaluation
         yield batch
 
 features.batches_of_rank = interrupted
