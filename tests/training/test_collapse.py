@@ -1,0 +1,51 @@
+"""The collapse monitor: what it measures of a micro-batch."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ddae.config.presets import preset
+from ddae.data.masking import sample_mask
+from ddae.method.feature_statistics import feature_std, participation_ratio
+from ddae.training.collapse import CollapseMonitor
+
+CONFIG = preset("demo")  # 8 x 8 patches, taps 2, 4, 6 and 8
+MASK = sample_mask("random", torch.arange(40), (8, 8), 48)
+GENERATOR = torch.Generator().manual_seed(0)
+TOKENS = {tap: torch.randn(40, 17, 24, generator=GENERATOR) for tap in CONFIG.feature.taps}
+TEACHER = torch.randn(4, 40, 48, 24, generator=GENERATOR)
+
+
+def measure(config=CONFIG, tokens=TOKENS, teacher=TEACHER):
+    monitor = CollapseMonitor(config)
+    monitor.measure(tokens, teacher, MASK)
+    return monitor.read()
+
+
+def test_student_and_teacher_are_measured_after_each_tap():
+    row = measure()
+    for number, tap in enumerate(CONFIG.feature.taps):
+        for name, tokens in (("student", TOKENS[tap][:, 1:]), ("teacher", TEACHER[number])):  # without the cls token
+            images = tokens.mean(1)
+            expected = {"image_rank": participation_ratio(images), "image_std": feature_std(images)}
+            for statistic, value in expected.items():
+                assert row[f"collapse/{name}/{statistic}/tap_{tap:02d}"] == pytest.approx(float(value), rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["layer", "instance_layer", "batch_layer", "none"])
+def test_targets_that_are_the_images_mean_are_explained_by_it(norm):
+    """Where the normalisation does not remove it."""
+    teacher = TEACHER[:, :, :1].expand_as(TEACHER) + 0.01 * TEACHER
+    row = measure(replace(CONFIG, feature=replace(CONFIG.feature, target_norm=norm)), teacher=teacher)
+    for tap in CONFIG.feature.taps:
+        share = row[f"collapse/target/image/tap_{tap:02d}"]
+        assert share < 0.05 if norm == "instance_layer" else share > 0.95
+
+
+def test_non_finite_tokens_are_reported_as_nan():
+    row = measure(teacher=torch.full_like(TEACHER, torch.nan))
+    assert math.isnan(row["collapse/teacher/image_std/tap_02"])
+    assert math.isfinite(row["collapse/student/image_std/tap_02"])
+    assert all(math.isnan(value) for name, value in row.items() if name.startswith("collapse/target/"))
