@@ -1,6 +1,7 @@
 """Public losses: argument checks, choice of the implementation, and the equations of reference.py.
 
-Shape letters: B images, N patches, M masked patches per image, K taps, D width, P values of a patch (side * side * 3).
+Shape letters: B images, N patches, M masked patches per image, S predicted ones of them (all M without `subset`),
+K taps, D width, P values of a patch (side * side * 3).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class DynamicLoss(NamedTuple):
 
     loss: Tensor  # []: sum over taps of tap_weight * tap_loss
     tap_loss: Tensor  # [K]: weighted by distance, before the tap weight; detached
-    token_error: Tensor  # [K, B, M]: unweighted error of each masked patch (MSE, except dynamic_error); detached
+    token_error: Tensor  # [K, B, S]: unweighted error of each predicted patch (MSE, except dynamic_error); detached
 
 
 def distance_weights(
@@ -58,7 +59,7 @@ def weight_norm(distance: Float[Tensor, "B M"], beta: Float[Tensor, " K"], ref_b
 
 
 def dynamic_mse(
-    pred: Float[Tensor, "K B M D"],
+    pred: Float[Tensor, "K B S D"],
     target: Float[Tensor, "B M D"] | Float[Tensor, "K B M D"],
     distance: Float[Tensor, "B M"],
     beta: Float[Tensor, " K"],
@@ -66,16 +67,18 @@ def dynamic_mse(
     *,
     rescale_grad: str = "full",
     patch_weight: Float[Tensor, "B M"] | None = None,
+    subset: Int64[Tensor, "B S"] | None = None,
     impl: str = "auto",
 ) -> DynamicLoss:
     """Compute the distance-weighted mean squared error over K taps (paper Eqs. 3 and 5).
 
-        loss = sum_k tap_weight_k * mean_b (1/M) sum_i c_bi r_kbi * mean_d (pred - target)^2
+        loss = sum_k tap_weight_k * mean_b (1/S) sum_i c_bi r_kbi * mean_d (pred - target)^2
 
-    pred: [K, B, M, D]; target: [B, M, D], shared by all taps, or [K, B, M, D]; distance: [B, M] of the masked patches
+    pred: [K, B, S, D]; target: [B, M, D], shared by all taps, or [K, B, M, D]; distance: [B, M] of the masked patches
     in patch units; beta: [K]; tap_weight: [K]; patch_weight: [B, M], the fixed weights c (None: 1). r are the weights
     of `distance_weights`. rescale_grad: "full" differentiates through the maximum of the rescaling, "detach" treats it
-    as a constant.
+    as a constant. subset: int64 [B, S], which of an image's M masked patches are predicted, each once; None: all. The
+    weights stay those among all M, so that the mean over all subsets of one size is the loss and gradient of all.
 
     The loss is differentiable in pred and beta. It is computed in fp32, or in fp64 for fp64 inputs; inputs are not
     modified. impl: "auto" selects Triton for CUDA tensors and the reference otherwise; "triton" never falls back.
@@ -83,13 +86,14 @@ def dynamic_mse(
 
     Raise ValueError if a shape, dtype, device or option is invalid, or a value is (on the CPU, or with DDAE_CHECK=1).
     """
-    options: dict[str, Any] = {"rescale_grad": rescale_grad, "patch_weight": patch_weight, "impl": impl}
+    options: dict[str, Any] = {"rescale_grad": rescale_grad, "patch_weight": patch_weight, "subset": subset}
+    options |= {"impl": impl}
     vectors = distance, beta, tap_weight
     return dynamic_feature_mse(pred, target, *vectors, norm_pred=False, target_norm="none", eps=0.0, **options)
 
 
 def dynamic_pixel_mse(
-    pred: Float[Tensor, "K B M P"],
+    pred: Float[Tensor, "K B S P"],
     images_u8: UInt8[Tensor, "B 3 H W"],
     masked: Int64[Tensor, "B M"] | Bool[Tensor, "B N"],
     distance: Float[Tensor, "B M"],
@@ -104,11 +108,12 @@ def dynamic_pixel_mse(
     eps: float | None = None,
     rescale_grad: str = "full",
     patch_weight: Float[Tensor, "B M"] | None = None,
+    subset: Int64[Tensor, "B S"] | None = None,
     impl: str = "auto",
 ) -> DynamicLoss:
     """Compute `dynamic_mse` against the masked patches of the images, normalised patch by patch (paper Eq. 3).
 
-    pred: [K, B, M, P], the values of a patch in (row, column, channel) order; images_u8: uint8 [B, 3, H, W]; masked:
+    pred: [K, B, S, P], the values of a patch in (row, column, channel) order; images_u8: uint8 [B, 3, H, W]; masked:
     int64 [B, M] indices of the masked patches, or bool [B, N], which is read in ascending order; patch: side of a
     patch in pixels; mean, std: of the pixels in [0, 1], per channel. The other arguments are those of `dynamic_mse`.
 
@@ -118,7 +123,7 @@ def dynamic_pixel_mse(
 
     Raise ValueError if an argument is invalid.
     """
-    weights = distance, beta, tap_weight, rescale_grad, patch_weight
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight, subset
     _check_loss(pred, *weights)
     check_choice("norm", norm, PATCH_NORMS)
     _check_images(pred, images_u8, patch, mean, std)
@@ -130,12 +135,13 @@ def dynamic_pixel_mse(
         options = {"masked": masked, "patch": patch, "mean": mean, "std": std}
         return _triton_loss(pred, images_u8, *weights, norm=norm, unbiased=unbiased, eps=eps, **options)
     dtype = reference.compute_dtype(pred)
+    masked = reference.take(masked, subset)
     target = reference.pixel_target(images_u8, masked, patch, mean, std, norm, unbiased, eps, dtype)
     return _detach_components(*reference.weighted_mse(pred, target, *weights))
 
 
 def dynamic_feature_mse(
-    pred: Float[Tensor, "K B M D"],
+    pred: Float[Tensor, "K B S D"],
     target: Float[Tensor, "B M D"] | Float[Tensor, "K B M D"],
     distance: Float[Tensor, "B M"],
     beta: Float[Tensor, " K"],
@@ -146,6 +152,7 @@ def dynamic_feature_mse(
     eps: float = LAYER_NORM_EPS,
     rescale_grad: str = "full",
     patch_weight: Float[Tensor, "B M"] | None = None,
+    subset: Int64[Tensor, "B S"] | None = None,
     impl: str = "auto",
 ) -> DynamicLoss:
     """Compute `dynamic_mse` against normalised features (paper Eq. 5, which specifies no normalisation).
@@ -156,38 +163,42 @@ def dynamic_feature_mse(
     eps: of the LayerNorm; the standardisation uses STANDARDISE_EPS of reference.py. A channel or token of zero variance
     becomes 0. The other arguments, shapes and errors are those of `dynamic_mse`.
     """
-    weights = distance, beta, tap_weight, rescale_grad, patch_weight
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight, subset
     check_choice("target_norm", target_norm, TARGET_NORMS)
     _check_loss(pred, *weights)
     fix = "Pass one target for all taps, [B, M, D], or one per tap, [K, B, M, D]."
-    _check_tensor("target", target, pred.shape if target.ndim == 4 else pred.shape[1:], fix)
+    shape = (*distance.shape, pred.shape[-1])
+    _check_tensor("target", target, (len(pred), *shape) if target.ndim == 4 else shape, fix)
     _check_constants(pred, target=target)
     if resolve_impl(impl, pred.device, pred.dtype, target.dtype) == "triton":
         return _triton_loss(pred, target, *weights, norm=target_norm, eps=eps, norm_pred=norm_pred)
     dtype = reference.compute_dtype(pred, target)
     target = reference.feature_target(target, target_norm, eps, dtype)
+    if subset is not None:
+        target = target.gather(-2, subset[..., None].expand(*target.shape[:-2], -1, target.shape[-1]))
     pred = reference.layer_norm(pred, eps, dtype) if norm_pred else pred
     return _detach_components(*reference.weighted_mse(pred, target, *weights))
 
 
 def dynamic_error(
-    token_error: Float[Tensor, "K B M"],
+    token_error: Float[Tensor, "K B S"],
     distance: Float[Tensor, "B M"],
     beta: Float[Tensor, " K"],
     tap_weight: Float[Tensor, " K"],
     *,
     rescale_grad: str = "full",
     patch_weight: Float[Tensor, "B M"] | None = None,
+    subset: Int64[Tensor, "B S"] | None = None,
 ) -> DynamicLoss:
     """Compute the distance-weighted mean over K taps of any per-patch error, such as a cross-entropy.
 
-        loss = sum_k tap_weight_k * mean_b (1/M) sum_i c_bi r_kbi * token_error_kbi
+        loss = sum_k tap_weight_k * mean_b (1/S) sum_i c_bi r_kbi * token_error_kbi
 
-    token_error: [K, B, M]; the other arguments and errors are those of `dynamic_mse`, which is this loss of squared
-    errors. Differentiable in token_error and beta by autograd; there is no Triton version, because [K, B, M] is small.
+    token_error: [K, B, S]; the other arguments and errors are those of `dynamic_mse`, which is this loss of squared
+    errors. Differentiable in token_error and beta by autograd; there is no Triton version, because [K, B, S] is small.
     """
-    weights = distance, beta, tap_weight, rescale_grad, patch_weight
-    _check_tensor("token_error", token_error, ("K", "B", "M"), "Pass one value per tap and masked patch.")
+    weights = distance, beta, tap_weight, rescale_grad, patch_weight, subset
+    _check_tensor("token_error", token_error, ("K", "B", "S"), "Pass one value per tap and predicted patch.")
     _check_loss(token_error[..., None], *weights)
     return _detach_components(*reference.weighted_error(token_error, *weights))
 
@@ -245,11 +256,25 @@ def _check_weights(distance: Tensor, beta: Tensor, rescale_grad: str = "full") -
 
 
 def _check_loss(
-    pred: Tensor, distance: Tensor, beta: Tensor, tap_weight: Tensor, rescale_grad: str, patch_weight: Tensor | None
+    pred: Tensor,
+    distance: Tensor,
+    beta: Tensor,
+    tap_weight: Tensor,
+    rescale_grad: str,
+    patch_weight: Tensor | None,
+    subset: Tensor | None,
 ) -> None:
     _check_weights(distance, beta, rescale_grad)
-    _check_tensor("pred", pred, ("K", "B", "M", "D"), "Pass the predictions of all taps, at least one.")
-    _check_tensor("distance", distance, pred.shape[1:3], "Pass one distance per masked patch of pred.")
+    _check_tensor("pred", pred, ("K", "B", "S", "D"), "Pass the predictions of all taps, at least one.")
+    if subset is None:
+        _check_tensor("distance", distance, pred.shape[1:3], "Pass one distance per masked patch of pred.")
+    else:
+        _check_tensor("distance", distance, (pred.shape[1], "M"), "Pass one row per image of pred.")
+        fix = f"Pass the places of the predicted patches among the {distance.shape[1]} masked ones."
+        _check_tensor("subset", subset, pred.shape[1:3], fix, "int64")
+        if should_check_values(subset) and not bool(((subset >= 0) & (subset < distance.shape[1])).all()):
+            raise ValueError(f"subset contains an index outside 0 to {distance.shape[1] - 1}. {fix}")
+        _check_constants(pred, subset=subset)
     _check_tensor("beta", beta, pred.shape[:1], "Pass one value per tap of pred.")
     _check_tensor("tap_weight", tap_weight, pred.shape[:1], "Pass one value per tap of pred.")
     constants = {"tap_weight": tap_weight}

@@ -3,7 +3,7 @@
 The forward pass computes the gradient of pred for an upstream gradient of 1; the backward pass returns it. If all scale
 factors (tap weights, warmup, 1 / accumulation steps) are part of `tap_weight`, the backward pass has nothing to do.
 Launch configurations depend on shapes only; nothing is autotuned. Shape letters: B images, M masked patches per image,
-K taps, D values per patch.
+S predicted ones of them (all M without a subset), K taps, D values per patch.
 """
 
 import inspect
@@ -49,6 +49,7 @@ def dynamic_loss(
     tap_weight: Tensor,
     rescale_grad: str,
     patch_weight: Tensor | None = None,
+    subset: Tensor | None = None,
     *,
     norm: str = "none",
     unbiased: bool = False,
@@ -59,7 +60,7 @@ def dynamic_loss(
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss [], tap_loss [K] and token_error [K, B, M]; loss is differentiable in pred and beta.
+    """Return loss [], tap_loss [K] and token_error [K, B, S]; loss is differentiable in pred and beta.
 
     The target is a float tensor [B, M, D] or [K, B, M, D] with norm in dynamic.TARGET_NORMS, or uint8 images
     [B, 3, H, W] with masked (indices [B, M]), patch (side in pixels), mean, std and norm in dynamic.PATCH_NORMS.
@@ -73,7 +74,7 @@ def dynamic_loss(
     # Scales, then offsets, that turn the bytes of each channel into pixels normalised by mean and std.
     affine = [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]
     loss, tap_loss, token_error, _, _ = _dynamic_loss(
-        *(pred.contiguous(), target, masked if masked is None else masked.contiguous()),
+        *(pred.contiguous(), target, *(each if each is None else each.contiguous() for each in (masked, subset))),
         *(*vectors, patch_weight, *statistics),
         *(norm, unbiased, eps, norm_pred, patch, affine, rescale_grad == "full"),
         torch.is_grad_enabled() and pred.requires_grad,
@@ -123,6 +124,7 @@ def _dynamic_loss(
     pred: Tensor,
     target: Tensor,
     masked: Tensor | None,
+    subset: Tensor | None,
     distance: Tensor,
     beta: Tensor,
     tap_weight: Tensor,
@@ -144,15 +146,16 @@ def _dynamic_loss(
     """
     outputs = _empty_outputs(pred, with_grad)
     loss, tap_loss, token_error, grad, beta_grad = outputs
-    num_taps, num_images, num_masked, dim = pred.shape
+    num_taps, num_images, num_predicted, dim = pred.shape
     height, width = target.shape[2:] if patch else (0, 0)
     block_k, block_d = next_power_of_2(num_taps), next_power_of_2(dim)
-    programs = num_images * cdiv(num_masked, ROWS)
+    programs = num_images * cdiv(num_predicted, ROWS)
     partial = torch.empty(2, num_taps, programs, device=pred.device)
     with torch.cuda.device_of(pred):
         kernels.loss_kernel[(programs,)](
-            *(pred, target, masked, distance, beta, tap_weight, patch_weight, mean, scale, token_error, grad, partial),
-            *(num_images, num_masked, num_taps, height, width, eps, 2 * _storage_scale(pred) / pred[0].numel()),
+            *(pred, target, masked, subset, distance, beta, tap_weight, patch_weight, mean, scale),
+            *(token_error, grad, partial, num_images, num_predicted, distance.shape[1], num_taps),
+            *(height, width, eps, 2 * _storage_scale(pred) / pred[0].numel()),
             D=dim,
             PATCH=patch,
             AFFINE=tuple(affine),
@@ -162,6 +165,7 @@ def _dynamic_loss(
             OVER_BATCH=mean is not None and mean.shape[1] < num_images,
             NORM_PRED=norm_pred,
             WEIGHTED=patch_weight is not None,
+            SUBSET=subset is not None,
             FULL=full,
             WITH_GRAD=with_grad,
             ROWS=ROWS,
@@ -171,7 +175,7 @@ def _dynamic_loss(
             num_warps=_num_warps(block_d, 1024),
         )
         kernels.sum_kernel[(1,)](
-            *(partial, tap_weight, loss, tap_loss, beta_grad, num_taps, programs, num_images * num_masked),
+            *(partial, tap_weight, loss, tap_loss, beta_grad, num_taps, programs, num_images * num_predicted),
             BLOCK_K=block_k,
             BLOCK=max(256, 8192 // block_k),
             num_warps=16,
@@ -185,9 +189,9 @@ def _(pred, *args):
 
 
 def _empty_outputs(pred: Tensor, with_grad: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_taps, num_images, num_masked, _ = pred.shape
+    num_taps = len(pred)
     loss, tap_loss, beta_grad, token_error = (
-        torch.empty(shape, device=pred.device) for shape in ((), num_taps, num_taps, (num_taps, num_images, num_masked))
+        torch.empty(shape, device=pred.device) for shape in ((), num_taps, num_taps, pred.shape[:3])
     )
     return loss, tap_loss, token_error, torch.empty_like(pred if with_grad else pred[:0]), beta_grad
 
@@ -229,8 +233,8 @@ def _backward(ctx, upstream: Tensor, *_):
         return (None,) * NUM_INPUTS
     grad, beta_grad = ctx.saved_tensors
     _scale_gradients(grad, beta_grad, upstream, ctx.unit)
-    needs_pred, *_, needs_beta = ctx.needs_input_grad[:5]
-    return (grad if needs_pred else None, *[None] * 3, beta_grad if needs_beta else None, *[None] * (NUM_INPUTS - 5))
+    needs_pred, *_, needs_beta = ctx.needs_input_grad[:6]
+    return (grad if needs_pred else None, *[None] * 4, beta_grad if needs_beta else None, *[None] * (NUM_INPUTS - 6))
 
 
 NUM_INPUTS = len(inspect.signature(_dynamic_loss._init_fn).parameters)

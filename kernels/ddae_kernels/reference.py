@@ -1,6 +1,7 @@
 """Reference implementation: the equations of the deep dynamic loss in plain torch. This file is the definition.
 
-Shape letters: B images, N patches, M masked patches per image, K taps, D width, P values of a patch (side * side * 3).
+Shape letters: B images, N patches, M masked patches per image, S predicted ones of them (all M without a subset),
+K taps, D width, P values of a patch (side * side * 3).
 
 For masked patch i of image b at distance d_bi from the nearest visible patch, and tap k (paper Eq. 2):
 
@@ -11,7 +12,9 @@ For predictions p and targets t (paper Eqs. 3 and 5, with the reduction that MET
 
     loss  = sum_k tap_weight_k * mean_b (1/M) sum_i c_bi r_kbi * mean_d (p_kbid - t_kbid)^2
 
-where c_bi is a fixed weight of the patch, 1 by default.
+where c_bi is a fixed weight of the patch, 1 by default. If only S of an image's M masked patches are predicted, the sum
+is over these and divided by S; r is still rescaled by the largest weight of all M. The mean over all subsets of one
+size is then the full loss.
 
 Everything is computed in fp32, or in fp64 if the prediction or its target is fp64 (for the weights: distance or beta).
 """
@@ -37,17 +40,24 @@ def distance_powers(distance: Tensor, beta: Tensor) -> Tensor:
     return distance.to(dtype).pow(beta.to(dtype)[:, None, None])
 
 
-def relative_weights(distance: Tensor, beta: Tensor, rescale_grad: str) -> Tensor:
-    """Return the rescaled weights r: [B, M], [K] -> [K, B, M].
+def relative_weights(distance: Tensor, beta: Tensor, rescale_grad: str, subset: Tensor | None = None) -> Tensor:
+    """Return the rescaled weights r: [B, M], [K] -> [K, B, M], or [K, B, S] of a subset, int64 [B, S].
 
     rescale_grad: "full" differentiates through the maximum (amax shares its gradient evenly between ties), "detach"
     treats the maximum of w as a constant.
     """
     power = distance_powers(distance, beta)
     if rescale_grad == "full":
-        return torch.exp(power - power.amax(-1, keepdim=True))
-    weight = torch.softmax(power, -1)
-    return weight / weight.amax(-1, keepdim=True).detach()
+        relative = torch.exp(power - power.amax(-1, keepdim=True))
+    else:
+        weight = torch.softmax(power, -1)
+        relative = weight / weight.amax(-1, keepdim=True).detach()
+    return take(relative, subset)
+
+
+def take(values: Tensor, subset: Tensor | None) -> Tensor:
+    """Return the values of a subset of the masked patches: [.., B, M], int64 [B, S] -> [.., B, S]. None: all."""
+    return values if subset is None else values.gather(-1, subset.expand(*values.shape[:-1], -1))
 
 
 def weight_norm(distance: Tensor, beta: Tensor, ref_batch: float) -> Tensor:
@@ -57,7 +67,7 @@ def weight_norm(distance: Tensor, beta: Tensor, ref_batch: float) -> Tensor:
 
 
 def weighted_mse(pred: Tensor, target: Tensor, *weights: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `weighted_error` of the squared errors of pred [K, B, M, D]. weights: the other arguments of that call."""
+    """Return `weighted_error` of the squared errors of pred [K, B, S, D]. weights: the other arguments of that call."""
     dtype = compute_dtype(pred, target)
     return weighted_error((pred.to(dtype) - target.to(dtype)).square().mean(-1), *weights)
 
@@ -69,12 +79,16 @@ def weighted_error(
     tap_weight: Tensor,
     rescale_grad: str,
     patch_weight: Tensor | None,
+    subset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return loss [], tap_loss [K] and token_error [K, B, M] for any error [K, B, M]. patch_weight: [B, M]."""
+    """Return loss [], tap_loss [K] and token_error [K, B, S] for any error [K, B, S].
+
+    distance, patch_weight: [B, M], of all masked patches.
+    """
     dtype = compute_dtype(token_error)
-    relative = relative_weights(distance.to(dtype), beta.to(dtype), rescale_grad)
+    relative = relative_weights(distance.to(dtype), beta.to(dtype), rescale_grad, subset)
     if patch_weight is not None:
-        relative = relative * patch_weight.to(dtype)
+        relative = relative * take(patch_weight.to(dtype), subset)
     tap_loss = (relative * token_error.to(dtype)).mean((1, 2))
     return (tap_weight.to(dtype) * tap_loss).sum(), tap_loss, token_error
 

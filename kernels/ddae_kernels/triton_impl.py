@@ -4,16 +4,16 @@ This is the only module that imports triton; operators.py launches the kernels.
 
 Forward (two launches, three for standardised targets):
     statistics_kernel   mean and variance of each channel over the tokens of an image (instance_layer, batch_layer)
-    loss_kernel         one warp per program, for ROWS masked patches of one image. For each patch it loads or computes
-                        the target once, then loops over the K taps: error, weight, gradient of the prediction. It
-                        stores the program's partial sums of the loss and of beta's gradient.
+    loss_kernel         one warp per program, for ROWS predicted patches of one image. For each patch it loads or
+                        computes the target once, then loops over the K taps: error, weight, gradient of the
+                        prediction. It stores the program's partial sums of the loss and of beta's gradient.
     sum_kernel          one program adds the partial sums in a fixed order, so that equal runs give equal bits.
 Backward (one launch):
     scale_kernel        multiplies the stored gradient by the upstream gradient, which it reads on the device. It
                         returns early if that is 1, as in training.
 
-All arithmetic is in fp32, addresses are int64. Shape letters: B images, M masked patches per image, K taps, D values
-per patch.
+All arithmetic is in fp32, addresses are int64. Shape letters: B images, M masked patches per image, S predicted ones of
+them (all M without a subset), K taps, D values per patch.
 """
 
 import math
@@ -201,21 +201,23 @@ def _of_channel(channel, values):
     return tl.where(channel == 0, red, tl.where(channel == 1, green, blue))
 
 
-@triton.jit(do_not_specialize=["num_images", "M", "K"])
+@triton.jit(do_not_specialize=["num_images", "S", "M", "K"])
 def loss_kernel(
-    pred_ptr,  # [K, B, M, D]
+    pred_ptr,  # [K, B, S, D]
     target_ptr,  # [B, M, D]; [K, B, M, D] if PER_TAP; uint8 [B, 3, height, width] if PATCH
     index_ptr,  # int64 [B, M]: indices of the masked patches, if PATCH
+    subset_ptr,  # int64 [B, S]: places of the predicted patches among the masked ones, if SUBSET
     distance_ptr,  # fp32 [B, M]
     beta_ptr,  # fp32 [K]
     tap_weight_ptr,  # fp32 [K]
     patch_weight_ptr,  # fp32 [B, M], if WEIGHTED
     mean_ptr,  # fp32 [taps, images, D], if NORM is "standardised_layer"; taps and images may be 1
     scale_ptr,  # fp32 [taps, images, D]: 1 / sqrt(variance + eps)
-    error_ptr,  # fp32 [K, B, M]
-    grad_ptr,  # [K, B, M, D], dtype of pred
+    error_ptr,  # fp32 [K, B, S]
+    grad_ptr,  # [K, B, S, D], dtype of pred
     partial_ptr,  # fp32 [2, K, programs]
     num_images,
+    S,
     M,
     K,
     height,
@@ -231,6 +233,7 @@ def loss_kernel(
     OVER_BATCH: tl.constexpr,  # one mean and scale per channel for all images; otherwise one per image
     NORM_PRED: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    SUBSET: tl.constexpr,
     FULL: tl.constexpr,  # rescale_grad is "full"
     WITH_GRAD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -238,12 +241,13 @@ def loss_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Process ROWS masked patches of one image per program, sequentially, and all K taps of each patch."""
+    """Process ROWS predicted patches of one image per program, sequentially, and all K taps of each patch."""
     program = tl.program_id(0)
-    programs_per_image = tl.cdiv(M, ROWS)
+    programs_per_image = tl.cdiv(S, ROWS)
     image = (program // programs_per_image).to(tl.int64)
     first = program % programs_per_image * ROWS
-    num_tokens = num_images.to(tl.int64) * M
+    num_tokens = num_images.to(tl.int64) * S  # of a tap of pred
+    num_masked = num_images.to(tl.int64) * M  # of a tap of the target
     column = tl.arange(0, BLOCK_D)
     valid = column < D
     k = tl.arange(0, BLOCK_K)
@@ -252,27 +256,29 @@ def loss_kernel(
     maximum, anchor = _anchors(distance_ptr + image * M, beta, M, FULL, BLOCK_K, BLOCK_M)
     loss = tl.zeros([BLOCK_K], tl.float32)
     beta_grad = tl.zeros([BLOCK_K], tl.float32)
-    for row in tl.range(first, tl.minimum(first + ROWS, M), disable_licm=True):
-        token = image * M + row
-        log_distance = tl.log2(tl.load(distance_ptr + token))
+    for row in tl.range(first, tl.minimum(first + ROWS, S), disable_licm=True):
+        token = image * S + row
+        patch = image * M + (tl.load(subset_ptr + token) if SUBSET else row)
+        log_distance = tl.log2(tl.load(distance_ptr + patch))
         power = tl.exp2(beta * log_distance)
         relative = tl.exp(power - maximum)
         if WEIGHTED:
-            relative *= tl.load(patch_weight_ptr + token)
+            relative *= tl.load(patch_weight_ptr + patch)
         if PATCH:
-            index = tl.load(index_ptr + token)
+            index = tl.load(index_ptr + patch)
             image_ptr = target_ptr + image * 3 * height * width
             target = _patch(image_ptr, index, column, valid, height, width, eps, PATCH, AFFINE, NORM, CORRECTION)
         elif not PER_TAP:
             stat_offset = (0 if OVER_BATCH else image) * D + column
-            target = _features(target_ptr, token * D + column, mean_ptr, scale_ptr, stat_offset, valid, eps, D, NORM)
+            target = _features(target_ptr, patch * D + column, mean_ptr, scale_ptr, stat_offset, valid, eps, D, NORM)
         errors = tl.zeros([BLOCK_K], tl.float32)
         for tap in range(K):
             offset = (tap * num_tokens + token) * D + column
             pred = tl.load(pred_ptr + offset, mask=valid, other=0.0).to(tl.float32)
             if PER_TAP:
                 stat_offset = (tap if OVER_BATCH else tap * num_images + image) * D + column
-                target = _features(target_ptr, offset, mean_ptr, scale_ptr, stat_offset, valid, eps, D, NORM)
+                target_offset = (tap * num_masked + patch) * D + column
+                target = _features(target_ptr, target_offset, mean_ptr, scale_ptr, stat_offset, valid, eps, D, NORM)
             if NORM_PRED:
                 pred, scale = _standardise(pred, valid, D, eps)
             difference = tl.where(valid, pred - target, 0.0)

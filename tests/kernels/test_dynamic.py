@@ -1,5 +1,6 @@
 """The reference against the float64 NumPy transcription in equations.py: values, gradients, argument checks."""
 
+import itertools
 import types
 import typing
 
@@ -63,6 +64,57 @@ def test_dynamic_mse_equals_eqs_2_and_3(beta, taps, kind, rescale_grad, dtype, t
     largest = np.abs(pred_grad).max()
     np.testing.assert_allclose(pred.grad, pred_grad, rtol=0, atol=tolerance * largest)
     assert (np.abs(betas.grad.double().numpy() - beta_grad) <= tolerance * beta_terms).all()
+
+
+@pytest.mark.parametrize("rescale_grad", ["full", "detach"])
+@pytest.mark.parametrize("loss", ["mse", "features", "pixels", "error"])
+def test_mean_over_all_subsets_is_the_full_loss(loss, rescale_grad):
+    """Loss, gradient of the predictions and gradient of the betas, with fixed patch weights, exactly (float64)."""
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.tensor([[1, 1, 2, 5, 8], [1, 2, 2, 4, 13]]).double().sqrt()
+    full = torch.randn(4, 2, 5, 12, dtype=torch.float64, generator=generator).requires_grad_()
+    target = torch.randn(4, 2, 5, 12, dtype=torch.float64, generator=generator)
+    images = torch.randint(0, 256, (2, 3, 6, 8), dtype=torch.uint8, generator=generator)
+    masked = torch.tensor([[0, 1, 4, 7, 11], [2, 3, 5, 6, 10]])
+    beta = torch.tensor(BETAS, dtype=torch.float64, requires_grad=True)
+    patch_weight = 1 + torch.rand(2, 5, dtype=torch.float64, generator=generator)
+    weights = distance, beta, torch.linspace(0.75, 1, 4).double()
+    options = {"rescale_grad": rescale_grad, "patch_weight": patch_weight}
+
+    def compute(subset=None):
+        pred = full if subset is None else full.gather(2, subset[None, :, :, None].expand(4, -1, -1, 12))
+        match loss:
+            case "mse":
+                result = dk.dynamic_mse(pred, target, *weights, **options, subset=subset)
+            case "features":
+                norm = {"target_norm": "instance_layer"}
+                result = dk.dynamic_feature_mse(pred, target, *weights, **norm, **options, subset=subset)
+            case "pixels":
+                pixels = {"patch": 2, "mean": MEAN, "std": STD}
+                result = dk.dynamic_pixel_mse(pred, images, masked, *weights, **pixels, **options, subset=subset)
+            case _:
+                result = dk.dynamic_error(pred.square().mean(-1), *weights, **options, subset=subset)
+        return [result.loss, *torch.autograd.grad(result.loss, (full, beta))]
+
+    pairs = list(itertools.permutations(range(5), 2))
+    chosen = [(pair, pairs[(number + 7) % len(pairs)]) for number, pair in enumerate(pairs)]  # of the two images
+    sums = [torch.stack(each).mean(0) for each in zip(*(compute(torch.tensor(each)) for each in chosen), strict=True)]
+    for actual, expected in zip(sums, compute(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    "subset, message",
+    [
+        (torch.zeros(2, 3), "subset is torch.float32"),
+        (torch.zeros(2, 4, dtype=torch.int64), r"subset is torch.int64 \[2, 4\]; expected int64 \[2, 3\]"),
+        (torch.full((2, 3), 5), "subset contains an index outside 0 to 4"),
+        (torch.full((2, 3), -1), "subset contains an index outside 0 to 4"),
+    ],
+)
+def test_wrong_subsets_are_refused(subset, message):
+    with pytest.raises(ValueError, match=message):
+        dk.dynamic_error(torch.ones(1, 2, 3), torch.ones(2, 5), torch.zeros(1), torch.ones(1), subset=subset)
 
 
 @pytest.mark.parametrize("beta", BETAS)

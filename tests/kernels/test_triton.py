@@ -55,6 +55,7 @@ class Case:
         indices = [torch.randperm(3 * (patches // 3 + 2), generator=rng)[:patches] for _ in range(images)]
         self.masked, self.side = torch.stack(indices), side
         self.patch_weight = None  # [B, M], set by some tests
+        self.subset = None  # [B, S], set by some tests; pred then has S patches
         self.masked[0, 0] = 0
 
     def __call__(self, impl, call=dk.dynamic_mse, change=lambda tensor: tensor, **options):
@@ -67,6 +68,8 @@ class Case:
         distance, tap_weight = self.distance.to(device, dtype), self.tap_weight.to(device, dtype)
         if self.patch_weight is not None:
             options = {"patch_weight": change(self.patch_weight.to(device, dtype))} | options
+        if self.subset is not None:
+            options = {"subset": change(self.subset.to(device))} | options
         if self.kind == "pixel":
             call, target = dk.dynamic_pixel_mse, (change(self.images.to(device)), change(self.masked.to(device)))
             options = {"patch": self.side, "mean": MEAN, "std": STD} | options
@@ -104,6 +107,11 @@ class Case:
             anchor = growth - equations.relative_slope(distance, beta, rescale_grad) / relative
             if self.patch_weight is not None:
                 relative = relative * self.patch_weight.numpy()
+            if self.subset is not None:
+                relative, growth, anchor = (
+                    np.take_along_axis(np.broadcast_to(each, distance.shape), self.subset.numpy(), 1)
+                    for each in (relative, growth, anchor)
+                )
             terms.append((relative * error[k] * (np.abs(growth) + np.abs(anchor))).mean())
         return torch.tensor(terms)
 
@@ -148,6 +156,19 @@ def test_patch_weights(kind, rescale_grad):
     case = Case(kind)
     case.patch_weight = 1 + torch.rand(2, 7, generator=torch.Generator().manual_seed(0)).float().double()
     options = {"call": dk.dynamic_feature_mse} if kind == "feature" else {}
+    case.check(rescale_grad=rescale_grad, **options)
+
+
+@pytest.mark.parametrize("kind", ["shared", "per_tap", "pixel", "feature", "instance feature"])
+@pytest.mark.parametrize("rescale_grad", ["full", "detach"])
+def test_subsets(kind, rescale_grad):
+    """Predictions of some masked patches, in any order; weights and standardisation are over all of them."""
+    case = Case("per_tap" if "feature" in kind else kind, patches=9)
+    case.patch_weight = 1 + torch.rand(2, 9, generator=torch.Generator().manual_seed(0)).float().double()
+    case.subset = torch.tensor([[7, 2, 0, 5, 3], [8, 1, 4, 2, 6]])
+    case.pred = case.pred[:, :, :5]
+    options = {"call": dk.dynamic_feature_mse} if "feature" in kind else {}
+    options |= {"target_norm": "instance_layer"} if "instance" in kind else {}
     case.check(rescale_grad=rescale_grad, **options)
 
 
