@@ -195,8 +195,8 @@ from ddae.distributed.comm import configure_logging, rank
 from ddae.distributed.engine import stop_process_group
 configure_logging()
 class Poisoned(train.ForwardPass):
-    def __call__(self, *inputs):
-        losses = super().__call__(*inputs)
+    def __call__(self, *inputs, **options):
+        losses = super().__call__(*inputs, **options)
         calls[0] += 1
         if calls[0] in bad and rank() == 1:
             return losses._replace(total=losses.total * float("nan"))

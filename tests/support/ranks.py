@@ -164,7 +164,8 @@ class Forks:
 
     def log(self, rank: int = 0) -> str:
         """Return what the process of this rank that was started last has printed so far."""
-        return (self.folder / f"rank_{rank}.log").read_text()
+        file = self.folder / f"rank_{rank}.log"
+        return file.read_text() if file.exists() else ""  # the process may not have opened it yet
 
     def _request(self, task: dict) -> int | None:
         self._server.stdin.write(json.dumps(task) + "\n")
