@@ -74,7 +74,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
 
     guard = NonFiniteGuard(
         *(run, state, engine, num_steps),
-        loss=lambda step, micro, batch: forward(batch, scheduled(step).feature_weight).total,
+        loss=lambda step, micro, batch: forward(batch, scheduled(step).feature_weight, step).total,
         facts=lambda step: {"feature_weight": scheduled(step).feature_weight, "share": forward.share},
     )
     evaluation = PeriodicEvaluation(
@@ -97,7 +97,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
             for _ in range(run.rank_batch.grad_accum_steps):
                 with run.timer.measure("data_wait"):
                     batch = next(batches)
-                losses = forward(batch, now.feature_weight, measure=is_log_step)
+                losses = forward(batch, now.feature_weight, step, is_log_step)
                 engine.backward(losses.total)
                 applied = engine.step(now.lr)
                 meter.add(losses.total, losses.metrics())

@@ -141,6 +141,8 @@ class PretrainConfig(Experiment):
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     engine: PretrainEngineConfig = field(default_factory=PretrainEngineConfig)
+    taps_per_step: int = 0  # taps that a branch with a decoder supervises in a step, drawn at random; 0: all
+    decode_fraction: float = 1.0  # share of an image's masked patches that the decoders predict, drawn at random
     probe_every: float = 0.0  # epochs between k-NN evaluations on split val of data.train, from step 0 on; 0: never
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
@@ -165,6 +167,15 @@ class PretrainConfig(Experiment):
     def num_masked(self) -> int:
         """Masked patches of an image."""
         return round(self.mask.ratio * self.grid[0] * self.grid[1])
+
+    @property
+    def num_decoded(self) -> int:
+        """Masked patches of an image that the decoders predict."""
+        return max(1, round(self.decode_fraction * self.num_masked))
+
+    def num_step_taps(self, branch: BranchConfig) -> int:
+        """Return how many taps of a branch with a decoder a step supervises."""
+        return min(self.taps_per_step or len(branch.taps), len(branch.taps))
 
 
 def check(config: PretrainConfig) -> None:
@@ -198,8 +209,19 @@ def check(config: PretrainConfig) -> None:
         raise UserError(
             "mask.use_mask_token is for token.enabled alone. Leave it out, or use the preset beitv2_vit_b16_300e."
         )
+    if config.token.enabled and (config.taps_per_step or config.decode_fraction < 1):
+        raise UserError(
+            "taps_per_step and decode_fraction are for branches with a decoder, but token.enabled is set. "
+            "Leave out --taps_per_step and --decode_fraction."
+        )
     for name, branch in branches.items():
         _check_taps(name, branch, model.depth)
+        own = isinstance(branch, DecoderBranchConfig) and (branch.per_tap_norm or branch.per_tap_head)
+        if own and config.num_step_taps(branch) < len(branch.taps):
+            raise UserError(
+                f"taps_per_step is {config.taps_per_step}, but {name} has a norm or a head of its own per tap, which "
+                f"would have no gradient in most steps. Leave out --{name}.per_tap_norm and --{name}.per_tap_head."
+            )
     for name, branch in (("pixel", config.pixel), ("feature", config.feature)):
         if branch.enabled and (branch.decoder_width % branch.decoder_heads or branch.decoder_width % 4):
             raise UserError(
@@ -226,7 +248,8 @@ PRETRAINING_RANGES = {
     **dict.fromkeys(("dynamic.beta_init", "dynamic.clamp"), (-ANY, ANY)),
     **dict.fromkeys(("dynamic.weight_norm_coef", "dynamic.beta_l2", "dynamic.lr_mult"), (0, ANY)),
     "dynamic.norm_batch": (TINY, ANY),
-    "probe_every": (0, ANY),
+    **dict.fromkeys(("probe_every", "taps_per_step"), (0, ANY)),
+    "decode_fraction": (TINY, 1),
     "teacher.momentum": (0, 1 - TINY),
 }
 

@@ -36,9 +36,13 @@ class Mask(NamedTuple):
     masked: Tensor  # int64 [B, M]
 
     def to(self, device: torch.device) -> "Mask":
-        """Return the mask on this device. To a GPU it is copied from pinned memory, without host synchronisation."""
-        sources = self if device.type == "cpu" else (indices.pin_memory() for indices in self)
-        return Mask(*(indices.to(device, non_blocking=True) for indices in sources))
+        """Return the mask on this device."""
+        return Mask(*(to_device(indices, device) for indices in self))
+
+
+def to_device(indices: Tensor, device: torch.device) -> Tensor:
+    """Return a CPU tensor on this device. To a GPU it is copied from pinned memory, without host synchronisation."""
+    return (indices if device.type == "cpu" else indices.pin_memory()).to(device, non_blocking=True)
 
 
 def sample_mask(kind: str, seeds: Tensor, grid: tuple[int, int], num_masked: int) -> Mask:

@@ -5,8 +5,8 @@
     TokenBranch     the masked patches' codes in a tokenizer's codebook                 (BEiT-v2)
     ClsBranch       the same codes, from the last cls token and an early block's tokens (BEiT-v2)
 
-Shape letters: B images, N patches, V visible patches, M masked patches, K taps of the branch, T tokens, D width,
-P values of a patch, C codes.
+Shape letters: B images, N patches, V visible patches, M masked patches, S predicted ones of them (by default all),
+K taps that a step supervises (by default all of the branch), T tokens, D width, P values of a patch, C codes.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ddae.config.pretrain import DecoderBranchConfig, PretrainConfig, TokenConfig
 from ddae.data.masking import Mask
+from ddae.method.partial_supervision import draw_taps, spread_over_taps
 from ddae.method.sequential import sequential_backward
 from ddae.models.decoder import Decoder
 from ddae.models.patches import NORMALISATIONS, cached_tensor, gather_tokens
@@ -36,11 +37,13 @@ class Inputs(NamedTuple):
     feature_weight: Float[Tensor, ""]  # weight of the feature branch, 0 to 1
     share: float  # 1 / micro-batches of a step; a factor of the loss, so that gradients need no scaling afterwards
     loss_backend: str  # auto, reference or triton
-    teacher_tokens: Float[Tensor, "K B M D"] | None = None  # after the feature branch's taps, at masked patches
+    teacher_tokens: Float[Tensor, "K B M D"] | None = None  # after the step's taps, at masked patches
     teacher_event: torch.cuda.Event | None = None  # to wait for before teacher_tokens are used; of a side stream
     codes: Int64[Tensor, "B M"] | None = None  # of the masked patches, from the token branch's tokenizer
     patches: Float[Tensor, "B _ P"] | None = None  # normalised, visible ones first, if they are extracted already
     patch_weight: Float[Tensor, "B M"] | None = None  # fixed weights of the masked patches; None: 1
+    subset: Int64[Tensor, "B S"] | None = None  # places of the predicted patches among the masked ones; None: all
+    tap_seed: int = 0  # from which the step's taps are drawn
 
 
 class Tokens(NamedTuple):
@@ -60,12 +63,19 @@ class Branch(nn.Module):
         self.normed_blocks = self.taps  # encoder blocks whose tokens are used after the encoder's final norm
         self.raw_blocks: tuple[int, ...] = ()  # encoder blocks whose tokens are used before any norm
 
-    def loss_weights(self, inputs: Inputs) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
-        """Return the beta and the weight of each tap. With beta 0 (not dynamic) all patch weights are exactly 1."""
-        tap_weight = cached_tensor(tuple(inputs.share * weight for weight in self.tap_weights), inputs.betas.device)
+    def loss_weights(
+        self, inputs: Inputs, indices: Sequence[int] = (), scale: float = 1.0
+    ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+        """Return the beta and `scale` times the weight of each tap, or of those at the indices.
+
+        With beta 0 (not dynamic) all patch weights are exactly 1.
+        """
+        indices = indices or range(len(self.taps))
+        scaled = tuple(inputs.share * self.tap_weights[index] * scale for index in indices)
+        tap_weight = cached_tensor(scaled, inputs.betas.device)
         if not self.beta_indices:
             return torch.zeros_like(tap_weight), tap_weight
-        return torch.stack([inputs.betas[index] for index in self.beta_indices]), tap_weight
+        return torch.stack([inputs.betas[self.beta_indices[index]] for index in indices]), tap_weight
 
     def loss_options(self, inputs: Inputs, **options) -> dict[str, Any]:
         """Return the options that all loss functions have, and further ones."""
@@ -85,6 +95,7 @@ class DecoderBranch(Branch):
 
     def __init__(self, config: PretrainConfig, branch: DecoderBranchConfig, out_width: int, context: int):
         super().__init__(branch.taps, branch.tap_weights, config.dynamic.rescale_grad)
+        self.taps_per_step = config.taps_per_step
         # Run the taps one after the other (method/sequential.py), not as one batch.
         self.sequential_backward = config.engine.tap_execution == "sequential"
         model = config.model
@@ -103,8 +114,12 @@ class DecoderBranch(Branch):
         context_blocks = () if self.context is None else (context,) if context else self.taps
         self.normed_blocks, self.raw_blocks = self.taps[num_norms:], (*self.taps[:num_norms], *context_blocks)
 
-    def predict(self, tokens: Tokens, mask: Mask, tap_indices: Sequence[int] = ()) -> Float[Tensor, "K B M P"]:
-        """Decode the taps at these indices, by default all, in one batch."""
+    def step_taps(self, seed: int) -> tuple[int, ...]:
+        """Return the indices of the taps that a step supervises; seed: Inputs.tap_seed."""
+        return draw_taps(len(self.taps), self.taps_per_step, seed)
+
+    def predict(self, tokens: Tokens, mask: Mask, tap_indices: Sequence[int] = ()) -> Float[Tensor, "K B S P"]:
+        """Decode the masked patches of `mask` from the taps at these indices, by default all, in one batch."""
         tap_indices, num_norms = tap_indices or range(len(self.taps)), len(self.norms)
         taps = [self.taps[index] for index in tap_indices]
         normed = [
@@ -114,26 +129,43 @@ class DecoderBranch(Branch):
         context = None if self.context is None else torch.cat([tokens.raw[self.context or tap] for tap in taps])
         return self.decoder(torch.cat(normed), *mask, context, tap_indices).unflatten(0, (len(taps), -1))
 
-    def loss(self, pred: Float[Tensor, "K B M P"], inputs: Inputs, tap_slice: slice) -> dk.DynamicLoss:
-        """Return the weighted loss of the predictions of the taps in `tap_slice`."""
+    def loss(
+        self, pred: Float[Tensor, "K B S P"], inputs: Inputs, weights: tuple[Tensor, Tensor], part: slice
+    ) -> dk.DynamicLoss:
+        """Return the weighted loss of predictions of the step's taps in `part`; weights: their betas and weights."""
         raise NotImplementedError
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
-        if not (self.sequential_backward and torch.is_grad_enabled()):
-            return self.loss(self.predict(tokens, inputs.mask), inputs, slice(None))
+        """Return the loss, and NaN as the components of taps that the step does not supervise."""
+        taps = self.step_taps(inputs.tap_seed)
+        scale, mask = len(self.taps) / len(taps), inputs.mask
+        if inputs.subset is not None:
+            mask = mask._replace(masked=mask.masked.gather(1, inputs.subset))
+        if self.sequential_backward and torch.is_grad_enabled():
+            result = self._sequential_loss(tokens, inputs, mask, taps, scale)
+        else:
+            weights = self.loss_weights(inputs, taps, scale)
+            result = self.loss(self.predict(tokens, mask, taps), inputs, weights, slice(None))
+        components = (spread_over_taps(each, taps, len(self.taps)) for each in result[1:])
+        return dk.DynamicLoss(result.loss, *components)
+
+    def _sequential_loss(
+        self, tokens: Tokens, inputs: Inputs, mask: Mask, taps: Sequence[int], scale: float
+    ) -> dk.DynamicLoss:
         raw_blocks, normed_blocks = self.raw_blocks, self.normed_blocks
 
-        def run(index: int, *values: Tensor) -> dk.DynamicLoss:
-            """Return the loss of one tap, from the tokens of all blocks and the betas."""
+        def run(number: int, *values: Tensor) -> dk.DynamicLoss:
+            """Return the loss of one of the step's taps, from the tokens of all blocks and the betas."""
             *block_tokens, betas = values
             raw, normed = block_tokens[: len(raw_blocks)], block_tokens[len(raw_blocks) :]
             detached = Tokens(dict(zip(raw_blocks, raw, strict=True)), dict(zip(normed_blocks, normed, strict=True)))
-            pred = self.predict(detached, inputs.mask, (index,))
-            return self.loss(pred, inputs._replace(betas=betas), slice(index, index + 1))
+            tap, leaf_inputs = taps[number : number + 1], inputs._replace(betas=betas)
+            weights = self.loss_weights(leaf_inputs, tap, scale)
+            return self.loss(self.predict(detached, mask, tap), leaf_inputs, weights, slice(number, number + 1))
 
         raw, normed = (tokens.raw[block] for block in raw_blocks), (tokens.normed[block] for block in normed_blocks)
         tensors = *raw, *normed, inputs.betas
-        return dk.DynamicLoss(*sequential_backward(run, len(self.taps), tensors, list(self.parameters())))
+        return dk.DynamicLoss(*sequential_backward(run, len(taps), tensors, list(self.parameters())))
 
 
 class PixelBranch(DecoderBranch):
@@ -144,11 +176,12 @@ class PixelBranch(DecoderBranch):
         self.patch, self.norm = config.model.patch_size, config.pixel.norm
         self.mean, self.std = NORMALISATIONS[config.data.normalisation]
 
-    def loss(self, pred: Float[Tensor, "K B M P"], inputs: Inputs, tap_slice: slice) -> dk.DynamicLoss:
-        weights = inputs.distance, *(each[tap_slice] for each in self.loss_weights(inputs))
+    def loss(
+        self, pred: Float[Tensor, "K B S P"], inputs: Inputs, weights: tuple[Tensor, Tensor], part: slice
+    ) -> dk.DynamicLoss:
         options = self.loss_options(inputs, patch=self.patch, norm=self.norm, impl=inputs.loss_backend)
-        options |= {"mean": self.mean, "std": self.std}
-        return dk.dynamic_pixel_mse(pred, inputs.images, inputs.mask.masked, *weights, **options)
+        options |= {"mean": self.mean, "std": self.std, "subset": inputs.subset}
+        return dk.dynamic_pixel_mse(pred, inputs.images, inputs.mask.masked, inputs.distance, *weights, **options)
 
 
 class FeatureBranch(DecoderBranch):
@@ -158,16 +191,18 @@ class FeatureBranch(DecoderBranch):
         super().__init__(config, config.feature, config.model.width, context=0)
         self.target_norm = config.feature.target_norm
 
-    def loss(self, pred: Float[Tensor, "K B M D"], inputs: Inputs, tap_slice: slice) -> dk.DynamicLoss:
+    def loss(
+        self, pred: Float[Tensor, "K B S D"], inputs: Inputs, weights: tuple[Tensor, Tensor], part: slice
+    ) -> dk.DynamicLoss:
         if inputs.teacher_tokens is None:
             raise ValueError("teacher_tokens is None; the feature branch needs them. Pass Teacher.targets().")
         if inputs.teacher_event is not None:
             inputs.teacher_event.wait()
-        beta, tap_weight = self.loss_weights(inputs)
-        weights = inputs.distance, beta[tap_slice], (tap_weight * inputs.feature_weight)[tap_slice]
+        beta, tap_weight = weights
+        vectors = inputs.distance, beta, tap_weight * inputs.feature_weight
         options = self.loss_options(inputs, target_norm=self.target_norm, impl=inputs.loss_backend)
-        options |= {"norm_pred": self.target_norm != "none"}
-        return dk.dynamic_feature_mse(pred, inputs.teacher_tokens[tap_slice], *weights, **options)
+        options |= {"norm_pred": self.target_norm != "none", "subset": inputs.subset}
+        return dk.dynamic_feature_mse(pred, inputs.teacher_tokens[part], *vectors, **options)
 
 
 class TokenBranch(Branch):

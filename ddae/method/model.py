@@ -44,6 +44,7 @@ class PretrainModel(nn.Module):
         raw_blocks = {block for branch in branches.values() for block in branch.raw_blocks}
         self.used_blocks = tuple(sorted(raw_blocks.union(self.normed_blocks)))
         self.mask_token = nn.Parameter(torch.empty(1, 1, encoder.shape.width)) if use_mask_token else None
+        self.taps_per_step = max((getattr(branch, "taps_per_step", 0) for branch in branches.values()), default=0)
 
     def encode(
         self,
@@ -74,7 +75,10 @@ class PretrainModel(nn.Module):
         tokens = self.encode(inputs.images, inputs.mask.visible, inputs.patches)
         losses = {name: branch(tokens, inputs) for name, branch in self.branches.items()}
         detached = {block: each.detach() for block, each in tokens.raw.items()}
-        return Losses(torch.stack([result.loss for result in losses.values()]).sum(), losses, detached)
+        total = torch.stack([result.loss for result in losses.values()]).sum()
+        if self.taps_per_step:  # later blocks than the step's taps get gradients of zero, not none
+            total = total + 0.0 * tokens.normed[self.normed_blocks[-1]].sum()
+        return Losses(total, losses, detached)
 
 
 def build_model(config: PretrainConfig) -> PretrainModel:

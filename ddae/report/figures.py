@@ -170,5 +170,6 @@ def style_axis(axis: Axes, xlabel: str, ylabel: str = "", levels: dict[str, floa
 
 
 def metric_names(rows: list[dict[str, float]], prefix: str) -> list[str]:
-    """Return the metrics of the last row whose names start with `prefix`, in logged order."""
-    return [name for name in rows[-1] if name.startswith(prefix)] if rows else []
+    """Return the metrics whose names start with `prefix`, sorted if some rows lack some."""
+    names = list(dict.fromkeys(name for row in rows for name in row if name.startswith(prefix)))
+    return names if all(name in rows[-1] for name in names) else sorted(names)

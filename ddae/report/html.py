@@ -162,7 +162,7 @@ def _save_figures(drawn: dict[str, Figure], folder: Path) -> list[Path]:
 def _run_page(config: PretrainConfig, rows: list[dict[str, float]], files: list[Path], images: str) -> str:
     """Return the page of a pretraining run. images: Validation or Training, for the captions."""
     first, last = rows[0], rows[-1]
-    names = [name for name in last if name.startswith(("loss/", "error/", "beta/"))]
+    names = [name for name in last if name in first and name.startswith(("loss/", "error/", "beta/"))]
     values = [(name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names]
     settings = [(key, json.dumps(value)) for key, value in flatten(config.to_dict()).items()]
     length = f"{int(last['step'])} steps of {config.data.batch_size} images, {last['epoch']:.1f} epochs"

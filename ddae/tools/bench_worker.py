@@ -56,9 +56,11 @@ class PretrainStep:
             pretraining.compile_modules(self.engine.module, self.targets)
         self.betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, self.engine.device)
         self.forward = pretraining.ForwardPass(resolved, self.engine, self.targets, self.betas, 1.0, backend)
+        self.number = 0  # of the step
 
     def __call__(self, batch: Batch) -> Tensor:
-        losses = self.forward(batch, 1.0)
+        losses = self.forward(batch, 1.0, step=self.number)
+        self.number += 1
         self.engine.backward(losses.total)
         applied = self.engine.step(LR)
         self.betas.step(LR, applied)

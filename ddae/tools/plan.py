@@ -7,7 +7,8 @@ that runs forward unless the master weights do. A block keeps
 
     16 D numbers a token    inputs of two norms (2D) and of four matrices (7D), q, k and v (3D), GELU's input (4D)
 
-Shape letters: B images of a micro-batch, N patches, V visible, M masked, K taps, D width; n parameters, W GPUs.
+Shape letters: B images of a micro-batch, N patches, V visible, M masked, K taps, D width; n parameters, W GPUs. With
+taps_per_step and decode_fraction, the decoders run on fewer taps and patches.
 """
 
 from dataclasses import replace
@@ -143,12 +144,13 @@ def bytes_per_number(config: PretrainConfig) -> tuple[int, int]:
 def block_stacks(config: PretrainConfig, images: int) -> list[tuple[int, int, int, int]]:
     """Return (width, heads, number of blocks, tokens of `images` images) of encoder, cls decoder, and decoders."""
     model, all_tokens = config.model, images * (1 + config.grid[0] * config.grid[1])
+    decoder_tokens = all_tokens - images * (config.num_masked - config.num_decoded)
     stacks = [(model.width, model.heads, model.depth, images * (1 + encoder_patches(config)))]
     if config.token.enabled and config.token.cls:
         stacks.append((model.width, model.heads, config.token.cls_depth, all_tokens))
     for branch in decoder_branches(config):
         shape = branch.decoder_width, branch.decoder_heads, branch.decoder_depth
-        stacks.append((*shape, len(branch.taps) * all_tokens))
+        stacks.append((*shape, config.num_step_taps(branch) * decoder_tokens))
     return stacks
 
 
@@ -173,7 +175,7 @@ def activation_bytes(config: PretrainConfig, images: int) -> float:
         total += tokens * depth * (width * stream if checkpointed else block_bytes(config, width, heads))
     if token.enabled:  # input of the head; log-softmax
         total += (len(token.taps) + token.cls) * config.num_masked * (model.width * product + token.codes * 4)
-    tap_bytes = [(branch_bytes(config, branch), len(branch.taps)) for branch in branches]
+    tap_bytes = [(branch_bytes(config, branch), config.num_step_taps(branch)) for branch in branches]
     counts = count_parameters(config)
     if config.engine.tap_execution == "sequential":  # one tap of one branch at a time, and fp32 gradients of decoders
         total = images * (total + max(tap_bytes, default=(0, 0))[0]) + 4 * (counts.model - counts.encoder)
@@ -188,8 +190,9 @@ def branch_bytes(config: PretrainConfig, branch: PixelConfig | FeatureConfig) ->
     """Return the bytes that a branch saves of one image at one tap."""
     stream, product = bytes_per_number(config)
     width, depth, encoder_width = branch.decoder_width, branch.decoder_depth, config.model.width
-    tokens, masked, skips = 1 + config.grid[0] * config.grid[1], config.num_masked, config.engine.skip_unused_tokens
-    context, per_token = tokens - masked, block_bytes(config, width, branch.decoder_heads)
+    masked, skips = config.num_decoded, config.engine.skip_unused_tokens
+    context = 1 + config.grid[0] * config.grid[1] - config.num_masked
+    tokens, per_token = context + masked, block_bytes(config, width, branch.decoder_heads)
     if config.engine.activation_checkpointing or config.engine.decoder_activation_checkpointing:
         total = width * stream * (depth * tokens - (masked if skips else 0))
     else:

@@ -73,7 +73,7 @@ def replay(dump: Path) -> int:
             samples = []  # whose loss is non-finite
             for batch in _batches(file, engine.device):
                 engine.module.zero_grad()
-                losses = forward(batch, facts["feature_weight"])
+                losses = forward(batch, facts["feature_weight"], facts["step"])
                 losses.total.backward()
                 finite = [each.token_error.isfinite().all(2).all(0) for each in losses.branches.values()]
                 is_finite = torch.stack(finite).all(0).tolist()

@@ -27,7 +27,7 @@ class CollapseMonitor:
     """Measures a micro-batch on the device; read() synchronises and belongs to log steps."""
 
     def __init__(self, config: PretrainConfig):
-        self.taps, self.target_norm = config.feature.taps, config.feature.target_norm
+        self.target_norm = config.feature.target_norm
         self.num_positions = config.grid[0] * config.grid[1]
         self.names: list[str] = []
         self._values: Tensor | None = None
@@ -36,10 +36,10 @@ class CollapseMonitor:
     def measure(self, tokens: dict[int, Tensor], teacher_tokens: Tensor, mask: Mask) -> None:
         """Measure a micro-batch.
 
-        tokens: of the student by block, [B, 1 + V, D]; teacher_tokens: of the masked patches after the taps,
+        tokens: of the student by block, [B, 1 + V, D]; teacher_tokens: of the masked patches after the same blocks,
         [K, B, M, D].
         """
-        student = torch.stack([tokens[tap][:, 1:] for tap in self.taps])
+        student = torch.stack([each[:, 1:] for each in tokens.values()])
         target = feature_target(teacher_tokens[:, :PATCH_IMAGES], self.target_norm, LAYER_NORM_EPS, torch.float32)
         groups = {
             "student": token_statistics(student),
@@ -47,7 +47,7 @@ class CollapseMonitor:
             "target": explained_shares(target, mask.masked[:PATCH_IMAGES], self.num_positions),
         }
         by_name = {f"collapse/{group}/{name}": values for group, of in groups.items() for name, values in of.items()}
-        self.names = [f"{name}/{tap_name(tap)}" for name in by_name for tap in self.taps]
+        self.names = [f"{name}/{tap_name(tap)}" for name in by_name for tap in tokens]
         self._values = torch.cat(list(by_name.values()))
 
     def read(self) -> dict[str, float]:

@@ -6,7 +6,9 @@ A multiplication and its addition are two operations. Only matrix products and a
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from itertools import combinations
+from statistics import mean
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -61,9 +63,11 @@ class Flops(NamedTuple):
 def count_flops(config: PretrainConfig) -> Flops:
     """Count the operations of one image, including those that activation checkpointing repeats.
 
-    Work that is done once a step for all images is not counted: it is the difference between two images and one.
+    Work that is done once a step for all images is not counted: it is the difference between two images and one. With
+    taps_per_step, the mean over the taps that may be drawn.
     """
-    counted = {name: getattr(config, name) for name in ("model", "mask", "pixel", "feature", "token", "engine")}
+    names = ("model", "mask", "pixel", "feature", "token", "engine", "taps_per_step", "decode_fraction")
+    counted: dict[str, Any] = {name: getattr(config, name) for name in names}
     one, two = (_count(PretrainConfig(**counted), images) for images in (1, 2))
     return Flops(*(b - a for a, b in zip(one, two, strict=True)))
 
@@ -91,9 +95,10 @@ def _count(config: PretrainConfig, images: int) -> Flops:
             feature_weight=torch.ones(()),
             share=1.0,
             loss_backend="reference",
-            teacher_tokens=torch.zeros(len(config.feature.taps), images, num_masked, model.width),
+            teacher_tokens=torch.zeros(config.num_step_taps(config.feature), images, num_masked, model.width),
             codes=masked,
             patches=torch.zeros(images, num_patches, model.patch_size**2 * 3),
+            subset=None if config.num_decoded == num_masked else masked[:, : config.num_decoded],
         )
         patches = None if config.mask.use_mask_token else inputs.patches
         tokens = pretrain_model.encode(inputs.images, visible, patches)
@@ -110,18 +115,20 @@ def _count(config: PretrainConfig, images: int) -> Flops:
             pretrain_model.branches[name](Tokens(raw, normed), inputs).loss.backward()
 
         @torch.no_grad()
-        def run_teacher() -> None:
+        def run_teacher(taps: tuple[int, ...]) -> None:
             teacher, short = Encoder(model), num_masked if config.engine.skip_unused_tokens else None
             if config.token.enabled:  # a tokenizer as large as the encoder
                 teacher(torch.zeros(images, 3, model.image_size, model.image_size))
             elif config.feature.enabled:
                 order = torch.zeros(images, num_patches, dtype=torch.int64)
-                teacher(inputs.patches, config.feature.taps, order, num_outputs=short)
+                teacher(inputs.patches, taps, order, num_outputs=short)
 
+        last_taps = [max(taps) for taps in combinations(config.feature.taps, config.num_step_taps(config.feature))]
+        teacher = {tap: _flops_of(lambda tap=tap: run_teacher((tap,))) for tap in set(last_taps)}
         branches = {name: _flops_of(lambda name=name: run_branch(name)) for name in pretrain_model.branches}
         return Flops(
             encoder=_flops_of(encode),
-            teacher=_flops_of(run_teacher),
+            teacher=mean(teacher[tap] for tap in last_taps),
             pixel=branches.get("pixel", 0.0),
             feature=branches.get("feature", 0.0),
             token=branches.get("token", 0.0) + branches.get("cls", 0.0),

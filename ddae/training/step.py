@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ddae.config.pretrain import PretrainConfig
 from ddae.data.loader import Batch, Loader
-from ddae.data.masking import Mask, sample_mask
+from ddae.data.masking import Mask, sample_mask, to_device
 from ddae.data.reader import MaskSampler, RankBatch
+from ddae.data.rng import fold
 from ddae.distributed.checkpoint_format import Checkpointable, FrozenModule
 from ddae.distributed.comm import device
 from ddae.distributed.engine import Engine
@@ -22,6 +23,7 @@ from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance, neighbour_weight
 from ddae.method.model import Losses, PretrainModel
+from ddae.method.partial_supervision import draw_subset, draw_taps
 from ddae.method.teacher import Teacher
 from ddae.models.decoder import Decoder
 from ddae.models.patches import gather_tokens, normalise_patches, patchify
@@ -94,8 +96,8 @@ class Targets:
         self.state: dict[str, Checkpointable] = {}  # saved with a checkpoint
         self.modules: Sequence[torch.nn.Module] = ()  # to compile
 
-    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
-        """Compute the targets of a micro-batch. Return them as fields of Inputs."""
+    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask, tap_seed: int) -> dict[str, Any]:
+        """Compute the targets of a micro-batch. Return them as fields of Inputs; tap_seed: one of them."""
         return {}
 
     def update(self, momentum: float, applied: Tensor) -> None:
@@ -111,14 +113,14 @@ class TeacherTargets(Targets):
 
     def __init__(self, config: PretrainConfig, engine: Engine, teacher: Teacher):
         super().__init__()
-        self.teacher, self._engine, self._taps = teacher, engine, config.feature.taps
+        self.teacher, self._engine, self.config = teacher, engine, config
         self.state = {"teacher": teacher}
         self.modules = (teacher.module,)
 
-    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
+    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask, tap_seed: int) -> dict[str, Any]:
         assert patches is not None
         with self._engine.autocast():
-            tokens, event = self.teacher.start_targets(patches, self._taps, mask)
+            tokens, event = self.teacher.start_targets(patches, step_taps(self.config, tap_seed), mask)
         return {"teacher_tokens": tokens, "teacher_event": event}
 
     def update(self, momentum: float, applied: Tensor) -> None:
@@ -136,7 +138,7 @@ class TokenTargets(Targets):
         super().__init__()
         self.state = {"tokenizer": FrozenModule("tokenizer", tokenizer)}
 
-    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask) -> dict[str, Any]:
+    def __call__(self, images: Tensor, patches: Tensor | None, mask: Mask, tap_seed: int) -> dict[str, Any]:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._autocast):
             return {"codes": self._tokenizer.codes(images).gather(1, mask.masked)}
 
@@ -203,17 +205,19 @@ class ForwardPass:
         self.share, self.loss_backend = share, loss_backend
         self.monitor = CollapseMonitor(config) if config.feature.enabled else None
 
-    def __call__(self, batch: Batch, feature_weight: float, measure: bool = False) -> Losses:
+    def __call__(self, batch: Batch, feature_weight: float, step: int = 0, measure: bool = False) -> Losses:
         """Return the losses.
 
-        feature_weight: of the feature branch, 0 to 1. measure: give the tokens to the collapse monitor, if there is
-        one.
+        feature_weight: of the feature branch, 0 to 1. step: from which the step's taps are drawn. measure: give the
+        tokens to the collapse monitor, if there is one.
         """
         config, engine = self.config, self.engine
         mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(engine.device)
         distance = masked_distance(mask, config.grid, self.loss_backend, config.dynamic.distance_norm)
         patches = None if config.mask.use_mask_token else extract_patches(batch.images, mask, config, engine.dtype)
-        targets = self.targets(batch.images, patches, mask)
+        tap_seed = int(fold(config.train.seed, step)) if config.taps_per_step else 0
+        targets = self.targets(batch.images, patches, mask, tap_seed)
+        subset = draw_subset(batch.seeds, config.num_masked, config.num_decoded)
         self.betas.accumulate_norm(distance)
         inputs = Inputs(
             images=batch.images,
@@ -225,16 +229,25 @@ class ForwardPass:
             loss_backend=self.loss_backend,
             patches=patches,
             patch_weight=neighbour_weight(mask, config.grid) if config.mask.neighbour_weight else None,
+            subset=subset if subset is None else to_device(subset, engine.device),
+            tap_seed=tap_seed,
             **targets,
         )
         losses = engine(inputs)
         if measure and self.monitor is not None:
-            self.monitor.measure(losses.tokens, targets["teacher_tokens"], mask)
+            taps = step_taps(config, tap_seed)
+            self.monitor.measure({tap: losses.tokens[tap] for tap in taps}, targets["teacher_tokens"], mask)
         return losses._replace(tokens={})  # so that they are freed after the backward pass
 
     def metrics(self, now: "Schedules") -> dict[str, float]:
         """Return what a log row shows of targets and tokens. All ranks call it."""
         return self.targets.metrics(now) | ({} if self.monitor is None else self.monitor.read())
+
+
+def step_taps(config: PretrainConfig, tap_seed: int) -> tuple[int, ...]:
+    """Return the blocks after which a step's feature branch compares with the teacher."""
+    taps = config.feature.taps
+    return tuple(taps[index] for index in draw_taps(len(taps), config.taps_per_step, tap_seed))
 
 
 def extract_patches(images: Tensor, mask: Mask, config: PretrainConfig, dtype: torch.dtype) -> Tensor:
