@@ -51,6 +51,8 @@ def runs(shards, tmp_path_factory):
         command("long", 2, "--train.steps", "200", "--optim.clip_grad", "0.01"),
         command("mae", 1, "--feature.no_enabled", "--pixel.no_dynamic", *FP32, *steps),
     ]
+    parts = ("--taps_per_step", "1", "--decode_fraction", "0.4")
+    one += [command("parts_one", 0, *FP32, *steps, *parts)]
     small = (
         "--train.steps",
         "8",
@@ -69,6 +71,7 @@ def runs(shards, tmp_path_factory):
         for stage in stages
     ]
     two += [
+        command("parts_two", 3, *FP32, *steps, *parts),
         command("two_recompute", 3, *FP32, *steps, recompute),
         command("offload_micro", 2, *FP32, *steps, *offload),
         command("dali", 3, *FP32, *steps, "--train.report", "--data.backend", "dali"),
@@ -97,6 +100,20 @@ def assert_same_curves(runs, name, other, tolerance):
 def test_stages_ranks_and_accumulation_give_one_curve_in_fp32(runs, name):
     assert len(ranks.column(runs / name)) == 20
     assert_same_curves(runs, name, "one_0", 1e-6)
+
+
+def test_random_taps_and_patches_do_not_depend_on_ranks(runs):
+    """All ranks draw the taps of a step, and a sample's patches, alike; taps that are not drawn are not logged."""
+    one, two = (
+        [row for row in ranks.metrics(runs / f"parts_{name}") if "loss/total" in row] for name in ("one", "two")
+    )
+    supervised = [[name for name in row if name.startswith(("loss/pixel", "loss/feature"))] for row in one]
+    assert supervised == [[name for name in row if name.startswith(("loss/pixel", "loss/feature"))] for row in two]
+    assert {len(names) for names in supervised} == {2}  # one tap of each branch
+    assert len({tuple(names) for names in supervised}) == 2
+    for row, other in zip(one, two, strict=True):
+        for name in ("loss/total", "beta/tap_01", "beta/tap_02"):
+            np.testing.assert_allclose(row[name], other[name], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["bf16", *(f"two_bf16_{stage}" for stage in STAGES), "autocast"])

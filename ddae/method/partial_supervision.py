@@ -19,7 +19,8 @@ def draw_taps(num_taps: int, count: int, seed: int) -> tuple[int, ...]:
     """Return the indices of `count` of `num_taps` taps, ascending; of all, if count is 0 or not smaller."""
     if not 0 < count < num_taps:
         return tuple(range(num_taps))
-    return tuple(sorted(permutation(num_taps, seed)[:count].tolist()))
+    with torch.device("cpu"):  # also where FLOPs are counted on a meta model
+        return tuple(sorted(permutation(num_taps, seed)[:count].tolist()))
 
 
 def draw_subset(seeds: Int64[Tensor, " B"], num_masked: int, count: int) -> Int64[Tensor, "B S"] | None:
