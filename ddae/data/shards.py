@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from ddae.data.cache import Cache, is_url, url_join, url_name, url_parent
 from ddae.errors import UserError
@@ -170,7 +170,7 @@ def _expand(pattern: str) -> list[str]:
     """Return the names that a pattern with braces stands for. Raise UserError if a brace is not closed."""
     try:
         return list(braceexpand(pattern))
-    except UnbalancedBracesError:
+    except ValueError:  # UnbalancedBracesError
         fix = "Write a range as train-{000000..000099}.tar, in quotes."
         raise UserError(f"data.train is {pattern!r}, in which a brace is not closed. {fix}") from None
 
