@@ -20,10 +20,11 @@ from typing import Any, NamedTuple
 from ddae import atomic
 from ddae.ablation.format import best_row, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
-from ddae.ablation.tables import WARMUP_FRACTION, Row, change, table_rows
+from ddae.ablation.tables import Row, table_rows
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.config.evaluation import FinetuneConfig, ProbeConfig, probe_recipe, recipe
 from ddae.config.pretrain import PretrainConfig
+from ddae.config.scales import WARMUP_FRACTION, change
 from ddae.config.tokenizer import QuantizerConfig, TokenizerConfig
 from ddae.data.cache import open_cache
 from ddae.data.digits import write_digits

@@ -1,23 +1,17 @@
 """The paper's tables: each row is the table's base config with a few fields changed, and the paper's number.
 
 Tables 3, 6 and 7 have the base DDS-MAE ViT-S: the numbers of the rows that they share agree. Table 4 has DDAE ViT-B;
-Table 2 compares methods. A scale changes model, data and length, and leaves what a row varies: nano is a functional
-test, micro and tiny are for single machines.
+Table 2 compares methods. A scale (config/scales.py) changes model, data and length, and leaves what a row varies.
 """
 
 import difflib
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
-from ddae.config.base import Experiment, OptimConfig, TrainConfig
 from ddae.config.presets import beitv2, bootmae, ddae, dds_beitv2, dds_mae, mae
-from ddae.config.pretrain import PretrainConfig, PretrainEngineConfig, TeacherConfig
+from ddae.config.pretrain import PretrainConfig
+from ddae.config.scales import SCALES, at_scale, change
 from ddae.errors import UserError
-
-T = TypeVar("T", bound=Experiment)
-WARMUP_FRACTION = 0.1  # share of a small run's steps in which the learning rate is warmed up
-SMALL_CODEBOOK = 256  # codes of a small scale's tokenizer
 
 
 class Row(NamedTuple):
@@ -26,12 +20,6 @@ class Row(NamedTuple):
     name: str
     config: PretrainConfig
     paper: float | None  # ImageNet top-1 accuracy after fine-tuning, in per cent; None if the paper has no such row
-
-
-def change(config: T, *sections: str, **changes) -> T:
-    """Return the config with the same changed fields in each of these sections."""
-    changed: Any = {name: replace(getattr(config, name), **changes) for name in sections}
-    return replace(config, **changed)
 
 
 def evenly_spaced_taps(count: int) -> dict[str, tuple]:
@@ -133,15 +121,6 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
 }
 
 
-# A small run's model width, pixels a side of an image and of a patch, default steps, batch size and learning rate
-SCALES: dict[str, tuple[int, int, int, int, int, float] | None] = {
-    "nano": (48, 32, 8, 60, 32, 2e-3),  # a minute a row on CPU cores: digits
-    "micro": (64, 32, 4, 800, 32, 1.5e-3),  # minutes a row on two CPU cores: photographs
-    "tiny": (192, 64, 8, 1500, 512, 1.5e-3),  # minutes a row on one data-centre GPU: photographs
-    "paper": None,
-}
-
-
 def table_rows(table: str, scale: str, steps: int | None = None) -> list[Row]:
     """Return the experiments of a table at a scale.
 
@@ -152,29 +131,3 @@ def table_rows(table: str, scale: str, steps: int | None = None) -> list[Row]:
             nearest = difflib.get_close_matches(name, known, 1, 0)[0]
             raise UserError(f"unknown {kind} {name!r}; the nearest is {nearest!r}. Choose from {', '.join(known)}.")
     return [row._replace(config=at_scale(row.config, scale, steps)) for row in TABLES[table]()]
-
-
-def at_scale(config: PretrainConfig, scale: str, steps: int | None) -> PretrainConfig:
-    """Return the experiment with a small model and the schedules of a short run; at the scale paper unchanged.
-
-    The model has 12 blocks, so that taps need no change. The teacher's half-life is an eighth of the run. The learning
-    rate of the betas lets them move as far as in a long run.
-    """
-    if (numbers := SCALES[scale]) is None:
-        return config
-    width, image_size, patch_size, default_steps, batch, lr = numbers
-    steps, heads = steps or default_steps, width // 24
-    small = change(config, "pixel", "feature", decoder_width=width, decoder_heads=heads)
-    small = change(small, "pixel", decoder_depth=min(2, config.pixel.decoder_depth), norm="none")
-    small = change(small, "feature", decoder_depth=1)
-    small = change(small, "model", width=width, depth=12, heads=heads, image_size=image_size, patch_size=patch_size)
-    small = change(small, "token", codes=SMALL_CODEBOOK)
-    small = change(small, "dynamic", lr_mult=4.0, beta_l2=config.dynamic.beta_l2 / 5)
-    small = change(small, "data", batch_size=batch, workers=1, backend="pillow")
-    return replace(
-        small,
-        teacher=TeacherConfig(momentum=0.5 ** (8 / steps)),
-        optim=OptimConfig(lr=lr, min_lr=1e-5, warmup_epochs=0.0, decay_mask_tokens=config.optim.decay_mask_tokens),
-        train=TrainConfig(steps=steps, log_every=max(1, steps // 100), save_every=steps, keep=1, report=False),
-        engine=PretrainEngineConfig(precision="fp32"),
-    )

@@ -7,9 +7,10 @@ import pytest
 import ranks
 
 from ddae.ablation.format import best_row, to_html, to_markdown
-from ddae.ablation.tables import SCALES, TABLES, table_rows
+from ddae.ablation.tables import TABLES, table_rows
 from ddae.config.base import flatten
 from ddae.config.pretrain import check
+from ddae.config.scales import SCALES
 from ddae.errors import UserError
 
 DIFFERENCES = {  # of each row from its table's base, as METHOD.md describes the tables
@@ -48,7 +49,9 @@ def test_rows_differ_from_their_base_as_in_the_paper(scale):
         rows = table_rows(table, scale)
         (base,) = [row for row in rows if not DIFFERENCES[table, row.name]]
         for row in rows:
-            assert differences(base.config, row.config) == DIFFERENCES[table, row.name]
+            expected = DIFFERENCES[table, row.name].items()
+            expected = {key: at_depth(value, scale) if key.endswith("taps") else value for key, value in expected}
+            assert differences(base.config, row.config) == expected
             compared.add((table, row.name))
     assert compared == DIFFERENCES.keys()
 
@@ -61,6 +64,11 @@ def test_equal_experiments_have_equal_numbers_in_all_tables():
             assert papers.setdefault(json.dumps(row.config.to_dict()), row.paper) == row.paper, row.name
 
 
+def at_depth(taps, scale):
+    """Return taps of 12 blocks at the same relative depth of a scale's model."""
+    return taps if SCALES[scale] is None else [round(tap * SCALES[scale].depth / 12) for tap in taps]
+
+
 def differences(before, after):
     before, after = flatten(before.to_dict()), flatten(after.to_dict())
     return {key: after[key] for key in after if after[key] != before[key]}
@@ -70,7 +78,7 @@ def differences(before, after):
 def test_table_2_adds_deep_dynamic_supervision_alone(scale):
     """DDS-BEiT-v2 is BEiT-v2 with four taps and weights; DDS-MAE also has a third of MAE's epochs."""
     mae, dds_mae, beitv2, dds_beitv2 = (row.config for row in table_rows("2", scale))
-    deep = {"taps": [3, 6, 9, 12], "tap_weights": [0.75, 0.75, 0.75, 1.0], "dynamic": True}
+    deep = {"taps": at_depth([3, 6, 9, 12], scale), "tap_weights": [0.75, 0.75, 0.75, 1.0], "dynamic": True}
     length = {"train.epochs": 100, "optim.warmup_epochs": 20} if scale == "paper" else {}
     assert differences(mae, dds_mae) == {f"pixel.{name}": value for name, value in deep.items()} | length
     assert differences(beitv2, dds_beitv2) == {f"token.{name}": value for name, value in deep.items()}
