@@ -3,8 +3,9 @@
 python launch/ablate.py --table 3 --scale nano
 deepspeed launch/ablate.py --table 3 --scale paper --data data/imagenet --ds_config ds_configs/zero2.json
 
-The same command resumes an interrupted table. --parallel 8 runs eight rows at a time on this machine. To distribute a
-table over machines, give each its own --only or --seeds, and --no_table to all but the last, which writes the table.
+The same command resumes an interrupted table; a run with a row in --results is not repeated. --parallel 8 runs eight
+rows at a time on this machine. To distribute a table over machines, give each its own --only or --seeds, and --no_table
+to all but the last, which writes the table.
 """
 
 import argparse
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="rows to run, by name (default: all)")
     parser.add_argument("--steps", type=int, help="pretraining steps (default: the scale's)")
     parser.add_argument("--tokenizer", default="", help="for BEiT-v2's rows (default: small scales train one)")
+    parser.add_argument("--results", default="", help="CSV with the results of all runs (default: OUT/results.csv)")
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this machine (default: 1)")
     parser.add_argument("--no_table", action="store_true", help="train and evaluate, but write no table")
     parser.add_argument("--ds_config", default=str(ZERO1), help="DeepSpeed JSON (default: ds_configs/zero1.json)")

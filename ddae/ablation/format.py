@@ -34,7 +34,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     left_out = ", ".join(results["left_out"])
     if left_out:
-        left_out = f" Left out because of other steps, other data or missing baselines: {left_out}."
+        left_out = f" Left out because of other settings or other data: {left_out}."
     return f"{title}\n\n{table}\n\nBest: {results['best']}.{left_out}\n"
 
 

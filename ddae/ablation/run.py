@@ -1,12 +1,11 @@
 """Run a table of the paper: pretrain and evaluate each row with every seed, and compare with the paper's numbers.
 
-Rows are ordinary runs: an interrupted table resumes, and a complete row is not trained again. Rows run one after the
-other, or several at a time on one machine.
+Rows are ordinary runs: an interrupted table resumes, and a run with a row in the results file (results.py) is not
+repeated. Rows run one after the other, or several at a time on one machine.
 """
 
 import json
 import logging
-import os
 import re
 import statistics
 import sys
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 from ddae import atomic
 from ddae.ablation.format import best_row, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
+from ddae.ablation.results import ResultsFile, run_key
 from ddae.ablation.tables import Row, table_rows
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.config.evaluation import FinetuneConfig, ProbeConfig, probe_recipe, recipe
@@ -45,6 +45,7 @@ JUDGED = {  # what the rows are compared by
     ProbeConfig.TASK: "linear probe, head selected on a part of train, top-1 in %",
     FinetuneConfig.TASK: "fine-tuned, top-1 in %",
 }
+KNN_EVALUATIONS = 4  # during a small run, besides that of the untrained encoder
 BASELINES = ("raw_pixels", "chance")  # keys of a row's results.json that do not depend on the row
 MLFLOW_TIMEOUT_S = 30.0  # for MLflow to create the table's run
 
@@ -63,6 +64,11 @@ class AblationSettings(NamedTuple):
     tokenizer: str  # for BEiT-v2's rows; "": train one, except at the paper's scale
     parallel: int  # runs at a time
     write_table: bool  # False: train only, while another process writes the table
+    results: str  # CSV file with the results of all runs; "": results.csv in the table's folder
+
+    def results_file(self, out: Path) -> ResultsFile:
+        """Return the file with the results; out: the table's folder."""
+        return ResultsFile(Path(self.results) if self.results else out / "results.csv")
 
 
 def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
@@ -82,14 +88,15 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
         if settings.parallel > 1:
             settings = settings._replace(data=settings.data or str(_digits(out)))
             tracker = _start_tracker(out, settings) if settings.write_table else None
-            jobs = [_job(number, row.name, seed, out, settings) for seed in settings.seeds for number, row in numbered]
+            missing = _missing_runs(numbered, out, settings.data, settings)
+            jobs = [_job(number, row.name, seed, out, settings) for seed, number, row in missing]
             run_jobs(jobs, settings.parallel)
         else:
             stop = StopSignal()
             start_process_group()
             data = settings.data or str(broadcast_from_main(lambda: _digits(out)))
             tracker = _start_tracker(out, settings) if settings.write_table and is_main() else None
-            for seed, (number, row) in product(settings.seeds, numbered):
+            for seed, number, row in broadcast_from_main(lambda: _missing_runs(numbered, out, data, settings)):
                 logger.info("%s, seed %d: %s", row.name, seed, _run_folder(out, number, seed))
                 _run_row(row, number, seed, out, data, settings, stop)
     except SystemExit as end:
@@ -150,12 +157,26 @@ def _run_folder(out: Path, number: int, seed: int) -> Path:
     return out / f"row_{number}_seed_{seed}"
 
 
+def _missing_runs(
+    rows: list[tuple[int, Row]], out: Path, data: str, settings: AblationSettings
+) -> list[tuple[int, int, Row]]:
+    """Return (seed, number, row) of the runs without results; rows: with their numbers."""
+    file, shards, missing = settings.results_file(out), open_shards(data, open_cache(ShardsConfig())), []
+    for seed, (number, row) in product(settings.seeds, rows):
+        if file.find(run_key(settings.table, settings.scale, row, seed, shards)) is None:
+            missing.append((seed, number, row))
+        else:
+            logger.info("%s, seed %d: its results are in %s", row.name, seed, file.path)
+    return missing
+
+
 def _job(number: int, name: str, seed: int, out: Path, settings: AblationSettings) -> Job:
     """Return the command that runs one row with one seed."""
     script = Path(__file__).parents[2] / "launch" / "ablate.py"
     flags = {"table": settings.table, "scale": settings.scale, "only": name, "seeds": seed, "out": out}
     flags |= {"data": settings.data, "ds_config": settings.ds_config, "tracker": settings.tracker}
-    flags |= {k: v for k, v in {"steps": settings.steps, "tokenizer": settings.tokenizer}.items() if v}
+    optional = {"steps": settings.steps, "tokenizer": settings.tokenizer, "results": settings.results}
+    flags |= {name: value for name, value in optional.items() if value}
     command = [sys.executable, str(script), *(arg for flag, v in flags.items() for arg in (f"--{flag}", str(v)))]
     return Job(f"{name}, seed {seed}", [*command, "--no_table"], Path(f"{_run_folder(out, number, seed)}.log"))
 
@@ -168,15 +189,18 @@ def _digits(out: Path) -> Path:
 def _run_row(
     row: Row, number: int, seed: int, out: Path, data: str, settings: AblationSettings, stop: StopSignal
 ) -> None:
-    """Pretrain one row with one seed, and evaluate it."""
+    """Pretrain one row with one seed, evaluate it, and add its results to the file."""
+    start = time.monotonic()
     folder = str(_run_folder(out, number, seed))
     tracker = TrackerConfig(settings.tracker, f"table {settings.table}", run_id_of(out))  # type: ignore[arg-type]
     shared: dict[str, Any] = {"ds_config": settings.ds_config, "tracker": tracker}
     config = replace(row.config, **shared, preset=row.name, run_dir=folder)
     config = change(change(config, "data", train=data), "train", seed=seed)
+    shards = open_shards(data, open_cache(config.data))
     if settings.scale != "paper":
-        epochs = config.num_steps(0) * config.data.batch_size / len(open_shards(data, open_cache(config.data)))
+        epochs = config.num_steps(0) * config.data.batch_size / len(shards)
         config = change(config, "optim", warmup_epochs=WARMUP_FRACTION * epochs)
+        config = replace(config, probe_every=epochs / KNN_EVALUATIONS)
     if config.token.enabled:
         config = change(
             config, "token", tokenizer=settings.tokenizer or _train_small_tokenizer(config, out, seed, stop)
@@ -189,6 +213,12 @@ def _run_row(
     else:
         probe = change(change(probe_recipe("demo"), "data", train=data), "train", seed=seed, report=False)
         linear_probe(replace(probe, encoder=folder, tracker=tracker), stop)
+    if is_main():
+        task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
+        evaluation = json.loads((Path(folder) / task / "results.json").read_text())
+        key = run_key(settings.table, settings.scale, row, seed, shards)
+        minutes = (time.monotonic() - start) / 60
+        settings.results_file(out).add(key, evaluation, Path(folder), config, minutes)
 
 
 def _train_small_tokenizer(config: PretrainConfig, out: Path, seed: int, stop: StopSignal) -> str:
@@ -214,26 +244,29 @@ def _train_small_tokenizer(config: PretrainConfig, out: Path, seed: int, stop: S
 
 
 def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> dict[str, Any]:
-    """Read the results of all seeds that were run, now or before, with as many steps on the same data."""
+    """Return the results of all seeds that were run, now or before, with these settings on the same data."""
     task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
-    collected, left_out, data = [], [], os.path.abspath(settings.data or out / "digits")
+    shards, file = (
+        open_shards(settings.data or str(out / "digits"), open_cache(ShardsConfig())),
+        settings.results_file(out),
+    )
+    of_table = [each for each in file.rows() if (each["table"], each["scale"]) == (settings.table, settings.scale)]
+    collected, used = [], []
     baselines: dict[str, float] = {}
-    for number, row in enumerate(rows):
-        accuracies, untrained = {}, []
-        for file in sorted(out.glob(f"row_{number}_seed_*/{task}/results.json")):
-            folder = file.parents[1]
-            results, run = json.loads(file.read_text()), json.loads((folder / "config.json").read_text())
-            differs = run["train"]["steps"] != row.config.train.steps or os.path.abspath(run["data"]["train"]) != data
-            if differs or "accuracy" not in results:  # an earlier version did not measure baselines
-                left_out.append(folder.name)
-                continue
-            accuracies[folder.name.rpartition("_")[2]] = results["accuracy"]
-            untrained.append(results["untrained"])
-            baselines |= {name: results[name] for name in BASELINES}  # equal for all rows
-        mean, deviation = _mean_and_deviation(accuracies.values())
+    for row in rows:
+        found = {}
+        for seed in sorted({int(each["seed"]) for each in of_table}):
+            if (result := file.find(run_key(settings.table, settings.scale, row, seed, shards))) is not None:
+                found[str(seed)] = result
+        used += found.values()
+        mean, deviation = _mean_and_deviation(float(each["accuracy"]) for each in found.values())
+        accuracies = {seed: float(each["accuracy"]) for seed, each in found.items()}
         result = {"row": row.name, "paper": row.paper, "mean": mean, "deviation": deviation, "seeds": accuracies}
+        untrained = [float(each["untrained"]) for each in found.values() if each["untrained"]]
         result["untrained"], result["untrained_deviation"] = _mean_and_deviation(untrained)
+        baselines |= {name: float(each[name]) for each in found.values() for name in BASELINES}  # equal for all rows
         collected.append(result)
+    left_out = [f"{each['row']}, seed {each['seed']}, {each['steps']} steps" for each in of_table if each not in used]
     return {
         "task": "ablation",
         "table": settings.table,
@@ -244,7 +277,7 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
         "rows": collected,
         "baselines": baselines,
         "best": best_row(collected),
-        "left_out": left_out,  # runs of other steps or on other data
+        "left_out": left_out,  # runs with other settings or on other data
     }
 
 

@@ -105,7 +105,7 @@ def test_the_tracker_records_an_interrupted_table(parallel, code, state, tmp_pat
         monkeypatch.setattr(run, name, function)
     monkeypatch.setattr(run, "StopSignal", object)
     monkeypatch.setattr(run, "start_process_group", lambda: None)
-    settings = run.AblationSettings("3", "nano", (0,), ("MAE",), "", "", "jsonl", None, "", parallel, True)
+    settings = run.AblationSettings("3", "nano", (0,), ("MAE",), "", "", "jsonl", None, "", parallel, True, "")
     with pytest.raises(SystemExit):
         run.ablate(tmp_path / "table", settings)
     assert states == [state]

@@ -145,7 +145,7 @@ def test_a_table_runs_and_resumes(tmp_path):
     assert [row["mean"] is None for row in first] == [True, True, True, False]
     code, output = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
     assert code == 0, output[-2000:]
-    assert "row_3_seed_0 is complete: 60 of 60 steps" in output
+    assert f"DDS-MAE, seed 0: its results are in {tmp_path / 't' / 'results.csv'}" in output
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, True, False]
     assert again[3] == first[3]
@@ -159,8 +159,8 @@ def test_a_table_runs_and_resumes(tmp_path):
     assert code == 0, output[-2000:]
     shorter = json.loads((tmp_path / "t" / "results.json").read_text())
     assert [list(row["seeds"]) for row in shorter["rows"]] == [["1", "2"], [], [], []]
-    assert shorter["left_out"] == ["row_0_seed_0", "row_3_seed_0"]
-    assert "Left out because of other steps, other data or missing baselines: row_0_seed_0" in output
+    assert shorter["left_out"] == ["DDS-MAE, seed 0, 60 steps", "MAE, seed 0, 60 steps"]
+    assert "Left out because of other settings or other data: DDS-MAE, seed 0, 60 steps" in output
     assert shorter["rows"][0]["deviation"] > 0
     assert "step 30/30" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
 

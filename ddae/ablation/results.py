@@ -1,0 +1,100 @@
+"""Results of runs, in a CSV file that may be kept under version control: a run whose row is there is not repeated.
+
+FILE.csv has a row per run. FILE_curves.csv has a row per k-NN evaluation during pretraining.
+"""
+
+import csv
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ddae.ablation.tables import Row
+from ddae.config.pretrain import PretrainConfig, tap_name
+from ddae.data.shards import Shards
+from ddae.training.tracker import read_metrics
+
+VALUES = ("accuracy", "untrained", "raw_pixels", "chance")  # of the evaluation that a table compares, in per cent
+KNN = ("knn_mean", "knn_cls", "effective_rank")  # of the last block; the rank is that of the mean patch
+DIGEST = 12  # characters of the hashes of settings and data
+
+
+class RunKey(NamedTuple):
+    """What identifies a run."""
+
+    table: str
+    scale: str
+    row: str
+    seed: int
+    steps: int  # of pretraining; 0: as many as the epochs have
+    settings: str  # hash of the row's config
+    data: str  # hash of the shards
+
+
+def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards) -> RunKey:
+    """Return the key of a row's run on this data set."""
+    settings = row.config.to_dict()
+    settings["train"].pop("seed")
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    steps = row.config.train.steps or 0
+    return RunKey(table, scale, row.name, seed, steps, digest[:DIGEST], shards.fingerprint[:DIGEST])
+
+
+class ResultsFile:
+    """The results of runs. Processes on one machine may append at the same time."""
+
+    def __init__(self, path: Path):
+        self.path, self.curves = path, path.with_name(f"{path.stem}_curves.csv")
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return all rows as they stand in the file."""
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="") as file:
+            return list(csv.DictReader(file))
+
+    def find(self, key: RunKey) -> dict[str, str] | None:
+        """Return the row of a run, the last one if there are several; None if there is none."""
+        return next((row for row in reversed(self.rows()) if _key(row) == key), None)
+
+    def add(self, key: RunKey, evaluation: dict[str, Any], run: Path, config: PretrainConfig, minutes: float) -> None:
+        """Append the results of a run: its evaluation's results.json, and the k-NN evaluations in its folder."""
+        points = list(_knn_points(run, config))
+        row = {**key._asdict(), **{name: _rounded(evaluation.get(name)) for name in VALUES}}
+        row |= {name: _rounded(points[-1][name]) if points else "" for name in KNN}
+        row |= {f"untrained_{name}": _rounded(points[0][name]) if points else "" for name in KNN}
+        _append(self.path, [row | {"minutes": _rounded(minutes)}])
+        _append(self.curves, [{**key._asdict(), **{k: _rounded(v) for k, v in point.items()}} for point in points])
+
+
+def _key(row: dict[str, str]) -> RunKey:
+    return RunKey(*(int(row[name]) if name in ("seed", "steps") else row[name] for name in RunKey._fields))
+
+
+def _knn_points(run: Path, config: PretrainConfig) -> Iterator[dict[str, float]]:
+    """Yield steps, images and KNN of each k-NN evaluation of a run, in order."""
+    tap = tap_name(config.model.depth)
+    for row in read_metrics(run / "metrics.jsonl"):
+        if f"knn/{tap}/mean" in row:
+            values = row[f"knn/{tap}/mean"], row[f"knn/{tap}/cls"], row[f"features/effective_rank/{tap}"]
+            step = row["step"]
+            yield {"after_steps": step, "images": step * config.data.batch_size, **dict(zip(KNN, values, strict=True))}
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def _append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows, whose names are the file's head."""
+    if not rows:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        writer = csv.DictWriter(file, list(rows[0]))
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(rows)
