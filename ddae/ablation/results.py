@@ -57,7 +57,8 @@ class ResultsFile:
 
     def find(self, key: RunKey) -> dict[str, str] | None:
         """Return the row of a run, the last one if there are several; None if there is none."""
-        return next((row for row in reversed(self.rows()) if _key(row) == key), None)
+        wanted = {name: str(value) for name, value in key._asdict().items()}
+        return next((row for row in reversed(self.rows()) if row.items() >= wanted.items()), None)
 
     def add(self, key: RunKey, evaluation: dict[str, Any], run: Path, config: PretrainConfig, minutes: float) -> None:
         """Append the results of a run: its evaluation's results.json, and the k-NN evaluations in its folder."""
@@ -67,10 +68,6 @@ class ResultsFile:
         row |= {f"untrained_{name}": _rounded(points[0][name]) if points else "" for name in KNN}
         _append(self.path, [row | {"minutes": _rounded(minutes)}])
         _append(self.curves, [{**key._asdict(), **{k: _rounded(v) for k, v in point.items()}} for point in points])
-
-
-def _key(row: dict[str, str]) -> RunKey:
-    return RunKey(*(int(row[name]) if name in ("seed", "steps") else row[name] for name in RunKey._fields))
 
 
 def _knn_points(run: Path, config: PretrainConfig) -> Iterator[dict[str, float]]:

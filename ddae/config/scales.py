@@ -39,7 +39,7 @@ class Scale(NamedTuple):
 SCALES = {
     "nano": Scale(48, 12, 2, 48, 2, 32, 8, 60, 32, 2e-3, pixel_norm=False),
     "micro": Scale(64, 8, 4, 64, 4, 32, 4, 1500, 64, 1e-3, pixel_norm=True, in_memory=True),
-    "small": Scale(112, 8, 7, 128, 4, 32, 4, 6000, 64, 5e-4, pixel_norm=True, in_memory=True),
+    "small": Scale(112, 8, 7, 64, 4, 32, 4, 6000, 64, 5e-4, pixel_norm=True, in_memory=True),
     "tiny": Scale(192, 12, 8, 192, 8, 64, 8, 1500, 512, 1.5e-3, pixel_norm=False),
     "paper": None,
 }
