@@ -29,7 +29,7 @@ demo: $(READY) data/demo/manifest.json
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The golden curves in bf16, and measured FLOPs of ViT-B.
+# The golden curves in bf16, measured FLOPs of ViT-B, benchmarks.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 

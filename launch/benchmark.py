@@ -1,6 +1,7 @@
 """Measure the speed of the training step, the image loaders, sharding, or evaluations, each relative to a baseline.
 
 python launch/benchmark.py step --preset ddae_vit_s16_100e mae_vit_s16_100e --json step.json
+python launch/benchmark.py step --scale small --preset mae_vit_s16_100e --data data/photos --steps 10
 python launch/benchmark.py loader --data data/imagenet
 python launch/benchmark.py sharding --data ILSVRC2012_img_train.tar
 python launch/benchmark.py evaluation
@@ -24,6 +25,7 @@ def main() -> None:
     step = parser.add_argument_group("step only", "any flag of launch/pretrain.py may follow")
     step.add_argument("--preset", nargs="+", default=[], help="default: DDAE ViT-S; on a GPU also ViT-B, ViT-L and MAE")
     step.add_argument("--batch", type=int, nargs="+", default=[], help="images a step (default: 16; on a GPU 256)")
+    step.add_argument("--scale", default="", help="a small scale (micro, small): its pretraining beside a plain loop")
     step.add_argument("--precision", default="", help="default: fp32; on a GPU bf16")
     step.add_argument("--variants", nargs="+", default=[], help="variants to measure, by name (default: all)")
     step.add_argument("--steps", type=int, default=0, help="steps a variant and round (default: 1; on a GPU 5)")

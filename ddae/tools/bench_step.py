@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ddae.config.scales import SCALES
 from ddae.errors import UserError
 from ddae.tools.bench_report import append_csv, draw_bars
 from ddae.training.run_dir import git
@@ -31,11 +32,14 @@ class Variant(NamedTuple):
     """A way to compute the training step."""
 
     name: str
-    kind: str  # naive: naive.py with plain DeepSpeed; engine: naive.py with ddae's Engine; ddae: what pretraining runs
+    # naive: naive.py with plain DeepSpeed; engine: naive.py with ddae's Engine; ddae: what pretraining runs; plain: a
+    # plain loop around the same model, on images in memory
+    kind: str
     args: tuple[str, ...]  # arguments of launch/pretrain.py
     huge_pages: bool = False  # back large CPU tensors with huge pages
 
 
+AT_SCALE = [Variant("plain loop", "plain", ()), Variant("pretraining", "ddae", ())]  # with --scale
 PLAIN = ("--engine.loss_backend", "reference", "--engine.tap_execution", "batched")
 
 
@@ -65,14 +69,21 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
     args: further arguments of launch/pretrain.py. Raise UserError for an unknown variant, or if a variant fails.
     """
     gpu, rows, panels = torch.cuda.is_available(), [], {}
-    available = {variant.name: variant for variant in variants(gpu)}
+    available = {variant.name: variant for variant in (AT_SCALE if flags.scale else variants(gpu))}
+    if flags.scale not in ("", *SCALES):
+        raise UserError(f"unknown scale {flags.scale!r}. Choose from {', '.join(SCALES)}.")
+    if flags.scale and not flags.data:
+        raise UserError("--data is missing; a scale needs shards.")
     if unknown := [name for name in flags.variants if name not in available]:
         raise UserError(f"unknown variant {unknown[0]!r}. Choose from {', '.join(available)}.")
     chosen = [available[name] for name in flags.variants or available]
     presets = ([f"ddae_vit_{size}16_100e" for size in "sbl"] + ["mae_vit_b16_100e"])[: 4 if gpu else 1]
     data = ["--data.train", flags.data] if flags.data else ["--data.backend", "synthetic"]
     args = ["--ds_config", str(DS_CONFIGS / ("zero2.json" if gpu else "zero0.json")), *data, *args]
-    for preset, batch in product(flags.preset or presets, flags.batch or [256 if gpu else 16]):
+    batches = flags.batch or [256 if gpu else 16]
+    if (scale := SCALES.get(flags.scale)) is not None:
+        batches = [scale.batch_size]
+    for preset, batch in product(flags.preset or presets, batches):
         of_preset = run_variants(preset, batch, chosen, flags, args)
         print_table(of_preset)
         rows += of_preset
@@ -88,9 +99,9 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
 class VariantProcess:
     """A process that runs one variant and answers requests (bench_worker.py)."""
 
-    def __init__(self, variant: Variant, args: Sequence[str]):
+    def __init__(self, variant: Variant, scale: str, args: Sequence[str]):
         self.variant = variant
-        task = json.dumps({"kind": variant.kind, "args": [*args, *variant.args]})
+        task = json.dumps({"kind": variant.kind, "scale": scale, "args": [*args, *variant.args]})
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(variant.huge_pages)), "DDAE_CHECK": "0"}
         command = [sys.executable, "-m", "ddae.tools.bench_worker", task]
         self._process = Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT)
@@ -124,7 +135,7 @@ def run_variants(
     args = ["--preset", preset, "--data.batch_size", str(batch), "--engine.precision", precision, *args]
     processes: list[VariantProcess] = []
     try:
-        processes += [VariantProcess(variant, args) for variant in chosen]
+        processes += [VariantProcess(variant, flags.scale, args) for variant in chosen]
         for process in processes:  # one after the other: building takes the memory of a step, and all cores
             process.request("build")
         by_round = [[median(each.request(f"time {steps}")) for each in processes] for _ in range(flags.rounds)]

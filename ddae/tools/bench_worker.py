@@ -13,6 +13,8 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,15 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ddae.config import deepspeed as ds_config
 from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig, beta_names
+from ddae.config.scales import at_scale, change
 from ddae.data.loader import Batch
+from ddae.data.masking import Mask
 from ddae.data.reader import RankBatch
 from ddae.distributed.comm import device
 from ddae.distributed.engine import Engine, plain_deepspeed, start_process_group
+from ddae.eval.dataset import ExampleReader
 from ddae.method.betas import Betas
+from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance
 from ddae.method.model import build_model
 from ddae.method.naive import NaiveEncoder, NaiveMethod, ema_update, to_pixels
@@ -38,6 +44,7 @@ from ddae.training import step as pretraining
 from ddae.training.optimizer import build_optimizer
 
 LR, MOMENTUM = 1e-4, 0.999
+PLAIN_IMAGES = 4096  # in the memory of the plain loop
 HOST_SYNCS = {  # profiler events, by device
     "cuda": ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
     "cpu": ("aten::_local_scalar_dense",),
@@ -122,15 +129,68 @@ class NaiveStep:
         return loss.detach()
 
 
+class PlainStep:
+    """The step of a plain loop around the same model: no DeepSpeed, no guard, a teacher that follows by lerp."""
+
+    def __init__(self, config: PretrainConfig):
+        self.config, self.model = config, build_model(config).to(device())
+        self.optimizer = build_optimizer(self.model, config.optim)
+        self.teacher = deepcopy(self.model.encoder).requires_grad_(False) if config.feature.enabled else None
+        self.betas = torch.full((len(beta_names(config)),), -0.5, requires_grad=True, device=device())
+
+    def __call__(self, batch: Batch) -> Tensor:
+        config = self.config
+        num_patches = config.grid[0] * config.grid[1]
+        order = torch.rand(len(batch.images), num_patches).argsort(1)
+        mask = Mask(*order.split([num_patches - config.num_masked, config.num_masked], 1)).to(device())
+        tokens = None
+        if self.teacher is not None:
+            pixels = pretraining.extract_patches(batch.images, mask, config, torch.float32)
+            with torch.no_grad():
+                tokens = torch.stack(self.teacher(pixels, config.feature.taps, torch.cat(mask, 1)))
+            tokens = tokens[:, :, -config.num_masked :]
+        losses = self.model(
+            Inputs(
+                images=batch.images,
+                mask=mask,
+                distance=masked_distance(mask, config.grid, "reference"),
+                betas=self.betas,
+                feature_weight=torch.ones((), device=device()),
+                share=1.0,
+                loss_backend="reference",
+                teacher_tokens=tokens,
+            )
+        )
+        losses.total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.teacher is not None:
+            weights: Any = [list(each.parameters()) for each in (self.teacher, self.model.encoder)]
+            with torch.no_grad():
+                torch._foreach_lerp_(weights[0], weights[1], 1 - MOMENTUM)
+        return losses.total.detach()
+
+
 def build_step(kind: str, config: PretrainConfig) -> Callable[[Batch], Tensor]:
-    """Return the step of a kind of bench_step.Variant: naive, engine or ddae."""
+    """Return the step of a kind of bench_step.Variant: plain, naive, engine or ddae."""
+    if kind == "plain":
+        return PlainStep(config)
     ds_json = ds_config.resolve(ds_config.load(config.ds_config), config, 1).json
     return PretrainStep(config, ds_json) if kind == "ddae" else NaiveStep(config, ds_json, kind == "engine")
 
 
-def batches(config: PretrainConfig) -> Iterator[Batch]:
-    """Yield batches of the loader; without data.train the same batch of random images again and again."""
+def batches(config: PretrainConfig, plain: bool = False) -> Iterator[Batch]:
+    """Yield batches of the loader; without data.train the same batch of random images again and again.
+
+    plain: central crops that were loaded in advance, in random order.
+    """
     size, count = config.model.image_size, config.data.batch_size
+    if config.data.train and plain:
+        reader = ExampleReader(config.data.train, "train", size, labelled=False, max_images=PLAIN_IMAGES)
+        images = torch.stack([torch.from_numpy(reader[number][0]) for number in range(len(reader))])
+        while True:
+            for rows in torch.randperm(len(images)).split(count):
+                yield Batch(images[rows].to(device()), rows, rows)
     if config.data.train:
         loader = pretraining.build_loader(config, RankBatch(count, count, 0, 1))
         loader.select_backend()
@@ -231,6 +291,9 @@ def main() -> None:
     """Serve requests until standard input ends. The task, JSON with `kind` and `args`, is the first argument."""
     task = json.loads(sys.argv[1])
     config = parse(task["args"])
+    if task["scale"]:
+        config = replace(at_scale(config, task["scale"]), engine=config.engine)
+        config = change(config, "data", train=parse(task["args"]).data.train)
     step: Callable[[], object] = lambda: None  # noqa: E731
     for line in sys.stdin:
         request, _, argument = line.strip().partition(" ")
@@ -238,7 +301,7 @@ def main() -> None:
         if request == "build":
             start_process_group()
             torch.manual_seed(0)
-            train_step, stream = build_step(task["kind"], config), batches(config)
+            train_step, stream = build_step(task["kind"], config), batches(config, task["kind"] == "plain")
             step = lambda train_step=train_step, stream=stream: train_step(next(stream))  # noqa: E731
             step_seconds(step, 2)
         elif request == "time":

@@ -365,9 +365,29 @@ def test_benchmark_of_a_small_model(tmp_path):
     assert (tmp_path / "o.csv").read_text().count("\n") == 3
 
 
+@CPU_ONLY
+@pytest.mark.slow
+def test_benchmark_of_a_scale(shards, tmp_path):
+    """Pretraining at a small scale beside a plain loop around the same model."""
+    out = tmp_path / "rows.json"
+    args = ["step", "--scale", "micro", "--preset", "mae_vit_s16_100e", "ddae_vit_s16_100e", "--data", str(shards)]
+    code, output = ranks.run_command("launch/benchmark.py", *args, "--rounds", "1", "--json", str(out))
+    assert code == 0, output
+    rows = json.loads(out.read_text())
+    assert [row["variant"] for row in rows] == 2 * ["plain loop", "pretraining"]
+    assert all(row["batch"] == 64 for row in rows)
+    for plain, ours in (rows[:2], rows[2:]):
+        assert 0.85 < ours["flops_per_image"] / plain["flops_per_image"] <= 1  # the same model
+
+
 @pytest.mark.parametrize(
     "args, reason",
-    [(["step", "--variants", "nave"], "unknown variant 'nave'"), (["loader", "--nonsense"], "has no flag --nonsense")],
+    [
+        (["step", "--scale", "huge", "--data", "d"], "unknown scale 'huge'. Choose from"),
+        (["step", "--scale", "micro"], "--data is missing; a scale needs shards"),
+        (["step", "--variants", "nave"], "unknown variant 'nave'"),
+        (["loader", "--nonsense"], "has no flag --nonsense"),
+    ],
 )
 def test_wrong_arguments_of_the_benchmark(args, reason):
     code, output = ranks.run_command("launch/benchmark.py", *args)
