@@ -6,12 +6,15 @@ Table 2 compares methods. A scale (config/scales.py) changes model, data and len
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 from ddae.config.presets import beitv2, bootmae, ddae, dds_beitv2, dds_mae, mae
 from ddae.config.pretrain import PretrainConfig
 from ddae.config.scales import SCALES, at_scale, change
 from ddae.errors import UserError
+from ddae.training.flops import count_flops
 
 
 class Row(NamedTuple):
@@ -20,6 +23,7 @@ class Row(NamedTuple):
     name: str
     config: PretrainConfig
     paper: float | None  # ImageNet top-1 accuracy after fine-tuning, in per cent; None if the paper has no such row
+    adjust: Callable[[PretrainConfig], PretrainConfig] = lambda config: config  # applied after the scale
 
 
 def evenly_spaced_taps(count: int) -> dict[str, tuple]:
@@ -110,6 +114,93 @@ def own() -> list[Row]:
     ]
 
 
+def silences() -> list[Row]:
+    """Not in the paper: what it leaves open about the betas, each choice combined with each other, on DDAE."""
+    rows = []
+    for norm, gradient, l2 in product(("none", "max"), ("full", "detach"), (0.0, 0.05)):
+        name = f"distance norm {norm}, gradient {gradient}, L2 {l2:g}"
+        options = {"distance_norm": norm, "rescale_grad": gradient, "beta_l2": l2}
+        rows.append(Row(name, change(ddae("s16", 100), "dynamic", **options), None))
+    return rows
+
+
+def factors() -> list[Row]:
+    """Not in the paper: DDAE with one setting changed, to find what makes its features collapse."""
+    base = ddae("s16", 100)
+
+    def taps(count: int) -> PretrainConfig:
+        return change(base, "pixel", "feature", **evenly_spaced_taps(count))
+
+    def half_life(share: float) -> Callable[[PretrainConfig], PretrainConfig]:
+        """Return the adjustment to a teacher whose half-life is this share of the run."""
+        return lambda config: change(config, "teacher", momentum=0.5 ** (1 / (share * (config.train.steps or 1))))
+
+    def learning_rate(factor: float) -> Callable[[PretrainConfig], PretrainConfig]:
+        return lambda config: change(config, "optim", lr=factor * config.peak_lr)
+
+    def batch(factor: int) -> Callable[[PretrainConfig], PretrainConfig]:
+        """Return the adjustment to a smaller batch, with as many images."""
+        return lambda config: change(
+            change(config, "data", batch_size=config.data.batch_size // factor),
+            "train",
+            steps=(config.train.steps or 1) * factor,
+        )
+
+    def feature_weight(factor: float) -> PretrainConfig:
+        return change(base, "feature", tap_weights=tuple(factor * weight for weight in base.feature.tap_weights))
+
+    return [
+        Row("DDAE", base, None),
+        Row("target norm layer", change(base, "feature", target_norm="layer"), None),
+        Row("target norm batch_layer", change(base, "feature", target_norm="batch_layer"), None),
+        Row("target norm none", change(base, "feature", target_norm="none"), None),
+        Row("target norm layer, half-life 1/80", change(base, "feature", target_norm="layer"), None, half_life(1 / 80)),
+        Row("target norm layer, half-life 1/2", change(base, "feature", target_norm="layer"), None, half_life(1 / 2)),
+        Row("half-life 1/80", base, None, half_life(1 / 80)),
+        Row("half-life 1/2", base, None, half_life(1 / 2)),
+        Row("no feature warm-up", change(base, "feature", warmup_fraction=0.0), None),
+        Row("feature warm-up over all steps", change(base, "feature", warmup_fraction=1.0), None),
+        Row("feature weight 1/4", feature_weight(0.25), None),
+        Row("feature weight 4", feature_weight(4.0), None),
+        Row("decoders of 2 blocks", base, None, lambda config: change(config, "pixel", "feature", decoder_depth=2)),
+        Row("norm per tap", change(base, "pixel", "feature", per_tap_norm=True), None),
+        Row("1 tap", taps(1), None),
+        Row("2 taps", taps(2), None),
+        Row("random masks", change(base, "mask", kind="random"), None),
+        Row("batch / 4", base, None, batch(4)),
+        Row("learning rate / 3", base, None, learning_rate(1 / 3)),
+        Row("learning rate x 3", base, None, learning_rate(3.0)),
+        Row("plain pixels", base, None, lambda config: change(config, "pixel", norm="none")),
+        Row("MAE", mae("s16", 100), None),
+        Row("MAE, plain pixels", mae("s16", 100), None, lambda config: change(config, "pixel", norm="none")),
+        Row("MAE, learning rate / 3", mae("s16", 100), None, learning_rate(1 / 3)),
+        Row("MAE, learning rate x 3", mae("s16", 100), None, learning_rate(3.0)),
+    ]
+
+
+CHEAPER = {"2 taps a step, half of the patches": (2, 0.5), "1 tap a step, half of the patches": (1, 0.5)}
+
+
+def compute() -> list[Row]:
+    """Not in the paper: methods after as many floating-point operations as DDAE. At the scale paper: equal epochs."""
+    base = ddae("s16", 100)
+    cheaper = {name: replace(base, taps_per_step=k, decode_fraction=share) for name, (k, share) in CHEAPER.items()}
+    methods = {"MAE": mae("s16", 100), "DDS-MAE": dds_mae("s16", 100), "BootMAE": bootmae("s16", 100), **cheaper}
+
+    def lengthen(config: PretrainConfig) -> PretrainConfig:
+        """Return the config with so many steps that it takes as many operations as DDAE at its scale."""
+        if config.train.steps is None:
+            return config
+        scaled = {name: getattr(config, name) for name in ("model", "data", "engine")}
+        decoder = {name: getattr(config.pixel, name) for name in ("decoder_width", "decoder_heads", "decoder_depth")}
+        taps = tuple(round(tap * config.model.depth / base.model.depth) for tap in base.pixel.taps)
+        reference = change(replace(base, **scaled), "pixel", "feature", taps=taps, **decoder)
+        ratio = count_flops(reference).total / count_flops(config).total
+        return change(config, "train", steps=round(ratio * config.train.steps))
+
+    return [Row("DDAE", base, None), *(Row(name, config, None, lengthen) for name, config in methods.items())]
+
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "2": table_2,
     "3": table_3,
@@ -118,6 +209,9 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "7": table_7,
     "gradient_variants": gradient_variants,
     "own": own,
+    "silences": silences,
+    "factors": factors,
+    "compute": compute,
 }
 
 
@@ -130,4 +224,4 @@ def table_rows(table: str, scale: str, steps: int | None = None) -> list[Row]:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1, 0)[0]
             raise UserError(f"unknown {kind} {name!r}; the nearest is {nearest!r}. Choose from {', '.join(known)}.")
-    return [row._replace(config=at_scale(row.config, scale, steps)) for row in TABLES[table]()]
+    return [row._replace(config=row.adjust(at_scale(row.config, scale, steps))) for row in TABLES[table]()]

@@ -201,5 +201,5 @@ def test_a_user_error_takes_one_line(tmp_path):
 
 
 def test_an_unknown_table():
-    with pytest.raises(UserError, match="Choose from 2, 3, 4, 6, 7, gradient_variants, own"):
+    with pytest.raises(UserError, match="Choose from 2, 3, 4, 6, 7, gradient_variants, own, silences, factors"):
         table_rows("9", "nano")
