@@ -31,7 +31,7 @@ def forks():
     return ranks.forks()
 
 
-def is_running(process, since, seconds=120):
+def is_running(process, since, seconds=240):
     """Return whether a rank is still running. Fail `seconds` after `since`."""
     assert time.monotonic() < since + seconds, "waited too long"
     return psutil.pid_exists(process) and psutil.Process(process).status() != psutil.STATUS_ZOMBIE
