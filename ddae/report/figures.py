@@ -21,6 +21,7 @@ from ddae.method.branches import PixelBranch
 from ddae.method.distance import masked_distance
 from ddae.method.model import PretrainModel
 from ddae.models.patches import NORMALISATIONS, gather_tokens, normalise_patches, patchify, unpatchify
+from ddae.training.collapse import MAX_POSITION_SHARE
 
 MASKED_GREY = 0.82  # value of masked patches, in [0, 1]
 BASELINES = ("raw_pixels", "chance")  # metrics that do not depend on the encoder
@@ -136,6 +137,33 @@ def curves(
             axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
         axis.set_title(panel, fontsize=10)
         style_axis(axis, "step", levels=(levels or {}).get(panel, {}))
+    return figure
+
+
+def collapse_curves(rows: list[dict[str, float]]) -> Figure:
+    """Draw the collapse monitor's metrics (training/collapse.py) over steps, a line per tap."""
+    panels = {
+        "effective rank over patches": "patch_rank",
+        "effective rank over images": "image_rank",
+        "standard deviation over images": "image_std",
+    }
+    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.2), layout="tight")
+
+    def draw(axis: Axes, prefix: str, labelled: bool, linestyle: str) -> None:
+        for name, colour in zip(metric_names(rows, prefix), COLOURS * 3, strict=False):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            label = f"block {int(name[-2:])}" if labelled else None
+            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, linestyle=linestyle, label=label)
+
+    for axis, (title, statistic) in zip(axes, panels.items(), strict=False):
+        draw(axis, f"collapse/teacher/{statistic}/", labelled=True, linestyle="-")
+        draw(axis, f"collapse/student/{statistic}/", labelled=False, linestyle="--")
+        axis.set_title(title, fontsize=10)
+        style_axis(axis, "step")
+    draw(axes[-1], "collapse/target/position/", labelled=True, linestyle="-")
+    axes[-1].set_title("targets explained by the position", fontsize=10)
+    axes[-1].set_ylim(0, 1)
+    style_axis(axes[-1], "step", levels={"warning": MAX_POSITION_SHARE})
     return figure
 
 

@@ -37,6 +37,9 @@ CAPTIONS = {  # by the first word of a figure's file name, in the order of the p
     "the end of training.",
     "probes": "k-NN accuracy on the validation split during training (step 0: untrained weights), with the accuracy "
     "of raw pixels (dash-dotted) and chance (dotted); effective rank and standard deviation of the features.",
+    "collapse": "Features of teacher (solid) and student (dashed) by tapped block: effective rank over patches and over "
+    "images, standard deviation over images (0: collapsed); the share of the targets that the position of a patch alone "
+    "explains, and the share above which a warning is given.",
     "curves": "Training and validation metrics by step.",
     "blocks": "Accuracy by block and pooling, with untrained weights, raw pixels and chance as horizontal lines.",
     "confusion": "Confusion matrix on the validation images, each row divided by its sum.",
@@ -100,6 +103,8 @@ def write_report(config: PretrainConfig, model: PretrainModel, betas: Betas, pre
         prefixes |= {"standard deviation": "features/std/"}
         groups = {panel: figures.metric_names(evaluations, prefix) for panel, prefix in prefixes.items()}
         drawn["probes"] = figures.curves(all_rows, {panel: names for panel, names in groups.items() if names})
+    if any("collapse/warning" in row for row in rows):
+        drawn["collapse"] = figures.collapse_curves(rows)
     rates = ("lr", "throughput/images_per_s", "time/data_wait")
     drawn["rates"] = figures.curves(rows, {name: [name] for name in rates})
     files = _save_figures(drawn, folder)
@@ -165,8 +170,10 @@ def _run_page(config: PretrainConfig, rows: list[dict[str, float]], files: list[
     names = [name for name in last if name in first and name.startswith(("loss/", "error/", "beta/"))]
     values = [(name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names]
     settings = [(key, json.dumps(value)) for key, value in flatten(config.to_dict()).items()]
+    warned = next((int(row["step"]) for row in rows if row.get("collapse/warning")), None)
+    warning = "" if warned is None else f"<p><b>Warning: the features collapsed, from step {warned} on.</b></p>"
     length = f"{int(last['step'])} steps of {config.data.batch_size} images, {last['epoch']:.1f} epochs"
-    body = f"""<p class="sub">{length}</p>
+    body = f"""<p class="sub">{length}</p>{warning}
 {_figures(files, images)}
 <h2>Metrics at the first and the last step</h2>{table(("metric", "first", "last"), values)}
 <details><summary>All settings</summary>{table(("field", "value"), settings)}</details>

@@ -8,9 +8,14 @@
     collapse/target/constant/tap_03       share of the normalised targets that a constant explains,
     collapse/target/position/tap_03       the position of a patch,
     collapse/target/image/tap_03          the image's mean
+    collapse/warning                      1 if the position explains more than MAX_POSITION_SHARE of a tap's targets
 
-The student's tokens are those of the visible patches, the teacher's those of the masked ones.
+The student's tokens are those of the visible patches, the teacher's those of the masked ones. A teacher has collapsed
+when its features no longer depend on what is in the image: the student then predicts them from the position, with an
+error near 0, and learns nothing.
 """
+
+import logging
 
 import torch
 from ddae_kernels.dynamic import LAYER_NORM_EPS
@@ -19,8 +24,11 @@ from torch import Tensor
 
 from ddae.config.pretrain import PretrainConfig, tap_name
 from ddae.data.masking import Mask
-from ddae.distributed.comm import mean_over_ranks
+from ddae.distributed.comm import is_main, mean_over_ranks
 from ddae.method.feature_statistics import PATCH_IMAGES, explained_shares, token_statistics
+
+MAX_POSITION_SHARE = 0.85  # of the targets' mean square; a fresh ViT has 0.7 with target_norm layer, 0.4 by default
+logger = logging.getLogger(__name__)
 
 
 class CollapseMonitor:
@@ -31,6 +39,7 @@ class CollapseMonitor:
         self.num_positions = config.grid[0] * config.grid[1]
         self.names: list[str] = []
         self._values: Tensor | None = None
+        self._has_warned = False
 
     @torch.no_grad()
     def measure(self, tokens: dict[int, Tensor], teacher_tokens: Tensor, mask: Mask) -> None:
@@ -51,6 +60,21 @@ class CollapseMonitor:
         self._values = torch.cat(list(by_name.values()))
 
     def read(self) -> dict[str, float]:
-        """Return the metrics of the micro-batch that was measured last, as means over the ranks. All ranks call it."""
+        """Return the metrics of the micro-batch that was measured last, as means over the ranks. All ranks call it.
+
+        Log a warning when the targets first depend on the position alone.
+        """
         assert self._values is not None
-        return dict(zip(self.names, mean_over_ranks(self._values).tolist(), strict=True))
+        row = dict(zip(self.names, mean_over_ranks(self._values).tolist(), strict=True))
+        shares = {name: value for name, value in row.items() if name.startswith("collapse/target/position/")}
+        collapsed = {name: value for name, value in shares.items() if value > MAX_POSITION_SHARE}  # NaN is not
+        if collapsed and is_main() and not self._has_warned:
+            name, share = max(collapsed.items(), key=lambda item: item[1])
+            logger.warning(
+                "%s: %.0f %% of the teacher's targets follow from the position of a patch alone; expected at most "
+                "%.0f %%. The features are collapsing. Use feature.target_norm instance_layer, or a teacher that "
+                "follows more slowly.",
+                *(name.rpartition("/")[2], 100 * share, 100 * MAX_POSITION_SHARE),
+            )
+            self._has_warned = True
+        return row | {"collapse/warning": float(bool(collapsed))}

@@ -153,4 +153,5 @@ def log_progress(row: dict[str, float], num_steps: int) -> None:
         f"step {int(row['step'])}/{num_steps}  loss {row['loss/total']:.4f}  "
         f"{row['throughput/images_per_s']:.0f} images/s{mfu}  data wait {wait:.0%}  "
         f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}{'  SPIKE' if row['loss/spike'] else ''}"
+        f"{'  COLLAPSE' if row.get('collapse/warning') else ''}"
     )

@@ -35,6 +35,7 @@ def test_bad_samples_in_memory_are_replaced_as_on_disk(shards, tmp_path, monkeyp
 @pytest.mark.parametrize(("available", "local_ranks"), [(100_000, 1), (9_000_000, 4)])
 def test_a_data_set_larger_than_memory_is_decoded_in_every_epoch(shards, monkeypatch, caplog, available, local_ranks):
     """The shards have 100 images of about 100 x 100 pixels: 3 MB."""
+    monkeypatch.setattr(logging.getLogger("ddae"), "propagate", True)  # configure_logging() turns it off
     monkeypatch.setattr(memory, "available_memory", lambda: available)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     expected = read_batches(shards, "pillow", count=2)

@@ -1,5 +1,6 @@
 """The collapse monitor: what it measures of a micro-batch."""
 
+import logging
 import math
 from dataclasses import replace
 
@@ -44,8 +45,23 @@ def test_targets_that_are_the_images_mean_are_explained_by_it(norm):
         assert share < 0.05 if norm == "instance_layer" else share > 0.95
 
 
+def test_targets_that_depend_on_the_position_alone_give_one_warning(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ddae"), "propagate", True)  # configure_logging() turns it off
+    by_position = torch.randn(4, 64, 24, generator=GENERATOR)
+    teacher = by_position[:, MASK.masked] + 0.05 * TEACHER
+    caplog.set_level("WARNING")
+    monitor = CollapseMonitor(CONFIG)
+    for _ in range(2):
+        monitor.measure(TOKENS, teacher, MASK)
+        assert monitor.read()["collapse/warning"] == 1
+    (record,) = caplog.records
+    assert "of the teacher's targets follow from the position of a patch alone" in record.getMessage()
+    assert measure()["collapse/warning"] == 0
+
+
 def test_non_finite_tokens_are_reported_as_nan():
     row = measure(teacher=torch.full_like(TEACHER, torch.nan))
     assert math.isnan(row["collapse/teacher/image_std/tap_02"])
     assert math.isfinite(row["collapse/student/image_std/tap_02"])
+    assert row["collapse/warning"] == 0
     assert all(math.isnan(value) for name, value in row.items() if name.startswith("collapse/target/"))
