@@ -391,7 +391,7 @@ def test_another_config_is_refused(runs, shards, more, message):
 
 def test_a_run_writes_its_report(runs):
     page = (runs / "one_0" / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/png;base64,") == 6  # one of them of the collapse monitor
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)  # self-contained
     assert "Training images;" in page  # the data set has no validation split
     for name in ("config.json", "ds_config.json", "environment.json", "figures/reconstructions.png"):
