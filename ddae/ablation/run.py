@@ -45,6 +45,7 @@ JUDGED = {  # what the rows are compared by
     ProbeConfig.TASK: "linear probe, head selected on a part of train, top-1 in %",
     FinetuneConfig.TASK: "fine-tuned, top-1 in %",
 }
+MAX_PROBE_STEPS = 2000  # of a small run's linear probe
 KNN_EVALUATIONS = 4  # during a small run, besides that of the untrained encoder
 BASELINES = ("raw_pixels", "chance")  # keys of a row's results.json that do not depend on the row
 MLFLOW_TIMEOUT_S = 30.0  # for MLflow to create the table's run
@@ -212,6 +213,9 @@ def _run_row(
         finetune(replace(change(tuning, "train", seed=seed), **shared, encoder=folder), stop)
     else:
         probe = change(change(probe_recipe("demo"), "data", train=data), "train", seed=seed, report=False)
+        longest = MAX_PROBE_STEPS * probe.data.batch_size / len(shards)  # epochs
+        if probe.train.epochs > longest:
+            probe = change(change(probe, "train", epochs=longest), "optim", warmup_epochs=WARMUP_FRACTION * longest)
         linear_probe(replace(probe, encoder=folder, tracker=tracker), stop)
     if is_main():
         task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
