@@ -98,6 +98,7 @@ class Loader:
         self.backend_reason = ""  # why select_backend() chose the back end
         self._decode_regions = True
         self._decoded: DecodedImages | None = None
+        self._selected = False  # whether select_backend() was called
         self._num_decoded, self._decode_seconds = 0, 0.0
         self._stream: Generator[Batch, None, None] | None = None
         # Runs before multiprocessing's exit handler, which would wait for the workers: they ignore its SIGTERM.
@@ -105,6 +106,8 @@ class Loader:
 
     def select_backend(self, previous: str | None = None) -> None:
         """Replace back end "auto" by `previous`, that of an earlier start of the run, or else by the faster one.
+
+        With data.in_memory also decode all images.
 
         Rank 0 decides for all ranks; all call it.
         """
@@ -114,8 +117,9 @@ class Loader:
             self.backend, self.backend_reason = choice
         if self.backend == "dali":
             self._decode_regions = can_decode_regions(reader, self.config, self.device)
-        if self.config.in_memory and self.shards is not None and self._decoded is None:
+        if self.config.in_memory and self.shards is not None and not self._selected:
             self._decoded = decode_all(self.shards, max(1, self.config.workers))
+        self._selected = True
 
     def describe(self) -> str:
         """Return the number of images, the back end and the handling of an epoch's last batch, for the log."""
@@ -134,7 +138,7 @@ class Loader:
         A step has rank_batch.grad_accum_steps of them. Raise UserError if samples cannot be read.
         """
         self.close()
-        if self.backend == "auto" or self.config.in_memory:
+        if self.backend == "auto" or (self.config.in_memory and not self._selected):
             self.select_backend()
         self._stream = self._batches(step)
         return self._stream

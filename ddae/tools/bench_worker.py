@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ddae.config import deepspeed as ds_config
 from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig, beta_names
-from ddae.config.scales import at_scale, change
+from ddae.config.scales import at_scale
 from ddae.data.loader import Batch
 from ddae.data.masking import Mask
 from ddae.data.reader import RankBatch
@@ -293,7 +293,6 @@ def main() -> None:
     config = parse(task["args"])
     if task["scale"]:
         config = replace(at_scale(config, task["scale"]), engine=config.engine)
-        config = change(config, "data", train=parse(task["args"]).data.train)
     step: Callable[[], object] = lambda: None  # noqa: E731
     for line in sys.stdin:
         request, _, argument = line.strip().partition(" ")

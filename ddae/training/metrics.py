@@ -55,7 +55,8 @@ class LossMeter:
             names = names + [f"beta/{name}" for name in betas.names] + [f"grad/beta/{name}" for name in betas.names]
         row = dict(zip(names, means.tolist(), strict=True))
         # A tap that the step did not supervise has NaN. If NaN is an error, the total is NaN, too, and all is kept.
-        return {name: value for name, value in row.items() if value == value or row["loss/total"] != row["loss/total"]}
+        keeps_all = math.isnan(row["loss/total"])
+        return {name: value for name, value in row.items() if keeps_all or not math.isnan(value)}
 
 
 class SpikeDetector:
