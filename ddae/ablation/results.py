@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddae.ablation.tables import Row
+from ddae.config.evaluation import Evaluation
 from ddae.config.pretrain import PretrainConfig, tap_name
 from ddae.data.shards import Shards
 from ddae.training.tracker import read_metrics
@@ -29,14 +30,15 @@ class RunKey(NamedTuple):
     row: str
     seed: int
     steps: int  # of pretraining; 0: as many as the epochs have
-    settings: str  # hash of the row's config
+    settings: str  # hash of the configs of pretraining and evaluation
     data: str  # hash of the shards
 
 
-def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards) -> RunKey:
+def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluation: Evaluation) -> RunKey:
     """Return the key of a row's run on this data set."""
-    settings = row.config.to_dict()
-    settings["train"].pop("seed")
+    settings = [row.config.to_dict(), evaluation.to_dict()]
+    for each in settings:
+        each["train"].pop("seed")
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     steps = row.config.train.steps or 0
     return RunKey(table, scale, row.name, seed, steps, digest[:DIGEST], shards.fingerprint[:DIGEST])

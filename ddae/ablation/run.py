@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from ddae import atomic
 from ddae.ablation.format import best_row, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
-from ddae.ablation.results import ResultsFile, run_key
+from ddae.ablation.results import ResultsFile, RunKey, run_key
 from ddae.ablation.tables import Row, table_rows
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.config.evaluation import FinetuneConfig, ProbeConfig, probe_recipe, recipe
@@ -28,7 +28,7 @@ from ddae.config.scales import WARMUP_FRACTION, change
 from ddae.config.tokenizer import QuantizerConfig, TokenizerConfig
 from ddae.data.cache import open_cache
 from ddae.data.digits import write_digits
-from ddae.data.shards import MANIFEST, open_shards
+from ddae.data.shards import MANIFEST, Shards, open_shards
 from ddae.distributed.comm import broadcast_from_main, configure_logging, is_main
 from ddae.distributed.engine import start_process_group
 from ddae.distributed.preemption import EXIT_CODE, StopSignal
@@ -164,7 +164,7 @@ def _missing_runs(
     """Return (seed, number, row) of the runs without results; rows: with their numbers."""
     file, shards, missing = settings.results_file(out), open_shards(data, open_cache(ShardsConfig())), []
     for seed, (number, row) in product(settings.seeds, rows):
-        if file.find(run_key(settings.table, settings.scale, row, seed, shards)) is None:
+        if file.find(_key(row, seed, shards, settings)) is None:
             missing.append((seed, number, row))
         else:
             logger.info("%s, seed %d: its results are in %s", row.name, seed, file.path)
@@ -207,22 +207,37 @@ def _run_row(
             config, "token", tokenizer=settings.tokenizer or _train_small_tokenizer(config, out, seed, stop)
         )
     pretrain(config, stop)
-    if settings.scale == "paper":
-        tuning = change(recipe("beitv2" if config.token.enabled else "paper"), "data", train=data)
-        tuning = change(tuning, "tune", untrained=True)  # cached after the first row of an architecture and seed
-        finetune(replace(change(tuning, "train", seed=seed), **shared, encoder=folder), stop)
+    evaluation = evaluation_recipe(row, settings.scale, len(shards))
+    evaluation = change(change(evaluation, "data", train=data), "train", seed=seed)
+    if isinstance(evaluation, FinetuneConfig):
+        finetune(replace(evaluation, **shared, encoder=folder), stop)
     else:
-        probe = change(change(probe_recipe("demo"), "data", train=data), "train", seed=seed, report=False)
-        longest = MAX_PROBE_STEPS * probe.data.batch_size / len(shards)  # epochs
-        if probe.train.epochs > longest:
-            probe = change(change(probe, "train", epochs=longest), "optim", warmup_epochs=WARMUP_FRACTION * longest)
-        linear_probe(replace(probe, encoder=folder, tracker=tracker), stop)
+        linear_probe(replace(evaluation, encoder=folder, tracker=tracker), stop)
     if is_main():
-        task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
-        evaluation = json.loads((Path(folder) / task / "results.json").read_text())
-        key = run_key(settings.table, settings.scale, row, seed, shards)
+        results = json.loads((Path(folder) / evaluation.TASK / "results.json").read_text())
         minutes = (time.monotonic() - start) / 60
-        settings.results_file(out).add(key, evaluation, Path(folder), config, minutes)
+        settings.results_file(out).add(_key(row, seed, shards, settings), results, Path(folder), config, minutes)
+
+
+def evaluation_recipe(row: Row, scale: str, num_images: int) -> FinetuneConfig | ProbeConfig:
+    """Return how a row is evaluated: fine-tuning at the scale paper, otherwise a linear probe.
+
+    num_images: of the training split; a probe has at most MAX_PROBE_STEPS.
+    """
+    if scale == "paper":
+        tuning = recipe("beitv2" if row.config.token.enabled else "paper")
+        return change(tuning, "tune", untrained=True)  # cached after the first row of an architecture and seed
+    probe = change(probe_recipe("demo"), "train", report=False)
+    longest = MAX_PROBE_STEPS * probe.data.batch_size / num_images  # epochs
+    if probe.train.epochs > longest:
+        probe = change(change(probe, "train", epochs=longest), "optim", warmup_epochs=WARMUP_FRACTION * longest)
+    return probe
+
+
+def _key(row: Row, seed: int, shards: Shards, settings: AblationSettings) -> RunKey:
+    """Return the key of a run in the results file."""
+    evaluation = evaluation_recipe(row, settings.scale, len(shards))
+    return run_key(settings.table, settings.scale, row, seed, shards, evaluation)
 
 
 def _train_small_tokenizer(config: PretrainConfig, out: Path, seed: int, stop: StopSignal) -> str:
@@ -250,17 +265,15 @@ def _train_small_tokenizer(config: PretrainConfig, out: Path, seed: int, stop: S
 def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> dict[str, Any]:
     """Return the results of all seeds that were run, now or before, with these settings on the same data."""
     task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
-    shards, file = (
-        open_shards(settings.data or str(out / "digits"), open_cache(ShardsConfig())),
-        settings.results_file(out),
-    )
+    shards = open_shards(settings.data or str(out / "digits"), open_cache(ShardsConfig()))
+    file = settings.results_file(out)
     of_table = [each for each in file.rows() if (each["table"], each["scale"]) == (settings.table, settings.scale)]
     collected, used = [], []
     baselines: dict[str, float] = {}
     for row in rows:
         found = {}
         for seed in sorted({int(each["seed"]) for each in of_table}):
-            if (result := file.find(run_key(settings.table, settings.scale, row, seed, shards))) is not None:
+            if (result := file.find(_key(row, seed, shards, settings))) is not None:
                 found[str(seed)] = result
         used += found.values()
         mean, deviation = _mean_and_deviation(float(each["accuracy"]) for each in found.values())

@@ -1,5 +1,6 @@
 """Random taps and masked patches: uniform draws, and losses and gradients whose mean over all draws is the whole."""
 
+import sys
 from dataclasses import replace
 from itertools import combinations
 from math import comb
@@ -105,18 +106,16 @@ def test_sequential_equals_batched_with_parts_of_the_supervision(args):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-def test_decoded_patches_are_those_of_the_subset():
-    """With one decoder block that attends to nothing else, a patch's prediction does not depend on the others."""
+def test_decoded_patches_are_those_of_the_subset(monkeypatch):
+    """Without attention in the decoders, a patch's prediction does not depend on which others are decoded."""
     config = parse(["--preset", "demo", "--decode_fraction", "0.5"])
     subset = draw_subset(torch.tensor([3, 4]), config.num_masked, config.num_decoded)
     model = build_model(config).double()
     for branch in model.branches.values():
-        torch.nn.init.zeros_(branch.decoder.blocks[0].attn.proj.weight)  # type: ignore[union-attr]
-    monkey = pytest.MonkeyPatch()
-    monkey.setattr("test_partial_supervision.build_model", lambda _: model)
+        torch.nn.init.zeros_(branch.decoder.blocks[0].attn.proj.weight)
+    monkeypatch.setattr(sys.modules[__name__], "build_model", lambda _: model)
     _, full = losses_of(config)
     _, part = losses_of(config, subset=subset)
-    monkey.undo()
     for name in ("pixel", "feature"):
         expected = full.branches[name].token_error.gather(2, subset.expand(4, -1, -1))
         torch.testing.assert_close(part.branches[name].token_error, expected, rtol=1e-9, atol=1e-12)
