@@ -114,10 +114,6 @@ class DecoderBranch(Branch):
         context_blocks = () if self.context is None else (context,) if context else self.taps
         self.normed_blocks, self.raw_blocks = self.taps[num_norms:], (*self.taps[:num_norms], *context_blocks)
 
-    def step_taps(self, seed: int) -> tuple[int, ...]:
-        """Return the indices of the taps that a step supervises; seed: Inputs.tap_seed."""
-        return draw_taps(len(self.taps), self.taps_per_step, seed)
-
     def predict(self, tokens: Tokens, mask: Mask, tap_indices: Sequence[int] = ()) -> Float[Tensor, "K B S P"]:
         """Decode the masked patches of `mask` from the taps at these indices, by default all, in one batch."""
         tap_indices, num_norms = tap_indices or range(len(self.taps)), len(self.norms)
@@ -137,7 +133,7 @@ class DecoderBranch(Branch):
 
     def forward(self, tokens: Tokens, inputs: Inputs) -> dk.DynamicLoss:
         """Return the loss, and NaN as the components of taps that the step does not supervise."""
-        taps = self.step_taps(inputs.tap_seed)
+        taps = draw_taps(len(self.taps), self.taps_per_step, inputs.tap_seed)
         scale, mask = len(self.taps) / len(taps), inputs.mask
         if inputs.subset is not None:
             mask = mask._replace(masked=mask.masked.gather(1, inputs.subset))
