@@ -1,5 +1,4 @@
 import itertools
-import logging
 
 import pytest
 import torch
@@ -7,6 +6,7 @@ from test_loader import BAD, damaged_copy, equal, make_loader, read_batches
 
 from ddae.data import loader as loader_module
 from ddae.data import memory
+from ddae.distributed.comm import configure_logging
 from ddae.errors import UserError
 
 
@@ -33,19 +33,18 @@ def test_bad_samples_in_memory_are_replaced_as_on_disk(shards, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("available", "local_ranks"), [(100_000, 1), (9_000_000, 4)])
-def test_a_data_set_larger_than_memory_is_decoded_in_every_epoch(shards, monkeypatch, caplog, available, local_ranks):
+def test_a_data_set_larger_than_memory_is_decoded_in_every_epoch(shards, monkeypatch, capsys, available, local_ranks):
     """The shards have 100 images of about 100 x 100 pixels: 3 MB."""
-    monkeypatch.setattr(logging.getLogger("ddae"), "propagate", True)  # configure_logging() turns it off
+    configure_logging()
     monkeypatch.setattr(memory, "available_memory", lambda: available)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_ranks))
     expected = read_batches(shards, "pillow", count=2)
-    caplog.set_level(logging.WARNING)
     loader = make_loader(shards, "pillow", in_memory=True)
     loader.select_backend()  # as a run does before it reads
     for batch, actual in zip(expected, itertools.islice(loader.batches(0), 2), strict=True):
         assert equal(batch, actual)
-    (record,) = caplog.records
-    assert "data.in_memory is set, but the decoded images of a rank take" in record.getMessage()
+    warning = "data.in_memory is set, but the decoded images of a rank take"
+    assert capsys.readouterr().out.count(warning) == 1
 
 
 def test_available_memory_respects_the_container(tmp_path, monkeypatch):
