@@ -25,6 +25,7 @@ from ddae.errors import UserError
 from ddae.tools.bench_report import append_csv, draw_bars
 from ddae.training.run_dir import git
 
+WARMUP_STEPS = 2  # of each process, before the measurement
 DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
 
 
@@ -99,9 +100,10 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
 class VariantProcess:
     """A process that runs one variant and answers requests (bench_worker.py)."""
 
-    def __init__(self, variant: Variant, scale: str, args: Sequence[str]):
+    def __init__(self, variant: Variant, scale: str, args: Sequence[str], num_steps: int = 0):
         self.variant = variant
-        task = json.dumps({"kind": variant.kind, "scale": scale, "args": [*args, *variant.args]})
+        args = [*args, *variant.args]
+        task = json.dumps({"kind": variant.kind, "num_steps": num_steps, "scale": scale, "args": args})
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(variant.huge_pages)), "DDAE_CHECK": "0"}
         command = [sys.executable, "-m", "ddae.tools.bench_worker", task]
         self._process = Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT)
@@ -137,7 +139,7 @@ def run_variants(
     try:
         processes += [VariantProcess(variant, flags.scale, args) for variant in chosen]
         for process in processes:  # one after the other: building takes the memory of a step, and all cores
-            process.request("build")
+            process.request(f"build {WARMUP_STEPS}")
         by_round = [[median(each.request(f"time {steps}")) for each in processes] for _ in range(flags.rounds)]
         rows = []
         for process, seconds in zip(processes, zip(*by_round, strict=True), strict=True):

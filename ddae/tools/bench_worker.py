@@ -2,11 +2,12 @@
 
 Each request is a line of standard input, each result a line "RESULT" with JSON on standard output.
 
-    build        build the model and run two steps; must come first
+    build N      build the model and run N steps; must come first
     time N       seconds of each of N steps
     peak         peak memory of a step in bytes: allocated on the GPU, or resident on a CPU
     count        floating-point operations an image, and host syncs a step
     profile F    write a profiler trace of a step to file F; the result is a table of operators by time
+    knn          k-NN accuracy in per cent of the mean patch after the last block, and its baselines
 """
 
 import json
@@ -27,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ddae.config import deepspeed as ds_config
 from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig, beta_names
-from ddae.config.scales import at_scale
+from ddae.config.scales import WARMUP_FRACTION, at_scale
 from ddae.data.loader import Batch
 from ddae.data.masking import Mask
 from ddae.data.reader import RankBatch
@@ -40,8 +41,10 @@ from ddae.method.distance import masked_distance
 from ddae.method.model import build_model
 from ddae.method.naive import NaiveEncoder, NaiveMethod, ema_update, to_pixels
 from ddae.method.teacher import MovingAverage
+from ddae.tools.peers import PEERS, PeerStep, measure_knn
 from ddae.training import step as pretraining
 from ddae.training.optimizer import build_optimizer
+from ddae.training.schedules import warmup_cosine
 
 LR, MOMENTUM = 1e-4, 0.999
 PLAIN_IMAGES = 4096  # in the memory of the plain loop
@@ -54,7 +57,7 @@ HOST_SYNCS = {  # profiler events, by device
 class PretrainStep:
     """The step that pretraining runs."""
 
-    def __init__(self, config: PretrainConfig, ds_json: dict[str, Any]):
+    def __init__(self, config: PretrainConfig, ds_json: dict[str, Any], lr: Callable[[int], float]):
         resolved, backend = pretraining.resolve_auto(config, ds_json), pretraining.resolve_loss_backend(config)
         model = build_model(resolved)
         self.engine = Engine(model, build_optimizer(model, config.optim), ds_json)
@@ -63,14 +66,14 @@ class PretrainStep:
             pretraining.compile_modules(self.engine.module, self.targets)
         self.betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, self.engine.device)
         self.forward = pretraining.ForwardPass(resolved, self.engine, self.targets, self.betas, 1.0, backend)
-        self.number = 0  # of the step
+        self.lr, self.number = lr, 0  # learning rate by the number of the step, and that number
 
     def __call__(self, batch: Batch) -> Tensor:
-        losses = self.forward(batch, 1.0, step=self.number)
+        losses, lr = self.forward(batch, 1.0, step=self.number), self.lr(self.number)
         self.number += 1
         self.engine.backward(losses.total)
-        applied = self.engine.step(LR)
-        self.betas.step(LR, applied)
+        applied = self.engine.step(lr)
+        self.betas.step(lr, applied)
         self.targets.update(MOMENTUM, applied)
         return losses.total.detach()
 
@@ -171,12 +174,21 @@ class PlainStep:
         return losses.total.detach()
 
 
-def build_step(kind: str, config: PretrainConfig) -> Callable[[Batch], Tensor]:
-    """Return the step of a kind of bench_step.Variant: plain, naive, engine or ddae."""
+def build_step(kind: str, config: PretrainConfig, num_steps: int = 0) -> Callable[[Batch], Tensor]:
+    """Return the step of a kind of bench_step.Variant, plain, naive, engine or ddae, or of one of PEERS.
+
+    num_steps: of a training whose learning rate follows its schedule; 0: it is constant.
+    """
+
+    def lr(step: int) -> float:
+        return warmup_cosine(step, num_steps, WARMUP_FRACTION * num_steps, config.peak_lr, 0.0) if num_steps else LR
+
+    if kind in PEERS:
+        return PeerStep(kind, config, lr)
     if kind == "plain":
         return PlainStep(config)
     ds_json = ds_config.resolve(ds_config.load(config.ds_config), config, 1).json
-    return PretrainStep(config, ds_json) if kind == "ddae" else NaiveStep(config, ds_json, kind == "engine")
+    return PretrainStep(config, ds_json, lr) if kind == "ddae" else NaiveStep(config, ds_json, kind == "engine")
 
 
 def batches(config: PretrainConfig, plain: bool = False) -> Iterator[Batch]:
@@ -288,11 +300,15 @@ def operator_table(profiler: profile) -> str:
 
 
 def main() -> None:
-    """Serve requests until standard input ends. The task, JSON with `kind` and `args`, is the first argument."""
+    """Serve requests until standard input ends. The task is the first argument, a JSON object.
+
+    Its keys are `kind` and `num_steps` (see build_step()), `scale` and `args`.
+    """
     task = json.loads(sys.argv[1])
     config = parse(task["args"])
     if task["scale"]:
         config = replace(at_scale(config, task["scale"]), engine=config.engine)
+    train_step: Any = None
     step: Callable[[], object] = lambda: None  # noqa: E731
     for line in sys.stdin:
         request, _, argument = line.strip().partition(" ")
@@ -300,15 +316,18 @@ def main() -> None:
         if request == "build":
             start_process_group()
             torch.manual_seed(0)
-            train_step, stream = build_step(task["kind"], config), batches(config, task["kind"] == "plain")
+            train_step = build_step(task["kind"], config, task["num_steps"])
+            stream = batches(config, task["kind"] == "plain")
             step = lambda train_step=train_step, stream=stream: train_step(next(stream))  # noqa: E731
-            step_seconds(step, 2)
+            step_seconds(step, int(argument))
         elif request == "time":
             result = step_seconds(step, int(argument))
         elif request == "peak":
             result = peak_bytes(step)
         elif request == "count":
             result = {"flops": measure_flops(step) / config.data.batch_size, "host_syncs": count_host_syncs(step)}
+        elif request == "knn":
+            result = measure_knn(train_step, config)
         else:
             profiler = profile_step(step)
             profiler.export_chrome_trace(argument)
