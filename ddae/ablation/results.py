@@ -17,8 +17,15 @@ from ddae.config.pretrain import PretrainConfig, tap_name
 from ddae.data.shards import Shards
 from ddae.training.tracker import read_metrics
 
-VALUES = ("accuracy", "untrained", "raw_pixels", "chance")  # of the evaluation that a table compares, in per cent
+# Of the evaluation that a table compares, in per cent. The selection's accuracy is that on the part of train that
+# selects the head: what settings are tuned by.
+VALUES = ("accuracy", "selection_accuracy", "untrained", "raw_pixels", "chance")
 KNN = ("knn_mean", "knn_cls", "effective_rank")  # of the last block; the rank is that of the mean patch
+LAST_LOGGED = {  # at the last log step: the extreme over taps of metrics that begin so
+    "pixel_error": (min, "error/pixel/"),
+    "feature_error": (min, "error/feature/"),
+    "position_share": (max, "collapse/target/position/"),  # of the feature targets
+}
 DIGEST = 12  # characters of the hashes of settings and data
 
 
@@ -68,7 +75,7 @@ class ResultsFile:
         row = {**key._asdict(), **{name: _rounded(evaluation.get(name)) for name in VALUES}}
         row |= {name: _rounded(points[-1][name]) if points else "" for name in KNN}
         row |= {f"untrained_{name}": _rounded(points[0][name]) if points else "" for name in KNN}
-        _append(self.path, [row | {"minutes": _rounded(minutes)}])
+        _append(self.path, [row | _last_logged(run) | {"minutes": _rounded(minutes)}])
         _append(self.curves, [{**key._asdict(), **{k: _rounded(v) for k, v in point.items()}} for point in points])
 
 
@@ -80,6 +87,15 @@ def _knn_points(run: Path, config: PretrainConfig) -> Iterator[dict[str, float]]
             values = row[f"knn/{tap}/mean"], row[f"knn/{tap}/cls"], row[f"features/effective_rank/{tap}"]
             step = row["step"]
             yield {"after_steps": step, "images": step * config.data.batch_size, **dict(zip(KNN, values, strict=True))}
+
+
+def _last_logged(run: Path) -> dict[str, str]:
+    """Return LAST_LOGGED of a run; what it has no metrics for is empty."""
+    rows, found = read_metrics(run / "metrics.jsonl"), {}
+    for name, (extreme, prefix) in LAST_LOGGED.items():
+        logged = [[v for key, v in row.items() if key.startswith(prefix)] for row in rows]
+        found[name] = _rounded(next((extreme(values) for values in reversed(logged) if values), None))
+    return found
 
 
 def _rounded(value: float | None) -> str:

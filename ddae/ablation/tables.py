@@ -146,6 +146,9 @@ def factors() -> list[Row]:
             steps=(config.train.steps or 1) * factor,
         )
 
+    def pixel_norm(norm: str) -> Callable[[PretrainConfig], PretrainConfig]:
+        return lambda config: change(config, "pixel", norm=norm)
+
     def feature_weight(factor: float) -> PretrainConfig:
         return change(base, "feature", tap_weights=tuple(factor * weight for weight in base.feature.tap_weights))
 
@@ -170,9 +173,12 @@ def factors() -> list[Row]:
         Row("batch / 4", base, None, batch(4)),
         Row("learning rate / 3", base, None, learning_rate(1 / 3)),
         Row("learning rate x 3", base, None, learning_rate(3.0)),
-        Row("plain pixels", base, None, lambda config: change(config, "pixel", norm="none")),
+        Row("pixel norm per_channel", base, None, pixel_norm("per_channel")),
+        Row("plain pixels", base, None, pixel_norm("none")),
+        Row("no feature branch", change(base, "feature", enabled=False), None),
         Row("MAE", mae("s16", 100), None),
-        Row("MAE, plain pixels", mae("s16", 100), None, lambda config: change(config, "pixel", norm="none")),
+        Row("MAE, pixel norm per_channel", mae("s16", 100), None, pixel_norm("per_channel")),
+        Row("MAE, plain pixels", mae("s16", 100), None, pixel_norm("none")),
         Row("MAE, learning rate / 3", mae("s16", 100), None, learning_rate(1 / 3)),
         Row("MAE, learning rate x 3", mae("s16", 100), None, learning_rate(3.0)),
     ]

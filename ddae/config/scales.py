@@ -8,7 +8,7 @@ paper   the experiment as it is
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from ddae.config.base import Experiment, OptimConfig, TrainConfig
 from ddae.config.pretrain import BranchConfig, PretrainConfig, PretrainEngineConfig, TeacherConfig
@@ -32,15 +32,15 @@ class Scale(NamedTuple):
     steps: int  # by default
     batch_size: int
     lr: float  # peak learning rate
-    pixel_norm: bool  # normalise target patches as the experiment does; otherwise the targets are plain pixels
+    pixel_norm: Literal["joint", "none"]  # of a target patch, the same for all methods: see METHOD.md
     in_memory: bool = False  # keep the decoded images in memory
 
 
 SCALES = {
-    "nano": Scale(48, 12, 2, 48, 2, 32, 8, 60, 32, 2e-3, pixel_norm=False),
-    "micro": Scale(64, 8, 4, 64, 4, 32, 4, 1500, 64, 1e-3, pixel_norm=True, in_memory=True),
-    "small": Scale(112, 8, 7, 64, 4, 32, 4, 6000, 64, 5e-4, pixel_norm=True, in_memory=True),
-    "tiny": Scale(192, 12, 8, 192, 8, 64, 8, 1500, 512, 1.5e-3, pixel_norm=False),
+    "nano": Scale(48, 12, 2, 48, 2, 32, 8, 60, 32, 2e-3, pixel_norm="none"),
+    "micro": Scale(64, 8, 4, 64, 4, 32, 4, 1500, 64, 1e-3, pixel_norm="joint", in_memory=True),
+    "small": Scale(112, 8, 7, 64, 4, 32, 4, 6000, 64, 5e-4, pixel_norm="joint", in_memory=True),
+    "tiny": Scale(192, 12, 8, 192, 8, 64, 8, 1500, 512, 1.5e-3, pixel_norm="none"),
     "paper": None,
 }
 
@@ -61,8 +61,7 @@ def at_scale(config: PretrainConfig, name: str, steps: int | None = None) -> Pre
         return config
     steps = steps or scale.steps
     small = change(config, "pixel", "feature", decoder_width=scale.decoder_width, decoder_heads=scale.decoder_heads)
-    small = change(small, "pixel", "feature", decoder_depth=1)
-    small = small if scale.pixel_norm else change(small, "pixel", norm="none")
+    small = change(change(small, "pixel", "feature", decoder_depth=1), "pixel", norm=scale.pixel_norm)
     for section in ("pixel", "feature", "token"):
         branch: BranchConfig = getattr(small, section)
         small = change(small, section, taps=tuple(round(tap * scale.depth / DEPTH) for tap in branch.taps))

@@ -244,19 +244,19 @@ class LinearProbe(ClassificationTask):
         }
 
     @torch.no_grad()
-    def select(self, poll: Callable[[], None]) -> list[str]:
-        """Return the most accurate head of each encoder on the held-out training images. All ranks call it.
+    def select(self, poll: Callable[[], None]) -> list[tuple[str, float | None]]:
+        """Return each encoder's most accurate head on the held-out training images, and that accuracy in per cent.
 
-        Without held-out images (fewer than ten training images) return the last head.
+        All ranks call it. Without held-out images (fewer than ten training images) return the last head and None.
         """
         indices = self.is_selection.nonzero()[:, 0]
         if not len(indices):
-            return [self.names[-1]] * len(self.encoders)
+            return [(self.names[-1], None)] * len(self.encoders)
         correct = torch.zeros(len(self.heads.weights), device=device())
         for logits, labels in self._logits("train", poll, indices):
             correct += (logits.argmax(-1) == labels).sum(1)
-        by_encoder = sum_over_ranks(correct).view(len(self.encoders), -1)
-        return [self.names[best] for best in by_encoder.argmax(1).tolist()]
+        by_encoder = 100 * sum_over_ranks(correct).view(len(self.encoders), -1) / len(indices)
+        return [(self.names[int(each.argmax())], float(each.max())) for each in by_encoder]
 
     def _logits(
         self, split: str, poll: Callable[[], None], samples: Tensor | None = None
@@ -274,23 +274,25 @@ class LinearProbe(ClassificationTask):
         """Return the names of all heads in order, the untrained encoder's last."""
         return [*self.names, *(f"untrained/{name}" for name in self.names if len(self.encoders) > 1)]
 
-    def gather(self, heartbeat: Callable[[], None]) -> tuple[list[str], float]:
+    def gather(self, heartbeat: Callable[[], None]) -> tuple[list[tuple[str, float | None]], float]:
         return self.select(heartbeat), self.raw_pixel_accuracy(heartbeat)
 
-    def results(self, rows: list[dict[str, float]], gathered: tuple[list[str], float]) -> dict[str, Any]:
+    def results(
+        self, rows: list[dict[str, float]], gathered: tuple[list[tuple[str, float | None]], float]
+    ) -> dict[str, Any]:
         """Return the comparison with baselines of the selected head, and the accuracies of all heads.
 
-        gathered: one head per encoder, and the accuracy of raw pixels in per cent.
+        gathered: select(), and the accuracy of raw pixels in per cent.
         """
-        (selected, *untrained), raw = gathered
+        ((selected, selection_accuracy), *untrained), raw = gathered
         last = next(row for row in reversed(rows) if any(name.startswith("val/") for name in row))
         heads = {
             name: {top: last[f"val/{top}/{name.replace(' ', '_')}"] for top in ("top1", "top5")} for name in self.names
         }
         correct = dict(zip(self._all_names(), self._correct, strict=True))
-        baseline = correct[f"untrained/{untrained[0]}"] if untrained else None
+        baseline = correct[f"untrained/{untrained[0][0]}"] if untrained else None
         comparison = self.compare(correct[selected], baseline, raw, "linear probe top-1")
-        return comparison | {"best": selected, "heads": heads}
+        return comparison | {"best": selected, "selection_accuracy": selection_accuracy, "heads": heads}
 
     def figures(self, rows: list[dict[str, float]], results: dict[str, Any]) -> dict[str, Figure]:
         accuracies = [f"val/top1/{name.replace(' ', '_')}" for name in self.names]

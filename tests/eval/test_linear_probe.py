@@ -138,7 +138,7 @@ def test_head_is_selected_on_train(good_on_train, digits, encoder_folder):
         table = torch.randn(len(each), 4, 64, generator=torch.Generator().manual_seed(0))
         table[:, good_on_train if split == "train" else 1 - good_on_train] = 9 * torch.eye(64)[each.labels]
         task._feature_cache[split] = table
-    assert task.select(lambda: None)[0] == task.names[good_on_train]
+    assert task.select(lambda: None)[0] == (task.names[good_on_train], 100)
     metrics = task.evaluate(lambda: None)
     assert metrics[f"val/top1/{task.names[1 - good_on_train].replace(' ', '_')}"] == 100
     results = task.results([metrics], (task.select(lambda: None), 0.0))
