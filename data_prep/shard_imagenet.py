@@ -37,6 +37,7 @@ def parse_args() -> argparse.Namespace:
     numbers = (  # name, type, default, smallest and largest value, help
         ("workers", int, os.cpu_count(), 1, 1024, "processes (all cores)"),
         ("seed", int, Settings.seed, 0, 2**32 - 1, "of the permutation (%(default)s)"),
+        ("per_class", int, 0, 0, 10**9, "training images of each class, drawn by the seed (0: all)"),
         ("max_count", int, Settings.max_count, 1, 10**6, "images per shard (%(default)s)"),
         ("max_size", size, Settings.max_size, 1 << 10, 1 << 40, "bytes per shard, as 500M (1G)"),
         ("resize_shorter", int, Settings.resize_shorter, 0, 1 << 14, "largest shorter side in pixels (0: no limit)"),
@@ -66,7 +67,8 @@ def main() -> None:
     for split in ("train", "val"):
         if location := getattr(args, split):
             print(f"scanning --{split}", flush=True)
-            indexes.append(build_index(split, location, classes, devkit if split == "val" else None))
+            index = build_index(split, location, classes, devkit if split == "val" else None)
+            indexes.append(index.limited(args.per_class, args.seed) if args.per_class and split == "train" else index)
             classes = indexes[0].classes if (indexes[0].label != UNLABELLED).all() else None
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
     facts = {} if devkit is None else {"class_words": dict(zip(devkit.synsets, devkit.words, strict=True))}

@@ -16,7 +16,7 @@ import os
 import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -65,6 +65,18 @@ class Index:
     def key_of(self, i: int) -> str:
         """Return the key of image i in the shards."""
         return bytes(self.key[i]).decode()
+
+    def limited(self, per_class: int, seed: int) -> "Index":
+        """Return the index with at most so many images of each class, drawn by the seed; all of a smaller class.
+
+        Raise UserError if the images have no classes.
+        """
+        if (self.label == UNLABELLED).any():
+            raise UserError(f"--{self.split} {self.location} has images without a class. Leave out --per_class.")
+        order = np.random.RandomState(seed).permutation(len(self))
+        rows = np.sort(np.concatenate([order[self.label[order] == each][:per_class] for each in np.unique(self.label)]))
+        by_image = ("file_number", "offset", "length", "label", "name", "key", "duplicate_key")
+        return replace(self, **{name: getattr(self, name)[rows] for name in by_image})
 
     def read(self, i: int) -> bytes:
         """Return the bytes of image i. Raise UserError if it cannot be read."""

@@ -674,3 +674,27 @@ def peak_memory(files, workers, folder):
 def test_inputs_are_complete():
     assert png16(0, 1) != png16(1, 1)
     assert set(map(str, IRREGULAR)) == set(EXPECTED)
+
+
+def test_a_number_of_training_images_per_class(tmp_path):
+    """A subset of each class, another one with another seed; a smaller class and the validation split are whole."""
+    classes = imagenet(8)
+    small = sorted(classes)[0]
+    classes[small] = dict(list(classes[small].items())[:2])
+    train = write_folder(tmp_path / "in" / "train", class_folders(classes))
+    val = write_folder(tmp_path / "in" / "val", class_folders(imagenet(4, start=200)))
+    keys = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"out{len(keys)}"
+        assert shard_imagenet("--train", train, "--val", val, "--per_class", 3, "--seed", seed, "--out", out) == 0
+        counts = Counter(label for _, label in read_samples(out, "train").values())
+        assert [counts[label] for label in range(5)] == [2 if name == small else 3 for name in sorted(classes)]
+        assert len(read_samples(out, "val")) == 20
+        keys.append(keys_of(out, "train"))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_images_per_class_of_images_without_classes(tmp_path, capsys):
+    source = write_folder(tmp_path / "in", {f"{number}.jpg": photo(number) for number in range(4)})
+    assert shard_imagenet("--train", source, "--per_class", 1, "--out", tmp_path / "out") == 2
+    assert "has images without a class. Leave out --per_class." in capsys.readouterr().err
