@@ -21,6 +21,7 @@ from ddae.training.tracker import read_metrics
 # selects the head: what settings are tuned by.
 VALUES = ("accuracy", "selection_accuracy", "untrained", "raw_pixels", "chance")
 KNN = ("knn_mean", "knn_cls", "effective_rank")  # of the last block; the rank is that of the mean patch
+SAME_RUN = ("seed", "steps", "settings", "data")  # fields of a RunKey that are equal if a run's result can be reused
 LAST_LOGGED = {  # at the last log step: the extreme over taps of metrics that begin so
     "pixel_error": (min, "error/pixel/"),
     "feature_error": (min, "error/feature/"),
@@ -30,7 +31,7 @@ DIGEST = 12  # characters of the hashes of settings and data
 
 
 class RunKey(NamedTuple):
-    """What identifies a run."""
+    """What a run is called and what determines its result."""
 
     table: str
     scale: str
@@ -65,8 +66,11 @@ class ResultsFile:
             return list(csv.DictReader(file))
 
     def find(self, key: RunKey) -> dict[str, str] | None:
-        """Return the row of a run, the last one if there are several; None if there is none."""
-        wanted = {name: str(value) for name, value in key._asdict().items()}
+        """Return the row of a run, the last one if there are several; None if there is none.
+
+        The run may be another table's, under another name: SAME_RUN decides.
+        """
+        wanted = {name: str(getattr(key, name)) for name in SAME_RUN}
         return next((row for row in reversed(self.rows()) if row.items() >= wanted.items()), None)
 
     def add(self, key: RunKey, evaluation: dict[str, Any], run: Path, config: PretrainConfig, minutes: float) -> None:

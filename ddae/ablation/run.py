@@ -267,12 +267,13 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
     task = FinetuneConfig.TASK if settings.scale == "paper" else ProbeConfig.TASK
     shards = open_shards(settings.data or str(out / "digits"), open_cache(ShardsConfig()))
     file = settings.results_file(out)
-    of_table = [each for each in file.rows() if (each["table"], each["scale"]) == (settings.table, settings.scale)]
+    all_runs = file.rows()
+    of_table = [each for each in all_runs if (each["table"], each["scale"]) == (settings.table, settings.scale)]
     collected, used = [], []
     baselines: dict[str, float] = {}
     for row in rows:
         found = {}
-        for seed in sorted({int(each["seed"]) for each in of_table}):
+        for seed in sorted({int(each["seed"]) for each in all_runs}):
             if (result := file.find(_key(row, seed, shards, settings))) is not None:
                 found[str(seed)] = result
         used += found.values()

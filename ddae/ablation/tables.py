@@ -32,6 +32,11 @@ def evenly_spaced_taps(count: int) -> dict[str, tuple]:
     return {"taps": taps, "tap_weights": (*[0.75] * (count - 1), 1.0)}
 
 
+def table_1() -> list[Row]:
+    """DDAE and its nearest relative."""
+    return [Row("BootMAE", bootmae("b16", 100), 83.0), Row("DDAE", ddae("b16", 100), 83.5)]
+
+
 def table_2() -> list[Row]:
     """Deep dynamic supervision added to other methods."""
     return [
@@ -111,6 +116,21 @@ def own() -> list[Row]:
         Row("head per tap", change(base, "pixel", "feature", per_tap_head=True), None),
         Row("cross-attention", change(base, "pixel", "feature", cross_attention=True), None),
         Row("BootMAE", bootmae("s16", 100), None),
+    ]
+
+
+def tuning() -> list[Row]:
+    """Not in the paper: the methods of Tables 1, 3 and 4 with other learning rates."""
+    methods = {row.name: row.config for table in (table_3, table_4, table_1) for row in table()}
+    methods.pop("DDAE")  # both (DDAE)
+
+    def learning_rate(factor: float) -> Callable[[PretrainConfig], PretrainConfig]:
+        return lambda config: change(config, "optim", lr=factor * config.peak_lr)
+
+    return [
+        Row(f"{name}, learning rate x {factor:g}", config, None, learning_rate(factor))
+        for name, config in methods.items()
+        for factor in (0.5, 1.0, 2.0)
     ]
 
 
@@ -208,6 +228,7 @@ def compute() -> list[Row]:
 
 
 TABLES: dict[str, Callable[[], list[Row]]] = {
+    "1": table_1,
     "2": table_2,
     "3": table_3,
     "4": table_4,
@@ -216,6 +237,7 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "gradient_variants": gradient_variants,
     "own": own,
     "silences": silences,
+    "tuning": tuning,
     "factors": factors,
     "compute": compute,
 }

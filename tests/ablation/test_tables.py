@@ -7,6 +7,7 @@ import pytest
 import ranks
 
 from ddae.ablation.format import best_row, to_html, to_markdown
+from ddae.ablation.results import ResultsFile
 from ddae.ablation.tables import TABLES, table_rows
 from ddae.config.base import flatten
 from ddae.config.pretrain import check
@@ -59,9 +60,24 @@ def test_rows_differ_from_their_base_as_in_the_paper(scale):
 def test_equal_experiments_have_equal_numbers_in_all_tables():
     """D-MAE is Table 6 with one tap, and so on: the tables have a common base."""
     papers = {}
-    for table in ("3", "6", "7"):
+    for table in ("1", "3", "4", "6", "7"):
         for row in table_rows(table, "paper"):
             assert papers.setdefault(json.dumps(row.config.to_dict()), row.paper) == row.paper, row.name
+
+
+def test_a_small_run_serves_all_tables():
+    """Rows with the same meaning have the same settings at a small scale, so that the results file has one run."""
+    configs = {
+        (table, row.name): row.config
+        for table in ("1", "3", "4", "factors", "gradient_variants", "own", "tuning")
+        for row in table_rows(table, "micro")
+    }
+    ddae = configs["4", "both (DDAE)"]
+    same = ("1", "DDAE"), ("factors", "DDAE"), ("gradient_variants", "anchored"), ("own", "DDAE")
+    assert all(configs[each] == ddae for each in same)
+    assert configs["tuning", "both (DDAE), learning rate x 1"].peak_lr == ddae.peak_lr
+    assert configs["3", "MAE"] == configs["factors", "MAE"]
+    assert configs["1", "BootMAE"] == configs["own", "BootMAE"]
 
 
 def at_depth(taps, scale):
@@ -146,6 +162,15 @@ def test_a_table_runs_and_resumes(tmp_path):
     code, output = ablate(tmp_path / "t", "--only", "DDS-MAE", "MAE")
     assert code == 0, output[-2000:]
     assert f"DDS-MAE, seed 0: its results are in {tmp_path / 't' / 'results.csv'}" in output
+    (trained,) = [row for row in ResultsFile(tmp_path / "t" / "results.csv").rows() if row["row"] == "DDS-MAE"]
+    assert float(trained["pixel_error"]) > 0
+    assert trained["feature_error"] == ""  # there is no feature branch
+    assert float(trained["selection_accuracy"]) > 30
+    code, output = ablate(
+        tmp_path / "t6", "--table", "6", "--only", "4 taps", "--results", str(tmp_path / "t/results.csv")
+    )
+    assert code == 0, output[-2000:]
+    assert "4 taps, seed 0: its results are in" in output  # the same run as DDS-MAE
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, True, False]
     assert again[3] == first[3]
@@ -201,5 +226,5 @@ def test_a_user_error_takes_one_line(tmp_path):
 
 
 def test_an_unknown_table():
-    with pytest.raises(UserError, match="Choose from 2, 3, 4, 6, 7, gradient_variants, own, silences, factors"):
+    with pytest.raises(UserError, match="Choose from 1, 2, 3, 4, 6, 7, gradient_variants, own, silences"):
         table_rows("9", "nano")
