@@ -166,11 +166,10 @@ def test_a_table_runs_and_resumes(tmp_path):
     assert float(trained["pixel_error"]) > 0
     assert trained["feature_error"] == ""  # there is no feature branch
     assert float(trained["selection_accuracy"]) > 30
-    code, output = ablate(
-        tmp_path / "t6", "--table", "6", "--only", "4 taps", "--results", str(tmp_path / "t/results.csv")
-    )
-    assert code == 0, output[-2000:]
-    assert "4 taps, seed 0: its results are in" in output  # the same run as DDS-MAE
+    results = str(tmp_path / "t" / "results.csv")
+    code, of_table_6 = ablate(tmp_path / "t6", "--table", "6", "--only", "4 taps", "--results", results)
+    assert code == 0, of_table_6[-2000:]
+    assert "4 taps, seed 0: its results are in" in of_table_6  # the same run as DDS-MAE
     again = json.loads((tmp_path / "t" / "results.json").read_text())["rows"]
     assert [row["mean"] is None for row in again] == [False, True, True, False]
     assert again[3] == first[3]
