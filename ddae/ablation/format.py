@@ -1,12 +1,17 @@
-"""A table's results as Markdown and HTML, and which row is best."""
+"""A table's results as Markdown, HTML and a figure, and which row is best."""
 
 from html import escape
+from statistics import mean, stdev
 from typing import Any
 
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
 from ddae.report import html
+from ddae.report.figures import COLOURS, style_axis
 
 MIN_STANDARD_ERRORS = 2.0  # of a difference; a smaller difference between two rows counts as noise
-HEAD = ("row", "here", "untrained weights", "seeds", "paper (ImageNet, fine-tuned)")
+HEAD = ("row", "here", "untrained weights", "k-NN", "k-NN, untrained", "seeds", "paper (ImageNet, fine-tuned)")
 BASELINE_NAMES = {"raw_pixels": "raw pixels, nearest neighbours", "chance": "chance"}
 
 
@@ -29,8 +34,11 @@ def best_row(rows: list[dict[str, Any]]) -> str:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """Return the table, its best row, and the runs that were left out."""
-    title = f"Table {results['table']}, {results['scale']}: {results['judged']}, mean ± standard deviation over seeds"
-    lines = [HEAD, ("---", "--:", "--:", "--:", "--:"), *_lines(results)]
+    title = (
+        f"Table {results['table']}, {results['scale']}: {results['judged']}, and k-NN of the last block's mean patch; "
+        "mean ± standard deviation over seeds"
+    )
+    lines = [HEAD, ("---", *["--:"] * (len(HEAD) - 1)), *_lines(results)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     left_out = ", ".join(results["left_out"])
     if left_out:
@@ -41,21 +49,49 @@ def to_markdown(results: dict[str, Any]) -> str:
 def to_html(results: dict[str, Any]) -> str:
     """Return the table and its best row as a page."""
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}"
-    return html.page(title, f"{html.table(HEAD, _lines(results))}<p>Best: {escape(results['best'])}.</p>")
+    has_curves = any(curve for row in results["rows"] for curve in row.get("knn_curves", {}).values())
+    figure = '<p><img src="table.png" alt="k-NN accuracy against images seen"></p>' if has_curves else ""
+    return html.page(title, f"{html.table(HEAD, _lines(results))}<p>Best: {escape(results['best'])}.</p>{figure}")
 
 
 def _lines(results: dict[str, Any]) -> list[list[str]]:
     """Return the cells of the rows, and of the baselines that all rows share."""
     values = results.get("baselines", {})
-    baselines = [[name, f"{values[key]:.2f}", "", "", ""] for key, name in BASELINE_NAMES.items() if key in values]
+    empty = [""] * (len(HEAD) - 2)
+    baselines = [[name, f"{values[key]:.2f}", *empty] for key, name in BASELINE_NAMES.items() if key in values]
     return [*map(_cells, results["rows"]), *baselines]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    mean = _with_deviation(row["mean"], row["deviation"])
-    untrained = _with_deviation(row.get("untrained"), row.get("untrained_deviation"))
+    accuracy = _with_deviation(row["mean"], row["deviation"])
+    others = [
+        _with_deviation(row.get(name), row.get(f"{name}_deviation"))
+        for name in ("untrained", "knn_mean", "untrained_knn_mean")
+    ]
+    missing = "not measured" if accuracy else ""
     paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
-    return [row["row"], mean, untrained or ("not measured" if mean else ""), str(len(row["seeds"])), paper]
+    return [row["row"], accuracy, *(each or missing for each in others), str(len(row["seeds"])), paper]
+
+
+def draw_knn_curves(results: dict[str, Any]) -> Figure:
+    """Draw the k-NN accuracy against the images seen, a line per row: mean and standard deviation over seeds."""
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="tight")
+    drawn = [row for row in results["rows"] if any(row["knn_curves"].values())]
+    for number, row in enumerate(drawn):
+        by_images: dict[int, list[float]] = {}
+        for curve in row["knn_curves"].values():
+            for images, accuracy in curve:
+                by_images.setdefault(images, []).append(accuracy)
+        points = sorted(by_images.items())
+        deviations = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.4, "capsize": 2.5}
+        style["linestyle"] = "-" if number < len(COLOURS) else "--"
+        means = [mean(values) for _, values in points]
+        axis.errorbar([images for images, _ in points], means, deviations, label=row["row"], **style)
+    axis.set_title(f"k-NN top-1 in %, last block: table {results['table']}, {results['scale']}", fontsize=10)
+    levels = {name.partition(",")[0]: results["baselines"][key] for key, name in BASELINE_NAMES.items()}
+    style_axis(axis, "images seen", levels=levels)
+    return figure
 
 
 def _with_deviation(mean: float | None, deviation: float | None) -> str:

@@ -60,18 +60,19 @@ class ResultsFile:
 
     def rows(self) -> list[dict[str, str]]:
         """Return all rows as they stand in the file."""
-        if not self.path.exists():
-            return []
-        with open(self.path, newline="") as file:
-            return list(csv.DictReader(file))
+        return _read(self.path)
 
     def find(self, key: RunKey) -> dict[str, str] | None:
         """Return the row of a run, the last one if there are several; None if there is none.
 
         The run may be another table's, under another name: SAME_RUN decides.
         """
-        wanted = {name: str(getattr(key, name)) for name in SAME_RUN}
-        return next((row for row in reversed(self.rows()) if row.items() >= wanted.items()), None)
+        return next((row for row in reversed(self.rows()) if _is_of(row, key)), None)
+
+    def knn_curve(self, key: RunKey) -> list[tuple[int, float]]:
+        """Return (images seen, k-NN accuracy of the last block's mean patch) of a run's evaluations, in order."""
+        rows = [row for row in _read(self.curves) if _is_of(row, key) and row["knn_mean"]]
+        return sorted({int(row["images"]): float(row["knn_mean"]) for row in rows}.items())
 
     def add(self, key: RunKey, evaluation: dict[str, Any], run: Path, config: PretrainConfig, minutes: float) -> None:
         """Append the results of a run: its evaluation's results.json, and the k-NN evaluations in its folder."""
@@ -81,6 +82,18 @@ class ResultsFile:
         row |= {f"untrained_{name}": _rounded(points[0][name]) if points else "" for name in KNN}
         _append(self.path, [row | _last_logged(run) | {"minutes": _rounded(minutes)}])
         _append(self.curves, [{**key._asdict(), **{k: _rounded(v) for k, v in point.items()}} for point in points])
+
+
+def _is_of(row: dict[str, str], key: RunKey) -> bool:
+    return all(row[name] == str(getattr(key, name)) for name in SAME_RUN)
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none if there is no file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _knn_points(run: Path, config: PretrainConfig) -> Iterator[dict[str, float]]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddae import atomic
-from ddae.ablation.format import best_row, to_html, to_markdown
+from ddae.ablation.format import best_row, draw_knn_curves, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
 from ddae.ablation.results import ResultsFile, RunKey, run_key
 from ddae.ablation.tables import Row, table_rows
@@ -110,6 +110,8 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
     atomic.write_json(out / "results.json", results)
     atomic.write_text(out / "table.md", to_markdown(results))
     atomic.write_text(out / "table.html", to_html(results))
+    if any(curve for row in results["rows"] for curve in row["knn_curves"].values()):
+        draw_knn_curves(results).savefig(out / "table.png", dpi=110)
     assert tracker is not None
     means = {f"top1/{row['row']}": row["mean"] for row in results["rows"] if row["mean"] is not None}
     means |= {f"top1/{name}": value for name, value in results["baselines"].items()}
@@ -272,16 +274,19 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
     collected, used = [], []
     baselines: dict[str, float] = {}
     for row in rows:
-        found = {}
+        found, knn = {}, {}
         for seed in sorted({int(each["seed"]) for each in all_runs}):
-            if (result := file.find(_key(row, seed, shards, settings))) is not None:
-                found[str(seed)] = result
+            key = _key(row, seed, shards, settings)
+            if (result := file.find(key)) is not None:
+                found[str(seed)], knn[str(seed)] = result, file.knn_curve(key)
         used += found.values()
         mean, deviation = _mean_and_deviation(float(each["accuracy"]) for each in found.values())
         accuracies = {seed: float(each["accuracy"]) for seed, each in found.items()}
         result = {"row": row.name, "paper": row.paper, "mean": mean, "deviation": deviation, "seeds": accuracies}
-        untrained = [float(each["untrained"]) for each in found.values() if each["untrained"]]
-        result["untrained"], result["untrained_deviation"] = _mean_and_deviation(untrained)
+        for name in ("untrained", "knn_mean", "untrained_knn_mean"):
+            values = [float(each[name]) for each in found.values() if each[name]]
+            result[name], result[f"{name}_deviation"] = _mean_and_deviation(values)
+        result["knn_curves"] = knn  # by seed: (images seen, accuracy)
         baselines |= {name: float(each[name]) for each in found.values() for name in BASELINES}  # equal for all rows
         collected.append(result)
     left_out = [f"{each['row']}, seed {each['seed']}, {each['steps']} steps" for each in of_table if each not in used]

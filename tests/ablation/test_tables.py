@@ -138,11 +138,11 @@ def test_no_row_is_best_within_noise():
     assert best_row([row("a", 50.0), row("b", 48.0)]).startswith("unknown; it needs two rows and more than one seed")
     assert best_row([row("a", 50.0, 50.0), row("b", 50.0, 50.0)]).startswith("none")
     results = {"table": "3", "scale": "nano", "judged": "top-1", "rows": clear, "best": "a", "left_out": []}
-    assert "| a | 50.00 ± 0.20 | not measured | 3 | 78.7 |" in to_markdown(results)
+    assert "| a | 50.00 ± 0.20 | not measured | not measured | not measured | 3 | 78.7 |" in to_markdown(results)
     clear[0] |= {"untrained": 40.0, "untrained_deviation": 0.5}
     results["baselines"] = {"raw_pixels": 30.0, "chance": 10.0}
     for text in (to_markdown(results), to_html(results).replace("</td><td>", " | ")):
-        assert "a | 50.00 ± 0.20 | 40.00 ± 0.50 | 3 | 78.7" in text
+        assert "a | 50.00 ± 0.20 | 40.00 ± 0.50 | not measured | not measured | 3 | 78.7" in text
         assert "raw pixels, nearest neighbours | 30.00 |" in text
         assert "chance | 10.00 |" in text
 
@@ -177,7 +177,11 @@ def test_a_table_runs_and_resumes(tmp_path):
         assert row["mean"] > 30  # digits: ten classes
         assert row["deviation"] is None
     assert (tmp_path / "t" / "table.md").read_text() in output
-    assert "<td>DDS-MAE</td>" in (tmp_path / "t" / "table.html").read_text()
+    page = (tmp_path / "t" / "table.html").read_text()
+    assert "<td>DDS-MAE</td>" in page
+    assert 'src="table.png"' in page
+    assert (tmp_path / "t" / "table.png").exists()
+    assert [images for images, _ in again[3]["knn_curves"]["0"]] == [480 * quarter for quarter in range(5)]
     more = "--seeds 1 2 --parallel 2 --steps 30 --only MAE".split()
     code, output = ablate(tmp_path / "t", *more)
     assert code == 0, output[-2000:]
