@@ -33,6 +33,7 @@ from ddae.distributed.comm import broadcast_from_main, configure_logging, is_mai
 from ddae.distributed.engine import start_process_group
 from ddae.distributed.preemption import EXIT_CODE, StopSignal
 from ddae.errors import UserError
+from ddae.eval.dataset import ExampleReader, val_location
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe
 from ddae.export.encoder import load_tokenizer
@@ -121,7 +122,9 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
 
 
 def _check(rows: list[Row], settings: AblationSettings) -> None:
-    """Raise UserError if the settings contradict each other, or name data or a row that does not exist."""
+    """Raise UserError if the settings contradict each other, name a row that does not exist, or data without classes
+    or without the splits train and val."""
+    image_size = rows[0].config.model.image_size
     names, scale = [row.name for row in rows], settings.scale
     for flag, value in {"steps": settings.steps, "parallel": settings.parallel}.items():
         if value is not None and value < 1:
@@ -140,8 +143,9 @@ def _check(rows: list[Row], settings: AblationSettings) -> None:
     if token_rows and not settings.tokenizer and not can_train_one:
         problem = f"--tokenizer is missing, which the row {token_rows[0]!r} needs at this scale or with these flags."
         raise UserError(f"{problem} Pass a run of launch/train_tokenizer.py, or a published file.")
-    if settings.data:
-        open_shards(settings.data, open_cache(ShardsConfig()))
+    if settings.data:  # before hours of pretraining
+        for source, split in ((settings.data, "train"), (val_location(settings.data), "val")):
+            ExampleReader(source, split, image_size, open_cache(ShardsConfig()), max_images=1)
     if settings.tokenizer:
         load_tokenizer(settings.tokenizer)
 

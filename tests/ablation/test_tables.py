@@ -5,13 +5,16 @@ import runpy
 
 import pytest
 import ranks
+from conftest import sample
 
 from ddae.ablation.format import best_row, to_html, to_markdown
 from ddae.ablation.results import ResultsFile
+from ddae.ablation.run import AblationSettings, _check
 from ddae.ablation.tables import TABLES, table_rows
 from ddae.config.base import flatten
 from ddae.config.pretrain import check
 from ddae.config.scales import SCALES
+from ddae.data.shard_writer import write_manifest, write_shard
 from ddae.errors import UserError
 
 DIFFERENCES = {  # of each row from its table's base, as METHOD.md describes the tables
@@ -219,6 +222,22 @@ def test_user_errors(args, message, tmp_path, monkeypatch):
         runpy.run_path(str(ranks.ROOT / "launch" / "ablate.py"))["main"]()
     assert message in str(error.value)
     assert not out.exists()
+
+
+def test_data_without_classes_are_refused_before_training(shards, digits, tmp_path):
+    """Shards without the split val, and shards whose samples have no classes."""
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    names = ("train-000000.tar", "val-000000.tar")
+    write_manifest(unlabelled, {n: write_shard(unlabelled / n, [sample(0)._replace(label=None)]) for n in names})
+    rows = table_rows("3", "nano")
+    settings = AblationSettings(
+        "3", "nano", (0,), (), "", "ds.json", "jsonl", None, "", parallel=1, write_table=True, results=""
+    )
+    _check(rows, settings._replace(data=str(digits)))
+    for data, reason in ((shards, "no shards of split 'val'"), (unlabelled, "have no classes")):
+        with pytest.raises(UserError, match=reason):
+            _check(rows, settings._replace(data=str(data)))
 
 
 def test_a_user_error_takes_one_line(tmp_path):
