@@ -109,7 +109,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
 
             if is_log_step:
                 row = {"step": done, "epoch": now.epoch, **meter.read(betas), "lr": now.lr}
-                row |= {"grad/norm": engine.grad_norm(), **forward.metrics(now)}
+                row |= {"grad/norm": engine.grad_norm(), **forward.metrics(now, row)}
                 betas.warn_if_clamped()
                 run.log_step(num_steps, row)
             if is_due(config.train.save_every, done, num_steps):

@@ -21,7 +21,7 @@ from ddae.method.branches import PixelBranch
 from ddae.method.distance import masked_distance
 from ddae.method.model import PretrainModel
 from ddae.models.patches import NORMALISATIONS, gather_tokens, normalise_patches, patchify, unpatchify
-from ddae.training.collapse import MAX_POSITION_SHARE
+from ddae.training.collapse import MAX_TRIVIAL_SHARE
 
 MASKED_GREY = 0.82  # value of masked patches, in [0, 1]
 BASELINES = ("raw_pixels", "chance")  # metrics that do not depend on the encoder
@@ -147,7 +147,7 @@ def collapse_curves(rows: list[dict[str, float]]) -> Figure:
         "effective rank over images": "image_rank",
         "standard deviation over images": "image_std",
     }
-    figure, axes = plt.subplots(1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.2), layout="tight")
+    figure, axes = plt.subplots(1, len(panels) + 2, figsize=(4.2 * (len(panels) + 2), 3.2), layout="tight")
 
     def draw(axis: Axes, prefix: str, labelled: bool, linestyle: str) -> None:
         for name, colour in zip(metric_names(rows, prefix), COLOURS * 3, strict=False):
@@ -160,10 +160,11 @@ def collapse_curves(rows: list[dict[str, float]]) -> Figure:
         draw(axis, f"collapse/student/{statistic}/", labelled=False, linestyle="--")
         axis.set_title(title, fontsize=10)
         style_axis(axis, "step")
-    draw(axes[-1], "collapse/target/position/", labelled=True, linestyle="-")
-    axes[-1].set_title("targets explained by the position", fontsize=10)
-    axes[-1].set_ylim(0, 1)
-    style_axis(axes[-1], "step", levels={"warning": MAX_POSITION_SHARE})
+    for axis, predictor in zip(axes[-2:], ("position", "image"), strict=True):
+        draw(axis, f"collapse/target/{predictor}/", labelled=True, linestyle="-")
+        axis.set_title(f"targets explained by the {predictor}", fontsize=10)
+        axis.set_ylim(0, 1)
+        style_axis(axis, "step", levels={"warning": MAX_TRIVIAL_SHARE})
     return figure
 
 

@@ -38,8 +38,8 @@ CAPTIONS = {  # by the first word of a figure's file name, in the order of the p
     "probes": "k-NN accuracy on the validation split during training (step 0: untrained weights), with the accuracy "
     "of raw pixels (dash-dotted) and chance (dotted); effective rank and standard deviation of the features.",
     "collapse": "Features of teacher (solid) and student (dashed) by tapped block: effective rank over patches and "
-    "over images, standard deviation over images (0: collapsed); the share of the targets that the position of a "
-    "patch alone explains, and the share above which a warning is given.",
+    "over images, standard deviation over images (0: collapsed); the shares of the targets that the position of a "
+    "patch alone and the mean of the image alone explain, and the share above which a warning is given.",
     "curves": "Training and validation metrics by step.",
     "blocks": "Accuracy by block and pooling, with untrained weights, raw pixels and chance as horizontal lines.",
     "confusion": "Confusion matrix on the validation images, each row divided by its sum.",

@@ -8,11 +8,15 @@
     collapse/target/constant/tap_03       share of the normalised targets that a constant explains,
     collapse/target/position/tap_03       the position of a patch,
     collapse/target/image/tap_03          the image's mean
-    collapse/warning                      1 if the position explains more than MAX_POSITION_SHARE of a tap's targets
+    collapse/warning                      1 if one of the two conditions below holds
 
 The student's tokens are those of the visible patches, the teacher's those of the masked ones. A teacher has collapsed
-when its features no longer depend on what is in the image: the student then predicts them from the position, with an
-error near 0, and learns nothing.
+when its features no longer depend on what is in the image: the student then predicts them from little, and learns
+nothing. Two conditions give a warning (METHOD.md has the runs that the numbers come from):
+
+    the position or the image's mean explains more than MAX_TRIVIAL_SHARE of a tap's targets;
+    the feature branch has its full weight, and the pixel branch explains less than MIN_PIXEL_SHARE of its normalised
+    targets: nothing holds the features to the image.
 """
 
 import logging
@@ -27,8 +31,8 @@ from ddae.data.masking import Mask
 from ddae.distributed.comm import is_main, mean_over_ranks
 from ddae.method.feature_statistics import PATCH_IMAGES, explained_shares, token_statistics
 
-# Of the targets' mean square. An untrained encoder of 1.2 M parameters has 0.7 with target_norm layer, 0.4 by default.
-MAX_POSITION_SHARE = 0.85
+MAX_TRIVIAL_SHARE = 0.85  # of the feature targets' mean square
+MIN_PIXEL_SHARE = 0.05  # of the pixel targets' mean square, which is 1 if they are normalised
 logger = logging.getLogger(__name__)
 
 
@@ -37,10 +41,11 @@ class CollapseMonitor:
 
     def __init__(self, config: PretrainConfig):
         self.target_norm = config.feature.target_norm
+        self.pixel_norm = config.pixel.norm
         self.num_positions = config.grid[0] * config.grid[1]
         self.names: list[str] = []
         self._values: Tensor | None = None
-        self._has_warned = False
+        self._warned: set[str] = set()  # kinds of warnings that were logged
 
     @torch.no_grad()
     def measure(self, tokens: dict[int, Tensor], teacher_tokens: Tensor, mask: Mask) -> None:
@@ -60,22 +65,46 @@ class CollapseMonitor:
         self.names = [f"{name}/{tap_name(tap)}" for name in by_name for tap in tokens]
         self._values = torch.cat(list(by_name.values()))
 
-    def read(self) -> dict[str, float]:
+    def read(self, losses: dict[str, float], feature_weight: float) -> dict[str, float]:
         """Return the metrics of the micro-batch that was measured last, as means over the ranks. All ranks call it.
 
-        Log a warning when the targets first depend on the position alone.
+        losses: metrics of the same step, with error/pixel/... by tap. feature_weight: of the feature branch, 0 to 1.
+        Log each kind of warning when it first holds.
         """
         assert self._values is not None
         row = dict(zip(self.names, mean_over_ranks(self._values).tolist(), strict=True))
-        shares = {name: value for name, value in row.items() if name.startswith("collapse/target/position/")}
-        collapsed = {name: value for name, value in shares.items() if value > MAX_POSITION_SHARE}  # NaN is not
-        if collapsed and is_main() and not self._has_warned:
-            name, share = max(collapsed.items(), key=lambda item: item[1])
-            logger.warning(
-                "%s: %.0f %% of the teacher's targets follow from the position of a patch alone; expected at most "
-                "%.0f %%. The features are collapsing. Use feature.target_norm instance_layer, or a teacher that "
-                "follows more slowly.",
-                *(name.rpartition("/")[2], 100 * share, 100 * MAX_POSITION_SHARE),
-            )
-            self._has_warned = True
-        return row | {"collapse/warning": float(bool(collapsed))}
+        pixel_errors = [value for name, value in losses.items() if name.startswith("error/pixel/")]
+        if self.pixel_norm == "none" or feature_weight < 1:
+            pixel_errors = []
+        warnings = {"targets": _trivial_targets(row), "pixels": _idle_pixels(pixel_errors)}
+        for kind, text in warnings.items():
+            if text and is_main() and kind not in self._warned:
+                logger.warning("%s", text)
+                self._warned.add(kind)
+        return row | {"collapse/warning": float(any(warnings.values()))}
+
+
+def _trivial_targets(row: dict[str, float]) -> str:
+    """Return a warning if a trivial predictor explains the targets; otherwise an empty string."""
+    names = [n for n in row if n.startswith(("collapse/target/position/", "collapse/target/image/"))]
+    explained = {name: row[name] for name in names if row[name] > MAX_TRIVIAL_SHARE}  # NaN is not
+    if not explained:
+        return ""
+    name, share = max(explained.items(), key=lambda item: item[1])
+    _, _, predictor, tap = name.split("/")
+    predictor = {"position": "position of a patch", "image": "mean of the image"}[predictor]
+    return (
+        f"{tap}: {share:.0%} of the teacher's targets follow from the {predictor} alone; expected at most "
+        f"{MAX_TRIVIAL_SHARE:.0%}. The features are collapsing. Use feature.target_norm instance_layer."
+    )
+
+
+def _idle_pixels(errors: list[float]) -> str:
+    """Return a warning if the pixel branch explains too little; otherwise an empty string. errors: of its taps."""
+    if not errors or not min(errors) > 1 - MIN_PIXEL_SHARE:
+        return ""
+    return (
+        f"the pixel branch explains {max(0.0, 1 - min(errors)):.1%} of its targets; expected at least "
+        f"{MIN_PIXEL_SHARE:.0%} when the feature branch has its full weight. The features are collapsing. Use a longer "
+        "feature.warmup_fraction, or pixel.norm joint."
+    )

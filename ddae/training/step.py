@@ -239,9 +239,10 @@ class ForwardPass:
             self.monitor.measure({tap: losses.tokens[tap] for tap in taps}, targets["teacher_tokens"], mask)
         return losses._replace(tokens={})  # so that they are freed after the backward pass
 
-    def metrics(self, now: "Schedules") -> dict[str, float]:
-        """Return what a log row shows of targets and tokens. All ranks call it."""
-        return self.targets.metrics(now) | ({} if self.monitor is None else self.monitor.read())
+    def metrics(self, now: "Schedules", losses: dict[str, float]) -> dict[str, float]:
+        """Return what a log row shows of targets and tokens. losses: the row so far. All ranks call it."""
+        row = self.targets.metrics(now)
+        return row if self.monitor is None else row | self.monitor.read(losses, now.feature_weight)
 
 
 def step_taps(config: PretrainConfig, tap_seed: int) -> tuple[int, ...]:
