@@ -32,6 +32,11 @@ def evenly_spaced_taps(count: int) -> dict[str, tuple]:
     return {"taps": taps, "tap_weights": (*[0.75] * (count - 1), 1.0)}
 
 
+def learning_rate(factor: float) -> Callable[[PretrainConfig], PretrainConfig]:
+    """Return the adjustment to so many times the learning rate."""
+    return lambda config: change(config, "optim", lr=factor * config.peak_lr)
+
+
 def table_1() -> list[Row]:
     """DDAE and its nearest relative."""
     return [Row("BootMAE", bootmae("b16", 100), 83.0), Row("DDAE", ddae("b16", 100), 83.5)]
@@ -123,14 +128,11 @@ def tuning() -> list[Row]:
     """Not in the paper: the methods of Tables 1, 3 and 4 with other learning rates."""
     methods = {row.name: row.config for table in (table_3, table_4, table_1) for row in table()}
     methods.pop("DDAE")  # both (DDAE)
-
-    def learning_rate(factor: float) -> Callable[[PretrainConfig], PretrainConfig]:
-        return lambda config: change(config, "optim", lr=factor * config.peak_lr)
-
+    factors = {"/ 3": 1 / 3, "x 1": 1.0, "x 3": 3.0}
     return [
-        Row(f"{name}, learning rate x {factor:g}", config, None, learning_rate(factor))
+        Row(f"{name}, learning rate {text}", config, None, learning_rate(factor))
         for name, config in methods.items()
-        for factor in (0.5, 1.0, 2.0)
+        for text, factor in factors.items()
     ]
 
 
@@ -154,9 +156,6 @@ def factors() -> list[Row]:
     def half_life(share: float) -> Callable[[PretrainConfig], PretrainConfig]:
         """Return the adjustment to a teacher whose half-life is this share of the run."""
         return lambda config: change(config, "teacher", momentum=0.5 ** (1 / (share * (config.train.steps or 1))))
-
-    def learning_rate(factor: float) -> Callable[[PretrainConfig], PretrainConfig]:
-        return lambda config: change(config, "optim", lr=factor * config.peak_lr)
 
     def batch(factor: int) -> Callable[[PretrainConfig], PretrainConfig]:
         """Return the adjustment to a smaller batch, with as many images."""

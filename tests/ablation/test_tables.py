@@ -78,7 +78,11 @@ def test_a_small_run_serves_all_tables():
     ddae = configs["4", "both (DDAE)"]
     same = ("1", "DDAE"), ("factors", "DDAE"), ("gradient_variants", "anchored"), ("own", "DDAE")
     assert all(configs[each] == ddae for each in same)
-    assert configs["tuning", "both (DDAE), learning rate x 1"].peak_lr == ddae.peak_lr
+    for factor in ("/ 3", "x 3"):
+        assert (
+            configs["tuning", f"both (DDAE), learning rate {factor}"] == configs["factors", f"learning rate {factor}"]
+        )
+        assert configs["tuning", f"MAE, learning rate {factor}"] == configs["factors", f"MAE, learning rate {factor}"]
     assert configs["3", "MAE"] == configs["factors", "MAE"]
     assert configs["1", "BootMAE"] == configs["own", "BootMAE"]
 
