@@ -16,6 +16,7 @@ from ddae.export.encoder import export_encoder
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
 from ddae.report.html import NUM_IMAGES, summary, update_model_card, write_report
+from ddae.training.collapse import collapse_risks
 from ddae.training.flops import count_model_flops
 from ddae.training.metrics import LossMeter
 from ddae.training.nonfinite import NonFiniteGuard
@@ -67,6 +68,9 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
     state = {"engine": engine, "betas": betas, **targets.state}
     start = run.restore(state, loss_backend=loss_backend)
     run.describe(start, num_steps, f"{config.engine.precision}, ZeRO {engine.stage}, loss backend {loss_backend}")
+    if is_main():
+        for risk in collapse_risks(config, num_steps):
+            logger.warning("%s", risk)
     run.count_flops = partial(count_model_flops, config)
 
     def scheduled(step: int):

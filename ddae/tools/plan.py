@@ -20,6 +20,7 @@ import torch
 from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig
 from ddae.errors import UserError
 from ddae.method.model import build_uninitialised_model
+from ddae.training.collapse import collapse_risks
 from ddae.training.flops import GPUS, Gpu, count_flops, decoder_branches, encoder_patches
 from ddae.training.optimizer import build_optimizer
 
@@ -284,4 +285,5 @@ def format_plan(
     checkpointed = replace(config, engine=replace(config.engine, activation_checkpointing=True))
     gib_checkpointed = activation_bytes(checkpointed, micro) / GIB
     lines.append(f"with --engine.activation_checkpointing the activations are {gib_checkpointed:.2f} GiB")
+    lines += [f"warning: {risk}" for risk in collapse_risks(config, config.num_steps(images))]
     return "\n".join(lines)

@@ -32,8 +32,29 @@ from ddae.distributed.comm import is_main, mean_over_ranks
 from ddae.method.feature_statistics import PATCH_IMAGES, explained_shares, token_statistics
 
 MAX_TRIVIAL_SHARE = 0.85  # of the feature targets' mean square
+SHORT_RUN = (
+    10_000  # steps: runs of up to 4,000 collapsed here; published ones have 31,000 (BootMAE, 100 epochs) or more
+)
 MIN_PIXEL_SHARE = 0.05  # of the pixel targets' mean square, which is 1 if they are normalised
 logger = logging.getLogger(__name__)
+
+
+def collapse_risks(config: PretrainConfig, num_steps: int) -> list[str]:
+    """Return a warning for each setting with which runs as short as this one collapsed (METHOD.md)."""
+    if not config.feature.enabled or num_steps >= SHORT_RUN:
+        return []
+    risks = []
+    if config.feature.target_norm != "instance_layer":
+        risks.append(
+            f"feature.target_norm is {config.feature.target_norm}: the targets of a run of {num_steps:,} steps are "
+            "nearly the same for all patches, and the encoder learns little. Use instance_layer."
+        )
+    if config.pixel.enabled and config.pixel.norm == "per_channel":
+        risks.append(
+            f"pixel.norm is per_channel: in a run of {num_steps:,} steps the pixel branch learns little of such "
+            "targets, and the encoder less. Use joint."
+        )
+    return risks
 
 
 class CollapseMonitor:

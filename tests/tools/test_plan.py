@@ -179,6 +179,14 @@ def test_the_command_prints_a_plan(monkeypatch, capsys):
     assert len([line for line in output.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
 
 
+def test_a_plan_warns_of_a_short_run_that_would_collapse(monkeypatch, capsys):
+    args = "--preset ddae_vit_s16_100e --gpus 8 --train.epochs 1".split()
+    code, output, _ = run_plan(args, monkeypatch, capsys)
+    assert code == 0
+    assert "warning: pixel.norm is per_channel: in a run of 313 steps" in output
+    assert "warning" not in run_plan(args[:-2], monkeypatch, capsys)[1]
+
+
 @pytest.mark.parametrize(
     "args, message",
     [

@@ -4,13 +4,14 @@ import math
 from dataclasses import replace
 
 import pytest
+import ranks
 import torch
 
 from ddae.config.presets import preset
 from ddae.data.masking import sample_mask
 from ddae.distributed.comm import configure_logging
 from ddae.method.feature_statistics import feature_std, participation_ratio
-from ddae.training.collapse import CollapseMonitor
+from ddae.training.collapse import CollapseMonitor, collapse_risks
 
 CONFIG = preset("demo")  # 8 x 8 patches, taps 2, 4, 6 and 8
 MASK = sample_mask("random", torch.arange(40), (8, 8), 48)
@@ -78,9 +79,34 @@ def test_a_pixel_branch_that_has_not_learnt_gives_one_warning(norm, weight, erro
     assert capsys.readouterr().out.count("the pixel branch explains 3.0% of its targets") == warned
 
 
+@pytest.mark.parametrize(
+    "name, changes, num_steps, named",
+    [
+        ("ddae_vit_b16_100e", {}, 31_250, []),
+        ("ddae_vit_b16_100e", {}, 1000, ["pixel.norm is per_channel"]),
+        ("ddae_vit_b16_100e", {"norm": "joint"}, 1000, []),
+        ("bootmae_vit_b16_100e", {}, 31_250, []),
+        ("bootmae_vit_b16_100e", {}, 1000, ["feature.target_norm is layer", "pixel.norm is per_channel"]),
+        ("dds_mae_vit_s16_100e", {"norm": "per_channel"}, 1000, []),  # without a teacher
+        ("demo", {}, 2056, []),
+    ],
+)
+def test_settings_that_collapse_in_short_runs_are_named(name, changes, num_steps, named):
+    config = preset(name)
+    risks = collapse_risks(replace(config, pixel=replace(config.pixel, **changes)), num_steps)
+    assert [risk.partition(":")[0] for risk in risks] == named
+
+
 def test_non_finite_tokens_are_reported_as_nan():
     row = measure(teacher=torch.full_like(TEACHER, torch.nan))
     assert math.isnan(row["collapse/teacher/image_std/tap_02"])
     assert math.isfinite(row["collapse/student/image_std/tap_02"])
     assert row["collapse/warning"] == 0
     assert all(math.isnan(value) for name, value in row.items() if name.startswith("collapse/target/"))
+
+
+def test_a_run_warns_at_its_start(shards, tmp_path):
+    options = "--engine.precision fp32 --feature.target_norm layer --train.steps 2".split()
+    code, output = ranks.run_command("launch/pretrain.py", *ranks.arguments(shards, tmp_path / "run", 0, *options))
+    assert code == 0, output
+    assert output.count("feature.target_norm is layer: the targets of a run of 2 steps are nearly the same") == 1
