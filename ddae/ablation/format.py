@@ -75,7 +75,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def draw_knn_curves(results: dict[str, Any]) -> Figure:
     """Draw the k-NN accuracy against the images seen, a line per row: mean and standard deviation over seeds."""
-    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="tight")
+    figure, axis = plt.subplots(figsize=(8.0, 4.2), layout="constrained")
     drawn = [row for row in results["rows"] if any(row["knn_curves"].values())]
     for number, row in enumerate(drawn):
         by_images: dict[int, list[float]] = {}
@@ -91,6 +91,7 @@ def draw_knn_curves(results: dict[str, Any]) -> Figure:
     axis.set_title(f"k-NN top-1 in %, last block: table {results['table']}, {results['scale']}", fontsize=10)
     levels = {name.partition(",")[0]: results["baselines"][key] for key, name in BASELINE_NAMES.items()}
     style_axis(axis, "images seen", levels=levels)
+    axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

@@ -79,7 +79,8 @@ class ResultsFile:
         points = list(_knn_points(run, config))
         row = {**key._asdict(), **{name: _rounded(evaluation.get(name)) for name in VALUES}}
         row |= {name: _rounded(points[-1][name]) if points else "" for name in KNN}
-        row |= {f"untrained_{name}": _rounded(points[0][name]) if points else "" for name in KNN}
+        untrained = next((point for point in points if point["after_steps"] == 0), {})
+        row |= {f"untrained_{name}": _rounded(untrained.get(name)) for name in KNN}
         _append(self.path, [row | _last_logged(run) | {"minutes": _rounded(minutes)}])
         _append(self.curves, [{**key._asdict(), **{k: _rounded(v) for k, v in point.items()}} for point in points])
 
@@ -126,7 +127,7 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if file.tell() == 0:
             writer.writeheader()
         writer.writerows(rows)
