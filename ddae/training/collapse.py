@@ -15,8 +15,8 @@ when its features no longer depend on what is in the image: the student then pre
 nothing. Two conditions give a warning (METHOD.md has the runs that the numbers come from):
 
     the position or the image's mean explains more than MAX_TRIVIAL_SHARE of a tap's targets;
-    the feature branch has its full weight, and the pixel branch explains less than MIN_PIXEL_SHARE of its normalised
-    targets: nothing holds the features to the image.
+    the feature branch has its full weight and the learning rate has reached its peak, but the pixel branch explains
+    less than MIN_PIXEL_SHARE of its normalised targets: nothing holds the features to the image.
 """
 
 import logging
@@ -86,16 +86,16 @@ class CollapseMonitor:
         self.names = [f"{name}/{tap_name(tap)}" for name in by_name for tap in tokens]
         self._values = torch.cat(list(by_name.values()))
 
-    def read(self, losses: dict[str, float], feature_weight: float) -> dict[str, float]:
+    def read(self, losses: dict[str, float], warmed_up: bool) -> dict[str, float]:
         """Return the metrics of the micro-batch that was measured last, as means over the ranks. All ranks call it.
 
-        losses: metrics of the same step, with error/pixel/... by tap. feature_weight: of the feature branch, 0 to 1.
-        Log each kind of warning when it first holds.
+        losses: metrics of the same step, with error/pixel/... by tap. warmed_up: whether learning rate and weight of
+        the feature branch have been warmed up. Log each kind of warning when it first holds.
         """
         assert self._values is not None
         row = dict(zip(self.names, mean_over_ranks(self._values).tolist(), strict=True))
         pixel_errors = [value for name, value in losses.items() if name.startswith("error/pixel/")]
-        if self.pixel_norm == "none" or feature_weight < 1:
+        if self.pixel_norm == "none" or not warmed_up:
             pixel_errors = []
         warnings = {"targets": _trivial_targets(row), "pixels": _idle_pixels(pixel_errors)}
         for kind, text in warnings.items():
@@ -126,6 +126,6 @@ def _idle_pixels(errors: list[float]) -> str:
         return ""
     return (
         f"the pixel branch explains {max(0.0, 1 - min(errors)):.1%} of its targets; expected at least "
-        f"{MIN_PIXEL_SHARE:.0%} when the feature branch has its full weight. The features are collapsing. Use a longer "
-        "feature.warmup_fraction, or pixel.norm joint."
+        f"{MIN_PIXEL_SHARE:.0%} after the warm-up of learning rate and feature branch. The features are collapsing. "
+        "Use pixel.norm joint, or a longer run."
     )

@@ -242,7 +242,10 @@ class ForwardPass:
     def metrics(self, now: "Schedules", losses: dict[str, float]) -> dict[str, float]:
         """Return what a log row shows of targets and tokens. losses: the row so far. All ranks call it."""
         row = self.targets.metrics(now)
-        return row if self.monitor is None else row | self.monitor.read(losses, now.feature_weight)
+        if self.monitor is None:
+            return row
+        warmed_up = now.feature_weight >= 1 and now.epoch >= self.config.optim.warmup_epochs
+        return row | self.monitor.read(losses, warmed_up)
 
 
 def step_taps(config: PretrainConfig, tap_seed: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ TEACHER = torch.randn(4, 40, 48, 24, generator=GENERATOR)
 def measure(config=CONFIG, tokens=TOKENS, teacher=TEACHER):
     monitor = CollapseMonitor(config)
     monitor.measure(tokens, teacher, MASK)
-    return monitor.read({}, 1.0)
+    return monitor.read({}, True)
 
 
 def test_student_and_teacher_are_measured_after_each_tap():
@@ -53,29 +53,29 @@ def test_targets_that_depend_on_the_position_alone_give_one_warning(capsys):
     monitor = CollapseMonitor(CONFIG)
     for _ in range(2):
         monitor.measure(TOKENS, teacher, MASK)
-        assert monitor.read({}, 1.0)["collapse/warning"] == 1
+        assert monitor.read({}, True)["collapse/warning"] == 1
     assert capsys.readouterr().out.count("of the teacher's targets follow from the position of a patch alone") == 1
     assert measure()["collapse/warning"] == 0
 
 
 @pytest.mark.parametrize(
-    "norm, weight, errors, warned",
+    "norm, warmed_up, errors, warned",
     [
-        ("per_channel", 1.0, (0.97, 0.98), True),
-        ("per_channel", 0.9, (0.97, 0.98), False),  # the feature branch does not have its full weight yet
-        ("per_channel", 1.0, (0.98, 0.9), False),
-        ("none", 1.0, (0.97, 0.98), False),  # the variance of plain pixels is not 1
-        ("joint", 1.0, (math.nan, math.nan), False),
-        ("joint", 1.0, (), False),  # without a pixel branch
+        ("per_channel", True, (0.97, 0.98), True),
+        ("per_channel", False, (0.97, 0.98), False),
+        ("per_channel", True, (0.98, 0.9), False),
+        ("none", True, (0.97, 0.98), False),  # the variance of plain pixels is not 1
+        ("joint", True, (math.nan, math.nan), False),
+        ("joint", True, (), False),  # without a pixel branch
     ],
 )
-def test_a_pixel_branch_that_has_not_learnt_gives_one_warning(norm, weight, errors, warned, capsys):
+def test_a_pixel_branch_that_has_not_learnt_gives_one_warning(norm, warmed_up, errors, warned, capsys):
     configure_logging()
     monitor = CollapseMonitor(replace(CONFIG, pixel=replace(CONFIG.pixel, norm=norm)))
     losses = {f"error/pixel/tap_{number:02d}": error for number, error in enumerate(errors)}
     for _ in range(2):
         monitor.measure(TOKENS, TEACHER, MASK)
-        assert monitor.read(losses, weight)["collapse/warning"] == warned
+        assert monitor.read(losses, warmed_up)["collapse/warning"] == warned
     assert capsys.readouterr().out.count("the pixel branch explains 3.0% of its targets") == warned
 
 
