@@ -32,9 +32,7 @@ from ddae.distributed.comm import is_main, mean_over_ranks
 from ddae.method.feature_statistics import PATCH_IMAGES, explained_shares, token_statistics
 
 MAX_TRIVIAL_SHARE = 0.85  # of the feature targets' mean square
-SHORT_RUN = (
-    10_000  # steps: runs of up to 4,000 collapsed here; published ones have 31,000 (BootMAE, 100 epochs) or more
-)
+SHORT_RUN = 10_000  # steps: runs of up to 4,000 collapsed here; BootMAE's published ones have 31,000 or more
 MIN_PIXEL_SHARE = 0.05  # of the pixel targets' mean square, which is 1 if they are normalised
 logger = logging.getLogger(__name__)
 
@@ -97,7 +95,7 @@ class CollapseMonitor:
         pixel_errors = [value for name, value in losses.items() if name.startswith("error/pixel/")]
         if self.pixel_norm == "none" or not warmed_up:
             pixel_errors = []
-        warnings = {"targets": _trivial_targets(row), "pixels": _idle_pixels(pixel_errors)}
+        warnings = {"targets": _trivial_targets(row, self.target_norm), "pixels": _idle_pixels(pixel_errors)}
         for kind, text in warnings.items():
             if text and is_main() and kind not in self._warned:
                 logger.warning("%s", text)
@@ -105,7 +103,7 @@ class CollapseMonitor:
         return row | {"collapse/warning": float(any(warnings.values()))}
 
 
-def _trivial_targets(row: dict[str, float]) -> str:
+def _trivial_targets(row: dict[str, float], target_norm: str) -> str:
     """Return a warning if a trivial predictor explains the targets; otherwise an empty string."""
     names = [n for n in row if n.startswith(("collapse/target/position/", "collapse/target/image/"))]
     explained = {name: row[name] for name in names if row[name] > MAX_TRIVIAL_SHARE}  # NaN is not
@@ -114,9 +112,10 @@ def _trivial_targets(row: dict[str, float]) -> str:
     name, share = max(explained.items(), key=lambda item: item[1])
     _, _, predictor, tap = name.split("/")
     predictor = {"position": "position of a patch", "image": "mean of the image"}[predictor]
+    fix = "" if target_norm == "instance_layer" else " Use feature.target_norm instance_layer."
     return (
         f"{tap}: {share:.0%} of the teacher's targets follow from the {predictor} alone; expected at most "
-        f"{MAX_TRIVIAL_SHARE:.0%}. The features are collapsing. Use feature.target_norm instance_layer."
+        f"{MAX_TRIVIAL_SHARE:.0%}. The features are collapsing.{fix}"
     )
 
 
