@@ -19,7 +19,7 @@ ZERO1 = Path(__file__).parent.parent / "ds_configs" / "zero1.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", required=True, help="1, 2, 3, 4, 6 or 7 of the paper; an unknown one lists all")
-    parser.add_argument("--scale", default="paper", help="nano, micro, tiny or paper (default: paper)")
+    parser.add_argument("--scale", default="paper", help="nano, micro, small, tiny or paper (default: paper)")
     parser.add_argument("--out", type=Path, help="folder for runs and table (default: runs/table_TABLE_SCALE)")
     parser.add_argument("--data", default="", help="shards with classes (default: digits, at the scale nano)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of each row (default: 0)")

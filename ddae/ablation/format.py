@@ -49,8 +49,7 @@ def to_markdown(results: dict[str, Any]) -> str:
 def to_html(results: dict[str, Any]) -> str:
     """Return the table and its best row as a page."""
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}"
-    has_curves = any(curve for row in results["rows"] for curve in row.get("knn_curves", {}).values())
-    figure = '<p><img src="table.png" alt="k-NN accuracy against images seen"></p>' if has_curves else ""
+    figure = '<p><img src="table.png" alt="k-NN accuracy against images seen"></p>' if has_curves(results) else ""
     return html.page(title, f"{html.table(HEAD, _lines(results))}<p>Best: {escape(results['best'])}.</p>{figure}")
 
 
@@ -71,6 +70,11 @@ def _cells(row: dict[str, Any]) -> list[str]:
     missing = "not measured" if accuracy else ""
     paper = "" if row["paper"] is None else f"{row['paper']:.1f}"
     return [row["row"], accuracy, *(each or missing for each in others), str(len(row["seeds"])), paper]
+
+
+def has_curves(results: dict[str, Any]) -> bool:
+    """Return whether a run of the table was evaluated by k-NN during pretraining."""
+    return any(curve for row in results["rows"] for curve in row.get("knn_curves", {}).values())
 
 
 def draw_knn_curves(results: dict[str, Any]) -> Figure:

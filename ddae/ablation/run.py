@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddae import atomic
-from ddae.ablation.format import best_row, draw_knn_curves, to_html, to_markdown
+from ddae.ablation.format import best_row, draw_knn_curves, has_curves, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
 from ddae.ablation.results import ResultsFile, RunKey, run_key
 from ddae.ablation.tables import Row, table_rows
@@ -111,7 +111,7 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
     atomic.write_json(out / "results.json", results)
     atomic.write_text(out / "table.md", to_markdown(results))
     atomic.write_text(out / "table.html", to_html(results))
-    if any(curve for row in results["rows"] for curve in row["knn_curves"].values()):
+    if has_curves(results):
         draw_knn_curves(results).savefig(out / "table.png", dpi=110)
     assert tracker is not None
     means = {f"top1/{row['row']}": row["mean"] for row in results["rows"] if row["mean"] is not None}

@@ -127,7 +127,7 @@ def own() -> list[Row]:
 def tuning() -> list[Row]:
     """Not in the paper: the methods of Tables 1, 3 and 4 with other learning rates."""
     methods = {row.name: row.config for table in (table_3, table_4, table_1) for row in table()}
-    methods.pop("DDAE")  # both (DDAE)
+    methods.pop("DDAE")  # the same as "both (DDAE)"
     factors = {"/ 3": 1 / 3, "x 1": 1.0, "x 3": 3.0}
     return [
         Row(f"{name}, learning rate {text}", config, None, learning_rate(factor))
