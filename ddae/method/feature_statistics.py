@@ -11,6 +11,7 @@ from torch import Tensor
 
 MAX_IMAGES = 256  # of a micro-batch, for statistics over images
 PATCH_IMAGES, PATCHES = 32, 16  # images, and patches of each, for statistics over patches
+TARGET_IMAGES = 16  # of a micro-batch, for the shares of the targets that trivial predictors explain
 
 
 def effective_rank(features: Float[Tensor, "n D"]) -> Float[Tensor, ""]:
@@ -40,7 +41,8 @@ def feature_std(features: Float[Tensor, "*sets n D"]) -> Float[Tensor, "*sets"]:
     Each feature is scaled to norm sqrt(D) first: 1 for isotropic features, 0 if all are equal.
     """
     unit = F.normalize(features, dim=-1) * features.shape[-1] ** 0.5
-    return unit.std(-2).mean(-1)
+    centred = unit - unit.mean(-2, keepdim=True)  # faster on a CPU than std(-2)
+    return (centred.square().sum(-2) / (unit.shape[-2] - 1)).sqrt().mean(-1)
 
 
 def token_statistics(tokens: Float[Tensor, "K B P D"]) -> dict[str, Float[Tensor, " K"]]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from ddae.config.pretrain import PretrainConfig, tap_name
 from ddae.data.masking import Mask
 from ddae.distributed.comm import is_main, mean_over_ranks
-from ddae.method.feature_statistics import PATCH_IMAGES, explained_shares, token_statistics
+from ddae.method.feature_statistics import TARGET_IMAGES, explained_shares, token_statistics
 
 MAX_TRIVIAL_SHARE = 0.85  # of the feature targets' mean square
 SHORT_RUN = 10_000  # steps: runs of up to 4,000 collapsed here; BootMAE's published ones have 31,000 or more
@@ -74,11 +74,11 @@ class CollapseMonitor:
         [K, B, M, D].
         """
         student = torch.stack([each[:, 1:] for each in tokens.values()])
-        target = feature_target(teacher_tokens[:, :PATCH_IMAGES], self.target_norm, LAYER_NORM_EPS, torch.float32)
+        target = feature_target(teacher_tokens[:, :TARGET_IMAGES], self.target_norm, LAYER_NORM_EPS, torch.float32)
         groups = {
             "student": token_statistics(student),
             "teacher": token_statistics(teacher_tokens),
-            "target": explained_shares(target, mask.masked[:PATCH_IMAGES], self.num_positions),
+            "target": explained_shares(target, mask.masked[:TARGET_IMAGES], self.num_positions),
         }
         by_name = {f"collapse/{group}/{name}": values for group, of in groups.items() for name, values in of.items()}
         self.names = [f"{name}/{tap_name(tap)}" for name in by_name for tap in tokens]
