@@ -14,8 +14,9 @@ from pathlib import Path
 
 from ddae.errors import UserError, run_command
 from ddae.sharding.imagenet_devkit import read_devkit
+from ddae.sharding.index import UNLABELLED
 from ddae.sharding.sharder import Settings, shard
-from ddae.sharding.sources import UNLABELLED, build_index
+from ddae.sharding.sources import LabelRule, build_index, describe
 
 
 def size(text: str) -> int:
@@ -47,6 +48,15 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     text = "not plain RGB JPEGs: convert usable ones, stop at the first, or leave out all (%(default)s)"
     parser.add_argument("--on_bad", choices=("keep", "stop", "drop_all"), default=Settings.on_bad, help=text)
+    text = (
+        "what the classes are, where folders and archives do not make it clear: the first folder, the path of folders, "
+    )
+    text += "the archive's name, a WordNet id in the file's name, or names in label files (%(default)s)"
+    choices = ("auto", "folder", "path", "archive", "synset", "label")
+    parser.add_argument("--classes", choices=choices, default="auto", help=text)
+    text = "none: ignore all classes and labels (%(default)s)"
+    parser.add_argument("--labels", choices=("auto", "none"), default="auto", help=text)
+    parser.add_argument("--dry_run", action="store_true", help="print what would be written, and write nothing")
     args = parser.parse_args()
     for name, _, _, low, high, _ in numbers:
         if not low <= getattr(args, name) <= high:
@@ -67,7 +77,9 @@ def main() -> None:
     for split in ("train", "val"):
         if location := getattr(args, split):
             print(f"scanning --{split}", flush=True)
-            index = build_index(split, location, classes, devkit if split == "val" else None)
+            rule = LabelRule(args.classes, args.labels)
+            index = build_index(split, location, classes, devkit if split == "val" else None, rule)
+            print(describe(index, len(index) if args.dry_run else 20), flush=True)
             indexes.append(index.limited(args.per_class, args.seed) if args.per_class and split == "train" else index)
             classes = indexes[0].classes if (indexes[0].label != UNLABELLED).all() else None
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})

@@ -8,6 +8,7 @@ from PIL import Image
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"  # JPEG markers: start and end of image
 SOS = 0xDA  # start of scan: entropy-coded data follows, which cannot contain EOI
+STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a segment
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # frame headers of files that code each row of blocks once, from top to bottom
 TAIL_BYTES = 1024  # where EOI is searched first: it is nearly always among the last bytes of the file
 
@@ -54,14 +55,38 @@ def first_rows(data: bytes, rows: int) -> bytes:
     return data
 
 
+def has_stray_bytes(file: bytes | memoryview) -> bool:
+    """Return whether bytes between a JPEG's segments belong to none. libjpeg skips them; other decoders may not."""
+    end = 2
+    for _, offset in _segments(file):
+        if offset != end:
+            return True
+        end = offset + _segment_length(file, offset)
+    return False
+
+
 def _segments(file: bytes | memoryview) -> Iterator[tuple[int, int]]:
-    """Yield marker and offset of each segment up to the first scan. Those of an EXIF thumbnail are not included."""
+    """Yield marker and offset of each segment up to the first scan. Those of an EXIF thumbnail are not included.
+
+    Bytes that belong to no segment are skipped, as in libjpeg.
+    """
     offset, marker = 2 if file[:2] == SOI else len(file), 0
-    while marker != SOS and offset + 4 <= len(file) and file[offset] == 0xFF:
+    while marker != SOS:
+        while offset + 4 <= len(file) and (file[offset] != 0xFF or file[offset + 1] == 0):
+            offset += 1
+        if offset + 4 > len(file):
+            return
         marker = file[offset + 1]
         yield marker, offset
-        # A marker may be preceded by fill bytes 0xFF. A segment's length includes its own two bytes.
-        offset += 1 if marker == 0xFF else 2 + int.from_bytes(file[offset + 2 : offset + 4], "big")
+        offset += _segment_length(file, offset)
+
+
+def _segment_length(file: bytes | memoryview, offset: int) -> int:
+    """Return the bytes of a segment with its marker. A marker may be preceded by fill bytes 0xFF."""
+    marker = file[offset + 1]
+    if marker == 0xFF:
+        return 1
+    return 2 if marker in STANDALONE else 2 + int.from_bytes(file[offset + 2 : offset + 4], "big")
 
 
 def decode_crop(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
@@ -82,7 +107,7 @@ def decode_crop(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size
 def encode_image(image: Image.Image, quality: int = 95, file_format: str = "JPEG") -> bytes:
     """Return the image as a file. quality: of a JPEG, 1 to 100."""
     buffer = io.BytesIO()
-    image.save(buffer, file_format, quality=quality)
+    image.save(buffer, file_format, quality=quality, comment="")  # that of a GIF may be longer than a JPEG's can be
     return buffer.getvalue()
 
 

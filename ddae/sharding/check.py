@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddae.data.shard_writer import write_manifest
-from ddae.data.shards import read_index, read_manifest
+from ddae.data.shards import MANIFEST, read_index, read_manifest
 from ddae.errors import UserError
 from ddae.sharding import workers
+from ddae.sharding.archives import members, read_at
 from ddae.sharding.inspection import MAX_BYTES, inspect
-from ddae.sharding.tar import members, read_at
 
 
 class Problem(NamedTuple):
@@ -35,11 +35,23 @@ def check(folder: Path, full: bool, num_workers: int) -> tuple[list[Problem], in
     problems += [Problem(p.name, "is not in the manifest") for p in folder.glob("*.tar") if p.name not in shards]
     problems += [Problem(path.name, "is an incomplete file") for path in folder.glob("*.part")]
     total = sum(entry["samples"] for entry in shards.values())
+    if "accounting" in manifest:
+        problems += _check_accounting(manifest["accounting"], total)
     if full:
         tasks = [(folder / name, shards[name], num_classes) for name in shards if (folder / name).is_file()]
         for of_shard in workers.run(_check_content, tasks, num_workers, total):
             problems += of_shard
     return sorted(set(problems)), total
+
+
+def _check_accounting(accounting: dict[str, Any], num_samples: int) -> list[Problem]:
+    """Check found = written + converted + left out, and that the shards hold what was written and converted."""
+    found, left_out = accounting["found"], sum(accounting["left_out"].values())
+    written = accounting["written"] + accounting["converted"]
+    if (found - left_out, written) == (num_samples, num_samples):
+        return []
+    equation = f"{found} images found, {left_out} left out, {written} written or converted, {num_samples} in the shards"
+    return [Problem(MANIFEST, f"does not account for all images ({equation})")]
 
 
 def mark_bad(folder: Path, problems: list[Problem]) -> int:

@@ -1,22 +1,43 @@
 """Inspect an image file: whether it is a plain RGB JPEG, how it differs from one, and what is stored in a shard.
 
 Every image is decoded completely. If it decodes but is not a plain RGB JPEG, it is converted to an upright one; if it
-does not decode, it is unusable.
+does not decode, it is unusable. Pillow ignores libjpeg's warnings, so JPEGs are decoded by libjpeg-turbo in strict mode.
 """
 
 import io
+import re
 import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import simplejpeg
+from PIL import Image, features
 
-from ddae.data.decode import encode_image, is_truncated
+from ddae.data.decode import SOI, encode_image, has_stray_bytes, is_truncated
 
 MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest image has 61 million
 MAX_BYTES = 1 << 28  # of one image file: 256 MiB
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # decoded by Pillow itself, without other programs
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_ENDINGS += (".ppm", ".pgm", ".pbm", ".pnm")
+UNSUPPORTED_ENDINGS = (".heic", ".heif", ".jp2", ".j2k", ".jxl", ".dng", ".cr2", ".nef", ".arw", ".svg", ".psd", ".raw")
+if features.check("avif"):
+    FORMATS += ("AVIF",)
+    IMAGE_ENDINGS += (".avif",)
+else:  # pillow-simd, or an older Pillow
+    UNSUPPORTED_ENDINGS += (".avif",)
+# libjpeg's warnings after which pixels are wrong. Others are about bytes that it skips, and about headers.
+DAMAGE = re.compile(r"premature end|bad Huffman code|instead of RST|extraneous bytes before marker 0xd[0-7]")
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+ROTATIONS = {  # by orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter limit
 warnings.filterwarnings("ignore", module="PIL")  # about malformed metadata; damaged pixels are detected below
@@ -40,32 +61,52 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Inspecti
     if not data:
         return Inspection(("empty",), None)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS or len(data) > MAX_BYTES:
-            return Inspection(("bomb",), None)
-        if image.mode == "F":
-            return Inspection(("unreadable",), None)  # the range of floating-point pixels is unknown
-        size, downscale = image.size, 0 < resize_shorter < min(image.size)
-        rotated = _orientation(image) != 1  # read before load(), which rotates a TIFF
-        if not downscale:  # reads all coded blocks of a JPEG, and so detects damage, but computes few pixels
-            image.draft(image.mode, (1, 1))
-        image.load()
-        if is_truncated(data):  # Pillow may have made up the last pixels
-            return Inspection(("truncated",), None)
-        kinds = _kinds(image, data, rotated)
+        return _inspect(data, resize_shorter, quality)
     except Image.DecompressionBombError:
         return Inspection(("bomb",), None)
+    except MemoryError:
+        raise
     except Exception:  # Pillow's decoders raise many types of errors for a damaged file
         return Inspection(("truncated" if _lacks_end(data) else "unreadable",), None)
+
+
+def _inspect(data: bytes, resize_shorter: int, quality: int) -> Inspection:
+    """Return what inspect() does. Raise whatever Pillow raises for a file that it cannot decode."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS or len(data) > MAX_BYTES:
+        return Inspection(("bomb",), None)
+    if image.mode == "F":
+        return Inspection(("unreadable",), None)  # the range of floating-point pixels is unknown
+    if is_truncated(data):
+        return Inspection(("truncated",), None)
+    size, downscale = image.size, 0 < resize_shorter < min(image.size)
+    rotated = _orientation(image) != 1  # read before load(), which rotates a TIFF
+    warning = _libjpeg_warning(data) if data.startswith(SOI) else None
+    if warning is not None and DAMAGE.search(warning):
+        return Inspection(("truncated" if "premature end" in warning else "damaged",), None)
+    malformed = warning is not None or has_stray_bytes(data)
+    if not data.startswith(SOI) or malformed or downscale:
+        image.load()
+    kinds = (*_kinds(image, data, rotated), *(("malformed",) if malformed else ()))
     if not kinds and not downscale:
         return Inspection((), data, *size)
-    if image.size != size:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
     image = _upright_rgb(image)
     if downscale:
         scale = resize_shorter / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
     return Inspection(kinds, encode_image(image, quality), *image.size)
+
+
+def _libjpeg_warning(data: bytes) -> str | None:
+    """Return the first warning or error of libjpeg-turbo about a JPEG; None: none.
+
+    It reads all coded blocks, and computes the pixels at 1/8 scale.
+    """
+    try:
+        simplejpeg.decode_jpeg(data, min_height=1, min_width=1, min_factor=8, strict=True)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def make_thumbnail(data: bytes) -> bytes | None:
@@ -116,7 +157,9 @@ def _lacks_end(data: bytes) -> bool:
 
 def _upright_rgb(image: Image.Image) -> Image.Image:
     """Return the image rotated as its EXIF orientation requires, as RGB with 8 bits per channel."""
-    upright = ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+    image.load()  # which rotates a TIFF
+    rotation = ROTATIONS.get(_orientation(image))
+    upright = image if rotation is None else image.transpose(rotation)
     if upright.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
         values = np.asarray(upright).astype(np.int32)
         np.clip(values, 0, 65535, out=values)

@@ -2,6 +2,7 @@
 
 .progress/plan.json              settings and sources; a run with others is rejected
 .progress/train-000000.tar.json  data for manifest and report of that shard, written when the shard is complete
+.progress/train-0.source         a compressed source, decompressed
 """
 
 import fcntl

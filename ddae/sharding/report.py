@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddae import atomic
+from ddae.sharding.accounting import Accounting, Reasons
 
 
 class ReportedImage(NamedTuple):
@@ -26,23 +27,34 @@ div{display:flex;flex-wrap:wrap;gap:14px}figure{width:150px;margin:0}table{margi
 img{width:128px;height:128px;object-fit:contain;background:#eee}figcaption{font-size:11px;overflow-wrap:anywhere}"""
 
 
-def write_report(out: Path, num_read: int, num_written: int, images: list[ReportedImage], skipped: list[str]) -> None:
-    """Write the three files. Every image read was written or left out. skipped: files that are not images."""
-    left_out = sum(image.action == "left_out" for image in images)
-    assert num_read == num_written + left_out, (num_read, num_written, left_out)
+def write_report(out: Path, accounting: Accounting, images: list[ReportedImage], other_files: Reasons) -> None:
+    """Write the three files. other_files: those that are not images."""
     kinds = Counter(kind for image in images for kind in image.kinds)
-    content = {"input": num_read, "written": num_written, "left_out": left_out, "kinds": dict(kinds.most_common())}
-    content |= {"images": [_json_entry(image) for image in images], "passed_over": skipped}
+    content = {**accounting.to_json(), "kinds": dict(kinds.most_common())}
+    content["left_out"] = accounting.left_out.to_json()
+    content |= {"images": [_json_entry(image) for image in images], "other_files": other_files.to_json()}
     atomic.write_text_durably(out / "report.json", json.dumps(content, indent=1) + "\n")
-    title = f"{num_read} images read, {num_written} written, {left_out} left out"
+    title = str(accounting)
     lines = [title, "", *(f"{count:8d}  {kind}" for kind, count in kinds.most_common())]
     if images:
         rows = [("image", "key", "kinds", "action")]
         rows += [(image.source, image.key, ", ".join(image.kinds) + _same_as(image), image.action) for image in images]
         widths = [*(max(len(row[column]) for row in rows) for column in range(3)), 0]
         lines += ["", *("  ".join(map(str.ljust, row, widths)) for row in rows)]
-    if skipped:
-        lines += ["", f"{len(skipped)} files that are not images were skipped:", *skipped]
+    for heading, reasons in (("left out without being read", accounting.left_out), ("other files", other_files)):
+        for reason, entry in reasons.to_json().items():
+            if entry["first"] and reason not in kinds:
+                more = (
+                    f" and {entry['count'] - len(entry['first']):,} more"
+                    if entry["count"] > len(entry["first"])
+                    else ""
+                )
+                lines += [
+                    "",
+                    f"{heading}: {entry['count']:,} {reason}",
+                    *entry["first"],
+                    *([more.strip()] if more else []),
+                ]
     atomic.write_text_durably(out / "report.txt", "\n".join(lines) + "\n")
     atomic.write_text_durably(out / "report.html", _page(title, kinds, images))
 

@@ -18,9 +18,11 @@ import numpy as np
 from ddae.data.shard_writer import Sample, commit_shard, import_webdataset, write_manifest, write_partial_shard
 from ddae.errors import UserError
 from ddae.sharding import output_dir, workers
+from ddae.sharding.accounting import Accounting, Reasons
+from ddae.sharding.archives import DamagedMemberError
+from ddae.sharding.index import UNLABELLED, Index
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect, make_thumbnail
 from ddae.sharding.report import ReportedImage, write_report
-from ddae.sharding.sources import UNLABELLED, Index
 
 MIN_SHARDS = 16  # per split, if it has enough images: work for all workers
 MAX_THUMBNAILS = 40  # per kind
@@ -94,6 +96,9 @@ class _Sharder:
         self.records: list[tuple[ShardPlan, dict[str, Any]]] = []
 
     def run(self, identity: dict[str, Any], facts: dict[str, Any]) -> str:
+        """Write all shards that are missing, then manifest and report. Return a summary."""
+        folder = self.out / output_dir.PROGRESS
+        self.indexes = [index.decompressed(folder) for index in self.indexes]
         missing = [plan for plan in self.plans if output_dir.load_record(self.out, plan.name) is None]
         if not self.settings.resize_shorter:  # the size of resized images is unknown
             lengths = [self.indexes[plan.split].length[plan.images] for plan in missing]
@@ -136,8 +141,11 @@ class _Sharder:
         for image in plan.images.tolist():
             data, inspected = b"", Inspection(("bomb",), None)
             if index.length[image] <= MAX_BYTES:
-                data = index.read(image)
-                inspected = inspect(data, settings.resize_shorter, settings.quality)
+                try:
+                    data = index.read(image)
+                    inspected = inspect(data, settings.resize_shorter, settings.quality)
+                except DamagedMemberError:
+                    inspected = Inspection(("unreadable",), None)
             kinds = [*inspected.kinds, *(["duplicate_key"] if index.duplicate_key[image] else [])]
             if kinds and settings.on_bad == "stop":
                 problem = f"is not a plain RGB JPEG with a unique key ({', '.join(kinds)})"
@@ -187,14 +195,17 @@ class _Sharder:
         for image in duplicates:
             kinds, action = irregular.get(image, ([], "kept"))
             irregular[image] = ([*kinds, "duplicate"], action)
-        reported, num_thumbnails = [], Counter()
+        reported, num_thumbnails, left_out, num_converted = [], Counter(), Reasons(), 0
         for (split, image), (kinds, action) in sorted(irregular.items()):
             index, first = self.indexes[split], duplicates.get((split, image))
             same_as = None if first is None else self.source(first)
             wanted = num_thumbnails[kinds[-1]] < MAX_THUMBNAILS and "bomb" not in kinds
-            thumbnail = make_thumbnail(index.read(image)) if wanted else None
+            thumbnail = _thumbnail(index, image) if wanted else None
             num_thumbnails[kinds[-1]] += thumbnail is not None
             reported.append(ReportedImage(index.source(image), index.key_of(image), kinds, action, same_as, thumbnail))
+            num_converted += action == "converted"
+            if action == "left_out":
+                left_out.add(kinds[0], index.source(image))
         shards = {plan.name: record["entry"] for plan, record in self.records}
         num_read = sum(len(index) for index in self.indexes)
         num_written = sum(entry["samples"] for entry in shards.values())
@@ -205,24 +216,37 @@ class _Sharder:
                 (self.out / name).with_suffix(".idx").unlink()
             problem = f"none of the {num_read} images is usable ({_counts(kinds[:3])})"
             raise UserError(f"{problem}. Check {reported[0].source}.")
-        skipped = [f"{index.location}: {name}" for index in self.indexes for name in index.skipped]
-        write_report(self.out, num_read, num_written, reported, skipped)
+        for index in self.indexes:
+            left_out += index.tally.left_out
+        other_files = sum((index.tally.other_files for index in self.indexes), Reasons())
+        accounting = Accounting(num_written - num_converted, num_converted, left_out)
+        write_report(self.out, accounting, reported, other_files)
         classes = max((index.classes for index in self.indexes), key=len)
-        write_manifest(self.out, shards, classes=classes, **identity, **facts)
+        write_manifest(self.out, shards, classes=classes, accounting=accounting.to_json(), **identity, **facts)
         output_dir.clear_progress(self.out)
-        found = f"{_counts(kinds)}; see {self.out / 'report.html'}" if reported else "all were plain RGB JPEGs"
-        written = f"{num_written} of {num_read} images in {len(shards)} shards, {num_read - num_written} left out"
-        return f"{self.out}: {written}; {found}"
+        others = f"; {other_files.total():,} other files ({other_files})" if other_files.counts else ""
+        kept = [
+            (kind, n)
+            for kind, n in Counter(k for i in reported if i.action != "left_out" for k in i.kinds).most_common()
+        ]
+        found = f"; kinds of those written: {_counts(kept)}" if kept else ""
+        see = f"; see {self.out / 'report.html'}" if reported or others else ""
+        return f"{self.out}: {accounting}, in {len(shards)} shards{found}{others}{see}"
+
+
+def _thumbnail(index: Index, image: int) -> bytes | None:
+    """Return a thumbnail of an image as a JPEG; None if it cannot be decoded."""
+    try:
+        return make_thumbnail(index.read(image))
+    except DamagedMemberError:
+        return None
 
 
 def _counts(kinds: list[tuple[str, int]]) -> str:
-    return ", ".join(f"{count} {kind}" for kind, count in kinds)
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds)
 
 
 def _fingerprint(index: Index) -> dict[str, Any]:
     """Return a source's identity: name, size, and a hash of its images' names, lengths, labels and keys."""
-    digest = hashlib.sha256()
-    for column in (index.name, index.length, index.label, index.key):
-        digest.update(np.ascontiguousarray(column).tobytes())
     name, size = Path(index.location).name, int(index.length.sum())
-    return {"name": name, "images": len(index), "bytes": size, "sha256": digest.hexdigest()}
+    return {"name": name, "images": len(index), "bytes": size, "sha256": index.fingerprint()}

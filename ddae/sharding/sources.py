@@ -1,148 +1,150 @@
 """Scan a data set (archives, folders or shards) into one index of its images, in a reproducible order.
 
     a tar of class tars (ILSVRC2012_img_train.tar), or a folder of class tars
-    a tar of class folders, or of images without classes (ILSVRC2012_img_val.tar), labelled by the devkit
+    a tar or zip of class folders, or of images without classes (ILSVRC2012_img_val.tar), labelled by the devkit
     a folder of class folders, or of images without classes
-    webdataset shards (timm's, Hugging Face's, ours): KEY.jpg with KEY.cls or KEY.json
+    webdataset shards (timm's, Hugging Face's, img2dataset's, ours): KEY.jpg with KEY.cls or KEY.json
 
-Classes are numbered in the order of their names, which for ImageNet is the usual order of its synsets.
+Classes are numbered in the order of their names, which for ImageNet is the usual order of its synsets. classes.py has
+the rule for folders, grouping.py that for label files.
 """
 
 import glob
-import hashlib
-import itertools
 import json
 import os
 import re
+import stat
 from array import array
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Literal, NamedTuple
 
 import numpy as np
 from braceexpand import braceexpand
 
-from ddae.data.shard_writer import KEY_LENGTH
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError
+from ddae.sharding.accounting import Tally
+from ddae.sharding.archives import ARCHIVE_ENDINGS, Member, members
+from ddae.sharding.classes import SYNSET, Rule, classes_of_folders, is_hidden
+from ddae.sharding.grouping import LABEL_ENDINGS, File, Label, key_of, parse_label, resolve_group
 from ddae.sharding.imagenet_devkit import Devkit
-from ddae.sharding.tar import members, read_at
+from ddae.sharding.index import UNLABELLED, Index, Strings, base_key, hash64, number_duplicates
+from ddae.sharding.inspection import IMAGE_ENDINGS, UNSUPPORTED_ENDINGS
 
-JPEG_ENDINGS = (".jpg", ".jpeg")
-IMAGE_ENDINGS = (*JPEG_ENDINGS, ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-LABEL_ENDINGS = (".cls", ".json")
-UNLABELLED = -1
 SPLIT_IN_NAME = re.compile(r"(?<![A-Za-z])(train|val|test)")
-SHARD_NAME = re.compile(r"[-_]\d{3,}\.tar$")  # a numbered shard, not a class tar
-SPLIT_FOLDERS = {"train", "training", "val", "valid", "validation", "test"}
-Class = str | int | None  # of an image in a source: its name, its number, or not known
+FROM_PARQUET = (  # converts Hugging Face's files of images; {} is the folder
+    "python -c \"import glob, io, json, tarfile, pyarrow.parquet as pq; t = tarfile.open({!r}, 'w'); "
+    "add = lambda n, b: t.addfile((i := tarfile.TarInfo(n), setattr(i, 'size', len(b)))[0], io.BytesIO(b)); "
+    "[(add(f'{{k}}-{{n}}.jpg', r['image']['bytes']), add(f'{{k}}-{{n}}.cls', str(r['label']).encode())) "
+    "for k, p in enumerate(sorted(glob.glob({!r}))) "
+    'for n, r in enumerate(r for b in pq.ParquetFile(p).iter_batches() for r in b.to_pylist())]; t.close()"'
+)
 
 
 @dataclass(frozen=True)
-class Index:
-    """The N images of one split: names, positions of their bytes, and labels."""
+class LabelRule:
+    """Where the classes come from."""
 
-    split: str
-    location: str  # path or pattern that the user passed
-    files: list[Path]  # archives, or the one folder
-    file_number: np.ndarray  # int32 [N]: position in `files`
-    offset: np.ndarray  # int64 [N]: bytes, in the archive; -1: the image is a file of its own
-    length: np.ndarray  # int64 [N]: bytes
-    label: np.ndarray  # int32 [N]
-    name: np.ndarray  # UTF-8 bytes [N]: path in the archive or folder
-    key: np.ndarray  # ASCII bytes [N]: unique
-    duplicate_key: np.ndarray  # bool [N]: an earlier image has the same name, so this one's key ends in a number
-    classes: list[str]
-    skipped: list[str] = field(default_factory=list)  # files that are not images
-
-    def __len__(self) -> int:
-        return len(self.length)
-
-    def source(self, i: int) -> str:
-        """Return archive or folder and path of image i, for messages and reports."""
-        return f"{self.files[self.file_number[i]].name}/{bytes(self.name[i]).decode(errors='replace')}"
-
-    def key_of(self, i: int) -> str:
-        """Return the key of image i in the shards."""
-        return bytes(self.key[i]).decode()
-
-    def limited(self, per_class: int, seed: int) -> "Index":
-        """Return the index with at most so many images of each class, drawn by the seed; all of a smaller class.
-
-        Raise UserError if the images have no classes.
-        """
-        if (self.label == UNLABELLED).any():
-            raise UserError(f"--{self.split} {self.location} has images without a class. Leave out --per_class.")
-        order = np.random.RandomState(seed).permutation(len(self))
-        rows = np.sort(np.concatenate([order[self.label[order] == each][:per_class] for each in np.unique(self.label)]))
-        by_image = ("file_number", "offset", "length", "label", "name", "key", "duplicate_key")
-        return replace(self, **{name: getattr(self, name)[rows] for name in by_image})
-
-    def read(self, i: int) -> bytes:
-        """Return the bytes of image i. Raise UserError if it cannot be read."""
-        path = self.files[self.file_number[i]]
-        if self.offset[i] < 0:
-            try:
-                return (path / os.fsdecode(bytes(self.name[i]))).read_bytes()
-            except OSError as error:
-                raise UserError(f"{self.source(i)} cannot be read ({error.strerror}). Restore it.") from None
-        return read_at(path, int(self.offset[i]), int(self.length[i]))
+    classes: Rule = "auto"
+    labels: Literal["auto", "none"] = "auto"  # none: ignore all labels and classes
 
 
-def build_index(split: str, location: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
+def build_index(
+    split: str,
+    location: str,
+    classes: list[str] | None = None,
+    devkit: Devkit | None = None,
+    rule: LabelRule = LabelRule(),
+) -> Index:
     """Find all images of a split. Raise UserError if there are none, or if their classes are unknown or inconsistent.
 
     classes: those of a labelled training split, in which case others are rejected; []: training has class numbers only.
     """
+    source = f"--{split} {location}"
+    files = _find_files(split, location)
+    scan = _Scan(files, _manifest_classes(files[0].parent) if files[0].is_file() else None, rule)
+    if files[0].is_dir():
+        scan.add_folder(files[0])
+    else:
+        for number, path in enumerate(files):
+            scan.add_archive(number, path)
+    if not len(scan.images.base):
+        raise UserError(f"{source} contains no image{_what_instead(scan, location)}")
+    return _Finish(scan, split, location, source).index(classes, devkit)
+
+
+def describe(index: Index, max_rows: int = 20) -> str:
+    """Return the classes of a split with their counts and an example of each, as text; max_rows: of classes."""
+    if (index.label == UNLABELLED).all():
+        return f"{index.split}: {len(index):,} images without classes, such as {index.source(0)}"
+    labels, first, counts = np.unique(index.label, return_index=True, return_counts=True)
+    lines = [f"{index.split}: {len(index):,} images of {len(labels):,} classes"]
+    rows = [
+        (f"{count:9,}", index.classes[label] if index.classes else f"class {label}", index.source(int(example)))
+        for label, count, example in zip(labels.tolist(), counts.tolist(), first.tolist(), strict=True)
+    ]
+    width = min(40, max(len(name) for _, name, _ in rows))
+    lines += [f"{count}  {name:{width}}  {example}" for count, name, example in rows[:max_rows]]
+    if len(rows) > max_rows:
+        lines.append(f"{'':9}  and {len(rows) - max_rows:,} more classes (--dry_run lists all)")
+    return "\n".join(lines)
+
+
+def _find_files(split: str, location: str) -> list[Path]:
+    """Return the archives that the location names, or the one folder of images. A path is taken literally if it exists.
+
+    Raise UserError if there is none.
+    """
     if location.startswith("pipe:"):
         raise UserError(f"--{split} {location!r} would run a command. Pass archives, shards or a folder.")
-    path = Path(location)
-    if path.is_dir():
-        tars = _of_split(sorted(each for each in path.glob("*.tar") if not each.name.startswith(".")), split)
-    elif path.is_file():
-        tars = [path]
-    else:
-        tars = [Path(name) for each in braceexpand(location) for name in sorted(glob.glob(each)) or [each]]
-        missing = [tar for tar in tars if not tar.is_file()]
-        if missing:
-            raise UserError(f"--{split} {location}: {missing[0]} does not exist. Check the path.")
-    scan = _scan_archives(tars) if tars else _scan_folder(path)
-    if not len(scan.length):
-        raise UserError(f"--{split} {location} contains no image. Pass files ending in {', '.join(IMAGE_ENDINGS)}.")
-    return scan.finish(split, location, classes, devkit)
+    for path in (Path(location), Path(location).expanduser()):
+        if path.is_dir():
+            names = [each for each in sorted(path.iterdir()) if _is_archive(each.name) and each.is_file()]
+            archives = _of_split(names, split)
+            if archives and (beside := _first_image(path)):
+                problem = f"contains both archives ({archives[0].name}) and images ({beside})"
+                raise UserError(
+                    f"--{split} {location} {problem}. Pass one of them, as a pattern or a folder of its own."
+                )
+            return archives or [path]
+        if path.is_file():
+            return [path]
+    try:
+        patterns = [os.path.expanduser(each) for each in braceexpand(location)]
+    except ValueError:
+        raise UserError(f"--{split} {location}: a brace is not closed. Write {{0000..0099}}, in quotes.") from None
+    found = [Path(name) for each in patterns for name in (sorted(glob.glob(each)) or [each])]
+    missing = [each for each in found if not each.is_file()]
+    if missing:
+        kind = "is a folder; a pattern names archives" if missing[0].is_dir() else "does not exist"
+        raise UserError(f"--{split} {location}: {missing[0]} {kind}. Check the path.")
+    return found
 
 
-def unique_keys(names: list[str], classes: list[Class], by_folder: bool) -> tuple[list[str], np.ndarray]:
-    """Return a unique key for each image, and which images have the name of an earlier one: bool [N].
-
-    by_folder: names are unique only in their class folder, and the class is prepended to the key. Otherwise a name that
-    starts with a class, as ImageNet's do, must be unique in the split, and any other name in its class. Names that
-    differ but map to the same key get a numeric suffix without counting as duplicates.
-    """
-    class_names = {each for each in classes if isinstance(each, str)}
-    keys, duplicate, names_seen, suffixes = [], [], set(), {}
-    for name, class_ in zip(names, classes, strict=True):
-        head, underscore, _ = name.partition("_")
-        starts_with_class = bool(underscore) and head in class_names
-        identity = (None if starts_with_class and not by_folder else class_, name)
-        duplicate.append(identity in names_seen)
-        names_seen.add(identity)
-        prepend = by_folder and class_ is not None and head != class_
-        key = base = _ascii_key(f"{class_}_{name}" if prepend else name)
-        while key in suffixes:
-            suffixes[base] += 1
-            key = f"{base}--{suffixes[base]}"
-        suffixes[key] = 1
-        keys.append(key)
-    return keys, np.array(duplicate, bool)
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith(ARCHIVE_ENDINGS) and not is_hidden(name)
 
 
-def _ascii_key(name: str) -> str:
-    """Return the name in ASCII letters, digits, _ and -, short enough that a numeric suffix can be appended."""
-    key = re.sub(r"[^0-9A-Za-z_-]", lambda char: "_" if char[0].isascii() else f"x{ord(char[0]):x}", name)
-    if len(key) <= KEY_LENGTH - 10:
-        return key
-    return key[: KEY_LENGTH - 21] + "-" + hashlib.sha1(name.encode(errors="replace")).hexdigest()[:10]
+def _first_image(folder: Path) -> str:
+    """Return the path of an image in a folder that also holds archives; an empty string without one."""
+    for name, _ in _walk(folder):
+        if name.lower().endswith(IMAGE_ENDINGS) and not is_hidden(name):
+            return name
+    return ""
+
+
+def _of_split(archives: list[Path], split: str) -> list[Path]:
+    """Return the archives of a folder with the split in their name; all of them unless every name has a split."""
+    splits = [match and match[1] for match in (SPLIT_IN_NAME.search(path.name) for path in archives)]
+    if not archives or not all(splits):
+        return archives
+    of_split = [path for path, name in zip(archives, splits, strict=True) if name == split]
+    if not of_split:
+        raise UserError(f"{archives[0].parent} contains tars, but none with {split!r} in its name. Pass a pattern.")
+    return of_split
 
 
 def _manifest_classes(folder: Path) -> list[str] | None:
@@ -153,186 +155,372 @@ def _manifest_classes(folder: Path) -> list[str] | None:
         return None
 
 
-def _of_split(tars: list[Path], split: str) -> list[Path]:
-    """Return the tars of a folder that have the split in their name; all of them unless every name has a split."""
-    splits = [match and match[1] for match in (SPLIT_IN_NAME.search(tar.name) for tar in tars)]
-    if not tars or not all(splits):
-        return tars
-    of_split = [tar for tar, name in zip(tars, splits, strict=True) if name == split]
-    if not of_split:
-        raise UserError(f"{tars[0].parent} contains tars, but none with {split!r} in its name. Pass a pattern.")
-    return of_split
+def _what_instead(scan: "_Scan", location: str) -> str:
+    """Return what a source without images contains, and how to convert it, as the end of an error message."""
+    other = scan.tally.left_out + scan.tally.other_files
+    if any(".parquet" in name for names in other.names.values() for name in names):
+        pattern = location if location.endswith(".parquet") else f"{location.rstrip('/')}/*.parquet"
+        return f" but Parquet files. Convert them: {FROM_PARQUET.format('images.tar', pattern)}"
+    if other.counts:
+        return f" that can be read ({other}). Pass files ending in {', '.join(IMAGE_ENDINGS)}."
+    return f". Pass files ending in {', '.join(IMAGE_ENDINGS)}."
+
+
+class _Folder(NamedTuple):
+    """A folder that holds files: in an archive of a source, or below a folder."""
+
+    file_number: int
+    path: str
+
+
+class _Columns:
+    """Files of one kind, in compact columns: there may be millions."""
+
+    def __init__(self) -> None:
+        self.folder_number, self.base = array("i"), Strings()
+        self.offset, self.length, self.stored = array("q"), array("q"), array("q")
+
+    def add(self, folder_number: int, base: str, member: Member) -> None:
+        self.folder_number.append(folder_number)
+        self.base.append(os.fsencode(base))
+        self.offset.append(member.offset)
+        self.length.append(member.length)
+        self.stored.append(member.stored)
 
 
 class _Scan:
-    """Images found in files, in compact columns: there may be millions."""
+    """Images, labels and other files found in a source."""
 
-    def __init__(self, files: list[Path], manifest_classes: list[str] | None = None):
-        self.files, self.manifest_classes = files, manifest_classes
-        self.file_number, self.offset, self.length = array("i"), array("q"), array("q")
-        self.name: list[bytes] = []
-        self.stem: list[str] = []  # from which the key is made
-        self.class_: list[Class] = []
-        self.skipped: list[str] = []
+    def __init__(self, files: list[Path], manifest_classes: list[str] | None, rule: LabelRule):
+        self.files, self.manifest_classes, self.rule = files, manifest_classes, rule
+        self.images, self.tally = _Columns(), Tally()
+        self.folders: list[_Folder] = []
+        self._folder_numbers: dict[_Folder, int] = {}
+        self.labels: dict[Label, int] = {None: 0}  # label -> its number in label_number
+        self.label_number = array("i")  # of each image
+        self.example: dict[int, str] = {}  # label number -> an image with it
+        self.removed: set[int] = set()  # rows that are not images of their own
 
-    def add(self, file_number: int, name: str, offset: int, length: int, stem: str, class_: Class) -> None:
-        """Append an image."""
-        self.file_number.append(file_number)
-        self.offset.append(offset)
-        self.length.append(length)
-        self.name.append(name.encode(errors="surrogateescape"))
-        self.stem.append(stem)
-        self.class_.append(class_)
+    def add_folder(self, root: Path) -> None:
+        """Add the images below a folder."""
+        for name, status in _walk(root):
+            kind = self._kind(name, status is not None)
+            if kind == "image" and status is not None:
+                folder, _, base = name.rpartition("/")
+                self.images.add(self._folder(0, folder), base, Member(name, -1, status.st_size, status.st_size))
+                self.label_number.append(0)
+            elif kind == "label":
+                self.tally.other_files.add("label files, which are read in archives only", name)
 
-    def finish(self, split: str, location: str, classes: list[str] | None, devkit: Devkit | None) -> Index:
-        """Return the index, with unique keys and labels. Raise UserError as build_index()."""
-        keys, duplicate_key = unique_keys(self.stem, self.class_, by_folder=-1 in self.offset[:1])
-        label, classes = self._labels(f"--{split} {location}", classes, devkit)
-        file_number, offset = np.array(self.file_number, np.int32), np.array(self.offset, np.int64)
-        place = (file_number, offset, np.array(self.length, np.int64))
-        name, key = np.array(self.name), np.array(keys, "S")
-        return Index(split, location, self.files, *place, label, name, key, duplicate_key, classes, self.skipped)
-
-    def _labels(self, source: str, classes: list[str] | None, devkit: Devkit | None) -> tuple[np.ndarray, list[str]]:
-        """Return the label of each image, int32 [N], and the names of all classes. source: for error messages."""
-        if all(each is None for each in self.class_):
-            if devkit is not None:
-                self.class_ = devkit.synsets_of([name.decode(errors="replace") for name in self.name], source)
-                classes = classes or devkit.synsets
-            elif classes is not None:
-                raise UserError(f"{source} has no classes, but training has. Pass --devkit.")
-            else:
-                return np.full(len(self.class_), UNLABELLED, np.int32), []
-        if None in self.class_:
-            name = self.name[self.class_.index(None)].decode(errors="replace")
-            raise UserError(f"{source}: {name} has no label, but other images have. Add its label, or remove it.")
-        numbers = [each for each in self.class_ if isinstance(each, int)]
-        if numbers:
-            expected = classes or self.manifest_classes or []
-            if self.manifest_classes and expected != self.manifest_classes:
-                raise UserError(f"{source} has other classes than training. Shard it with a separate command.")
-            limit = len(expected) or 1 << 31
-            extreme = min(numbers) if min(numbers) < 0 else max(numbers)
-            if not 0 <= extreme < limit:
-                raise UserError(f"{source} has label {extreme}; expected 0 to {limit - 1}. Fix its .cls or .json.")
-            return np.array(numbers, np.int32), expected
-        if classes == []:
-            problem = "has class names, but training has class numbers only"
-            raise UserError(f"{source} {problem}. Shard it with a separate command.")
-        names = [str(each) for each in self.class_]
-        classes = classes or sorted(set(names))
-        number = {name: i for i, name in enumerate(classes)}
-        unknown = sorted(set(names) - number.keys())
-        if unknown:
-            problem = f"has class {unknown[0]!r}, which is not among the {len(classes)} classes of training"
-            raise UserError(f"{source} {problem}. Pass a split of the same data set.")
-        return np.array([number[name] for name in names], np.int32), classes
-
-
-def _scan_archives(tars: list[Path]) -> _Scan:
-    """Scan tars: shards, class tars, or images with or without class folders."""
-    first = next(iter(members(tars[0])), None)
-    if first is not None and ".tar/" not in first.name and _is_shard(tars[0]):
-        return _scan_shards(tars)
-    scan = _Scan(tars)
-    for number, tar in enumerate(tars):
-        for member in members(tar):
-            if _is_image(member.name, scan.skipped):
-                path = PurePosixPath(member.name)
-                class_ = None
-                if ".tar/" in member.name:
-                    class_ = member.name.partition(".tar/")[0].rpartition("/")[2]
-                elif len(tars) > 1:
-                    class_ = None if SHARD_NAME.search(tar.name) else tar.stem
-                elif len(path.parts) > 1:
-                    class_ = path.parts[-2]
-                scan.add(number, member.name, member.offset, member.length, path.stem, class_)
-    if len(tars) == 1 and len(set(scan.class_)) == 1 and not any(b".tar/" in name for name in scan.name[:1]):
-        scan.class_ = [None] * len(scan.class_)  # a single folder around all images is not a class
-    return scan
-
-
-def _is_shard(tar: Path) -> bool:
-    """Return whether an image among the first few files has a label or a mask of the same name."""
-    endings_of: dict[str, set[str]] = {}
-    for member in itertools.islice(members(tar), 22):
-        folder, _, base = member.name.rpartition("/")
-        endings = endings_of.setdefault(f"{folder}/{base.partition('.')[0]}", set())
-        endings.add("." + base.partition(".")[2].lower())
-        labels = {ending for ending in endings if ending.endswith(LABEL_ENDINGS)}
-        if (labels and labels != endings) or (endings & {*JPEG_ENDINGS} and endings & {*IMAGE_ENDINGS[2:]}):
-            return True
-    return False
-
-
-def _scan_shards(tars: list[Path]) -> _Scan:
-    """Scan webdataset shards: the part of a file's name before the first dot is its sample's key."""
-    scan = _Scan(tars, _manifest_classes(tars[0].parent))
-    for number, tar in enumerate(tars):
-        images, labels = [], {}
-        for member in members(tar):
+    def add_archive(self, number: int, path: Path) -> None:
+        """Add the images of an archive, with the labels in it."""
+        first = len(self.images.base)
+        image_keys, label_keys = array("q"), array("q")  # hashes of folder and key
+        label_names, labels = Strings(), array("i")
+        invalid: dict[int, str] = {}  # label files without a valid label
+        wants_labels = self.rule.labels != "none"
+        for member in members(path, LABEL_ENDINGS if wants_labels else ()):
+            kind = self._kind(member.name, True)
             folder, _, base = member.name.rpartition("/")
-            sample = f"{folder}/{base.partition('.')[0]}"
-            if member.name.endswith(LABEL_ENDINGS):
-                label = _parse_label(read_at(tar, member.offset, min(member.length, 1 << 20)))
-                if label is None and member.name.endswith(".cls"):
-                    raise UserError(f"{tar}: the label {member.name} is not a number. Expected a class number.")
-                if label is not None:
-                    labels.setdefault(sample, label)
-            elif _is_image(member.name, scan.skipped):
-                images.append((member, sample))
-        jpegs = {sample for member, sample in images if member.name.lower().endswith(JPEG_ENDINGS)}
-        for member, sample in images:
-            if sample in jpegs and not member.name.lower().endswith(JPEG_ENDINGS):
-                scan.skipped.append(member.name)  # the mask of a JPEG
+            if kind == "image":
+                image_keys.append(hash64(f"{folder}/{key_of(base)}"))
+                self.images.add(self._folder(number, folder), base, member)
+                self.label_number.append(0)
+            elif kind == "label" and wants_labels:
+                try:
+                    label = parse_label(base, member.content)
+                except ValueError as error:
+                    invalid[len(labels)], label = str(error), None
+                label_keys.append(hash64(f"{folder}/{key_of(base)}"))
+                label_names.append(os.fsencode(base))
+                labels.append(self.labels.setdefault(label, len(self.labels)))
+            elif kind == "label":
+                self.tally.other_files.add("label files (--labels none)", member.name)
+        for rows, label_rows in _groups(np.array(image_keys, np.int64), np.array(label_keys, np.int64)):
+            label_files = [File(i, os.fsdecode(label_names[i])) for i in label_rows]
+            if not rows:
+                self.tally.other_files.add("label files without an image", label_files[0].name, len(label_files))
                 continue
-            stem = sample.rpartition("/")[2]
-            scan.add(number, member.name, member.offset, member.length, stem, labels.get(sample))
-    return scan
+            images = [File(first + i, os.fsdecode(self.images.base[first + i])) for i in rows]
+            folder = self.folders[self.images.folder_number[first + rows[0]]].path
+            where = f"{path}: {folder}{'/' if folder else ''}{key_of(images[0].name)}"
+            group = resolve_group(images, label_files, where)
+            for each in group.fields:
+                self.tally.other_files.add("masks or other fields of samples", f"{path.name}/{each.name}")
+            for each in group.replaced:
+                self.tally.left_out.add("replaced by a later file of the same name", f"{path.name}/{each.name}")
+            self.removed.update(each.number for each in (*group.fields, *group.replaced))
+            for image, of_image in group.samples:
+                self.label_number[image.number] = self._label(of_image, labels, invalid, where)
+                self.tally.other_files.add("label files", count=len(of_image))
+
+    def _label(self, label_files: list[File], labels: array, invalid: dict[int, str], where: str) -> int:
+        """Return the number of the label that the label files of one image contain."""
+        for file in label_files:
+            if file.number in invalid:
+                problem = f"{where} has the label {invalid[file.number]} in {file.name}"
+                raise UserError(f"{problem}; expected a class number or name. Fix it, or pass --labels none.")
+        found = {labels[file.number]: file for file in label_files if labels[file.number]}
+        if len(found) > 1:
+            values = list(self.labels)
+            texts = " and ".join(f"{values[number]!r} ({file.name})" for number, file in found.items())
+            raise UserError(f"{where} has two labels, {texts}. Keep one of them, or pass --labels none.")
+        number = next(iter(found), 0)
+        self.example.setdefault(number, where)
+        return number
+
+    def _kind(self, name: str, is_file: bool) -> Literal["image", "label", ""]:
+        """Return what a file is, and count it if it is neither image nor label."""
+        base = name.rpartition("/")[2]
+        ending = PurePosixPath(base).suffix.lower()
+        if is_hidden(name):
+            self.tally.other_files.add("hidden or system files", name)
+        elif not is_file:
+            reasons = self.tally.left_out if ending in IMAGE_ENDINGS else self.tally.other_files
+            reasons.add("dangling links, pipes or sockets", name)
+        elif ending in IMAGE_ENDINGS:
+            return "image"
+        elif ending in LABEL_ENDINGS:
+            return "label"
+        elif ending in UNSUPPORTED_ENDINGS:
+            self.tally.left_out.add(f"{ending} (convert them to PNG first)", name)
+        elif not ending:
+            self.tally.other_files.add("files without an ending (images need .jpg, .png, ...)", name)
+        else:
+            self.tally.other_files.add(f"{ending} files" if len(ending) < 12 else "other files", name)
+        return ""
+
+    def _folder(self, file_number: int, path: str) -> int:
+        """Return the number of a folder."""
+        folder = _Folder(file_number, path)
+        number = self._folder_numbers.setdefault(folder, len(self.folders))
+        if number == len(self.folders):
+            self.folders.append(folder)
+        return number
 
 
-def _parse_label(content: bytes) -> int | None:
-    """Return the class number in a .cls or .json file; None if there is none."""
-    try:
-        value = json.loads(content)
-        return int(value["label"] if isinstance(value, dict) else value)
-    except (ValueError, TypeError, KeyError, OverflowError):
-        return None
+def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
+    """Yield the relative paths of all files below a folder, in order, and their status; None: not a regular file.
 
+    Links to folders are followed. Raise UserError for a folder that cannot be read, or a link to a folder around it.
+    """
 
-def _scan_folder(root: Path) -> _Scan:
-    """Scan a folder of class folders, or of images."""
-    scan = _Scan([root])
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    files = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
-    images = [name for name in files if _is_image(name, scan.skipped)]
-    if images and folders:
-        raise UserError(f"{root} contains both images ({images[0]}) and folders ({folders[0]}). Expected only one.")
-    if len({name.lower() for name in folders} & SPLIT_FOLDERS) > 1:
-        raise UserError(f"{root} contains several splits ({', '.join(folders)}). Pass each with --train or --val.")
-    for name in images:
-        scan.add(0, name, -1, (root / name).stat().st_size, Path(name).stem, None)
-    for class_ in folders:
-        for name in _walk(root / class_):
-            path = PurePosixPath(class_, name)
-            if _is_image(str(path), scan.skipped):
-                scan.add(0, str(path), -1, (root / path).stat().st_size, path.stem, class_)
-    return scan
+    def fail(error: OSError):
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}). Change its permissions.") from None
 
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the relative paths of all regular files below a folder, in order."""
-    for current, folders, names in os.walk(folder):
+    above: dict[str, tuple[int, int]] = {}  # device and inode of each folder that is being walked
+    for current, folders, names in os.walk(root, onerror=fail, followlinks=True):
+        status = os.stat(current)
+        for path in list(above):
+            if not current.startswith(f"{path}{os.sep}"):
+                del above[path]
+        identity = (status.st_dev, status.st_ino)
+        if identity in above.values():
+            raise UserError(f"{current} is a link to a folder that contains it. Remove the link.")
+        above[current] = identity
         folders.sort()
         for name in sorted(names):
-            if (Path(current) / name).is_file():
-                yield str((Path(current) / name).relative_to(folder))
+            path = os.path.join(current, name)
+            try:
+                file_status = os.stat(path)
+            except OSError:
+                file_status = None
+            is_regular = file_status is not None and stat.S_ISREG(file_status.st_mode)
+            yield os.path.relpath(path, root), file_status if is_regular else None
 
 
-def _is_image(name: str, skipped: list[str]) -> bool:
-    """Return whether a path has the ending of an image; append it to `skipped` if not."""
-    base = name.rpartition("/")[2]
-    if base.lower().endswith(IMAGE_ENDINGS) and not base.startswith("."):
-        return True
-    skipped.append(name)
-    return False
+def _groups(image_keys: np.ndarray, label_keys: np.ndarray) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the positions of images and label files that share a key, but for images alone with theirs."""
+    keys = np.concatenate([image_keys, label_keys])
+    order = np.argsort(keys, kind="stable")
+    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] - 1))
+    ends = np.append(starts[1:], len(keys))
+    several = np.flatnonzero((ends - starts > 1) | (order[starts] >= len(image_keys)))
+    several = several[np.argsort(order[starts[several]])]  # in the order of the archive
+    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+        of_key = order[start:end].tolist()
+        images = [i for i in of_key if i < len(image_keys)]
+        yield images, [i - len(image_keys) for i in of_key if i >= len(image_keys)]
+
+
+class _Finish:
+    """Classes, labels and keys of what was scanned."""
+
+    def __init__(self, scan: _Scan, split: str, location: str, source: str):
+        self.scan, self.split, self.location, self.source = scan, split, location, source
+        self.folders = scan.folders
+        self.folder_number = np.array(scan.images.folder_number, np.int32)
+
+    def index(self, classes: list[str] | None, devkit: Devkit | None) -> Index:
+        """Return the index; see build_index()."""
+        scan, images = self.scan, self.scan.images
+        has_labels = len(scan.labels) > 1
+        by_folder = self._folder_classes(classes or [], has_labels)
+        kept = np.ones(len(images.base), bool)
+        kept[list(scan.removed)] = False
+        of_split = np.array(by_folder.of_split)[self.folder_number]
+        scan.tally.left_out.add("images of another split", count=int((kept & ~of_split).sum()))
+        rows = np.flatnonzero(kept & of_split)
+        label, names = self._labels(rows, by_folder.classes, classes, devkit, has_labels)
+        folder_number = self.folder_number[rows]
+        columns = {name: np.array(getattr(images, name), np.int64)[rows] for name in ("offset", "length", "stored")}
+        file_number = np.array([folder.file_number for folder in self.folders], np.int32)[folder_number]
+        index = Index(
+            self.split,
+            self.location,
+            scan.files,
+            file_number,
+            **columns,
+            label=label,
+            folders=[folder.path for folder in self.folders],
+            folder_number=folder_number,
+            base=images.base if len(rows) == len(images.base) else images.base.take(rows.tolist()),
+            suffix={},
+            duplicate_key=np.zeros(len(rows), bool),
+            classes=names,
+            class_names=by_folder.classes,
+            key_has_class=scan.files[0].is_dir(),
+            tally=scan.tally,
+        )
+        _number_keys(index)
+        return index
+
+    def _folder_classes(self, known: list[str], has_labels: bool):
+        """Return the classes of the folders; none if the images have labels."""
+        scan, several = self.scan, len(self.scan.files) > 1
+        archives, paths = set(), []
+        for folder in self.folders:
+            parts = [] if not several else [_archive_stem(scan.files[folder.file_number].name)]
+            archives |= set(parts)
+            for part in filter(None, folder.path.split("/")):
+                is_tar = part.lower().endswith(".tar") and not scan.files[0].is_dir()
+                parts.append(part[:-4] if is_tar else part)
+                archives |= {parts[-1]} if is_tar else set()
+            paths.append(tuple(part for part in parts if part != "."))
+        rule = "label" if has_labels or scan.rule.labels == "none" else scan.rule.classes
+        if rule == "label":  # folders do not matter, but for those of splits
+            return classes_of_folders(self.source, paths, (), "label", self.split, ())
+        return classes_of_folders(self.source, paths, archives, rule, self.split, known)
+
+    def _labels(
+        self,
+        rows: np.ndarray,
+        folder_classes: list[str | None],
+        classes: list[str] | None,
+        devkit: Devkit | None,
+        has_labels: bool,
+    ) -> tuple[np.ndarray, list[str]]:
+        """Return the label of each image of these rows, int32, and the names of all classes."""
+        scan, rule = self.scan, self.scan.rule
+        if rule.labels == "none":
+            return np.full(len(rows), UNLABELLED, np.int32), []
+        if has_labels:
+            values = list(scan.labels)
+            return self._number(np.array(scan.label_number, np.int32)[rows], values, classes, devkit)
+        if rule.classes == "label":
+            raise UserError(f"{self.source} has no labels. Leave out --classes label.")
+        if rule.classes == "synset":
+            return self._number(*self._per_image(rows, self._synset), classes, devkit)
+        if any(folder_classes):
+            values = [None, *dict.fromkeys(name for name in folder_classes if name is not None)]
+            number = {name: i for i, name in enumerate(values)}
+            of_folder = np.array([number[name] for name in folder_classes], np.int32)
+            return self._number(of_folder[self.folder_number[rows]], values, classes, devkit)
+        if devkit is not None:
+            names = [self._name(row) for row in rows.tolist()]
+            synsets = devkit.synsets_of(names, self.source)
+            values = list(dict.fromkeys(synsets))
+            number = {name: i for i, name in enumerate(values)}
+            numbers = np.array([number[synset] for synset in synsets], np.int32)
+            return self._number(numbers, values, classes or devkit.synsets, devkit)
+        if classes is not None:
+            raise UserError(f"{self.source} has no classes, but training has. Pass --devkit.")
+        return np.full(len(rows), UNLABELLED, np.int32), []
+
+    def _per_image(self, rows: np.ndarray, find) -> tuple[np.ndarray, list[Label]]:
+        """Return for each image the number of find(name), and what the numbers stand for."""
+        numbers: dict[Label, int] = {}
+        found = array("i", (numbers.setdefault(find(self._name(row)), len(numbers)) for row in rows.tolist()))
+        return np.array(found, np.int32), list(numbers)
+
+    def _name(self, row: int) -> str:
+        folder = self.folders[self.folder_number[row]].path
+        base = self.scan.images.base[row].decode(errors="replace")
+        return f"{folder}/{base}" if folder else base
+
+    def _synset(self, name: str) -> str:
+        found = SYNSET.findall(name.rpartition("/")[2])
+        if not found:
+            raise UserError(f"{self.source}: {name} contains no WordNet id. Leave out --classes synset.")
+        return found[-1]
+
+    def _number(
+        self, numbers: np.ndarray, values: list[Label], classes: list[str] | None, devkit: Devkit | None
+    ) -> tuple[np.ndarray, list[str]]:
+        """Return labels and class names. numbers: of each image's value in `values`, which may be names or numbers."""
+        scan = self.scan
+        used = Counter(numbers.tolist())
+        if None in values and used[values.index(None)]:
+            first = self._name(int(np.flatnonzero(numbers == values.index(None))[0]))
+            raise UserError(f"{self.source}: {first} has no label, but other images have. Add its label, or remove it.")
+        found = [values[number] for number in used]
+        ints, names = [v for v in found if isinstance(v, int)], [v for v in found if isinstance(v, str)]
+        if ints and names:
+            problem = f"has class numbers ({ints[0]}) and class names ({names[0]!r})"
+            raise UserError(f"{self.source} {problem}. Use one of them, or pass --labels none.")
+        if ints:
+            expected = classes or scan.manifest_classes or []
+            if scan.manifest_classes and expected != scan.manifest_classes:
+                raise UserError(f"{self.source} has other classes than training. Shard it with a separate command.")
+            limit = len(expected) or 1 << 31
+            extreme = min(ints) if min(ints) < 0 else max(ints)
+            if not 0 <= extreme < limit:
+                where = scan.example.get(values.index(extreme), self.source)
+                raise UserError(f"{where} has label {extreme}; expected 0 to {limit - 1}. Fix its .cls or .json.")
+            label_of = np.array([value if isinstance(value, int) else -1 for value in values], np.int64)
+            return label_of.clip(-1, limit)[numbers].astype(np.int32), expected
+        if classes == []:
+            problem = "has class names, but training has class numbers only"
+            raise UserError(f"{self.source} {problem}. Shard it with a separate command.")
+        is_label_file = len(scan.labels) > 1
+        known = classes or scan.manifest_classes or (devkit.synsets if devkit is not None else None)
+        if is_label_file and not known and scan.rule.classes != "label":
+            where = scan.example[values.index(names[0])]
+            fix = "Pass --classes label if its labels are names of classes, or --labels none."
+            raise UserError(f"{where} has the label {names[0]!r}; expected a class number. {fix}")
+        expected = classes or (known if is_label_file and known else sorted(names))
+        position = {name: i for i, name in enumerate(expected)}
+        unknown = sorted(set(names) - position.keys())
+        if unknown:
+            where = scan.example.get(values.index(unknown[0]), self.source) if is_label_file else self.source
+            problem = f"has class {unknown[0]!r}, which is not among the {len(expected)} classes of training"
+            raise UserError(f"{where} {problem}. Pass a split of the same data set.")
+        label_of = np.array([position.get(value, -1) if isinstance(value, str) else -1 for value in values], np.int32)
+        return label_of[numbers], list(expected)
+
+
+def _number_keys(index: Index) -> None:
+    """Fill in the suffixes of keys that are not unique, and the images whose name is not unique."""
+    class_names = {name for name in index.class_names if name}
+
+    def names() -> Iterator[tuple[str | None, str]]:
+        for i in range(len(index)):
+            stem, class_ = index.stem(i), index.class_names[index.folder_number[i]]
+            head, underscore, _ = stem.partition("_")
+            # A name that starts with a class, as ImageNet's do, must be unique in the split, any other in its class.
+            starts_with_class = bool(underscore) and head in class_names and not index.key_has_class
+            yield None if starts_with_class else class_, stem
+
+    keys = (
+        base_key(index.stem(i), index.class_names[index.folder_number[i]], index.key_has_class)
+        for i in range(len(index))
+    )
+    suffix, duplicates = number_duplicates(keys, names())
+    index.suffix.update(suffix)
+    index.duplicate_key[duplicates] = True
+
+
+def _archive_stem(name: str) -> str:
+    """Return an archive's name without its ending."""
+    ending = next(each for each in sorted(ARCHIVE_ENDINGS, key=len, reverse=True) if name.lower().endswith(each))
+    return name[: -len(ending)]

@@ -51,6 +51,7 @@ from ddae.data import shard_writer
 from ddae.data.cache import Cache
 from ddae.data.shards import open_shards, read_manifest
 from ddae.sharding import sharder
+from ddae.sharding.check import check
 from ddae.sharding.inspection import inspect
 
 FORK = multiprocessing.get_context("fork")
@@ -141,9 +142,12 @@ def test_report_lists_exactly_the_irregular_images(layout, sharded, tmp_path):
         assert shard_imagenet("--train", write_folder(tmp_path / "train", class_folders(CLASSES)), "--out", out) == 0
     assert reported_images(out) == REPORTED
     report = report_of(out)
-    assert report["input"] == sum(map(len, CLASSES.values()))
-    assert report["left_out"] == sum(action == "left_out" for _, action in REPORTED.values())
-    assert report["written"] == len(read_samples(out)) == report["input"] - report["left_out"]
+    actions = Counter(action for _, action in REPORTED.values())
+    assert report["found"] == sum(map(len, CLASSES.values()))
+    assert report["converted"] == actions["converted"]
+    assert sum(reason["count"] for reason in report["left_out"].values()) == actions["left_out"]
+    assert report["written"] + report["converted"] == len(read_samples(out)) == report["found"] - actions["left_out"]
+    assert check(out, False, 1)[0] == []  # the manifest accounts for all images
     assert report["kinds"] == Counter(kind for kinds, _ in REPORTED.values() for kind in kinds)
     text = (out / "report.txt").read_text()
     for name, (kinds, action) in REPORTED.items():
@@ -200,7 +204,7 @@ def test_drop_all_leaves_out_all_irregular_images(source, tmp_path):
     )
     assert reported_images(outs[0]) == {name: (kinds, "left_out") for name, (kinds, _) in REPORTED.items()}
     report = report_of(outs[0])
-    assert report["input"] == report["written"] + report["left_out"]
+    assert (report["found"], report["converted"]) == (report["written"] + len(REPORTED), 0)
 
 
 def test_drop_all_keeps_one_of_equal_images(tmp_path):

@@ -164,7 +164,8 @@ def test_masks_are_skipped(tmp_path):
     write_shard(tmp_path / "train-000000.tar", samples)
     assert shard_imagenet("--train", tmp_path / "train-000000.tar", "--out", tmp_path / "out") == 0
     assert keys_of(tmp_path / "out") == {f"s{i}" for i in range(4)}
-    assert report_of(tmp_path / "out")["passed_over"] == [f"{tmp_path}/train-000000.tar: s{i}.png" for i in range(4)]
+    masks = {"count": 4, "first": [f"train-000000.tar/s{i}.png" for i in range(4)]}
+    assert report_of(tmp_path / "out")["other_files"] == {"masks or other fields of samples": masks}
 
 
 def test_output_inside_the_source_is_rejected(tmp_path, capsys):
@@ -266,7 +267,7 @@ def test_unusual_file_names(form, tmp_path):
     assert len(keys_of(tmp_path / "out")) == len(files) + 1
     assert all(key.isascii() and "." not in key and len(key) <= 90 for key in keys_of(tmp_path / "out"))
     assert report_of(tmp_path / "out")["images"] == []
-    assert (tmp_path / "out" / "report.txt").read_text().startswith("13 images read, 13 written")
+    assert (tmp_path / "out" / "report.txt").read_text().startswith("13 images found = 13 written unchanged")
     for shard in (tmp_path / "out").glob("*.tar"):  # no name needs a second header
         with tarfile.open(shard) as archive:
             assert all(member.offset_data - member.offset == 512 for member in archive)
@@ -296,7 +297,7 @@ def test_files_that_are_not_images_are_skipped_and_listed(form, tmp_path):
         location = write_tar(tmp_path / "in.tar", {"LICENSE": b"x", **class_tars(classes)})
     assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
-    listed = report_of(tmp_path / "out")["passed_over"]
+    listed = [name for reason in report_of(tmp_path / "out")["other_files"].values() for name in reason["first"]]
     for name in ["LICENSE", *OTHER_FILES]:
         assert any(line.endswith(name) for line in listed), name
     assert "README.txt" in (tmp_path / "out" / "report.txt").read_text()
@@ -352,8 +353,8 @@ def invalid_args(kind, folder):
         case "empty file":
             (folder / "in.tar").write_bytes(b"")
             return train, "cannot be read as a tar"
-        case "gzip":
-            (folder / "in.tar").write_bytes(tar_of(flat, "w:gz"))
+        case "cut gzip":
+            (folder / "in.tar").write_bytes(tar_of(flat, "w:gz")[:-2000])
             return train, "cannot be read as a tar"
         case "cut outer":
             (folder / "in.tar").write_bytes(archive[: len(archive) * 6 // 10])
@@ -393,15 +394,18 @@ def invalid_args(kind, folder):
         case "folder of empty folders":
             (folder / "in" / "a").mkdir(parents=True)
             return ["--train", folder / "in"], "contains no image"
-        case "both splits":
-            write_folder(folder / "in", {f"{split}/a/{i}.jpg": photo(i) for i, split in enumerate(("train", "val"))})
-            return ["--train", folder / "in"], "Pass each with --train or --val"
+        case "splits beside other folders":
+            write_folder(folder / "in", {f"{name}/a/{name}.jpg": photo(1) for name in ("train", "val", "more")})
+            return ["--train", folder / "in"], "Pass each split's folder with --train or --val"
+        case "another split":
+            write_folder(folder / "in", {f"{split}/a/{i}.jpg": photo(i) for i, split in enumerate(("train", "test"))})
+            return ["--val", folder / "in"], "has folders for test, train, none for val"
         case "loose images beside folders":
             write_folder(folder / "in", {"a/1.jpg": photo(1), "2.jpg": photo(2)})
             return ["--train", folder / "in"], "contains both images"
         case "loose images beside folders in a tar":
             write_tar(folder / "in.tar", {"a/1.jpg": photo(1), "b/3.jpg": photo(3), "2.jpg": photo(2)})
-            return train, "has no label"
+            return train, "contains both images"
         case "pipe":
             return ["--train", f"pipe:touch {folder / 'ran'}"], "would run a command"
         case "path upwards":
@@ -545,9 +549,9 @@ def assert_rejected(args, message, folder, capsys):
 
 
 INVALID = """
-no source,missing,missing in a range,not a tar,empty file,gzip,cut outer,cut outer after a member,
+no source,missing,missing in a range,not a tar,empty file,cut gzip,cut outer,cut outer after a member,
 cut inner,cut inner after a member,broken header,broken inner header,zeroed header,tar of text,empty tar,empty folder,
-folder of empty folders,both splits,loose images beside folders,loose images beside folders in a tar,pipe,path upwards,
+folder of empty folders,splits beside other folders,another split,loose images beside folders,loose images beside folders in a tar,pipe,path upwards,
 absolute path,path upwards in a class tar,symlink,hard link,character device,block device,fifo,label outside,
 negative label,huge label,label is not a number,infinite label,one without a label,another list of classes,
 names beside numbers,

@@ -1,0 +1,215 @@
+"""The images of one split: where their bytes are, their labels and their keys, in compact columns.
+
+N: number of images, which may be millions.
+"""
+
+import hashlib
+import os
+import re
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from ddae.data.shard_writer import KEY_LENGTH
+from ddae.errors import UserError
+from ddae.sharding.accounting import Tally
+from ddae.sharding.archives import decompress, is_compressed, read_at, read_zip_member
+
+UNLABELLED = -1
+
+
+class Strings:
+    """N byte strings in one buffer."""
+
+    def __init__(self, strings: Iterable[bytes] = ()):
+        self._bytes, self._ends = bytearray(), array("q")
+        for each in strings:
+            self.append(each)
+
+    def append(self, string: bytes) -> None:
+        self._bytes += string
+        self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, i: int) -> bytes:
+        return bytes(self._bytes[self._ends[i - 1] if i else 0 : self._ends[i]])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[i] for i in range(len(self)))
+
+    def take(self, rows: Iterable[int]) -> "Strings":
+        """Return the strings of these rows, in their order."""
+        return Strings(self[row] for row in rows)
+
+    def update(self, digest: "hashlib._Hash") -> None:
+        """Add all strings to a hash."""
+        digest.update(np.array(self._ends, np.int64))
+        digest.update(self._bytes)
+
+
+@dataclass(frozen=True)
+class Index:
+    """The N images of one split."""
+
+    split: str
+    location: str  # path or pattern that the user passed
+    files: list[Path]  # archives, or the one folder
+    file_number: np.ndarray  # int32 [N]: position in `files`
+    offset: np.ndarray  # int64 [N]: bytes, in the archive; -1: the image is a file of its own
+    length: np.ndarray  # int64 [N]: bytes
+    stored: np.ndarray  # int64 [N]: bytes in the archive; differs from `length` in a zip
+    label: np.ndarray  # int32 [N]
+    folders: list[str]  # of the images
+    folder_number: np.ndarray  # int32 [N]: position in `folders`
+    base: Strings  # [N]: file names without folder
+    suffix: dict[int, int]  # number at the end of the key, of images whose key an earlier one has
+    duplicate_key: np.ndarray  # bool [N]: an earlier image has the same name in the same class
+    classes: list[str]
+    class_names: list[str | None]  # by folder, from the path; not of labels
+    key_has_class: bool  # whether a class is prepended to the keys
+    tally: Tally = field(default_factory=Tally)  # files that are not images of this split
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def name(self, i: int) -> str:
+        """Return the path of image i in its archive or folder."""
+        base = os.fsdecode(self.base[i])
+        folder = self.folders[self.folder_number[i]]
+        return f"{folder}/{base}" if folder else base
+
+    def source(self, i: int) -> str:
+        """Return archive or folder and path of image i, for messages and reports."""
+        name = os.fsencode(self.name(i)).decode(errors="replace")
+        return f"{self.files[self.file_number[i]].name}/{name}"
+
+    def key_of(self, i: int) -> str:
+        """Return the key of image i in the shards: unique, ASCII."""
+        base = base_key(self.stem(i), self.class_names[self.folder_number[i]], self.key_has_class)
+        return f"{base}--{self.suffix[i]}" if i in self.suffix else base
+
+    def stem(self, i: int) -> str:
+        """Return the file name of image i without its ending."""
+        return os.fsdecode(self.base[i]).rpartition(".")[0]
+
+    def limited(self, per_class: int, seed: int) -> "Index":
+        """Return the index with at most so many images of each class, drawn by the seed; all of a smaller class.
+
+        Raise UserError if the images have no classes.
+        """
+        if (self.label == UNLABELLED).any():
+            raise UserError(f"--{self.split} {self.location} has images without a class. Leave out --per_class.")
+        order = np.random.RandomState(seed).permutation(len(self))
+        rows = np.sort(np.concatenate([order[self.label[order] == each][:per_class] for each in np.unique(self.label)]))
+        columns = ("file_number", "offset", "length", "stored", "label", "folder_number", "duplicate_key")
+        suffix = {new: self.suffix[old] for new, old in enumerate(rows.tolist()) if old in self.suffix}
+        tally = Tally(self.tally)
+        tally.left_out.add("more than --per_class", count=len(self) - len(rows))
+        taken = {name: getattr(self, name)[rows] for name in columns}
+        return replace(self, **taken, base=self.base.take(rows.tolist()), suffix=suffix, tally=tally)
+
+    def decompressed(self, folder: Path) -> "Index":
+        """Return the index with compressed tars replaced by copies in `folder`, which are made unless they exist."""
+        files = []
+        for number, path in enumerate(self.files):
+            if path.is_dir() or path.suffix.lower() == ".zip" or not is_compressed(path):
+                files.append(path)
+                continue
+            files.append(folder / f"{self.split}-{number}.source")
+            if not files[-1].exists():
+                partial = files[-1].with_name(f"{files[-1].name}.part")
+                decompress(path, partial)
+                os.replace(partial, files[-1])
+        return replace(self, files=files)
+
+    def read(self, i: int) -> bytes:
+        """Return the bytes of image i. Raise UserError, or DamagedMemberError for one in a zip."""
+        path, offset, length = self.files[self.file_number[i]], int(self.offset[i]), int(self.length[i])
+        if offset < 0:
+            try:
+                return (path / self.name(i)).read_bytes()
+            except OSError as error:
+                raise UserError(f"{self.source(i)} cannot be read ({error.strerror}). Restore it.") from None
+        if path.suffix.lower() == ".zip":
+            return read_zip_member(path, offset, length, int(self.stored[i]))
+        return read_at(path, offset, length)
+
+    def fingerprint(self) -> str:
+        """Return a hash of names, lengths, labels and keys."""
+        digest = hashlib.sha256("\0".join(self.folders).encode(errors="surrogateescape"))
+        self.base.update(digest)
+        for column in (self.folder_number, self.length, self.label):
+            digest.update(np.ascontiguousarray(column))
+        digest.update(repr(self.suffix).encode())
+        return digest.hexdigest()
+
+
+def base_key(stem: str, class_: str | None, key_has_class: bool) -> str:
+    """Return the key of an image, which is unique unless its name is that of another image.
+
+    key_has_class: names are unique only in their class folder, and the class is prepended to the key.
+    """
+    prepend = key_has_class and class_ is not None and stem.partition("_")[0] != class_
+    return _ascii_key(f"{class_}_{stem}" if prepend else stem)
+
+
+def number_duplicates(keys: Iterable[str], names: Iterable[tuple[str | None, str]]) -> tuple[dict[int, int], list[int]]:
+    """Return the suffix of each image whose key an earlier one has, and the images whose name an earlier one has.
+
+    keys: of base_key(). names: (class, name), with class None where a name must be unique in the whole split. Names
+    that differ but map to the same key get a suffix without counting as duplicates. Needs 16 bytes an image.
+    """
+    key_hash, name_hash, kept = array("q"), array("q"), Strings()
+    for key, name in zip(keys, names, strict=True):
+        key_hash.append(hash64(key))
+        name_hash.append(hash64(repr(name)))
+        kept.append(key.encode())
+    hashes = np.array(key_hash, np.int64)
+    given, suffix, next_number = set(hashes[_repeated(hashes)].tolist()), {}, {}
+    ordered = np.sort(hashes)
+    for i in _repeated(hashes).tolist():
+        key = kept[i].decode()
+        number = next_number.get(key, 1)
+        while number > 1 and _contains(ordered, given, hash64(f"{key}--{number}")):
+            number += 1
+        if number > 1:
+            suffix[i] = number
+            given.add(hash64(f"{key}--{number}"))
+        next_number[key] = number + 1
+    seen, duplicates = set(), []
+    for i in _repeated(np.array(name_hash, np.int64)).tolist():
+        if name_hash[i] in seen:
+            duplicates.append(i)
+        seen.add(name_hash[i])
+    return suffix, duplicates
+
+
+def _contains(ordered: np.ndarray, more: set[int], value: int) -> bool:
+    """Return whether a value is in an ascending array or in a set."""
+    position = int(np.searchsorted(ordered, value))
+    return value in more or (position < len(ordered) and int(ordered[position]) == value)
+
+
+def _repeated(values: np.ndarray) -> np.ndarray:
+    """Return the positions of values that occur more than once, ascending."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.flatnonzero(counts[inverse] > 1)
+
+
+def hash64(text: str) -> int:
+    """Return 64 bits of a hash that is the same in every process."""
+    data = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(data, "little", signed=True)
+
+
+def _ascii_key(name: str) -> str:
+    """Return the name in ASCII letters, digits, _ and -, short enough that a numeric suffix can be appended."""
+    key = re.sub(r"[^0-9A-Za-z_-]", lambda char: "_" if char[0].isascii() else f"x{ord(char[0]):x}", name)
+    if len(key) <= KEY_LENGTH - 10:
+        return key
+    return key[: KEY_LENGTH - 21] + "-" + hashlib.sha1(name.encode(errors="replace")).hexdigest()[:10]
