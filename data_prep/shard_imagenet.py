@@ -15,7 +15,7 @@ from pathlib import Path
 from ddae.errors import UserError, run_command
 from ddae.sharding.imagenet_devkit import read_devkit
 from ddae.sharding.index import UNLABELLED
-from ddae.sharding.sharder import Settings, shard
+from ddae.sharding.sharder import Settings, preview, shard
 from ddae.sharding.sources import LabelRule, build_index, describe
 
 
@@ -48,10 +48,8 @@ def parse_args() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     text = "not plain RGB JPEGs: convert usable ones, stop at the first, or leave out all (%(default)s)"
     parser.add_argument("--on_bad", choices=("keep", "stop", "drop_all"), default=Settings.on_bad, help=text)
-    text = (
-        "what the classes are, where folders and archives do not make it clear: the first folder, the path of folders, "
-    )
-    text += "the archive's name, a WordNet id in the file's name, or names in label files (%(default)s)"
+    text = "the classes, where folders and archives leave them open: first folder, path of folders, archive's name, "
+    text += "WordNet id in the file's name, names in label files (%(default)s)"
     choices = ("auto", "folder", "path", "archive", "synset", "label")
     parser.add_argument("--classes", choices=choices, default="auto", help=text)
     text = "none: ignore all classes and labels (%(default)s)"
@@ -83,6 +81,9 @@ def main() -> None:
             indexes.append(index.limited(args.per_class, args.seed) if args.per_class and split == "train" else index)
             classes = indexes[0].classes if (indexes[0].label != UNLABELLED).all() else None
     settings = Settings(**{name: getattr(args, name) for name in Settings.__dataclass_fields__})
+    if args.dry_run:
+        print(preview(indexes, settings))
+        return
     facts = {} if devkit is None else {"class_words": dict(zip(devkit.synsets, devkit.words, strict=True))}
     print(shard(indexes, args.out, settings, args.workers, **facts))
 

@@ -79,9 +79,8 @@ def _select_split(source: str, paths: list[Path], split: str) -> tuple[list[Path
         return paths, [True] * len(paths)
     others = sorted(name for name, each in splits.items() if each is None)
     if others:
-        problem = (
-            f"contains folders of splits ({', '.join(sorted(first - set(others)))}) beside {others[0] or 'images'}"
-        )
+        found = ", ".join(sorted(first - set(others)))
+        problem = f"contains folders of splits ({found}) beside {others[0] or 'images'}"
         raise UserError(f"{source} {problem}. Pass each split's folder with --train or --val.")
     if split not in splits.values():
         raise UserError(f"{source} has folders for {', '.join(sorted(first))}, none for {split}. Pass its folder.")

@@ -64,9 +64,9 @@ def resolve_group(images: Sequence[File], labels: Sequence[File], where: str) ->
             raise UserError(f"{where} has several images of one name ({names}). Keep one of them.")
         samples += photos
         fields += [image for image in of_stem if image not in photos]
-    labels_of = {
-        stem_of(image.name): [lb for lb in labels if stem_of(lb.name) == stem_of(image.name)] for image in samples
-    }
+    labels_of: dict[str, list[File]] = {stem_of(image.name): [] for image in samples}
+    for label in labels:
+        labels_of.get(stem_of(label.name), []).append(label)
     unused = [label for label in labels if stem_of(label.name) not in labels_of]
     plain = [image for image in samples if "." not in stem_of(image.name)]
     if plain and not all(labels_of.values()):  # x.png, x.seg.png: the name's second part is a field's
@@ -77,10 +77,8 @@ def resolve_group(images: Sequence[File], labels: Sequence[File], where: str) ->
             samples = [image for image in samples if image not in fields]
     if unused or (labels and not all(labels_of[stem_of(image.name)] for image in samples)):
         names = ", ".join(file.name for file in [*samples[:2], *(unused or labels)[:1]])
-        fix = "Name each label after its image, or pass --labels none."
-        raise UserError(
-            f"{where} has {len(samples)} images, and it is not clear which has which label ({names}). {fix}"
-        )
+        problem = f"{where} has {len(samples)} images, and it is not clear which has which label ({names})"
+        raise UserError(f"{problem}. Name each label after its image, or pass --labels none.")
     return Group([(image, labels_of[stem_of(image.name)]) for image in samples], fields, replaced)
 
 

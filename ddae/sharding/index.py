@@ -48,7 +48,7 @@ class Strings:
 
     def update(self, digest: "hashlib._Hash") -> None:
         """Add all strings to a hash."""
-        digest.update(np.array(self._ends, np.int64))
+        digest.update(self._ends)
         digest.update(self._bytes)
 
 
@@ -144,7 +144,7 @@ class Index:
         digest = hashlib.sha256("\0".join(self.folders).encode(errors="surrogateescape"))
         self.base.update(digest)
         for column in (self.folder_number, self.length, self.label):
-            digest.update(np.ascontiguousarray(column))
+            digest.update(column.tobytes())
         digest.update(repr(self.suffix).encode())
         return digest.hexdigest()
 

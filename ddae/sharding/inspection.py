@@ -1,7 +1,7 @@
 """Inspect an image file: whether it is a plain RGB JPEG, how it differs from one, and what is stored in a shard.
 
 Every image is decoded completely. If it decodes but is not a plain RGB JPEG, it is converted to an upright one; if it
-does not decode, it is unusable. Pillow ignores libjpeg's warnings, so JPEGs are decoded by libjpeg-turbo in strict mode.
+does not decode, it is unusable. JPEGs are decoded by libjpeg-turbo in strict mode, because Pillow ignores its warnings.
 """
 
 import io
@@ -64,8 +64,6 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Inspecti
         return _inspect(data, resize_shorter, quality)
     except Image.DecompressionBombError:
         return Inspection(("bomb",), None)
-    except MemoryError:
-        raise
     except Exception:  # Pillow's decoders raise many types of errors for a damaged file
         return Inspection(("truncated" if _lacks_end(data) else "unreadable",), None)
 

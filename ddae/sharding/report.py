@@ -42,19 +42,10 @@ def write_report(out: Path, accounting: Accounting, images: list[ReportedImage],
         widths = [*(max(len(row[column]) for row in rows) for column in range(3)), 0]
         lines += ["", *("  ".join(map(str.ljust, row, widths)) for row in rows)]
     for heading, reasons in (("left out without being read", accounting.left_out), ("other files", other_files)):
-        for reason, entry in reasons.to_json().items():
-            if entry["first"] and reason not in kinds:
-                more = (
-                    f" and {entry['count'] - len(entry['first']):,} more"
-                    if entry["count"] > len(entry["first"])
-                    else ""
-                )
-                lines += [
-                    "",
-                    f"{heading}: {entry['count']:,} {reason}",
-                    *entry["first"],
-                    *([more.strip()] if more else []),
-                ]
+        for reason, count in reasons.counts.most_common():
+            if names := reasons.names[reason] if reason not in kinds else []:
+                more = [f"and {count - len(names):,} more"] if count > len(names) else []
+                lines += ["", f"{heading}: {count:,} {reason}", *names, *more]
     atomic.write_text_durably(out / "report.txt", "\n".join(lines) + "\n")
     atomic.write_text_durably(out / "report.html", _page(title, kinds, images))
 

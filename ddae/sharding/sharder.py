@@ -7,6 +7,7 @@ shard and saves its record (output_dir.py), so that a restarted run writes only 
 
 import errno
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -82,6 +83,21 @@ def plan_split(split: int, index: Index, settings: Settings) -> list[ShardPlan]:
             size = length + SAMPLE_OVERHEAD
     pieces = np.split(order, starts[1:])
     return [ShardPlan(f"{index.split}-{i:06d}.tar", split, images) for i, images in enumerate(pieces)]
+
+
+def preview(indexes: list[Index], settings: Settings) -> str:
+    """Return what shard() would write, from names and sizes alone, as text."""
+    lines = []
+    for split, index in enumerate(indexes):
+        endings = Counter(os.path.splitext(name)[1].lower().decode(errors="replace") for name in index.base)
+        formats = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
+        count, size = len(plan_split(split, index, settings)), int(index.length.sum())
+        lines.append(f"{index.split}: {len(index):,} images ({formats}), {size / 1e9:.3f} GB, {count} shards")
+        for what, reasons in (("left out", index.tally.left_out), ("other files", index.tally.other_files)):
+            for reason, number in reasons.counts.most_common():
+                names = ", ".join(reasons.names[reason][:3])
+                lines.append(f"  {what}: {number:,} {reason}{f', such as {names}' if names else ''}")
+    return "\n".join([*lines, "nothing was written; images that cannot be decoded are known after reading them"])
 
 
 class _Sharder:
@@ -225,13 +241,9 @@ class _Sharder:
         write_manifest(self.out, shards, classes=classes, accounting=accounting.to_json(), **identity, **facts)
         output_dir.clear_progress(self.out)
         others = f"; {other_files.total():,} other files ({other_files})" if other_files.counts else ""
-        kept = [
-            (kind, n)
-            for kind, n in Counter(k for i in reported if i.action != "left_out" for k in i.kinds).most_common()
-        ]
-        found = f"; kinds of those written: {_counts(kept)}" if kept else ""
-        see = f"; see {self.out / 'report.html'}" if reported or others else ""
-        return f"{self.out}: {accounting}, in {len(shards)} shards{found}{others}{see}"
+        kept = Counter(kind for image in reported if image.action != "left_out" for kind in image.kinds)
+        found = f"; among those in the shards: {_counts(kept.most_common())}" if kept else ""
+        return f"{self.out}: {accounting}; {len(shards)} shards{found}{others}; see {self.out / 'report.html'}"
 
 
 def _thumbnail(index: Index, image: int) -> bytes | None:

@@ -106,9 +106,7 @@ def _find_files(split: str, location: str) -> list[Path]:
             archives = _of_split(names, split)
             if archives and (beside := _first_image(path)):
                 problem = f"contains both archives ({archives[0].name}) and images ({beside})"
-                raise UserError(
-                    f"--{split} {location} {problem}. Pass one of them, as a pattern or a folder of its own."
-                )
+                raise UserError(f"--{split} {location} {problem}. Pass the archives as a pattern, or move the images.")
             return archives or [path]
         if path.is_file():
             return [path]

@@ -138,9 +138,7 @@ def test_compressed_tars_give_the_same_shards(ending, tmp_path):
 
 
 def test_labels_in_a_compressed_tar(tmp_path):
-    files = {
-        f"{i}.{ending}": photo(i) if ending == "jpg" else b"%d" % (i % 3) for i in range(9) for ending in ("jpg", "cls")
-    }
+    files = {f"{i}.jpg": photo(i) for i in range(9)} | {f"{i}.cls": b"%d" % (i % 3) for i in range(9)}
     (tmp_path / "in.tar.gz").write_bytes(tar_of(files, "w:gz"))
     assert shard_imagenet("--train", tmp_path / "in.tar.gz", "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == {hashlib.sha256(photo(i)).hexdigest(): i % 3 for i in range(9)}
@@ -197,7 +195,7 @@ def test_a_damaged_image_in_a_zip_is_left_out(tmp_path):
         ("cut", "is not a complete zip"),
         ("upwards", "a path outside its folder"),
         ("drive", "a path outside its folder"),
-        ("lzma", "is compressed with lzma"),
+        ("lzma", "not supported (method 14 of 000.jpg)"),
         ("a tar", "is not a complete zip"),
     ],
 )

@@ -551,7 +551,8 @@ def assert_rejected(args, message, folder, capsys):
 INVALID = """
 no source,missing,missing in a range,not a tar,empty file,cut gzip,cut outer,cut outer after a member,
 cut inner,cut inner after a member,broken header,broken inner header,zeroed header,tar of text,empty tar,empty folder,
-folder of empty folders,splits beside other folders,another split,loose images beside folders,loose images beside folders in a tar,pipe,path upwards,
+folder of empty folders,splits beside other folders,another split,
+loose images beside folders,loose images beside folders in a tar,pipe,path upwards,
 absolute path,path upwards in a class tar,symlink,hard link,character device,block device,fifo,label outside,
 negative label,huge label,label is not a number,infinite label,one without a label,another list of classes,
 names beside numbers,
