@@ -27,6 +27,7 @@ from ddae.data.decode import encode_image
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import MANIFEST
 from ddae.errors import UserError, one_line
+from ddae.sharding.archives import zip_member_path
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect
 
 SPLITS = {"training": "train", "validation": "val"}  # ADE20K's names -> names of shards
@@ -92,10 +93,7 @@ def find_pairs(archive: zipfile.ZipFile, path: Path) -> tuple[Layout, list[Pair]
 
     Raise UserError if the zip is not ADE20K's, or is encrypted or unsafe.
     """
-    members = archive.infolist()
-    for name in (member.filename.replace("\\", "/") for member in members):
-        if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
-            raise UserError(f"{path} contains {name!r}, a path outside its folder. Pass a zip of ADE20K.")
+    members = {zip_member_path(member, path): member for member in archive.infolist()}
     images = _match_members(members, IMAGE)
     found = [(layout, masks) for layout in (SCENE_PARSE, FULL) if (masks := _match_members(members, layout.mask))]
     if not images or len(found) != 1:
@@ -150,7 +148,9 @@ def read_class_names(archive: zipfile.ZipFile, layout: Layout) -> tuple[list[str
 
     A pickled index is never loaded, because it could execute code.
     """
-    member = next((m for m in archive.infolist() if m.filename.split("/")[-1] == layout.class_names_file), None)
+    member = next(
+        (m for m in archive.infolist() if re.split(r"[/\\]", m.filename)[-1] == layout.class_names_file), None
+    )
     data = read_member(archive, member) if member and member.file_size <= MAX_BYTES else None
     if data is None:
         return [], f"{layout.class_names_file} is missing or damaged"
@@ -167,9 +167,11 @@ def read_class_names(archive: zipfile.ZipFile, layout: Layout) -> tuple[list[str
         return [], f"{layout.class_names_file} cannot be read ({type(error).__name__}: {one_line(error)})"
 
 
-def _match_members(members: list[zipfile.ZipInfo], pattern: re.Pattern[str]) -> dict[tuple[str, str], zipfile.ZipInfo]:
-    """Return (split, path without ending) -> member, for members whose name matches."""
-    return {(match[1], match[2]): member for member in members if (match := pattern.fullmatch(member.filename))}
+def _match_members(
+    members: dict[str, zipfile.ZipInfo], pattern: re.Pattern[str]
+) -> dict[tuple[str, str], zipfile.ZipInfo]:
+    """Return (split, path without ending) -> member, for members whose path matches."""
+    return {(match[1], match[2]): member for name, member in members.items() if (match := pattern.fullmatch(name))}
 
 
 def _convert_mask(data: bytes, size: tuple[int, int], layout: Layout) -> bytes | str:

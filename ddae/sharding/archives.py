@@ -98,6 +98,17 @@ def read_zip_member(path: Path, offset: int, length: int, stored: int) -> bytes:
     return data
 
 
+def zip_member_path(info: zipfile.ZipInfo, path: Path) -> str:
+    """Return the path of a zip's member, in which some programs write backslashes.
+
+    Raise UserError if it lies outside the zip's folder; path: of the zip, for the message.
+    """
+    name = info.filename.replace("\\", "/")
+    if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+        raise UserError(f"{path} contains {name!r}, a path outside its folder. Do not trust this archive.")
+    return name
+
+
 def _decompressor(path: Path):
     """Return the function that opens a compressed file; None if it is not compressed."""
     with open(path, "rb") as file:
@@ -242,9 +253,7 @@ def _zip_members(path: Path, read: tuple[str, ...]) -> Iterator[Member]:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Check its name and permissions.") from None
     for info in infos:
-        name = info.filename.replace("\\", "/")  # some programs on Windows write these
-        if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
-            raise UserError(f"{path} contains {name!r}, a path outside its folder. Do not trust this archive.")
+        name = zip_member_path(info, path)
         if name.endswith("/"):
             continue
         if info.flag_bits & 1:

@@ -394,6 +394,20 @@ def test_error_in_a_subprocess(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_backslashes_in_paths(tmp_path):
+    """As some programs on Windows write them."""
+    files = scene_files()
+    prepare(make_zip(tmp_path / "a.zip", files), tmp_path / "a", 500)
+    prepare(
+        make_zip(tmp_path / "b.zip", {name.replace("/", "\\"): data for name, data in files.items()}),
+        tmp_path / "b",
+        500,
+    )
+    for shard in (tmp_path / "a").glob("*.tar"):
+        assert (tmp_path / "b" / shard.name).read_bytes() == shard.read_bytes()
+    assert read_manifest(tmp_path / "b")["classes"] == read_manifest(tmp_path / "a")["classes"]
+
+
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil", "..\\evil", "C:\\evil"])
 def test_unsafe_paths_are_rejected(name, tmp_path, assert_rejected):
     path = make_zip(tmp_path / "a.zip", scene_files(1, 1) | {name: b"x"})

@@ -18,9 +18,10 @@ from image_archives import (
     with_thumbnail,
 )
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 
 from ddae.data.decode import is_truncated
-from ddae.sharding.inspection import inspect
+from ddae.sharding.inspection import IMAGE_ENDINGS, inspect
 
 IRREGULAR, PLAIN = irregular_images(), unusual_plain_jpegs()
 
@@ -129,6 +130,129 @@ def test_no_damage_that_makes_a_complete_decoding_fail_is_missed(save):
         assert decodable or not usable
         outcomes.add((decodable, usable))
     assert outcomes == {(False, False), (True, False), (True, True)}
+
+
+def variants(number: int) -> dict[str, bytes]:
+    """Return an image as JPEGs of different structure."""
+    image, options = picture(number), {"quality": 85}
+    two, buffer = image.resize((40, 30)), io.BytesIO()
+    image.save(buffer, "MPO", save_all=True, append_images=[two], **options)
+    return {
+        "baseline": encode(image, **options),
+        "4:4:4": encode(image, subsampling=0, **options),
+        "progressive": encode(image, progressive=True, **options),
+        "restart rows": encode(image, restart_marker_rows=1, **options),
+        "restart blocks": encode(image, restart_marker_blocks=3, **options),
+        "greyscale": encode(image.convert("L"), **options),
+        "CMYK": encode(image.convert("CMYK"), **options),
+        "multi-picture": buffer.getvalue(),
+    }
+
+
+@pytest.mark.parametrize("structure", variants(0))
+@pytest.mark.parametrize("part", [0.3, 0.5, 0.9, 0.97])
+def test_missing_rows_before_an_end_marker_are_detected(structure, part):
+    """libjpeg fills them in, with a warning that Pillow does not pass on."""
+    for number in range(5):
+        data = variants(number)[structure]
+        if structure == "multi-picture":  # the first picture of the file
+            data = data[: data.index(b"\xff\xd9") + 2]
+        start = data.index(b"\xff\xda") + 14
+        cut = data[: start + round(part * (len(data) - start))].rstrip(b"\xff") + b"\xff\xd9"
+        Image.open(io.BytesIO(cut)).load()  # Pillow reports nothing
+        assert inspect(cut) == (("truncated",), None, 0, 0)
+
+
+@pytest.mark.parametrize("structure", variants(0))
+def test_good_jpegs_give_no_alarm(structure):
+    for number in range(40):
+        kinds = inspect(variants(number)[structure]).kinds
+        assert kinds == {"greyscale": ("greyscale",), "CMYK": ("cmyk",)}.get(structure, ())
+
+
+def test_a_broken_restart_interval_is_damage():
+    data = bytearray(encode(picture(3), restart_marker_blocks=2))
+    interval = data.index(b"\xff\xd2") + 2
+    del data[interval + 3 : data.index(b"\xff\xd3")]
+    assert inspect(bytes(data)).kinds[0] in ("truncated", "damaged")
+    assert inspect(bytes(data)).jpeg is None
+
+
+STRAY = {
+    "after the header": lambda data, scan: data[:20] + b"\0\x13\x37" + data[20:],
+    "before the scan": lambda data, scan: data[:scan] + b"stray" + data[scan:],
+    "after the scan": lambda data, scan: data[:-2] + b"\0" * 5 + data[-2:],
+}
+
+
+@pytest.mark.parametrize("place", STRAY)
+def test_bytes_between_segments_are_removed(place):
+    """Pillow reads such a file; other decoders may not."""
+    data = encode(picture(4))
+    broken = STRAY[place](data, data.index(b"\xff\xda"))
+    assert np.array_equal(decode(broken), decode(data))
+    inspected = inspect(broken)
+    assert inspected.kinds == ("malformed",)
+    assert np.abs(decode(inspected.jpeg) - decode(data)).mean() < 3
+    assert inspect(inspected.jpeg).kinds == ()
+
+
+def test_fill_bytes_and_data_after_the_end_are_no_alarm():
+    data = encode(picture(4))
+    scan = data.index(b"\xff\xda")
+    for unusual in (data[:scan] + b"\xff\xff" + data[scan:], data + b"\0" * 100, data + b"trailer"):
+        assert inspect(unusual) == ((), unusual, *picture(4).size)
+
+
+def broken_metadata() -> dict[str, tuple[bytes, str]]:
+    """Return images whose pixels are intact and whose metadata is not, with the kind that is expected."""
+    exif, gif, png = Image.Exif(), io.BytesIO(), io.BytesIO()
+    exif[0x0112] = 6
+    exif[0x9286] = "x" * 50
+    with_exif = bytearray(encode(picture(5), exif=exif))
+    start = with_exif.index(b"Exif")
+    picture(5).convert("P").save(gif, "GIF", comment=b"x" * 70_000)
+    info = PngInfo()
+    info.add_text("comment", "x" * 100_000, zip=True)
+    picture(5).save(png, "PNG", pnginfo=info)
+    return {
+        "EXIF with a wrong offset": (
+            bytes(with_exif[: start + 10]) + b"\xff\xff\xff\x7f" + bytes(with_exif[start + 14 :]),
+            "",
+        ),
+        "EXIF cut off": (encode(picture(5), exif=b"Exif\0\0MM\0*\0"), ""),
+        "EXIF of noise": (encode(picture(5), exif=b"Exif\0\0" + np.random.default_rng(3).bytes(300)), ""),
+        "GIF with a long comment": (gif.getvalue(), "gif"),
+        "PNG with a long text": (png.getvalue(), "png"),
+        "JPEG with a long comment": (encode(picture(5), comment=b"x" * 65_000), ""),
+        "grey JPEG with a long comment": (encode(picture(5).convert("L"), comment=b"x" * 65_000), "greyscale"),
+    }
+
+
+@pytest.mark.parametrize("case", broken_metadata())
+def test_broken_metadata_does_not_lose_an_image(case):
+    data, kind = broken_metadata()[case]
+    inspected = inspect(data)
+    assert inspected.jpeg is not None
+    assert [each for each in inspected.kinds if each != "exif_rotated"] == ([kind] if kind else [])
+
+
+@pytest.mark.parametrize("orientation", [2, 6])
+def test_a_rotated_image_with_broken_exif_is_rotated(orientation):
+    """Pillow's exif_transpose() fails for it, because it writes the tags again."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif[0x8769] = 70_000  # an offset behind the end
+    inspected = inspect(encode(picture(6), exif=exif))
+    assert inspected.kinds == ("exif_rotated",)
+    assert (inspected.width < inspected.height) == ((orientation == 6) == (picture(6).width > picture(6).height))
+
+
+@pytest.mark.skipif(".avif" not in IMAGE_ENDINGS, reason="this Pillow cannot read AVIF")
+def test_avif_is_converted():
+    inspected = inspect(encode(picture(7), "AVIF"))
+    assert inspected.kinds == ("avif",)
+    assert np.abs(decode(inspected.jpeg) - decode(encode(picture(7)))).mean() < 12
 
 
 def test_rotated_tiff_is_reported():
