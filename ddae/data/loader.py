@@ -26,6 +26,7 @@ from ddae.config.base import ShardsConfig
 from ddae.data.backend import can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import FallbackDecoder
+from ddae.data.file_io import raise_open_file_limit
 from ddae.data.masking import Mask
 from ddae.data.memory import DecodedImages, decode_all
 from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
@@ -84,6 +85,7 @@ class Loader:
         if self.backend == "synthetic":
             shard_starts, self.fingerprint = np.array([0, SYNTHETIC_SAMPLES]), "synthetic"
         else:
+            raise_open_file_limit()
             self.shards = open_shards(config.train, open_cache(config))
             shard_starts, self.fingerprint = self.shards.shard_starts, self.shards.fingerprint
         self.order = EpochOrder(shard_starts, seed, rank_batch.batch_size if config.remainder == "drop" else 1)

@@ -10,6 +10,7 @@ import psutil
 
 from ddae.data.decode import decode_image, is_truncated
 from ddae.data.shards import Shards
+from ddae.errors import UserError
 
 MAX_MEMORY_FRACTION = 0.5  # of the memory that is available, for the images of all ranks of a machine
 CGROUP_FILES = (  # limit and use of a container's memory, in bytes: cgroup v2 and v1
@@ -46,6 +47,8 @@ class DecodedImages:
         try:
             file = shards.read(sample)
             pixels = decode_image(file).transpose(1, 2, 0)
+        except UserError:
+            raise
         except Exception:  # decoders raise many types; the reader raises the same error and replaces the sample
             return False
         if is_truncated(file) or pixels.shape != self._view(sample).shape:

@@ -13,18 +13,22 @@ import glob
 import hashlib
 import json
 import os
+import shlex
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
 
 from ddae.data.cache import Cache, is_url, url_join, url_name, url_parent
-from ddae.errors import UserError
+from ddae.data.file_io import retry_system_errors
+from ddae.errors import UserError, redact_url
 
+T = TypeVar("T")
 FORMAT = "ddae-shards-1"
 MANIFEST = "manifest.json"
 INDEX_VERSION = "v1.2"
@@ -64,7 +68,8 @@ class Shards:
 
     def read_into(self, buffer: memoryview, sample: int) -> None:
         """Read the encoded image of a sample into `buffer`. Raise OSError if the shard is too short."""
-        num_read = os.preadv(self._descriptor(self.shard_of(sample)), [buffer], int(self.offset[sample]))
+        shard, offset = self.shard_of(sample), int(self.offset[sample])
+        num_read = self._retry(shard, lambda: os.preadv(self._descriptor(shard), [buffer], offset))
         if num_read < len(buffer):
             raise OSError(f"its shard is {len(buffer) - num_read} bytes too short")
 
@@ -113,12 +118,21 @@ class Shards:
 
     def read_file(self, sample: int, location: np.ndarray) -> bytes:
         """Return the content of a sample's file; location: a row of file_locations()."""
-        return os.pread(self._descriptor(self.shard_of(sample)), int(location[1]), int(location[0]))
+        shard = self.shard_of(sample)
+        return self._retry(shard, lambda: os.pread(self._descriptor(shard), int(location[1]), int(location[0])))
 
     def fetch(self, shard: int) -> None:
         """Download a remote shard into the cache, unless it is there."""
         if is_url(self.paths[shard]):
             self.cache.fetch(self.paths[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
+
+    def _retry(self, shard: int, read: Callable[[], T]) -> T:
+        """Return read(); after a system error open the shard again. Raise UserError if the error persists."""
+        return retry_system_errors(read, self.paths[shard], self._close_files)
+
+    def _close_files(self) -> None:
+        """Close the files of this thread."""
+        self._open.__dict__.pop("files", None)
 
     def _descriptor(self, shard: int) -> int:
         """Return a descriptor of the open shard; close the least recently used one if there are too many."""
@@ -152,8 +166,14 @@ def find_shards(where: str, split: str = "train") -> list[str]:
         raise UserError(f"data.train is {where!r}, which would run a command. Pass a folder, a pattern or a URL.")
     if is_url(where):
         return _expand(where) if where.endswith(".tar") else []
+    where = local_path(where)
     if os.path.isdir(where):
-        paths = sorted(glob.glob(os.path.join(where, f"{split}-*.tar")))
+        names = sorted(name for name in os.listdir(where) if name.endswith(".tar"))
+        paths = [os.path.join(where, name) for name in names if name.startswith(f"{split}-")]
+        if not paths and names and not os.path.exists(os.path.join(where, MANIFEST)):
+            raise UserError(f"data.train is {where!r}, whose tars are not indexed. {_how_to_shard(where)}")
+    elif os.path.isfile(where):
+        paths = [where]
     else:
         paths = [path for each in _expand(where) for path in (sorted(glob.glob(each)) or [each])]
         missing = [path for path in paths if not os.path.exists(path)]
@@ -162,8 +182,21 @@ def find_shards(where: str, split: str = "train") -> list[str]:
         paths = [path for path in paths if path not in missing]
     if not paths:
         fix = "Make shards with data_prep/ and pass --data.train FOLDER, or try --preset demo after `make demo`."
+        if os.path.exists(where):
+            fix = _how_to_shard(where)
         raise UserError(f"data.train is {where!r}, which holds no shards of split {split!r}. {fix}")
     return paths
+
+
+def local_path(where: str) -> str:
+    """Return the path or pattern with ~ expanded, unless a file or folder has that literal name."""
+    return where if is_url(where) or os.path.exists(where) else os.path.expanduser(where)
+
+
+def _how_to_shard(where: str) -> str:
+    """Return the command that makes shards of images or other shards."""
+    command = f"python data_prep/shard_imagenet.py --train {shlex.quote(where)} --out data/shards"
+    return f"Run {command}, and pass --data.train data/shards."
 
 
 def _expand(pattern: str) -> list[str]:
@@ -177,7 +210,7 @@ def _expand(pattern: str) -> list[str]:
 
 def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
     """Find shards and read their manifests and indexes. Raise UserError if one is missing or inconsistent."""
-    where = where.rstrip("/") or where  # as a shell completes the name of a folder
+    where = local_path(where.rstrip("/") or where)  # as a shell completes the name of a folder
     paths = find_shards(where, split)
     manifests: dict[str, dict[str, Any]] = {}
     if not paths:
@@ -234,10 +267,15 @@ def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, A
     if cache is not None and is_url(str(folder)):
         path = cache.fetch_fresh(url_join(str(folder), MANIFEST))
     if not path.exists():
-        raise UserError(f"{path} is missing, so its shards are incomplete. {MAKE_SHARDS}")
+        fix = _how_to_shard(str(folder)) if any(Path(folder).glob("*.tar")) else MAKE_SHARDS
+        raise UserError(f"{path} is missing: the shards are incomplete, or were made by another program. {fix}")
     try:
         manifest = json.loads(path.read_text())
     except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
+        if path.read_bytes().lstrip()[:1] == b"<":
+            source = redact_url(str(folder)) if is_url(str(folder)) else folder
+            fix = "Open the address in a browser, and pass credentials or another address."
+            raise UserError(f"{source}/{MANIFEST} is a web page, such as a login page, not a manifest. {fix}") from None
         raise UserError(f"{path} is not JSON ({error}). {MAKE_SHARDS}") from None
     shards = manifest.get("shards") if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
     if not isinstance(shards, dict):

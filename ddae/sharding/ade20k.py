@@ -148,9 +148,8 @@ def read_class_names(archive: zipfile.ZipFile, layout: Layout) -> tuple[list[str
 
     A pickled index is never loaded, because it could execute code.
     """
-    member = next(
-        (m for m in archive.infolist() if re.split(r"[/\\]", m.filename)[-1] == layout.class_names_file), None
-    )
+    name = layout.class_names_file
+    member = next((each for each in archive.infolist() if re.split(r"[/\\]", each.filename)[-1] == name), None)
     data = read_member(archive, member) if member and member.file_size <= MAX_BYTES else None
     if data is None:
         return [], f"{layout.class_names_file} is missing or damaged"

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from ddae.data.file_io import read_range
 from ddae.data.shard_writer import BLOCK
 from ddae.errors import UserError, one_line
 
@@ -73,8 +74,7 @@ def decompress(path: Path, target: Path) -> None:
 
 def read_at(path: Path, offset: int, length: int) -> bytes:
     """Return `length` bytes of a file from `offset` on. Raise UserError if the file is shorter."""
-    with open(path, "rb", buffering=0) as file:
-        data = os.pread(file.fileno(), length, offset)
+    data = read_range(path, offset, length)
     if len(data) < length:
         raise UserError(f"{path} ends at byte {offset + len(data)}, within a file it contains. Download it again.")
     return data

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ddae.data.file_io import read_file
 from ddae.data.shard_writer import KEY_LENGTH
 from ddae.errors import UserError
 from ddae.sharding.accounting import Tally
@@ -131,10 +132,7 @@ class Index:
         """Return the bytes of image i. Raise UserError, or DamagedMemberError for one in a zip."""
         path, offset, length = self.files[self.file_number[i]], int(self.offset[i]), int(self.length[i])
         if offset < 0:
-            try:
-                return (path / self.name(i)).read_bytes()
-            except OSError as error:
-                raise UserError(f"{self.source(i)} cannot be read ({error.strerror}). Restore it.") from None
+            return read_file(path / self.name(i))
         if path.suffix.lower() == ".zip":
             return read_zip_member(path, offset, length, int(self.stored[i]))
         return read_at(path, offset, length)

@@ -64,8 +64,9 @@ def inspect(data: bytes, resize_shorter: int = 0, quality: int = 95) -> Inspecti
         return _inspect(data, resize_shorter, quality)
     except Image.DecompressionBombError:
         return Inspection(("bomb",), None)
-    except Exception:  # Pillow's decoders raise many types of errors for a damaged file
-        return Inspection(("truncated" if _lacks_end(data) else "unreadable",), None)
+    except Exception as error:  # Pillow's decoders raise many types of errors for a damaged file
+        is_cut = "truncated" in str(error) or _lacks_end(data)
+        return Inspection(("truncated" if is_cut else "unreadable",), None)
 
 
 def _inspect(data: bytes, resize_shorter: int, quality: int) -> Inspection:

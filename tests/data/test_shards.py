@@ -2,6 +2,7 @@ import gc
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,3 +180,39 @@ def test_threads_close_their_files(shards, tmp_path):
             list(threads.map(opened.read, range(100)))
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["a [1]", "b {x,y}", "c *?", "~", "d e"])
+def test_a_path_is_literal_first(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    make_shards(folder)
+    assert len(open_shards(str(folder), CACHE)) == 100
+    assert find_shards(str(folder / "train-000001.tar")) == [str(folder / "train-000001.tar")]
+
+
+def test_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "data").mkdir()
+    make_shards(tmp_path / "data")
+    for where in ("~/data", "~/data/", "~/data/train-*.tar"):
+        assert len(open_shards(where, CACHE)) == 100
+
+
+@pytest.mark.parametrize("content", ["tars", "images", "numbered"])
+def test_other_data_sets_give_the_command_that_shards_them(content, tmp_path):
+    """Shards of img2dataset or timm, or a folder of images."""
+    folder = tmp_path / "my photos"
+    folder.mkdir()
+    name = {"tars": "train-0000.tar", "images": "1.jpg", "numbered": "00000.tar"}[content]
+    (folder / name).write_bytes(sample(0).jpeg)
+    command = rf"Run python data_prep/shard_imagenet.py --train '{folder}' --out data/shards"
+    with pytest.raises(UserError, match=re.escape(command)):
+        open_shards(str(folder), CACHE)
+
+
+@pytest.mark.parametrize("page", ["<!DOCTYPE html><html>Sign in</html>", "\n <html>"])
+def test_a_web_page_is_no_manifest(page, tmp_path):
+    (make_shards(tmp_path) / "manifest.json").write_text(page)
+    with pytest.raises(UserError, match="is a web page, such as a login page"):
+        open_shards(str(tmp_path), CACHE)

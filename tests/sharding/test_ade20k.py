@@ -398,14 +398,11 @@ def test_backslashes_in_paths(tmp_path):
     """As some programs on Windows write them."""
     files = scene_files()
     prepare(make_zip(tmp_path / "a.zip", files), tmp_path / "a", 500)
-    prepare(
-        make_zip(tmp_path / "b.zip", {name.replace("/", "\\"): data for name, data in files.items()}),
-        tmp_path / "b",
-        500,
-    )
+    windows = {name.replace("/", "\\"): data for name, data in files.items()}
+    prepare(make_zip(tmp_path / "b.zip", windows), tmp_path / "b", 500)
     for shard in (tmp_path / "a").glob("*.tar"):
         assert (tmp_path / "b" / shard.name).read_bytes() == shard.read_bytes()
-    assert read_manifest(tmp_path / "b")["classes"] == read_manifest(tmp_path / "a")["classes"]
+    assert (tmp_path / "b" / "manifest.json").read_text() == (tmp_path / "a" / "manifest.json").read_text()
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "a/../../evil.jpg", "/etc/evil", "..\\evil", "C:\\evil"])
