@@ -2,6 +2,7 @@
 
 python data_prep/check_shards.py data/imagenet           # sizes and indexes; takes seconds
 python data_prep/check_shards.py data/imagenet --full    # also hash every shard and decode every image
+python data_prep/check_shards.py data/old --index        # index shards of version 0.1
 """
 
 import argparse
@@ -9,7 +10,7 @@ import os
 from pathlib import Path
 
 from ddae.errors import run_command
-from ddae.sharding.check import check, mark_bad
+from ddae.sharding.check import check, make_index, mark_bad
 
 
 def main() -> int:
@@ -19,8 +20,11 @@ def main() -> int:
     depth.add_argument("--fast", action="store_true", help="check sizes and indexes only (default)")
     depth.add_argument("--full", action="store_true", help="also hash every shard and decode every image")
     parser.add_argument("--mark_bad", action="store_true", help="--full, and let training skip undecodable images")
+    parser.add_argument("--index", action="store_true", help="write the index by which large data sets are opened")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (all cores)")
     args = parser.parse_args()
+    if args.index:
+        print(f"{args.folder}: {make_index(args.folder)} images indexed")
     full = args.full or args.mark_bad
     problems, num_images = check(args.folder, full, max(1, args.workers))
     for problem in problems:

@@ -25,8 +25,7 @@ class DecodedImages:
 
     def __init__(self, shards: Shards, threads: int):
         """Decode all images with so many threads. Those that cannot be decoded are left out."""
-        sizes = 3 * shards.width * shards.height
-        self._ends = np.cumsum(sizes)
+        self._ends = np.cumsum(_pixel_bytes(shards))
         self._pixels = np.empty(int(self._ends[-1]), np.uint8)
         self._width, self._height = shards.width, shards.height
         with ThreadPoolExecutor(threads) as pool:
@@ -57,9 +56,14 @@ class DecodedImages:
         return True
 
 
+def _pixel_bytes(shards: Shards) -> np.ndarray:
+    """Return the bytes of each decoded image: int64 [N]."""
+    return 3 * shards.width.astype(np.int64) * shards.height
+
+
 def decode_all(shards: Shards, threads: int) -> DecodedImages | None:
     """Return the images of a data set in memory; None, with a warning, if they would take too much of it."""
-    needed = int((3 * shards.width * shards.height).sum())
+    needed = int(_pixel_bytes(shards).sum())
     limit = MAX_MEMORY_FRACTION * available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if needed > limit:
         logger.warning(

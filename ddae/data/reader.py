@@ -87,7 +87,6 @@ class Reader(Dataset):
         self.shards, self.order, self.rank_batch = shards, order, rank_batch
         self.size, self.crop, self.decodes, self.augment = size, crop, decodes, augment
         self.decoded = decoded
-        self.width, self.height = torch.as_tensor(shards.width), torch.as_tensor(shards.height)
 
     def __getitem__(self, number: int) -> RawBatch:
         start = time.perf_counter()
@@ -106,7 +105,7 @@ class Reader(Dataset):
 
     def read_encoded(self, plan: SamplePlan) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
         """Read the encoded files. Return them concatenated (uint8), their lengths (int64 [B]) and bad samples."""
-        lengths = torch.as_tensor(self.shards.length[plan.samples.numpy()])
+        lengths = torch.from_numpy(self.shards.length[plan.samples.numpy()].astype(np.int64))
         data = torch.empty(int(lengths.sum()), dtype=torch.uint8)
         buffers = [memoryview(part.numpy()) for part in data.split(lengths.tolist())]  # type: ignore[arg-type]
 
@@ -126,7 +125,10 @@ class Reader(Dataset):
     def plan(self, epochs: Tensor, samples: Tensor) -> SamplePlan:
         """Draw seeds and crops of these samples in these epochs, both int64 [B]."""
         seeds = self.order.seeds(epochs, samples)
-        crops = self.crop(seeds, self.width[samples], self.height[samples])
+        width, height = (
+            torch.from_numpy(each[samples.numpy()].astype(np.int64)) for each in (self.shards.width, self.shards.height)
+        )
+        crops = self.crop(seeds, width, height)
         return SamplePlan(epochs, samples, seeds, crops)
 
     def load_samples(self, plan: SamplePlan, load: Load[T]) -> tuple[list[T], list[tuple[int, str]]]:

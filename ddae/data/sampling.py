@@ -41,17 +41,26 @@ class EpochOrder:
         self.seed = seed
         self.num_samples = int(shard_starts[-1])
         self.epoch_samples = self.num_samples // drop_remainder_of * drop_remainder_of
-        self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)  # a batch may span two epochs
+        self._windows_of = lru_cache(maxsize=2)(self._windows)  # a batch may span two epochs
+        self._window_of = lru_cache(maxsize=4)(self._window)
 
-    def _epoch_order(self, epoch: int) -> Tensor:
-        """Return all samples in the order of one epoch: shards permuted, then samples shuffled within windows."""
+    def _windows(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Return the shards in the order of an epoch, and the positions in it at which windows of them start.
+
+        The last start is the number of samples.
+        """
         shards = self._shard_order(epoch)
-        windows = []
-        for number, window in enumerate(shards.split(SHUFFLE_WINDOW)):
-            ranges = [torch.arange(int(self.shard_starts[s]), int(self.shard_starts[s + 1])) for s in window]
-            samples = torch.cat(ranges)
-            windows.append(samples[permutation(len(samples), self.seed, epoch, number)])
-        return torch.cat(windows)
+        ends = (self.shard_starts[shards + 1] - self.shard_starts[shards]).cumsum(0)
+        last = torch.arange(len(shards)) % SHUFFLE_WINDOW == SHUFFLE_WINDOW - 1
+        last[-1] = True
+        return shards, torch.cat([torch.zeros(1, dtype=torch.int64), ends[last]])
+
+    def _window(self, epoch: int, number: int) -> Tensor:
+        """Return the samples of one window in the order of an epoch."""
+        shards = self._windows_of(epoch)[0][number * SHUFFLE_WINDOW : (number + 1) * SHUFFLE_WINDOW]
+        ranges = [torch.arange(int(self.shard_starts[s]), int(self.shard_starts[s + 1])) for s in shards]
+        samples = torch.cat(ranges)
+        return samples[permutation(len(samples), self.seed, epoch, number)]
 
     def _shard_order(self, epoch: int) -> Tensor:
         return permutation(len(self.shard_starts) - 1, self.seed, epoch, -1)
@@ -61,8 +70,11 @@ class EpochOrder:
         epochs, offsets = positions // self.epoch_samples, positions % self.epoch_samples
         samples = torch.empty_like(positions)
         for epoch in epochs.unique().tolist():
-            in_epoch = epochs == epoch
-            samples[in_epoch] = self.epoch_order(epoch)[offsets[in_epoch]]
+            starts = self._windows_of(epoch)[1]
+            windows = torch.searchsorted(starts, offsets, right=True) - 1
+            for window in windows[epochs == epoch].unique().tolist():
+                chosen = (epochs == epoch) & (windows == window)
+                samples[chosen] = self._window_of(epoch, window)[offsets[chosen] - starts[window]]
         return epochs, samples
 
     def shards_near(self, position: int) -> list[int]:

@@ -8,10 +8,17 @@ from pathlib import Path
 from tarfile import USTAR_FORMAT, TarFile
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import numpy as np
+
 from ddae import atomic
-from ddae.data.shards import FORMAT, INDEX_VERSION, MANIFEST
+from ddae.data.cache import Cache
+from ddae.data.file_io import read_range
+from ddae.data.sample_index import UNLABELLED, SampleIndex, write_sample_index
+from ddae.data.shards import FORMAT, INDEX_VERSION, MANIFEST, TABLE_COLUMNS, read_index, read_shard_table
+from ddae.errors import UserError
 
 BLOCK = 512  # bytes of a tar header; files are padded to multiples of it
+NO_CACHE = Cache(Path(), 0)  # for local files
 KEY_LENGTH = 90  # characters; a longer name would need a second tar header
 
 
@@ -48,7 +55,7 @@ def write_partial_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]
     Here and in commit_shard() the caller removes the temporary files after an error.
     """
     tar, idx = _partial_paths(path)
-    sizes, index = [], []
+    sizes, labels, index = [], [], []
     with open(tar, "wb", buffering=1 << 20) as file:
         hashing = _HashingFile(file)
         from webdataset.writer import TarWriter  # imports torch: after the arguments are checked
@@ -57,12 +64,14 @@ def write_partial_shard(path: Path, samples: Iterable[Sample]) -> dict[str, Any]
             # Same bytes in half the time: the stream that TarWriter opens copies each image ten times.
             writer.tarstream = TarFile(None, "w", cast(BinaryIO, hashing), USTAR_FORMAT, copybufsize=1 << 24)
             for sample in samples:
+                labels.append(UNLABELLED if sample.label is None else sample.label)
                 files = _files(sample)
                 index.append(_index_line(sample.key, files, writer.tarstream.offset))
                 writer.write({"__key__": sample.key, **files})
                 sizes.append([sample.width, sample.height])
     idx.write_text("\n".join([f"{INDEX_VERSION} {len(index)}", *index]) + "\n")
-    return {"samples": len(sizes), "bytes": hashing.size, "sha256": hashing.sha256.hexdigest(), "sizes": sizes}
+    entry = {"samples": len(sizes), "bytes": hashing.size, "sha256": hashing.sha256.hexdigest(), "sizes": sizes}
+    return entry | {"labels": labels}
 
 
 def commit_shard(path: Path) -> None:
@@ -74,11 +83,52 @@ def commit_shard(path: Path) -> None:
 
 
 def write_manifest(folder: Path, shards: dict[str, Any], **metadata: Any) -> None:
-    """Write the folder's manifest, one line per shard. Write it last: it marks the shards as complete."""
+    """Write the folder's sample indexes and its manifest, one line per shard.
+
+    Write it last: it marks the shards as complete. shards: entries of write_shard() or of another manifest.
+    """
+    manifest = folder / MANIFEST
+    labels = {name: entry["labels"] for name, entry in shards.items() if "labels" in entry}
+    shards = {name: {key: each for key, each in entry.items() if key != "labels"} for name, entry in shards.items()}
     lines = [f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in shards.items()]
     rest = "".join(f',\n "{key}": {json.dumps(value)}' for key, value in metadata.items())
     body = ",\n".join(lines)
-    atomic.write_text_durably(folder / MANIFEST, f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n')
+    text = f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n'
+    for split in sorted({name.rpartition("-")[0] for name in shards}):
+        index = sample_index(folder, split, shards, labels, tuple(metadata.get("classes") or ()))
+        write_sample_index(folder, split, index, len(text.encode()))
+    atomic.write_text_durably(manifest, text)
+
+
+def sample_index(
+    folder: Path, split: str, shards: dict[str, Any], labels: dict[str, list[int]], classes: tuple[str, ...]
+) -> SampleIndex:
+    """Return the sample index of a split. labels: by shard; those of other shards are read from their samples."""
+    entries, tables, of_split = [], [], []
+    for name in sorted(name for name in shards if name.rpartition("-")[0] == split):
+        path = folder / name
+        entry, table = read_shard_table(str(path), shards[name], NO_CACHE)
+        entries.append(entry)
+        tables.append(table)
+        if name in labels and not entry.num_bad:
+            of_split.append(np.array(labels[name], np.int32))
+        else:
+            of_split.append(_read_labels(path, table[:, 0]))
+    table = np.concatenate(tables)
+    columns = {name: table[:, i] for i, name in enumerate(TABLE_COLUMNS)}
+    columns["label"] = np.concatenate(of_split)
+    return SampleIndex(entries, columns, classes, sum(entry.num_bad for entry in entries))
+
+
+def _read_labels(shard: Path, offsets: np.ndarray) -> np.ndarray:
+    """Return the labels of the samples whose images are at these offsets, int32; -1 without a class number."""
+    idx = shard.with_suffix(".idx")
+    try:
+        places = dict(zip(read_index(idx)[1][:, 0].tolist(), read_index(idx, "cls")[1].tolist(), strict=True))
+    except UserError:  # the shard has no labels
+        return np.full(len(offsets), UNLABELLED, np.int32)
+    texts = [read_range(shard, *places[offset]) for offset in offsets.tolist()]
+    return np.array([int(text) if text.strip().isdigit() else UNLABELLED for text in texts], np.int32)
 
 
 def _partial_paths(path: Path) -> tuple[Path, Path]:

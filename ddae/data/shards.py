@@ -7,11 +7,13 @@ A shard is a tar of samples KEY.jpg + KEY.cls. `SHARD.idx` beside it is DALI's i
      "sizes": [[500, 375], [640, 480]]}}, "classes": [...], "source": ..., "settings": ...}
 
 An entry may have "bad": keys of samples that cannot be decoded, which are left out (check_shards.py --mark_bad).
+sample_index.py has the index by which large data sets are opened; shards of version 0.1 have none.
 """
 
 import glob
 import hashlib
 import json
+import logging
 import os
 import shlex
 import threading
@@ -26,14 +28,26 @@ from braceexpand import braceexpand
 
 from ddae.data.cache import Cache, is_url, url_join, url_name, url_parent
 from ddae.data.file_io import retry_system_errors
+from ddae.data.sample_index import (
+    BYTES_PER_SAMPLE,
+    COLUMNS,
+    MAKE_INDEX,
+    SampleIndex,
+    ShardEntry,
+    index_names,
+    map_columns,
+    read_header,
+)
 from ddae.errors import UserError, redact_url
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 FORMAT = "ddae-shards-1"
 MANIFEST = "manifest.json"
 INDEX_VERSION = "v1.2"
 OPTIONAL_FILES = {"cls": "classes", "png": "masks"}  # files that samples need not have, by extension
 MAX_OPEN_FILES = 40  # per thread: two shuffle windows of 16 shards, and some more
+_NOT_LISTED = "Make the shards again, or remove the file."
 MAKE_SHARDS = "Make the shards again with data_prep/."
 
 
@@ -45,13 +59,14 @@ class Shards:
     """
 
     paths: list[str]  # local paths or URLs
-    entries: list[dict[str, Any]]  # "bytes" and "sha256" of each shard, from the manifest
+    entries: list[ShardEntry]
     cache: Cache
     shard_starts: np.ndarray  # int64 [S + 1]
     offset: np.ndarray  # int64 [N]: of the image within its shard, in bytes
-    length: np.ndarray  # int64 [N]: of the image, in bytes
-    width: np.ndarray  # int64 [N]: pixels
-    height: np.ndarray  # int64 [N]: pixels
+    length: np.ndarray  # uint32 [N]: of the image, in bytes
+    width: np.ndarray  # uint16 [N]: pixels
+    height: np.ndarray  # uint16 [N]: pixels
+    label: np.ndarray | None  # int32 [N]: class, -1 without one; None if there is no sample index
     fingerprint: str  # hash of the shards' hashes: equal for data sets with the same images in the same order
     num_bad: int  # samples that the manifest lists as bad; not among the N
     classes: tuple[str, ...]  # class names by number; empty if the manifest has none
@@ -90,6 +105,12 @@ class Shards:
         Raise UserError if a sample has no class.
         """
         samples = np.arange(len(self)) if samples is None else samples
+        if self.label is not None:
+            found = self.label[samples].astype(np.int64)
+            if (found < 0).any():
+                first = int(samples[int(np.argmax(found < 0))])
+                raise UserError(f"{self.sample_name(first)} has no class. Pass shards that have classes.")
+            return found
         labels = []
         for sample, location in zip(samples.tolist(), self.file_locations("cls", samples), strict=True):
             text = self.read_file(sample, location)
@@ -124,7 +145,7 @@ class Shards:
     def fetch(self, shard: int) -> None:
         """Download a remote shard into the cache, unless it is there."""
         if is_url(self.paths[shard]):
-            self.cache.fetch(self.paths[shard], self.entries[shard]["bytes"], self.entries[shard]["sha256"])
+            self.cache.fetch(self.paths[shard], self.entries[shard].bytes, self.entries[shard].sha256)
 
     def _retry(self, shard: int, read: Callable[[], T]) -> T:
         """Return read(); after a system error open the shard again. Raise UserError if the error persists."""
@@ -142,7 +163,7 @@ class Shards:
             return files[shard]
         path, entry = self.paths[shard], self.entries[shard]
         remote = is_url(path)
-        files[shard] = self.cache.open(path, entry["bytes"], entry["sha256"]) if remote else os.open(path, os.O_RDONLY)
+        files[shard] = self.cache.open(path, entry.bytes, entry.sha256) if remote else os.open(path, os.O_RDONLY)
         if len(files) > MAX_OPEN_FILES:
             os.close(files.popitem(last=False)[1])
         return files[shard]
@@ -209,9 +230,78 @@ def _expand(pattern: str) -> list[str]:
 
 
 def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
-    """Find shards and read their manifests and indexes. Raise UserError if one is missing or inconsistent."""
+    """Find shards and open the sample index of their split, or read their manifests and DALI indexes without one.
+
+    Raise UserError if a shard is missing or inconsistent.
+    """
     where = local_path(where.rstrip("/") or where)  # as a shell completes the name of a folder
     paths = find_shards(where, split)
+    folders = {_folder_and_name(path)[0] for path in paths} or {where}
+    index = _open_index(folders.pop(), cache, split) if len(folders) == 1 else None
+    if index is None:
+        paths, index = _read_manifests(where, paths, cache, split)
+    elif not paths:
+        paths = [url_join(where, entry.name) for entry in index.shards]
+    else:
+        if os.path.isdir(where):
+            _check_complete(where, paths, [entry.name for entry in index.shards])
+        index = _of_paths(index, paths)
+    for path, entry in zip(paths, index.shards, strict=True):
+        if not is_url(path) and (size := os.path.getsize(path)) != entry.bytes:
+            expected = f"its manifest states {entry.bytes}. It is truncated or was changed"
+            raise UserError(f"{path} has {size} bytes; {expected}. {MAKE_SHARDS}")
+    shard_starts = np.cumsum([0, *(entry.samples for entry in index.shards)])
+    if not shard_starts[-1]:
+        raise UserError(f"{where} holds no samples. {MAKE_SHARDS}")
+    fingerprint = hashlib.sha256("".join(entry.sha256 + entry.bad for entry in index.shards).encode()).hexdigest()
+    columns: dict[str, Any] = index.columns
+    facts: dict[str, Any] = {"fingerprint": fingerprint, "num_bad": index.num_bad, "classes": index.classes}
+    return Shards(paths, index.shards, cache, shard_starts, **columns, **facts)
+
+
+def _folder_and_name(path: str) -> tuple[str, str]:
+    return (url_parent(path), url_name(path)) if is_url(path) else os.path.split(path)  # type: ignore[return-value]
+
+
+def _open_index(folder: str, cache: Cache, split: str) -> SampleIndex | None:
+    """Return the sample index of a split in a folder or at its URL; None if there is none, or an outdated one."""
+    names = index_names(split)
+    if is_url(folder):
+        try:
+            header = read_header(cache.fetch_fresh(url_join(folder, names[0])))
+        except UserError:
+            return None  # shards of version 0.1; reading their manifest reports any other problem
+        columns = cache.fetch(url_join(folder, names[1]), header["samples"] * BYTES_PER_SAMPLE, header["sha256"])
+        return map_columns(columns, header)
+    manifest, path = Path(folder, MANIFEST), Path(folder, names[0])
+    if not manifest.exists() or not path.exists():
+        return None
+    header = read_header(path)
+    if header["manifest_bytes"] != manifest.stat().st_size:
+        logger.warning("%s is older than %s. %s", path, MANIFEST, MAKE_INDEX.format(folder))
+        return None
+    return map_columns(path.with_name(names[1]), header)
+
+
+def _of_paths(index: SampleIndex, paths: list[str]) -> SampleIndex:
+    """Return the index of these shards. Raise UserError if it lacks one."""
+    position = {entry.name: i for i, entry in enumerate(index.shards)}
+    names = [_folder_and_name(path)[1] for path in paths]
+    if names == list(position):
+        return index
+    for path, name in zip(paths, names, strict=True):
+        if name not in position:
+            raise UserError(f"{path} is not in {_folder_and_name(path)[0]}/{MANIFEST}. {_NOT_LISTED}")
+    starts = np.cumsum([0, *(entry.samples for entry in index.shards)])
+    chosen = [position[name] for name in names]
+    slices = [slice(int(starts[i]), int(starts[i + 1])) for i in chosen]
+    columns = {name: np.concatenate([values[each] for each in slices]) for name, values in index.columns.items()}
+    shards = [index.shards[i] for i in chosen]
+    return SampleIndex(shards, columns, index.classes, sum(entry.num_bad for entry in shards))
+
+
+def _read_manifests(where: str, paths: list[str], cache: Cache, split: str) -> tuple[list[str], SampleIndex]:
+    """Return shards and their index from manifests and DALI indexes; labels are not read."""
     manifests: dict[str, dict[str, Any]] = {}
     if not paths:
         manifests[where] = manifest = read_manifest(where, cache)
@@ -220,39 +310,50 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
             raise UserError(f"data.train is {where!r}, whose {MANIFEST} lists no shards of split {split!r}.")
     entries, tables = [], []
     for path in paths:
-        folder, name = (url_parent(path), url_name(path)) if is_url(path) else os.path.split(path)
+        folder, name = _folder_and_name(path)
         if folder not in manifests:
             manifests[folder] = read_manifest(folder, cache)
         entry = manifests[folder]["shards"].get(name)
         if entry is None:
-            raise UserError(f"{path} is not in {folder}/{MANIFEST}. Make the shards again, or remove the file.")
-        if not is_url(path) and (size := os.path.getsize(path)) != entry["bytes"]:
-            expected = f"its manifest states {entry['bytes']}. It is truncated or was changed"
-            raise UserError(f"{path} has {size} bytes; {expected}. {MAKE_SHARDS}")
-        keys, index = read_index(index_path(path, cache))
-        if len(keys) != entry["samples"]:
-            expected = f"its manifest states {entry['samples']}"
-            raise UserError(f"the index of {path} lists {len(keys)} samples; {expected}. {MAKE_SHARDS}")
-        table = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
-        if entry.get("bad"):
-            table = table[~np.isin(keys, entry["bad"])]
-        tables.append(table)
+            raise UserError(f"{path} is not in {folder}/{MANIFEST}. {_NOT_LISTED}")
+        entry, table = read_shard_table(path, entry, cache)
         entries.append(entry)
+        tables.append(table)
     if os.path.isdir(where):
-        listed = {name for name in manifests[where]["shards"] if name.startswith(f"{split}-")}
-        if missing := listed - set(map(os.path.basename, paths)):
-            raise UserError(f"{where} lacks {min(missing)}, which its {MANIFEST} lists. {MAKE_SHARDS}")
-    samples = np.concatenate(tables)
-    if not len(samples):
-        raise UserError(f"{where} holds no samples. {MAKE_SHARDS}")
-    shard_starts = np.cumsum([0, *map(len, tables)])
-    offset, length, width, height = np.ascontiguousarray(samples.T)
-    num_bad = sum(entry["samples"] for entry in entries) - len(samples)
-    hashes = [entry["sha256"] + "".join(sorted(entry.get("bad", ()))) for entry in entries]
-    fingerprint = hashlib.sha256("".join(hashes).encode()).hexdigest()
+        listed = [name for name in manifests[where]["shards"] if name.startswith(f"{split}-")]
+        _check_complete(where, paths, listed)
+    table = np.concatenate(tables)
+    columns: dict[str, Any] = {name: table[:, i].astype(COLUMNS[name]) for i, name in enumerate(TABLE_COLUMNS)}
+    columns["label"] = None
     classes = tuple(next(iter(manifests.values())).get("classes") or ())
-    entries = [{key: entry[key] for key in ("bytes", "sha256")} for entry in entries]
-    return Shards(paths, entries, cache, shard_starts, offset, length, width, height, fingerprint, num_bad, classes)
+    return paths, SampleIndex(entries, columns, classes, sum(entry.num_bad for entry in entries))
+
+
+TABLE_COLUMNS = ("offset", "length", "width", "height")
+
+
+def read_shard_table(path: str, entry: dict[str, Any], cache: Cache) -> tuple[ShardEntry, np.ndarray]:
+    """Return a shard's entry, and offset, length, width and height of its samples that are not bad: int64 [N, 4].
+
+    entry: of the manifest. Raise UserError if it does not match the shard's DALI index.
+    """
+    keys, index = read_index(index_path(path, cache))
+    if len(keys) != entry["samples"]:
+        expected = f"its manifest states {entry['samples']}"
+        raise UserError(f"the index of {path} lists {len(keys)} samples; {expected}. {MAKE_SHARDS}")
+    table = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
+    bad = sorted(entry.get("bad", ()))
+    if bad:
+        table = table[~np.isin(keys, bad)]
+    name = _folder_and_name(path)[1]
+    num_bad = len(keys) - len(table)
+    return ShardEntry(name, len(table), entry["bytes"], entry["sha256"], "".join(bad), num_bad), table
+
+
+def _check_complete(where: str, paths: list[str], listed: list[str]) -> None:
+    """Raise UserError if a folder lacks a shard that its manifest lists."""
+    if missing := set(listed) - set(map(os.path.basename, paths)):
+        raise UserError(f"{where} lacks {min(missing)}, which its {MANIFEST} lists. {MAKE_SHARDS}")
 
 
 def index_path(shard: str, cache: Cache) -> Path:

@@ -89,11 +89,14 @@ class ExampleReader(SplitReader):
         except UserError:
             if labelled:
                 raise
-        sides = torch.from_numpy(self.shards.width), torch.from_numpy(self.shards.height)
-        self.boxes = central_crops(torch.zeros(0), *sides, (1.0, 1.0)).boxes
+        width, height = (
+            torch.from_numpy(each[self.samples.numpy()].astype(np.int64))
+            for each in (self.shards.width, self.shards.height)
+        )
+        self.boxes = central_crops(torch.zeros(0), width, height, (1.0, 1.0)).boxes
 
     def decode(self, index: int, sample: int) -> tuple[np.ndarray, int]:
-        image = decode_crop(self.shards.read(sample), tuple(self.boxes[sample].tolist()), False, self.size)
+        image = decode_crop(self.shards.read(sample), tuple(self.boxes[index].tolist()), False, self.size)
         return image, int(self.labels[index]) if len(self.labels) else 0
 
 

@@ -8,7 +8,8 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ddae.data.shard_writer import write_manifest
+from ddae.data.sample_index import COLUMNS, index_names, map_columns, read_header
+from ddae.data.shard_writer import sample_index, write_manifest
 from ddae.data.shards import MANIFEST, read_index, read_manifest
 from ddae.errors import UserError
 from ddae.sharding import workers
@@ -41,7 +42,39 @@ def check(folder: Path, full: bool, num_workers: int) -> tuple[list[Problem], in
         tasks = [(folder / name, shards[name], num_classes) for name in shards if (folder / name).is_file()]
         for of_shard in workers.run(_check_content, tasks, num_workers, total):
             problems += of_shard
+    if not problems:  # otherwise the indexes differ, too
+        for split in sorted({name.rpartition("-")[0] for name in shards}):
+            problems += _check_sample_index(folder, split, manifest, full)
     return sorted(set(problems)), total
+
+
+def make_index(folder: Path) -> int:
+    """Write the sample indexes of a folder of shards, such as those of version 0.1. Return the number of images."""
+    manifest = read_manifest(folder)
+    shards = manifest.pop("shards")
+    del manifest["format"]  # added by write_manifest()
+    write_manifest(folder, shards, **manifest)
+    return sum(entry["samples"] for entry in shards.values())
+
+
+def _check_sample_index(folder: Path, split: str, manifest: dict[str, Any], full: bool) -> list[Problem]:
+    """Check that the sample index of a split, if there is one, is up to date; full: compare it with the shards."""
+    header, columns = (folder / name for name in index_names(split))
+    if not header.exists():
+        return []
+    try:
+        read = read_header(header)
+        index = map_columns(columns, read)
+    except UserError as error:
+        return [Problem(header.name, str(error))]
+    if read["manifest_bytes"] != (folder / MANIFEST).stat().st_size:
+        return [Problem(header.name, "is older than the manifest. Pass --index to write it again.")]
+    if full:
+        expected = sample_index(folder, split, manifest["shards"], {}, tuple(manifest.get("classes") or ()))
+        differs = any((expected.columns[name] != index.columns[name]).any() for name in COLUMNS)
+        if differs or (expected.shards, expected.classes) != (index.shards, index.classes):
+            return [Problem(header.name, "does not match the shards. Pass --index to write it again.")]
+    return []
 
 
 def _check_accounting(accounting: dict[str, Any], num_samples: int) -> list[Problem]:
