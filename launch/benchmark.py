@@ -7,6 +7,7 @@ python launch/benchmark.py step --scale small --preset mae_vit_s16_100e --data d
 python launch/benchmark.py peers --scale micro --data data/photos
 python launch/benchmark.py loader --data data/imagenet
 python launch/benchmark.py sharding --data ILSVRC2012_img_train.tar
+python launch/benchmark.py index --rows 1000000 14000000 100000000
 python launch/benchmark.py evaluation
 """
 
@@ -18,7 +19,8 @@ from ddae.errors import UserError, run_command
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "peers", "loader", "sharding", "evaluation"), help="what to measure")
+    choices = ("step", "peers", "loader", "sharding", "index", "evaluation")
+    parser.add_argument("what", choices=choices, help="what to measure")
     parser.add_argument("--data", default="", help="a folder of shards; sharding: an image archive")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes or threads (default: all cores)")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved measurements of each candidate (default: 5)")
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--json", default="", help="step and peers: write all rows to this file")
     parser.add_argument("--scale", default="", help="peers: a small scale; step: its pretraining beside a plain loop")
     parser.add_argument("--steps", type=int, default=0, help="a variant and round (default: 1; GPU: 5); peers: in all")
+    parser.add_argument("--rows", type=int, nargs="+", default=[10**6], help="index: images of simulated data sets")
     step = parser.add_argument_group("step only", "any flag of launch/pretrain.py may follow; also after peers")
     step.add_argument("--preset", nargs="+", default=[], help="default: DDAE ViT-S; on a GPU also ViT-B, ViT-L and MAE")
     step.add_argument("--batch", type=int, nargs="+", default=[], help="images a step (default: 16; on a GPU 256)")
@@ -56,6 +59,10 @@ def main() -> None:
         from ddae.tools.bench_data import benchmark_sharding
 
         benchmark_sharding(args.data, args.workers, args.rounds, args.out)
+    elif args.what == "index":
+        from ddae.tools.bench_index import benchmark_index
+
+        benchmark_index(args.rows, args.out)
     else:
         from ddae.tools.bench_eval import benchmark_evaluation
 

@@ -19,7 +19,9 @@ FORMAT = 2  # of a run's config.json; 0.1 wrote none
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    train: str = ""  # training shards: a folder, a pattern such as data/train-{000000..000099}.tar, or a URL
+    # Training shards: a folder, a pattern such as data/train-{000000..000099}.tar, or a URL; or several of these.
+    train: str | tuple[str, ...] = ""
+    weights: tuple[int, ...] = ()  # how often an epoch contains the images of each of several sources; (): once
     batch_size: int = 4096  # images a step, over all ranks and accumulation steps
     # An epoch's last, incomplete batch: completed with images of the next epoch, or dropped.
     remainder: Literal["carry_over", "drop"] = "carry_over"
@@ -31,6 +33,11 @@ class ShardsConfig:
     cache_gib: float = 500.0  # largest size of that folder, in GiB
     crop: Literal["random", "clamped", "centre"] = "random"  # clamped: a box that does not fit is cut, not redrawn
     crop_scale: tuple[float, float] = (0.2, 1.0)  # area of a random crop over the image's
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The training shards' sources: one, or several."""
+        return (self.train,) if isinstance(self.train, str) else self.train
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,8 @@ ANY, TINY = math.inf, 1e-12
 RANGES = {  # field -> smallest and largest value; every number must also be finite
     "data.hw_decoder_load": (0, 1),
     "data.crop_scale": (TINY, 1),
-    **dict.fromkeys(("data.batch_size", "train.log_every", "train.save_every", "train.keep", "train.steps"), (1, ANY)),
+    **dict.fromkeys(("data.batch_size", "data.weights", "train.steps"), (1, ANY)),
+    **dict.fromkeys(("train.log_every", "train.save_every", "train.keep"), (1, ANY)),
     **dict.fromkeys(("data.cache_gib", "train.watchdog_timeout_s"), (TINY, ANY)),
     **dict.fromkeys(
         ("data.workers", "train.seed", "train.keep_every", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)
@@ -132,8 +140,8 @@ class Experiment:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings for JSON: tuples are lists, and secrets in URLs are redacted."""
         tree = json.loads(json.dumps(dataclasses.asdict(self)))
-        if "://" in self.data.train:
-            tree["data"]["train"] = redact_url(self.data.train)
+        sources = [redact_url(each) if "://" in each else each for each in self.data.sources]
+        tree["data"]["train"] = sources if isinstance(self.data.train, tuple) else sources[0]
         return tree
 
     def write(self, path: Path) -> None:

@@ -53,6 +53,16 @@ class Batch(NamedTuple):
     mask: Mask | None = None  # on the CPU, if the loader was given a mask sampler
 
 
+def _shard_repeats(config: ShardsConfig, shards: Shards | None) -> np.ndarray | None:
+    """Return how often an epoch contains each shard: int64 [S]; None: once. Raise UserError for a missing weight."""
+    if not config.weights:
+        return None
+    if shards is None or len(config.weights) != len(config.sources):
+        problem = f"data.weights has {len(config.weights)} values for {len(config.sources)} sources of data.train"
+        raise UserError(f"{problem}. Pass one for each, as --data.train A B --data.weights 1 3.")
+    return np.repeat(np.array(config.weights, np.int64), shards.source_shards)
+
+
 class Loader:
     """The training data of a run and its stream of micro-batches."""
 
@@ -86,9 +96,10 @@ class Loader:
             shard_starts, self.fingerprint = np.array([0, SYNTHETIC_SAMPLES]), "synthetic"
         else:
             raise_open_file_limit()
-            self.shards = open_shards(config.train, open_cache(config))
+            self.shards = open_shards(config.sources, open_cache(config))
             shard_starts, self.fingerprint = self.shards.shard_starts, self.shards.fingerprint
-        self.order = EpochOrder(shard_starts, seed, rank_batch.batch_size if config.remainder == "drop" else 1)
+        drop = rank_batch.batch_size if config.remainder == "drop" else 1
+        self.order = EpochOrder(shard_starts, seed, drop, _shard_repeats(config, self.shards))
         self.num_samples, self.epoch_samples = self.order.num_samples, self.order.epoch_samples
         if self.num_samples < rank_batch.world_size:
             problem = f"data.train holds {self.num_samples} images for {rank_batch.world_size} ranks"
@@ -129,7 +140,9 @@ class Loader:
         text += f" ({self.backend_reason})" if self.backend_reason else ""
         if self.shards is not None and self.shards.num_bad:
             text += f", {self.shards.num_bad} more are listed as bad"
-        if remainder := self.num_samples % self.rank_batch.batch_size:
+        if self.config.weights:
+            text += f", {self.order.epoch_total} in an epoch"
+        if remainder := self.order.epoch_total % self.rank_batch.batch_size:
             handling = "carried over to the next" if self.config.remainder == "carry_over" else "dropped"
             text += f", the last {remainder} of an epoch are {handling}"
         return text

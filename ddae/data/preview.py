@@ -30,9 +30,9 @@ def preview_images(config: ShardsConfig, size: int, count: int) -> Preview:
     """
     if config.backend == "synthetic":
         return Preview(torch.empty(0, 3, size, size, dtype=torch.uint8), held_out=False)
-    folder = Path(config.train)
+    folder = Path(config.sources[0])
     split = "val" if folder.is_dir() and any(folder.glob("val-*.tar")) else "train"
-    shards = open_shards(config.train, open_cache(config), split)
+    shards = open_shards(config.sources[0] if split == "val" else config.sources, open_cache(config), split)
     samples = np.linspace(0, len(shards) - 1, min(count, len(shards))).astype(int).tolist()
     images = [image for sample in samples if (image := _central_square(shards, sample, size)) is not None]
     if not images:

@@ -33,60 +33,74 @@ class EpochOrder:
     """The order of a data set whose shard s holds samples shard_starts[s] to shard_starts[s + 1] - 1.
 
     drop_remainder_of: global batch size; samples that do not fill a batch at the end of an epoch are dropped, different
-    ones in each epoch. 1: none.
+    ones in each epoch. 1: none. repeats: how often an epoch contains each shard, int64 [S]; default: once.
     """
 
-    def __init__(self, shard_starts: np.ndarray, seed: int, drop_remainder_of: int = 1):
+    def __init__(
+        self, shard_starts: np.ndarray, seed: int, drop_remainder_of: int = 1, repeats: np.ndarray | None = None
+    ):
         self.shard_starts = torch.as_tensor(shard_starts)
         self.seed = seed
+        num_shards = len(self.shard_starts) - 1
+        self.repeats = torch.ones(num_shards, dtype=torch.int64) if repeats is None else torch.as_tensor(repeats)
+        self._units = torch.arange(num_shards).repeat_interleave(self.repeats)  # shards, as often as an epoch has them
+        first = (self.repeats.cumsum(0) - self.repeats)[self._units]
+        self._unit_repeat = torch.arange(len(self._units)) - first  # 0, 1, ... for the units of one shard
         self.num_samples = int(shard_starts[-1])
-        self.epoch_samples = self.num_samples // drop_remainder_of * drop_remainder_of
+        self.epoch_total = int((self.shard_starts.diff() * self.repeats).sum())  # before the remainder is dropped
+        self.epoch_samples = self.epoch_total // drop_remainder_of * drop_remainder_of
         self._windows_of = lru_cache(maxsize=2)(self._windows)  # a batch may span two epochs
         self._window_of = lru_cache(maxsize=4)(self._window)
 
     def _windows(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the shards in the order of an epoch, and the positions in it at which windows of them start.
+        """Return the units in the order of an epoch, and the positions in it at which windows of them start.
 
         The last start is the number of samples.
         """
-        shards = self._shard_order(epoch)
-        ends = (self.shard_starts[shards + 1] - self.shard_starts[shards]).cumsum(0)
-        last = torch.arange(len(shards)) % SHUFFLE_WINDOW == SHUFFLE_WINDOW - 1
+        units = permutation(len(self._units), self.seed, epoch, -1)
+        ends = self.shard_starts.diff()[self._units[units]].cumsum(0)
+        last = torch.arange(len(units)) % SHUFFLE_WINDOW == SHUFFLE_WINDOW - 1
         last[-1] = True
-        return shards, torch.cat([torch.zeros(1, dtype=torch.int64), ends[last]])
+        return units, torch.cat([torch.zeros(1, dtype=torch.int64), ends[last]])
 
-    def _window(self, epoch: int, number: int) -> Tensor:
-        """Return the samples of one window in the order of an epoch."""
-        shards = self._windows_of(epoch)[0][number * SHUFFLE_WINDOW : (number + 1) * SHUFFLE_WINDOW]
+    def _window(self, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """Return the samples of one window in the order of an epoch, and the passes over their shards so far."""
+        units = self._windows_of(epoch)[0][number * SHUFFLE_WINDOW : (number + 1) * SHUFFLE_WINDOW]
+        shards = self._units[units]
         ranges = [torch.arange(int(self.shard_starts[s]), int(self.shard_starts[s + 1])) for s in shards]
         samples = torch.cat(ranges)
-        return samples[permutation(len(samples), self.seed, epoch, number)]
-
-    def _shard_order(self, epoch: int) -> Tensor:
-        return permutation(len(self.shard_starts) - 1, self.seed, epoch, -1)
+        passes = (epoch * self.repeats[shards] + self._unit_repeat[units]).repeat_interleave(
+            torch.tensor([len(each) for each in ranges])
+        )
+        order = permutation(len(samples), self.seed, epoch, number)
+        return samples[order], passes[order]
 
     def samples(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return epoch and sample of each position: int64 [B] -> int64 [B], int64 [B]."""
+        """Return how often each position's shard has been passed before, and the sample: two int64 [B].
+
+        Without repeats the first is the epoch. Crops and masks are drawn from both.
+        """
         epochs, offsets = positions // self.epoch_samples, positions % self.epoch_samples
-        samples = torch.empty_like(positions)
+        passes, samples = torch.empty_like(positions), torch.empty_like(positions)
         for epoch in epochs.unique().tolist():
             starts = self._windows_of(epoch)[1]
             windows = torch.searchsorted(starts, offsets, right=True) - 1
             for window in windows[epochs == epoch].unique().tolist():
                 chosen = (epochs == epoch) & (windows == window)
-                samples[chosen] = self._window_of(epoch, window)[offsets[chosen] - starts[window]]
-        return epochs, samples
+                of_window, its_passes = self._window_of(epoch, window)
+                places = offsets[chosen] - starts[window]
+                samples[chosen], passes[chosen] = of_window[places], its_passes[places]
+        return passes, samples
 
     def shards_near(self, position: int) -> list[int]:
         """Return the shards of the position's shuffle window and of the next one, which may be in the next epoch."""
         epoch, offset = divmod(position, self.epoch_samples)
-        shards = self._shard_order(epoch)
-        ends = (self.shard_starts[shards + 1] - self.shard_starts[shards]).cumsum(0)
-        start = int(torch.searchsorted(ends, offset, right=True)) // SHUFFLE_WINDOW * SHUFFLE_WINDOW
-        near = shards[start : start + 2 * SHUFFLE_WINDOW].tolist()
-        if start + SHUFFLE_WINDOW >= len(shards):
-            near += self._shard_order(epoch + 1)[:SHUFFLE_WINDOW].tolist()
-        return list(dict.fromkeys(near))
+        units, starts = self._windows_of(epoch)
+        start = (int(torch.searchsorted(starts, offset, right=True)) - 1) * SHUFFLE_WINDOW
+        near = units[start : start + 2 * SHUFFLE_WINDOW]
+        if start + SHUFFLE_WINDOW >= len(units):
+            near = torch.cat([near, self._windows_of(epoch + 1)[0][:SHUFFLE_WINDOW]])
+        return list(dict.fromkeys(self._units[near].tolist()))
 
     def seeds(self, epochs: Tensor, samples: Tensor) -> Tensor:
         """Return the seed of each sample in its epoch, from which its crop and mask are drawn: int64 [B]."""

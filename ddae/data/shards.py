@@ -70,6 +70,7 @@ class Shards:
     fingerprint: str  # hash of the shards' hashes: equal for data sets with the same images in the same order
     num_bad: int  # samples that the manifest lists as bad; not among the N
     classes: tuple[str, ...]  # class names by number; empty if the manifest has none
+    source_shards: tuple[int, ...]  # number of shards of each source
     _open: threading.local = field(default_factory=threading.local, compare=False, repr=False)  # files of this thread
 
     def __len__(self) -> int:
@@ -229,11 +230,49 @@ def _expand(pattern: str) -> list[str]:
         raise UserError(f"data.train is {pattern!r}, in which a brace is not closed. {fix}") from None
 
 
-def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
+def open_shards(where: str | tuple[str, ...], cache: Cache, split: str = "train") -> Shards:
     """Find shards and open the sample index of their split, or read their manifests and DALI indexes without one.
 
-    Raise UserError if a shard is missing or inconsistent.
+    where: one source, or several, whose shards follow each other. Raise UserError if a shard is missing or
+    inconsistent, or if the classes of several sources differ.
     """
+    if isinstance(where, str):
+        return _open_source(where, cache, split)
+    opened = [_open_source(each, cache, split) for each in where]
+    return opened[0] if len(opened) == 1 else _join(where, opened)
+
+
+def _join(where: tuple[str, ...], opened: list[Shards]) -> Shards:
+    """Return the shards of several sources as one data set."""
+    first = opened[0]
+    for source, other in zip(where, opened, strict=True):
+        if other.classes != first.classes:
+            problem = f"data.train names {where[0]} and {source}, whose classes differ"
+            raise UserError(f"{problem}. Pass sources with the same classes, or without classes.")
+    labelled = all(each.label is not None for each in opened)
+    columns: dict[str, Any] = {name: np.concatenate([getattr(each, name) for each in opened]) for name in TABLE_COLUMNS}
+    columns["label"] = np.concatenate([each.label for each in opened]) if labelled else None  # type: ignore[misc]
+    sizes = np.concatenate([np.diff(each.shard_starts) for each in opened])
+    entries = [entry for each in opened for entry in each.entries]
+    return Shards(
+        [path for each in opened for path in each.paths],
+        entries,
+        first.cache,
+        np.cumsum([0, *sizes]),
+        **columns,
+        fingerprint=_fingerprint(entries),
+        num_bad=sum(each.num_bad for each in opened),
+        classes=first.classes,
+        source_shards=tuple(len(each.paths) for each in opened),
+    )
+
+
+def _fingerprint(entries: list[ShardEntry]) -> str:
+    return hashlib.sha256("".join(entry.sha256 + entry.bad for entry in entries).encode()).hexdigest()
+
+
+def _open_source(where: str, cache: Cache, split: str) -> Shards:
+    """Open the shards of one source; see open_shards()."""
     where = local_path(where.rstrip("/") or where)  # as a shell completes the name of a folder
     paths = find_shards(where, split)
     folders = {_folder_and_name(path)[0] for path in paths} or {where}
@@ -253,10 +292,9 @@ def open_shards(where: str, cache: Cache, split: str = "train") -> Shards:
     shard_starts = np.cumsum([0, *(entry.samples for entry in index.shards)])
     if not shard_starts[-1]:
         raise UserError(f"{where} holds no samples. {MAKE_SHARDS}")
-    fingerprint = hashlib.sha256("".join(entry.sha256 + entry.bad for entry in index.shards).encode()).hexdigest()
     columns: dict[str, Any] = index.columns
-    facts: dict[str, Any] = {"fingerprint": fingerprint, "num_bad": index.num_bad, "classes": index.classes}
-    return Shards(paths, index.shards, cache, shard_starts, **columns, **facts)
+    facts: dict[str, Any] = {"num_bad": index.num_bad, "classes": index.classes, "source_shards": (len(paths),)}
+    return Shards(paths, index.shards, cache, shard_starts, **columns, **facts, fingerprint=_fingerprint(index.shards))
 
 
 def _folder_and_name(path: str) -> tuple[str, str]:

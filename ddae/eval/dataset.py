@@ -66,7 +66,7 @@ class ExampleReader(SplitReader):
 
     def __init__(
         self,
-        source: str,
+        source: str | tuple[str, ...],
         split: str,
         size: int,
         cache: Cache | None = None,
@@ -100,11 +100,13 @@ class ExampleReader(SplitReader):
         return image, int(self.labels[index]) if len(self.labels) else 0
 
 
-def val_location(train: str, val: str = "") -> str:
+def val_location(train: str | tuple[str, ...], val: str = "") -> str:
     """Return where the validation shards are: `val` if it is given, else the folder of the training shards.
 
-    Raise UserError if `val` is empty and `train` is a pattern of tar files.
+    Of several folders, the first one. Raise UserError if `val` is empty and `train` is a pattern of tar files.
     """
+    if not isinstance(train, str):
+        train = train[0]
     if not val and train.endswith(".tar"):
         raise UserError(
             f"data.train is {train}, a list of shards; without --val a folder with splits train and val is expected. "

@@ -79,7 +79,7 @@ def draw_paper_figures(named: Sequence[str], data: str, out: Path, settings: Fig
     encoders = [_load(each) for each in named]
     if len({each.name for each in encoders}) < len(encoders):
         raise UserError("two encoders have the same name; expected different names. Pass NAME=PATH, as in MAE=mae.pth.")
-    data = data or next((each.config.data.train for each in encoders if each.config), "")
+    data = data or next((each.config.data.sources[0] for each in encoders if each.config), "")
     if not data:
         raise UserError("no images are given. Pass --data with a folder of shards.")
     drawn: dict[str, Figure] = {}
