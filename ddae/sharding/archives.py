@@ -247,7 +247,7 @@ def _seek_appended(file: IO[bytes], end: int) -> bool:
 def _zip_members(path: Path, read: tuple[str, ...]) -> Iterator[Member]:
     try:
         with zipfile.ZipFile(path) as archive:
-            infos = archive.infolist()
+            infos, end = archive.infolist(), archive.start_dir
     except (zipfile.BadZipFile, NotImplementedError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path} is not a complete zip ({one_line(error)}). Download it again.") from None
     except OSError as error:
@@ -256,6 +256,8 @@ def _zip_members(path: Path, read: tuple[str, ...]) -> Iterator[Member]:
         name = zip_member_path(info, path)
         if name.endswith("/"):
             continue
+        if not 0 <= info.header_offset <= info.header_offset + info.compress_size <= end:
+            raise UserError(f"{path} is damaged: {name} lies outside the file. Download it again.")
         if info.flag_bits & 1:
             raise UserError(f"{path} is encrypted ({name}). Decrypt it first.")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
