@@ -48,6 +48,8 @@ def first_rows(data: bytes, rows: int) -> bytes:
             # Sampling factors of each component: horizontal and vertical, 4 bits each.
             sampling_factors = data[offset + 11 : offset + 10 + 3 * num_components : 3]
             block_rows = 8 * max((factors & 15 for factors in sampling_factors), default=1)
+            if not block_rows:  # a damaged header
+                break
             new_height = (-(-rows // block_rows) + 1) * block_rows
             if new_height < height:
                 return data[: offset + 5] + new_height.to_bytes(2, "big") + data[offset + 7 :]

@@ -27,6 +27,7 @@ ARCHIVE_ENDINGS = (*TAR_ENDINGS, ".zip")
 BUFFER_BYTES = 1 << 20  # of decompressed data, within which a tar can be read again
 VOLUME_HEADER, INCREMENTAL, CONTINUED = b"V", b"D", b"M"  # GNU tar's types of members: label, list of a folder, rest
 ZIP_HEADER = b"PK\3\4"
+MAX_MEMBER_BYTES = 1 << 60  # of a file in a tar; larger sizes are damage
 MAX_CONTENT_BYTES = 1 << 20  # of a label file
 
 
@@ -136,7 +137,7 @@ def _tar_members(path: Path, read: tuple[str, ...]) -> Iterator[Member]:
             if opener is None:  # headers are far apart, so the kernel's read-ahead would be wasted
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             for outer in _files(file, path):
-                name = PurePosixPath(outer.name).name
+                name = outer.name.rpartition("/")[2]
                 if not name.lower().endswith(".tar") or name.startswith("."):
                     yield _member(file, outer.name, outer.offset_data, outer.size, read)
                     continue
@@ -154,7 +155,8 @@ def _tar_members(path: Path, read: tuple[str, ...]) -> Iterator[Member]:
 
 def _member(file: IO[bytes], name: str, offset: int, length: int, read: tuple[str, ...]) -> Member:
     """Return a tar's member, with its content if its name has one of the endings `read`."""
-    name = str(PurePosixPath(name))  # without ./
+    if name.startswith("./") or "//" in name or "/./" in name:
+        name = str(PurePosixPath(name))
     content = b""
     if name.lower().endswith(read):
         file.seek(offset)
@@ -205,8 +207,10 @@ def _files(file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo]:
 
 def _check_member(member: tarfile.TarInfo, path: Path) -> None:
     """Raise UserError if a member is not a regular file or a folder, or is unsafe."""
-    if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
         raise UserError(f"{path} contains {member.name!r}, a path outside its folder. Do not trust this archive.")
+    if not 0 <= member.size < MAX_MEMBER_BYTES:
+        raise tarfile.ReadError(f"{member.name!r} has {member.size} bytes")
     if member.issparse():
         fix = "Unpack it, and pack it again without --sparse."
         raise UserError(f"{path} contains {member.name!r}, a sparse file, of which only parts are stored. {fix}")

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -156,35 +156,33 @@ def base_key(stem: str, class_: str | None, key_has_class: bool) -> str:
     return _ascii_key(f"{class_}_{stem}" if prepend else stem)
 
 
-def number_duplicates(keys: Iterable[str], names: Iterable[tuple[str | None, str]]) -> tuple[dict[int, int], list[int]]:
+def number_duplicates(
+    count: int, key_of: Callable[[int], str], name_of: Callable[[int], tuple[str | None, str]]
+) -> tuple[dict[int, int], np.ndarray]:
     """Return the suffix of each image whose key an earlier one has, and the images whose name an earlier one has.
 
-    keys: of base_key(). names: (class, name), with class None where a name must be unique in the whole split. Names
-    that differ but map to the same key get a suffix without counting as duplicates. Needs 16 bytes an image.
+    key_of: base_key() of an image. name_of: (class, name), with class None where a name must be unique in the whole
+    split. Names that differ but map to the same key get a suffix without counting as duplicates.
     """
-    key_hash, name_hash, kept = array("q"), array("q"), Strings()
-    for key, name in zip(keys, names, strict=True):
-        key_hash.append(hash64(key))
-        name_hash.append(hash64(repr(name)))
-        kept.append(key.encode())
-    hashes = np.array(key_hash, np.int64)
-    given, suffix, next_number = set(hashes[_repeated(hashes)].tolist()), {}, {}
-    ordered = np.sort(hashes)
-    for i in _repeated(hashes).tolist():
-        key = kept[i].decode()
-        number = next_number.get(key, 1)
-        while number > 1 and _contains(ordered, given, hash64(f"{key}--{number}")):
-            number += 1
-        if number > 1:
-            suffix[i] = number
-            given.add(hash64(f"{key}--{number}"))
-        next_number[key] = number + 1
-    seen, duplicates = set(), []
-    for i in _repeated(np.array(name_hash, np.int64)).tolist():
-        if name_hash[i] in seen:
-            duplicates.append(i)
-        seen.add(name_hash[i])
-    return suffix, duplicates
+    hashes = np.fromiter((hash64(key_of(i)) for i in range(count)), np.int64, count)
+    repeated = np.flatnonzero(is_repeated(hashes))
+    suffix: dict[int, int] = {}
+    if len(repeated):
+        hashes.sort()
+        given, next_number = set(), {}
+        for i in repeated.tolist():
+            key = key_of(i)
+            number = next_number.get(key, 1)
+            while number > 1 and _contains(hashes, given, hash64(f"{key}--{number}")):
+                number += 1
+            if number > 1:
+                suffix[i] = number
+                given.add(hash64(f"{key}--{number}"))
+            next_number[key] = number + 1
+    hashes = np.fromiter((hash64(repr(name_of(i))) for i in range(count)), np.int64, count)
+    repeated = np.flatnonzero(is_repeated(hashes))
+    _, first = np.unique(hashes[repeated], return_index=True)
+    return suffix, np.delete(repeated, first)
 
 
 def _contains(ordered: np.ndarray, more: set[int], value: int) -> bool:
@@ -193,10 +191,10 @@ def _contains(ordered: np.ndarray, more: set[int], value: int) -> bool:
     return value in more or (position < len(ordered) and int(ordered[position]) == value)
 
 
-def _repeated(values: np.ndarray) -> np.ndarray:
-    """Return the positions of values that occur more than once, ascending."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return np.flatnonzero(counts[inverse] > 1)
+def is_repeated(values: np.ndarray) -> np.ndarray:
+    """Return which values occur more than once: bool, as many."""
+    ordered = np.sort(values)
+    return np.isin(values, ordered[1:][ordered[1:] == ordered[:-1]])
 
 
 def hash64(text: str) -> int:

@@ -75,12 +75,13 @@ def plan_split(split: int, index: Index, settings: Settings) -> list[ShardPlan]:
     """Permute the images of a split by the seed and divide them into shards."""
     order = np.random.RandomState(settings.seed).permutation(len(index))  # NumPy guarantees this stream
     count = max(1, min(settings.max_count, -(-len(index) // MIN_SHARDS)))
-    starts, size = [0], 0
-    for position, length in enumerate(index.length[order].tolist()):
-        size += length + SAMPLE_OVERHEAD
-        if position - starts[-1] >= count or (size > settings.max_size and position > starts[-1]):
-            starts.append(position)
-            size = length + SAMPLE_OVERHEAD
+    total = np.cumsum(index.length[order] + SAMPLE_OVERHEAD)  # bytes of the tar
+    starts = [0]
+    while starts[-1] < len(order):
+        before = total[starts[-1] - 1] if starts[-1] else 0
+        fits = int(np.searchsorted(total, before + settings.max_size, side="right"))
+        starts.append(max(starts[-1] + 1, min(starts[-1] + count, fits, len(order))))
+    starts.pop()
     pieces = np.split(order, starts[1:])
     return [ShardPlan(f"{index.split}-{i:06d}.tar", split, images) for i, images in enumerate(pieces)]
 

@@ -18,7 +18,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +31,7 @@ from ddae.sharding.archives import ARCHIVE_ENDINGS, Member, members
 from ddae.sharding.classes import SYNSET, Rule, classes_of_folders, is_hidden
 from ddae.sharding.grouping import LABEL_ENDINGS, File, Label, key_of, parse_label, resolve_group
 from ddae.sharding.imagenet_devkit import Devkit
-from ddae.sharding.index import UNLABELLED, Index, Strings, base_key, hash64, number_duplicates
+from ddae.sharding.index import UNLABELLED, Index, Strings, base_key, hash64, is_repeated, number_duplicates
 from ddae.sharding.inspection import IMAGE_ENDINGS, UNSUPPORTED_ENDINGS
 
 SPLIT_IN_NAME = re.compile(r"(?<![A-Za-z])(train|val|test)")
@@ -108,7 +108,7 @@ def _find_files(split: str, location: str) -> list[Path]:
                 problem = f"contains both archives ({archives[0].name}) and images ({beside})"
                 raise UserError(f"--{split} {location} {problem}. Pass the archives as a pattern, or move the images.")
             return archives or [path]
-        if path.is_file():
+        if path.is_file() and path.suffix != ".parquet":
             return [path]
     try:
         patterns = [os.path.expanduser(each) for each in braceexpand(location)]
@@ -119,6 +119,8 @@ def _find_files(split: str, location: str) -> list[Path]:
     if missing:
         kind = "is a folder; a pattern names archives" if missing[0].is_dir() else "does not exist"
         raise UserError(f"--{split} {location}: {missing[0]} {kind}. Check the path.")
+    if found[0].suffix == ".parquet":
+        raise UserError(f"--{split} {location} names Parquet files. {_how_to_convert_parquet(location)}")
     return found
 
 
@@ -154,14 +156,16 @@ def _manifest_classes(folder: Path) -> list[str] | None:
 
 
 def _what_instead(scan: "_Scan", location: str) -> str:
-    """Return what a source without images contains, and how to convert it, as the end of an error message."""
+    """Return what a source without images contains, as the end of an error message."""
     other = scan.tally.left_out + scan.tally.other_files
-    if any(".parquet" in name for names in other.names.values() for name in names):
-        pattern = location if location.endswith(".parquet") else f"{location.rstrip('/')}/*.parquet"
-        return f" but Parquet files. Convert them: {FROM_PARQUET.format('images.tar', pattern)}"
-    if other.counts:
-        return f" that can be read ({other}). Pass files ending in {', '.join(IMAGE_ENDINGS)}."
-    return f". Pass files ending in {', '.join(IMAGE_ENDINGS)}."
+    if any(name.endswith(".parquet") for names in other.names.values() for name in names):
+        return f" but Parquet files. {_how_to_convert_parquet(location.rstrip('/') + '/*.parquet')}"
+    found = f" that can be read ({other})" if other.counts else ""
+    return f"{found}. Pass files ending in {', '.join(IMAGE_ENDINGS)}."
+
+
+def _how_to_convert_parquet(pattern: str) -> str:
+    return f"Convert them: {FROM_PARQUET.format('images.tar', pattern)}"
 
 
 class _Folder(NamedTuple):
@@ -234,7 +238,7 @@ class _Scan:
                 labels.append(self.labels.setdefault(label, len(self.labels)))
             elif kind == "label":
                 self.tally.other_files.add("label files (--labels none)", member.name)
-        for rows, label_rows in _groups(np.array(image_keys, np.int64), np.array(label_keys, np.int64)):
+        for rows, label_rows in _groups(np.frombuffer(image_keys, np.int64), np.frombuffer(label_keys, np.int64)):
             label_files = [File(i, os.fsdecode(label_names[i])) for i in label_rows]
             if not rows:
                 self.tally.other_files.add("label files without an image", label_files[0].name, len(label_files))
@@ -270,7 +274,7 @@ class _Scan:
     def _kind(self, name: str, is_file: bool) -> Literal["image", "label", ""]:
         """Return what a file is, and count it if it is neither image nor label."""
         base = name.rpartition("/")[2]
-        ending = PurePosixPath(base).suffix.lower()
+        ending = os.path.splitext(base)[1].lower()
         if is_hidden(name):
             self.tally.other_files.add("hidden or system files", name)
         elif not is_file:
@@ -329,16 +333,19 @@ def _walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
 
 def _groups(image_keys: np.ndarray, label_keys: np.ndarray) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the positions of images and label files that share a key, but for images alone with theirs."""
-    keys = np.concatenate([image_keys, label_keys])
-    order = np.argsort(keys, kind="stable")
+    num_images = len(image_keys)
+    keys = np.concatenate([image_keys, label_keys]) if len(label_keys) else image_keys
+    chosen = is_repeated(keys)
+    chosen[num_images:] = True
+    positions = np.flatnonzero(chosen)
+    order = positions[np.argsort(keys[positions], kind="stable")]
     starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] - 1))
-    ends = np.append(starts[1:], len(keys))
-    several = np.flatnonzero((ends - starts > 1) | (order[starts] >= len(image_keys)))
-    several = several[np.argsort(order[starts[several]])]  # in the order of the archive
-    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+    ends = np.append(starts[1:], len(order))
+    by_position = np.argsort(order[starts])  # in the order of the archive
+    for start, end in zip(starts[by_position].tolist(), ends[by_position].tolist(), strict=True):
         of_key = order[start:end].tolist()
-        images = [i for i in of_key if i < len(image_keys)]
-        yield images, [i - len(image_keys) for i in of_key if i >= len(image_keys)]
+        images = [i for i in of_key if i < num_images]
+        yield images, [i - num_images for i in of_key if i >= num_images]
 
 
 class _Finish:
@@ -361,7 +368,8 @@ class _Finish:
         rows = np.flatnonzero(kept & of_split)
         label, names = self._labels(rows, by_folder.classes, classes, devkit, has_labels)
         folder_number = self.folder_number[rows]
-        columns = {name: np.array(getattr(images, name), np.int64)[rows] for name in ("offset", "length", "stored")}
+        chosen = rows if len(rows) < len(images.base) else slice(None)  # a view, if all are chosen
+        columns = {n: np.frombuffer(getattr(images, n), np.int64)[chosen] for n in ("offset", "length", "stored")}
         file_number = np.array([folder.file_number for folder in self.folders], np.int32)[folder_number]
         index = Index(
             self.split,
@@ -501,19 +509,17 @@ def _number_keys(index: Index) -> None:
     """Fill in the suffixes of keys that are not unique, and the images whose name is not unique."""
     class_names = {name for name in index.class_names if name}
 
-    def names() -> Iterator[tuple[str | None, str]]:
-        for i in range(len(index)):
-            stem, class_ = index.stem(i), index.class_names[index.folder_number[i]]
-            head, underscore, _ = stem.partition("_")
-            # A name that starts with a class, as ImageNet's do, must be unique in the split, any other in its class.
-            starts_with_class = bool(underscore) and head in class_names and not index.key_has_class
-            yield None if starts_with_class else class_, stem
+    def key_of(i: int) -> str:
+        return base_key(index.stem(i), index.class_names[index.folder_number[i]], index.key_has_class)
 
-    keys = (
-        base_key(index.stem(i), index.class_names[index.folder_number[i]], index.key_has_class)
-        for i in range(len(index))
-    )
-    suffix, duplicates = number_duplicates(keys, names())
+    def name_of(i: int) -> tuple[str | None, str]:
+        stem, class_ = index.stem(i), index.class_names[index.folder_number[i]]
+        head, underscore, _ = stem.partition("_")
+        # A name that starts with a class, as ImageNet's do, must be unique in the split, any other in its class.
+        starts_with_class = bool(underscore) and head in class_names and not index.key_has_class
+        return None if starts_with_class else class_, stem
+
+    suffix, duplicates = number_duplicates(len(index), key_of, name_of)
     index.suffix.update(suffix)
     index.duplicate_key[duplicates] = True
 

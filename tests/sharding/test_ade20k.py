@@ -167,7 +167,8 @@ def test_scene_parse_pixel_by_pixel(tmp_path):
     assert done.returncode == 0, done.stderr
     out = tmp_path / "deep/out"
     names = {f"train-{n:06d}.{end}" for n in range(3) for end in ("tar", "idx")} | {"val-000000.tar", "val-000000.idx"}
-    assert {path.name for path in out.iterdir()} == names | {"manifest.json", "report.json"}
+    indexes = {f"{split}.index.{ending}" for split in ("train", "val") for ending in ("json", "bin")}
+    assert {path.name for path in out.iterdir()} == names | indexes | {"manifest.json", "report.json"}
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
     for split, folder, count in (("train", "training", 5), ("val", "validation", 2)):
         samples = read(out, split)

@@ -3,6 +3,8 @@ import io
 import os
 import re
 import socket
+import subprocess
+import sys
 import tarfile
 
 import pytest
@@ -322,6 +324,36 @@ def test_a_json_beside_class_folders_does_not_hide_the_classes(tmp_path):
     location = write_tar(tmp_path / "in.tar", {"dataset.json": b'{"name": "mine"}', **class_folders(CLASSES)})
     assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
     assert labels_of(tmp_path / "out") == expected()
+
+
+def test_the_report_is_bounded(tmp_path):
+    files = {f"{i}.txt": b"x" for i in range(3000)} | {f".{i}": b"x" for i in range(50)}
+    location = write_tar(tmp_path / "in.tar", {**class_folders(CLASSES), **files})
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
+    other = report_of(tmp_path / "out")["other_files"]
+    assert {reason: entry["count"] for reason, entry in other.items()} == {
+        ".txt files": 3000,
+        "hidden or system files": 50,
+    }
+    assert all(len(entry["first"]) == 20 for entry in other.values())
+    assert "and 2,980 more" in (tmp_path / "out" / "report.txt").read_text()
+
+
+@pytest.mark.parametrize("form", ["folder", "file"])
+def test_the_command_that_converts_parquet_works(form, tmp_path, capsys, monkeypatch):
+    pq, pa = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    rows = [{"image": {"bytes": photo(i), "path": f"{i}.jpg"}, "label": i % 3} for i in range(9)]
+    (tmp_path / "data").mkdir()
+    for part in range(3):
+        pq.write_table(pa.Table.from_pylist(rows[part::3]), tmp_path / "data" / f"train-0000{part}.parquet")
+    location = tmp_path / "data" if form == "folder" else tmp_path / "data" / "train-00001.parquet"
+    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 2
+    command = capsys.readouterr().err.partition("Convert them: ")[2]
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(command.replace("python ", f"{sys.executable} ", 1), shell=True, check=True)
+    assert shard_imagenet("--train", "images.tar", "--out", tmp_path / "out") == 0
+    converted = rows if form == "folder" else rows[1::3]
+    assert labels_of(tmp_path / "out") == {digest(row["image"]["bytes"]): row["label"] for row in converted}
 
 
 def test_sockets_and_pipes_are_skipped(tmp_path, monkeypatch):
