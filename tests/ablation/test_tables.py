@@ -10,7 +10,7 @@ from conftest import sample
 from ddae.ablation.format import best_row, to_html, to_markdown
 from ddae.ablation.results import ResultsFile
 from ddae.ablation.run import AblationSettings, _check
-from ddae.ablation.tables import TABLES, table_rows
+from ddae.ablation.tables import TABLES, TUNED_SCALES, table_rows
 from ddae.config.base import flatten
 from ddae.config.pretrain import check
 from ddae.config.scales import SCALES
@@ -55,6 +55,8 @@ def test_rows_differ_from_their_base_as_in_the_paper(scale):
         for row in rows:
             expected = DIFFERENCES[table, row.name].items()
             expected = {key: at_depth(value, scale) if key.endswith("taps") else value for key, value in expected}
+            if scale in TUNED_SCALES and row.lr_factor != base.lr_factor:
+                expected["optim.lr"] = pytest.approx(SCALES[scale].lr * row.lr_factor)
             assert differences(base.config, row.config) == expected
             compared.add((table, row.name))
     assert compared == DIFFERENCES.keys()
