@@ -27,8 +27,8 @@ class Row(NamedTuple):
     lr_factor: float = 1.0  # of the scale's learning rate, at TUNED_SCALES
 
 
-# Factors of the scale's learning rate. By the table tuning, a part of train has an accuracy that is better by more than a
-# standard error (docs/results.md).
+# Factors of the scale's learning rate: those that the table tuning found to be better than it by more than a standard
+# error on a part of train (docs/results.md).
 TUNED = {"pixels": 3.0, "DDAE": 3.0}
 TUNED_SCALES = ("micro", "small")
 

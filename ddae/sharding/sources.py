@@ -102,11 +102,14 @@ def _find_files(split: str, location: str) -> list[Path]:
         raise UserError(f"--{split} {location!r} would run a command. Pass archives, shards or a folder.")
     for path in (Path(location), Path(location).expanduser()):
         if path.is_dir():
-            names = [each for each in sorted(path.iterdir()) if _is_archive(each.name) and each.is_file()]
-            archives = _of_split(names, split)
+            try:
+                found = sorted(each for each in path.iterdir() if _is_archive(each.name) and each.is_file())
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror}). Change its permissions.") from None
+            archives = _of_split(found, split)
             if archives and (beside := _first_image(path)):
                 problem = f"contains both archives ({archives[0].name}) and images ({beside})"
-                raise UserError(f"--{split} {location} {problem}. Pass the archives as a pattern, or move the images.")
+                raise UserError(f"--{split} {location} {problem}. Move one of them, or pass the archives as a pattern.")
             return archives or [path]
         if path.is_file() and path.suffix != ".parquet":
             return [path]
