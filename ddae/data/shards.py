@@ -110,7 +110,8 @@ class Shards:
             found = self.label[samples].astype(np.int64)
             if (found < 0).any():
                 first = int(samples[int(np.argmax(found < 0))])
-                raise UserError(f"{self.sample_name(first)} has no class. Pass shards that have classes.")
+                name = "these shards have no classes" if (found < 0).all() else "it has no class"
+                raise UserError(f"{self.sample_name(first)}: {name}. Pass shards that have them.")
             return found
         labels = []
         for sample, location in zip(samples.tolist(), self.file_locations("cls", samples), strict=True):

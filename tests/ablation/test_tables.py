@@ -77,8 +77,8 @@ def test_a_small_run_serves_all_tables():
         for table in ("1", "3", "4", "factors", "gradient_variants", "own", "tuning")
         for row in table_rows(table, "micro")
     }
-    ddae = configs["4", "both (DDAE)"]
-    same = ("1", "DDAE"), ("factors", "DDAE"), ("gradient_variants", "anchored"), ("own", "DDAE")
+    assert configs["4", "both (DDAE)"] == configs["1", "DDAE"] == configs["factors", "learning rate x 3"]  # tuned
+    ddae, same = configs["factors", "DDAE"], [("gradient_variants", "anchored"), ("own", "DDAE")]
     assert all(configs[each] == ddae for each in same)
     for factor in ("/ 3", "x 3"):
         assert (

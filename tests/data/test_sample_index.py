@@ -125,7 +125,7 @@ def test_samples_without_a_class(shards, tmp_path):
     write_manifest(tmp_path, {name: write_shard(tmp_path / name, samples)})
     opened = open_(tmp_path)
     assert opened.label.tolist() == [-1] * 3
-    with pytest.raises(UserError, match="has no class"):
+    with pytest.raises(UserError, match="these shards have no classes"):
         opened.labels()
 
 

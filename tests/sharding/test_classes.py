@@ -41,6 +41,13 @@ def found_labels(out, split="train"):
     return {digest: None if label is None else classes[label] for digest, label in labels_of(out, split).items()}
 
 
+def scan(location, **rule):
+    """Return SHA-256 -> name of the class, None without one, of the images of a source."""
+    index = sources.build_index("train", str(location), rule=sources.LabelRule(**rule))
+    names = (None if label < 0 else index.classes[label] for label in index.label.tolist())
+    return {hashlib.sha256(index.read(i)).hexdigest(): name for i, name in enumerate(names)}
+
+
 LAYOUTS = {  # folders -> class by the path, or the error
     "one level": (images("cat", "dog"), lambda path: path.split("/")[0]),
     "the same folder in each class": (images("n01/images", "n02/images"), lambda path: path.split("/")[0]),
@@ -64,11 +71,9 @@ def test_one_rule_for_all_forms(layout, form, tmp_path, capsys):
         assert expected in message
         assert "--labels none" in message
         assert not (tmp_path / "out").exists()
-        assert shard_imagenet(*args, "--labels", "none") == 0
-        assert found_labels(tmp_path / "out") == named_labels(files, lambda path: None)
+        assert scan(args[1], labels="none") == named_labels(files, lambda path: None)
     else:
-        assert shard_imagenet(*args) == 0
-        assert found_labels(tmp_path / "out") == named_labels(files, expected)
+        assert scan(args[1]) == named_labels(files, expected)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,9 +84,7 @@ def test_one_rule_for_all_forms(layout, form, tmp_path, capsys):
 def test_a_flag_decides(rule, class_of, form, tmp_path):
     """The layout of Places365, whose classes are paths such as c/church/outdoor."""
     files = images("a/airfield", "c/church/indoor", "c/church/outdoor", "c/canyon")
-    args = ["--train", write(form, tmp_path, files), "--out", tmp_path / "out", "--classes", rule]
-    assert shard_imagenet(*args) == 0
-    assert found_labels(tmp_path / "out") == named_labels(files, class_of)
+    assert scan(write(form, tmp_path, files), classes=rule) == named_labels(files, class_of)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -137,10 +140,8 @@ def test_numbered_archives_are_ambiguous(pattern, tmp_path, capsys):
     message = rejected(capsys, *args)
     assert f"numbered archives of images ({pattern.format(0)}.tar)" in message
     assert all(flag in message for flag in ("--classes archive", "--classes synset", "--labels none"))
-    assert shard_imagenet(*args, "--classes", "archive") == 0
-    assert found_labels(tmp_path / "out") == named_labels(files, lambda path: path.split("/")[0])
-    assert shard_imagenet(*args[:2], "--out", tmp_path / "none", "--labels", "none") == 0
-    assert set(labels_of(tmp_path / "none").values()) == {None}
+    assert scan(args[1], classes="archive") == named_labels(files, lambda path: path.split("/")[0])
+    assert scan(args[1], labels="none") == named_labels(files, lambda path: None)
 
 
 def test_wordnet_ids_in_file_names(tmp_path):
@@ -159,14 +160,12 @@ def test_an_image_without_wordnet_id_is_rejected(tmp_path, capsys):
 @pytest.mark.parametrize("pattern", ["part_{}", "train-{:06}"])
 def test_numbered_archives_of_class_folders_are_parts(pattern, tmp_path):
     files = write_numbered(tmp_path / "in", pattern, lambda i: f"{('cat', 'dog', 'ape')[i % 3]}/{i}.jpg")
-    assert shard_imagenet("--train", tmp_path / "in", "--out", tmp_path / "out") == 0
-    assert found_labels(tmp_path / "out") == named_labels(files, lambda path: path.split("/")[1])
+    assert scan(tmp_path / "in") == named_labels(files, lambda path: path.split("/")[1])
 
 
 def test_numbered_shards_have_no_classes(tmp_path):
     files = write_numbered(tmp_path / "in", "train-{:06}")
-    assert shard_imagenet("--train", tmp_path / "in", "--out", tmp_path / "out") == 0
-    assert found_labels(tmp_path / "out") == named_labels(files, lambda path: None)
+    assert scan(tmp_path / "in") == named_labels(files, lambda path: None)
 
 
 def test_class_tars_named_by_number(tmp_path):
@@ -177,8 +176,7 @@ def test_class_tars_named_by_number(tmp_path):
         class_, _, name = path.partition("/")
         tars.setdefault(class_, {})[name] = data
     location = write_tar(tmp_path / "in.tar", {f"{class_}.tar": tar_of(of) for class_, of in tars.items()})
-    assert shard_imagenet("--train", location, "--out", tmp_path / "out") == 0
-    assert found_labels(tmp_path / "out") == named_labels(files, lambda path: path.split("/")[0])
+    assert scan(location) == named_labels(files, lambda path: path.split("/")[0])
 
 
 def test_composed_and_decomposed_names_are_one_class(tmp_path):

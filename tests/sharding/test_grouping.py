@@ -6,7 +6,6 @@ import json
 import pytest
 from image_archives import (
     WNIDS,
-    keys_of,
     labels_of,
     photo,
     report_of,
@@ -18,6 +17,7 @@ from image_archives import (
 from test_archives import rejected
 
 from ddae.data.shards import read_manifest
+from ddae.sharding.sources import LabelRule, build_index
 
 
 def digest(number):
@@ -26,6 +26,13 @@ def digest(number):
 
 def in_tar(folder, files):
     return ["--train", write_tar(folder / "in.tar", files), "--out", folder / "out"]
+
+
+def scan(folder, files, **rule):
+    """Return the index of a tar of these files, and SHA-256 -> label, None without one."""
+    index = build_index("train", str(write_tar(folder / "in.tar", files)), rule=LabelRule(**rule))
+    labels = (None if label < 0 else label for label in index.label.tolist())
+    return index, {hashlib.sha256(index.read(i)).hexdigest(): label for i, label in enumerate(labels)}
 
 
 def labelled(count, image="{}.jpg", label="{}.cls"):
@@ -63,10 +70,9 @@ def test_labels_belong_to_images_by_key(names, order, tmp_path):
             paths.sort(key=lambda path: not path.lower().endswith("cls"))
         case "reversed":
             paths.reverse()
-    assert shard_imagenet(*in_tar(tmp_path, {path: files[path] for path in paths})) == 0
-    found = labels_of(tmp_path / "out")
+    index, found = scan(tmp_path, {path: files[path] for path in paths})
     assert found == expected(20)
-    assert report_of(tmp_path / "out")["other_files"]["label files"]["count"] == 20
+    assert index.tally.other_files.counts["label files"] == 20
 
 
 def test_the_same_keys_in_two_shards_are_different_samples(tmp_path):
@@ -99,16 +105,14 @@ def test_a_label_is_a_class_number_or_refused_with_its_key(text, form, tmp_path,
     if form == "json":
         is_json = text.strip() not in ("007", "", "tench")
         content = '{"caption": "x", "label": %s}' % (text if is_json else json.dumps(text))
-    args = in_tar(tmp_path, {"n/a.jpg": photo(0), f"n/a.{form}": content.encode()})
+    files = {"n/a.jpg": photo(0), f"n/a.{form}": content.encode()}
     if isinstance(LABELS[text], int):
-        assert shard_imagenet(*args) == 0
-        assert labels_of(tmp_path / "out") == {digest(0): LABELS[text]}
+        assert scan(tmp_path, files)[1] == {digest(0): LABELS[text]}
     else:
-        message = rejected(capsys, *args)
+        message = rejected(capsys, *in_tar(tmp_path, files))
         assert LABELS[text] in message
         assert "n/a" in message
-        assert shard_imagenet(*args, "--labels", "none") == 0
-        assert labels_of(tmp_path / "out") == {digest(0): None}
+        assert scan(tmp_path, files, labels="none")[1] == {digest(0): None}
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"not JSON"])
@@ -120,8 +124,7 @@ def test_a_json_file_that_is_none_is_refused(content, tmp_path, capsys):
 def test_metadata_without_a_label_is_no_label(tmp_path):
     """As in img2dataset's shards."""
     files = {"0.jpg": photo(0), "0.json": b'{"caption": "x", "key": "0"}', "0.txt": b"x", "1.jpg": photo(1)}
-    assert shard_imagenet(*in_tar(tmp_path, files)) == 0
-    assert labels_of(tmp_path / "out") == {digest(0): None, digest(1): None}
+    assert scan(tmp_path, files)[1] == {digest(0): None, digest(1): None}
 
 
 def synsets(count, form="json"):
@@ -181,17 +184,15 @@ MASKS = {
 @pytest.mark.parametrize("kind", MASKS)
 def test_masks_are_no_photos(kind, with_labels, tmp_path):
     files = {**MASKS[kind], **({"x.cls": b"3"} if with_labels else {})}
-    assert shard_imagenet(*in_tar(tmp_path, files)) == 0
-    assert keys_of(tmp_path / "out") == {"x"}
-    assert labels_of(tmp_path / "out") == {digest(0): 3 if with_labels else None} or kind.startswith("a field")
-    other = report_of(tmp_path / "out")["other_files"]["masks or other fields of samples"]
-    assert other["count"] == len(MASKS[kind]) - 1
+    index, labels = scan(tmp_path, files)
+    assert labels == {digest(0): 3 if with_labels else None}
+    assert index.key_of(0) == "x"
+    assert index.tally.other_files.counts["masks or other fields of samples"] == len(MASKS[kind]) - 1
 
 
 def test_photos_with_dots_in_their_names_are_photos(tmp_path):
     files = {f"Screenshot 2024.10.{i}.jpg": photo(i) for i in range(5)} | {"IMG.jpg": photo(5), "IMG.1.jpg": photo(6)}
-    assert shard_imagenet(*in_tar(tmp_path, files)) == 0
-    assert set(labels_of(tmp_path / "out")) == {digest(i) for i in range(7)}
+    assert set(scan(tmp_path, files)[1]) == {digest(i) for i in range(7)}
 
 
 AMBIGUOUS = {
@@ -212,8 +213,7 @@ def test_what_is_not_clear_is_refused_with_the_key(kind, tmp_path, capsys):
 
 def test_labels_that_agree_are_one(tmp_path):
     files = {"x.jpg": photo(0), "x.cls": b"2", "x.json": b'{"label": 2, "width": 8}'}
-    assert shard_imagenet(*in_tar(tmp_path, files)) == 0
-    assert labels_of(tmp_path / "out") == {digest(0): 2}
+    assert scan(tmp_path, files)[1] == {digest(0): 2}
 
 
 def test_of_files_with_the_same_name_the_last_one_counts(tmp_path):
@@ -232,5 +232,4 @@ def test_of_files_with_the_same_name_the_last_one_counts(tmp_path):
 
 def test_label_files_without_an_image_are_counted(tmp_path):
     files = {**labelled(3), "9.cls": b"1", "dataset.json": b'{"name": "mine"}'}
-    assert shard_imagenet(*in_tar(tmp_path, files)) == 0
-    assert report_of(tmp_path / "out")["other_files"]["label files without an image"]["count"] == 2
+    assert scan(tmp_path, files)[0].tally.other_files.counts["label files without an image"] == 2
