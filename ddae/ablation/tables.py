@@ -7,7 +7,6 @@ Table 2 compares methods. A scale (config/scales.py) changes model, data and len
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from itertools import product
 from typing import NamedTuple
 
@@ -214,12 +213,6 @@ def factors() -> list[Row]:
     ]
 
 
-@cache
-def _flops(config: PretrainConfig) -> float:
-    """Return the floating-point operations of an image; counting them takes a second."""
-    return count_flops(config).total
-
-
 CHEAPER = {"2 taps a step, half of the patches": (2, 0.5), "1 tap a step, half of the patches": (1, 0.5)}
 
 
@@ -237,7 +230,7 @@ def compute() -> list[Row]:
         decoder = {name: getattr(config.pixel, name) for name in ("decoder_width", "decoder_heads", "decoder_depth")}
         taps = tuple(round(tap * config.model.depth / base.model.depth) for tap in base.pixel.taps)
         reference = change(replace(base, **scaled), "pixel", "feature", taps=taps, **decoder)
-        ratio = _flops(reference) / _flops(config)
+        ratio = count_flops(reference).total / count_flops(config).total
         return change(config, "train", steps=round(ratio * config.train.steps))
 
     factors = dict.fromkeys(cheaper, TUNED["DDAE"])

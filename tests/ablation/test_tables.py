@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from itertools import product
 
 import pytest
 import ranks
@@ -126,9 +127,11 @@ def test_own_rows_change_one_field():
 OPTIONS = ("per_tap_norm", "per_tap_head", "cross_attention")
 
 
-@pytest.mark.parametrize("table", TABLES)
-@pytest.mark.parametrize("scale", SCALES)
-def test_every_row_has_a_valid_config(table, scale):
+# The rows of compute count FLOPs, which takes 20 s a scale; micro stands for the others.
+@pytest.mark.parametrize(
+    "scale, table", [each for each in product(SCALES, TABLES) if each[1] != "compute" or each[0] in ("micro", "paper")]
+)
+def test_every_row_has_a_valid_config(scale, table):
     for row in table_rows(table, scale):
         check(row.config)
 
