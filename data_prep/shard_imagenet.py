@@ -15,8 +15,9 @@ from pathlib import Path
 from ddae.errors import UserError, run_command
 from ddae.sharding.imagenet_devkit import read_devkit
 from ddae.sharding.index import UNLABELLED
+from ddae.sharding.scan import LabelRule
 from ddae.sharding.sharder import Settings, preview, shard
-from ddae.sharding.sources import LabelRule, build_index, describe
+from ddae.sharding.sources import build_index, describe
 
 
 def size(text: str) -> int:

@@ -11,6 +11,7 @@ from test_archives import rejected, write_zip
 from ddae.data.shards import read_manifest
 from ddae.errors import UserError
 from ddae.sharding import sources
+from ddae.sharding.scan import LabelRule
 
 FORMS = ("folder", "tar", "zip")
 
@@ -43,7 +44,7 @@ def found_labels(out, split="train"):
 
 def scan(location, **rule):
     """Return SHA-256 -> name of the class, None without one, of the images of a source."""
-    index = sources.build_index("train", str(location), rule=sources.LabelRule(**rule))
+    index = sources.build_index("train", str(location), rule=LabelRule(**rule))
     names = (None if label < 0 else index.classes[label] for label in index.label.tolist())
     return {hashlib.sha256(index.read(i)).hexdigest(): name for i, name in enumerate(names)}
 

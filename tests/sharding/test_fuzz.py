@@ -25,8 +25,9 @@ from ddae.data.shards import open_shards, read_manifest
 from ddae.errors import UserError
 from ddae.sharding.check import check
 from ddae.sharding.inspection import inspect
+from ddae.sharding.scan import LabelRule
 from ddae.sharding.sharder import Settings, shard
-from ddae.sharding.sources import LabelRule, build_index
+from ddae.sharding.sources import build_index
 
 MAX_SECONDS, MAX_GIB = 60, 1
 COUNTS = {"images": (600, 6000), "scans": (200, 2500), "whole runs": (25, 500), "shards": (60, 1000)}

@@ -17,7 +17,8 @@ from image_archives import (
 from test_archives import rejected
 
 from ddae.data.shards import read_manifest
-from ddae.sharding.sources import LabelRule, build_index
+from ddae.sharding.scan import LabelRule
+from ddae.sharding.sources import build_index
 
 
 def digest(number):
@@ -233,3 +234,10 @@ def test_of_files_with_the_same_name_the_last_one_counts(tmp_path):
 def test_label_files_without_an_image_are_counted(tmp_path):
     files = {**labelled(3), "9.cls": b"1", "dataset.json": b'{"name": "mine"}'}
     assert scan(tmp_path, files)[0].tally.other_files.counts["label files without an image"] == 2
+
+
+def test_a_label_without_an_image_does_not_hide_the_classes_of_folders(tmp_path):
+    files = {"cat/1.jpg": photo(0), "dog/2.jpg": photo(1), "cat/9.cls": b"7"}
+    index, labels = scan(tmp_path, files)
+    assert labels == {digest(0): 0, digest(1): 1}
+    assert index.classes == ["cat", "dog"]
