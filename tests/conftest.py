@@ -27,8 +27,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: waiting OpenM
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
+LONGEST = ("test_whole_runs", "test_golden", "test_tables")
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-golden", action="store_true", help="record tests/golden_curves.json again")
+
+
+def pytest_collection_modifyitems(items):
+    """Start with the longest modules: two run at a time, and the last one would run alone."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def picture(number: int) -> Image.Image:

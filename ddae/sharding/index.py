@@ -179,6 +179,7 @@ def number_duplicates(
                 suffix[i] = number
                 given.add(hash64(f"{key}--{number}"))
             next_number[key] = number + 1
+    del hashes
     hashes = np.fromiter((hash64(repr(name_of(i))) for i in range(count)), np.int64, count)
     repeated = np.flatnonzero(is_repeated(hashes))
     _, first = np.unique(hashes[repeated], return_index=True)

@@ -20,7 +20,7 @@ class Labelling:
     def __init__(self, scan: Scan, split: str, location: str, source: str):
         self.scan, self.split, self.location, self.source = scan, split, location, source
         self.folders = scan.folders
-        self.folder_number = np.array(scan.images.folder_number, np.int32)
+        self.folder_number = np.frombuffer(scan.images.folder_number, np.int32)
         self.has_labels = any(scan.label_number)  # of label files
 
     def index(self, classes: list[str] | None, devkit: Devkit | None) -> Index:
@@ -32,9 +32,13 @@ class Labelling:
         of_split = np.array(by_folder.of_split)[self.folder_number]
         scan.tally.left_out.add("images of another split", count=int((kept & ~of_split).sum()))
         rows = np.flatnonzero(kept & of_split)
+        del kept, of_split
         label, names = self._labels(rows, by_folder.classes, classes, devkit)
-        folder_number = self.folder_number[rows]
-        chosen = rows if len(rows) < len(images.base) else slice(None)  # a view, if all are chosen
+        is_all = len(rows) == len(images.base)
+        chosen = slice(None) if is_all else rows  # a view, if all are chosen
+        base = images.base if is_all else images.base.take(rows.tolist())
+        del rows
+        folder_number = self.folder_number[chosen]
         columns = {n: np.frombuffer(getattr(images, n), np.int64)[chosen] for n in ("offset", "length", "stored")}
         file_number = np.array([folder.file_number for folder in self.folders], np.int32)[folder_number]
         index = Index(
@@ -46,9 +50,9 @@ class Labelling:
             label=label,
             folders=[folder.path for folder in self.folders],
             folder_number=folder_number,
-            base=images.base if len(rows) == len(images.base) else images.base.take(rows.tolist()),
+            base=base,
             suffix={},
-            duplicate_key=np.zeros(len(rows), bool),
+            duplicate_key=np.zeros(len(base), bool),
             classes=names,
             class_names=by_folder.classes,
             key_has_class=scan.files[0].is_dir(),

@@ -38,18 +38,20 @@ class Folder(NamedTuple):
 
 
 class _Columns:
-    """Files of one kind, in compact columns: there may be millions."""
+    """Images, in compact columns: there may be millions."""
 
-    def __init__(self) -> None:
+    def __init__(self, in_zip: bool):
         self.folder_number, self.base = array("i"), Strings()
-        self.offset, self.length, self.stored = array("q"), array("q"), array("q")
+        self.offset, self.length = array("q"), array("q")
+        self.stored = array("q") if in_zip else self.length  # only files of a zip are compressed
 
     def add(self, folder_number: int, base: str, member: Member) -> None:
         self.folder_number.append(folder_number)
         self.base.append(os.fsencode(base))
         self.offset.append(member.offset)
         self.length.append(member.length)
-        self.stored.append(member.stored)
+        if self.stored is not self.length:
+            self.stored.append(member.stored)
 
 
 class Scan:
@@ -57,7 +59,8 @@ class Scan:
 
     def __init__(self, files: list[Path], manifest_classes: list[str] | None, rule: LabelRule):
         self.files, self.manifest_classes, self.rule = files, manifest_classes, rule
-        self.images, self.tally = _Columns(), Tally()
+        self.images = _Columns(any(path.suffix.lower() == ".zip" for path in files))
+        self.tally = Tally()
         self.folders: list[Folder] = []
         self._folder_numbers: dict[Folder, int] = {}
         self.labels: dict[Label, int] = {None: 0}  # label -> its number in label_number
