@@ -93,7 +93,7 @@ def preview(indexes: list[Index], settings: Settings) -> str:
         endings = Counter(os.path.splitext(name)[1].lower().decode(errors="replace") for name in index.base)
         formats = ", ".join(f"{count:,} {ending}" for ending, count in endings.most_common())
         count, size = len(plan_split(split, index, settings)), int(index.length.sum())
-        lines.append(f"{index.split}: {len(index):,} images ({formats}), {size / 1e9:.3f} GB, {count} shards")
+        lines.append(f"{index.split}: {len(index):,} images ({formats}), {size / 1e6:,.1f} MB, {count} shards")
         for what, reasons in (("left out", index.tally.left_out), ("other files", index.tally.other_files)):
             for reason, number in reasons.counts.most_common():
                 names = ", ".join(reasons.names[reason][:3])

@@ -20,6 +20,7 @@ from ddae.data.shard_writer import write_manifest, write_shard
 from ddae.data.shards import open_shards, read_manifest
 from ddae.errors import UserError
 from ddae.sharding.check import check, make_index, mark_bad
+from ddae.tools.bench_index import measure, simulate
 
 
 def open_(folder, where=None):
@@ -175,6 +176,17 @@ def test_order_by_window_is_that_of_the_whole_epoch(num_shards, batch):
     assert torch.equal(samples, torch.cat([take(epoch)[:size] for epoch in range(3)]))
     scattered = torch.tensor([2 * size - 1, 2 * size, size // 2, 0, size - 1])
     assert torch.equal(order.samples(scattered)[1], samples[scattered])
+
+
+def test_simulated_data_sets_can_be_opened(tmp_path):
+    """As launch/benchmark.py index does."""
+    found = []
+    for form in ("text", "index"):
+        simulate(tmp_path, 2000, form)
+        assert measure(tmp_path)["open_s"] > 0
+        found.append(open_(tmp_path))
+    for field in ("shard_starts", "offset", "length"):
+        assert np.array_equal(*(getattr(each, field) for each in found))
 
 
 def test_make_shards_writes_an_index(tmp_path):
