@@ -307,9 +307,11 @@ def _open_index(folder: str, cache: Cache, split: str) -> SampleIndex | None:
     names = index_names(split)
     if is_url(folder):
         try:
-            header = read_header(cache.fetch_fresh(url_join(folder, names[0])))
-        except UserError:
-            return None  # shards of version 0.1; reading their manifest reports any other problem
+            path = cache.fetch_fresh(url_join(folder, names[0]))
+        except UserError as error:  # shards of version 0.1; reading their manifest reports any other problem
+            logger.info("the manifest is read, because there is no sample index: %s", error)
+            return None
+        header = read_header(path)
         columns = cache.fetch(url_join(folder, names[1]), header["samples"] * BYTES_PER_SAMPLE, header["sha256"])
         return map_columns(columns, header)
     manifest, path = Path(folder, MANIFEST), Path(folder, names[0])
