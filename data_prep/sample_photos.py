@@ -19,8 +19,8 @@ import skimage
 from PIL import Image, ImageDraw
 
 from ddae.data.decode import encode_image
+from ddae.data.manifest import MANIFEST
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
-from ddae.data.shards import MANIFEST
 from ddae.errors import UserError, run_command
 
 PHOTOS = {  # file: class; classes are numbered in this order

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -31,14 +31,22 @@ def remove_stale_partial_files(*folders: Path) -> None:
                     partial.unlink()
 
 
-def write_text_durably(path: Path, text: str) -> None:
+def write_text_durably(path: Path, text: str | Iterable[str]) -> None:
     """Write a file as write_text() does, and flush it to the disk before the renaming: it survives a power failure.
 
-    Characters that UTF-8 cannot encode (of file names in archives) are written as backslash escapes.
+    text: as a whole or in pieces. Characters that UTF-8 cannot encode (of file names in archives) are written as
+    backslash escapes.
     """
+    with durable_file(path) as partial, open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines([text] if isinstance(text, str) else text)
+
+
+@contextmanager
+def durable_file(path: Path) -> Iterator[Path]:
+    """Yield the path of a file to write; at the end it is flushed to the disk and gets its name."""
     partial = path.with_name(path.name + ".part")
     try:
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        yield partial
         fsync(partial)
         os.replace(partial, path)
     finally:

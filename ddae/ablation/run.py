@@ -28,7 +28,8 @@ from ddae.config.scales import WARMUP_FRACTION, change
 from ddae.config.tokenizer import QuantizerConfig, TokenizerConfig
 from ddae.data.cache import open_cache
 from ddae.data.digits import write_digits
-from ddae.data.shards import MANIFEST, Shards, open_shards
+from ddae.data.manifest import MANIFEST
+from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import broadcast_from_main, configure_logging, is_main
 from ddae.distributed.engine import start_process_group
 from ddae.distributed.preemption import EXIT_CODE, StopSignal

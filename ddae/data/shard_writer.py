@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from tarfile import USTAR_FORMAT, TarFile
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -13,8 +13,8 @@ import numpy as np
 from ddae import atomic
 from ddae.data.cache import Cache
 from ddae.data.file_io import read_range
-from ddae.data.sample_index import UNLABELLED, SampleIndex, write_sample_index
-from ddae.data.shards import FORMAT, INDEX_VERSION, MANIFEST, TABLE_COLUMNS, read_index, read_shard_table
+from ddae.data.manifest import FORMAT, INDEX_VERSION, MANIFEST, read_index, read_shard_table
+from ddae.data.sample_index import COLUMNS, UNLABELLED, SampleIndex, ShardEntry, write_sample_index
 from ddae.errors import UserError
 
 BLOCK = 512  # bytes of a tar header; files are padded to multiples of it
@@ -82,41 +82,48 @@ def commit_shard(path: Path) -> None:
     os.replace(tar, path)
 
 
-def write_manifest(folder: Path, shards: dict[str, Any], **metadata: Any) -> None:
+def write_manifest(folder: Path, shards: Mapping[str, dict[str, Any]], **metadata: Any) -> None:
     """Write the folder's sample indexes and its manifest, one line per shard.
 
-    Write it last: it marks the shards as complete. shards: entries of write_shard() or of another manifest.
+    Write it last: it marks the shards as complete. shards: entries of write_shard() or of another manifest, by name;
+    one at a time is held in memory.
     """
-    manifest = folder / MANIFEST
-    labels = {name: entry["labels"] for name, entry in shards.items() if "labels" in entry}
-    shards = {name: {key: each for key, each in entry.items() if key != "labels"} for name, entry in shards.items()}
-    lines = [f"  {json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}" for name, entry in shards.items()]
-    rest = "".join(f',\n "{key}": {json.dumps(value)}' for key, value in metadata.items())
-    body = ",\n".join(lines)
-    text = f'{{"format": "{FORMAT}",\n "shards": {{\n{body}\n }}{rest}\n}}\n'
-    for split in sorted({name.rpartition("-")[0] for name in shards}):
-        index = sample_index(folder, split, shards, labels, tuple(metadata.get("classes") or ()))
-        write_sample_index(folder, split, index, len(text.encode()))
-    atomic.write_text_durably(manifest, text)
+    with atomic.durable_file(folder / MANIFEST) as partial:
+        with open(partial, "w") as file:
+            file.writelines(_manifest_text(shards, metadata))
+        for split in sorted({name.rpartition("-")[0] for name in shards}):
+            index = sample_index(folder, split, shards, tuple(metadata.get("classes") or ()))
+            write_sample_index(folder, split, index, partial.stat().st_size)
+
+
+def _manifest_text(shards: Mapping[str, dict[str, Any]], metadata: dict[str, Any]) -> Iterator[str]:
+    """Yield the manifest in pieces. Labels are not part of it."""
+    yield f'{{"format": "{FORMAT}",\n "shards": {{\n'
+    separator = "  "
+    for name, entry in shards.items():
+        listed = {key: value for key, value in entry.items() if key != "labels"}
+        yield f"{separator}{json.dumps(name)}: {json.dumps(listed, separators=(',', ':'))}"
+        separator = ",\n  "
+    yield "\n }"
+    yield from (f',\n "{key}": {json.dumps(value)}' for key, value in metadata.items())
+    yield "\n}\n"
 
 
 def sample_index(
-    folder: Path, split: str, shards: dict[str, Any], labels: dict[str, list[int]], classes: tuple[str, ...]
+    folder: Path, split: str, shards: Mapping[str, dict[str, Any]], classes: tuple[str, ...]
 ) -> SampleIndex:
-    """Return the sample index of a split. labels: by shard; those of other shards are read from their samples."""
-    entries, tables, of_split = [], [], []
+    """Return the sample index of a split. Labels that the shards' entries lack are read from their samples."""
+    entries: list[ShardEntry] = []
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}  # of the columns, by shard
     for name in sorted(name for name in shards if name.rpartition("-")[0] == split):
-        path = folder / name
-        entry, table = read_shard_table(str(path), shards[name], NO_CACHE)
+        path, listed = folder / name, shards[name]
+        entry, table = read_shard_table(str(path), listed, NO_CACHE)
+        known = "labels" in listed and not entry.num_bad
+        labels = np.array(listed["labels"]) if known else _read_labels(path, table[:, 0])
         entries.append(entry)
-        tables.append(table)
-        if name in labels and not entry.num_bad:
-            of_split.append(np.array(labels[name], np.int32))
-        else:
-            of_split.append(_read_labels(path, table[:, 0]))
-    table = np.concatenate(tables)
-    columns = {name: table[:, i] for i, name in enumerate(TABLE_COLUMNS)}
-    columns["label"] = np.concatenate(of_split)
+        for column, values in zip(parts, (*table.T, labels), strict=True):
+            parts[column].append(values.astype(COLUMNS[column]))
+    columns = {name: np.concatenate(parts.pop(name)) for name in COLUMNS}
     return SampleIndex(entries, columns, classes, sum(entry.num_bad for entry in entries))
 
 

@@ -1,21 +1,13 @@
 """Shards on disk or at URLs: the index of a data set, and reading its samples.
 
-A shard is a tar of samples KEY.jpg + KEY.cls. `SHARD.idx` beside it is DALI's index of it (v1.2). The folder's
-`manifest.json` lists each shard's number of samples and bytes, its sha256 and the size of each image in pixels:
-
-    {"format": "ddae-shards-1", "shards": {"train-000000.tar": {"samples": 2, "bytes": 30720, "sha256": "...",
-     "sizes": [[500, 375], [640, 480]]}}, "classes": [...], "source": ..., "settings": ...}
-
-An entry may have "bad": keys of samples that cannot be decoded, which are left out (check_shards.py --mark_bad).
-sample_index.py has the index by which large data sets are opened; shards of version 0.1 have none.
+A shard is a tar of samples KEY.jpg + KEY.cls. manifest.py describes the files beside it. sample_index.py has the index
+by which large data sets are opened; shards of version 0.1 have none.
 """
 
 import glob
 import hashlib
-import json
 import logging
 import os
-import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,8 +18,19 @@ from typing import Any, TypeVar
 import numpy as np
 from braceexpand import braceexpand
 
-from ddae.data.cache import Cache, is_url, url_join, url_name, url_parent
+from ddae.data.cache import Cache, is_url, url_join
 from ddae.data.file_io import retry_system_errors
+from ddae.data.manifest import (
+    MAKE_SHARDS,
+    MANIFEST,
+    TABLE_COLUMNS,
+    folder_and_name,
+    how_to_shard,
+    index_path,
+    read_index,
+    read_manifest,
+    read_shard_table,
+)
 from ddae.data.sample_index import (
     BYTES_PER_SAMPLE,
     COLUMNS,
@@ -38,17 +41,12 @@ from ddae.data.sample_index import (
     map_columns,
     read_header,
 )
-from ddae.errors import UserError, redact_url
+from ddae.errors import UserError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-FORMAT = "ddae-shards-1"
-MANIFEST = "manifest.json"
-INDEX_VERSION = "v1.2"
-OPTIONAL_FILES = {"cls": "classes", "png": "masks"}  # files that samples need not have, by extension
 MAX_OPEN_FILES = 40  # per thread: two shuffle windows of 16 shards, and some more
 _NOT_LISTED = "Make the shards again, or remove the file."
-MAKE_SHARDS = "Make the shards again with data_prep/."
 
 
 @dataclass(frozen=True)
@@ -194,7 +192,7 @@ def find_shards(where: str, split: str = "train") -> list[str]:
         names = sorted(name for name in os.listdir(where) if name.endswith(".tar"))
         paths = [os.path.join(where, name) for name in names if name.startswith(f"{split}-")]
         if not paths and names and not os.path.exists(os.path.join(where, MANIFEST)):
-            raise UserError(f"data.train is {where!r}, whose tars are not indexed. {_how_to_shard(where)}")
+            raise UserError(f"data.train is {where!r}, whose tars are not indexed. {how_to_shard(where)}")
     elif os.path.isfile(where):
         paths = [where]
     else:
@@ -206,7 +204,7 @@ def find_shards(where: str, split: str = "train") -> list[str]:
     if not paths:
         fix = "Make shards with data_prep/ and pass --data.train FOLDER, or try --preset demo after `make demo`."
         if os.path.exists(where):
-            fix = _how_to_shard(where)
+            fix = how_to_shard(where)
         raise UserError(f"data.train is {where!r}, which holds no shards of split {split!r}. {fix}")
     return paths
 
@@ -214,12 +212,6 @@ def find_shards(where: str, split: str = "train") -> list[str]:
 def local_path(where: str) -> str:
     """Return the path or pattern with ~ expanded, unless a file or folder has that literal name."""
     return where if is_url(where) or os.path.exists(where) else os.path.expanduser(where)
-
-
-def _how_to_shard(where: str) -> str:
-    """Return the command that makes shards of images or other shards."""
-    command = f"python data_prep/shard_imagenet.py --train {shlex.quote(where)} --out data/shards"
-    return f"Run {command}, and pass --data.train data/shards."
 
 
 def _expand(pattern: str) -> list[str]:
@@ -276,7 +268,7 @@ def _open_source(where: str, cache: Cache, split: str) -> Shards:
     """Open the shards of one source; see open_shards()."""
     where = local_path(where.rstrip("/") or where)  # as a shell completes the name of a folder
     paths = find_shards(where, split)
-    folders = {_folder_and_name(path)[0] for path in paths} or {where}
+    folders = {folder_and_name(path)[0] for path in paths} or {where}
     index = _open_index(folders.pop(), cache, split) if len(folders) == 1 else None
     if index is None:
         paths, index = _read_manifests(where, paths, cache, split)
@@ -296,10 +288,6 @@ def _open_source(where: str, cache: Cache, split: str) -> Shards:
     columns: dict[str, Any] = index.columns
     facts: dict[str, Any] = {"num_bad": index.num_bad, "classes": index.classes, "source_shards": (len(paths),)}
     return Shards(paths, index.shards, cache, shard_starts, **columns, **facts, fingerprint=_fingerprint(index.shards))
-
-
-def _folder_and_name(path: str) -> tuple[str, str]:
-    return (url_parent(path), url_name(path)) if is_url(path) else os.path.split(path)  # type: ignore[return-value]
 
 
 def _open_index(folder: str, cache: Cache, split: str) -> SampleIndex | None:
@@ -327,12 +315,12 @@ def _open_index(folder: str, cache: Cache, split: str) -> SampleIndex | None:
 def _of_paths(index: SampleIndex, paths: list[str]) -> SampleIndex:
     """Return the index of these shards. Raise UserError if it lacks one."""
     position = {entry.name: i for i, entry in enumerate(index.shards)}
-    names = [_folder_and_name(path)[1] for path in paths]
+    names = [folder_and_name(path)[1] for path in paths]
     if names == list(position):
         return index
     for path, name in zip(paths, names, strict=True):
         if name not in position:
-            raise UserError(f"{path} is not in {_folder_and_name(path)[0]}/{MANIFEST}. {_NOT_LISTED}")
+            raise UserError(f"{path} is not in {folder_and_name(path)[0]}/{MANIFEST}. {_NOT_LISTED}")
     starts = np.cumsum([0, *(entry.samples for entry in index.shards)])
     chosen = [position[name] for name in names]
     slices = [slice(int(starts[i]), int(starts[i + 1])) for i in chosen]
@@ -351,7 +339,7 @@ def _read_manifests(where: str, paths: list[str], cache: Cache, split: str) -> t
             raise UserError(f"data.train is {where!r}, whose {MANIFEST} lists no shards of split {split!r}.")
     entries, tables = [], []
     for path in paths:
-        folder, name = _folder_and_name(path)
+        folder, name = folder_and_name(path)
         if folder not in manifests:
             manifests[folder] = read_manifest(folder, cache)
         entry = manifests[folder]["shards"].get(name)
@@ -370,91 +358,7 @@ def _read_manifests(where: str, paths: list[str], cache: Cache, split: str) -> t
     return paths, SampleIndex(entries, columns, classes, sum(entry.num_bad for entry in entries))
 
 
-TABLE_COLUMNS = ("offset", "length", "width", "height")
-
-
-def read_shard_table(path: str, entry: dict[str, Any], cache: Cache) -> tuple[ShardEntry, np.ndarray]:
-    """Return a shard's entry, and offset, length, width and height of its samples that are not bad: int64 [N, 4].
-
-    entry: of the manifest. Raise UserError if it does not match the shard's DALI index.
-    """
-    keys, index = read_index(index_path(path, cache))
-    if len(keys) != entry["samples"]:
-        expected = f"its manifest states {entry['samples']}"
-        raise UserError(f"the index of {path} lists {len(keys)} samples; {expected}. {MAKE_SHARDS}")
-    table = np.concatenate([index, np.asarray(entry["sizes"], np.int64).reshape(-1, 2)], 1)
-    bad = sorted(entry.get("bad", ()))
-    if bad:
-        table = table[~np.isin(keys, bad)]
-    name = _folder_and_name(path)[1]
-    num_bad = len(keys) - len(table)
-    return ShardEntry(name, len(table), entry["bytes"], entry["sha256"], "".join(bad), num_bad), table
-
-
 def _check_complete(where: str, paths: list[str], listed: list[str]) -> None:
     """Raise UserError if a folder lacks a shard that its manifest lists."""
     if missing := set(listed) - set(map(os.path.basename, paths)):
         raise UserError(f"{where} lacks {min(missing)}, which its {MANIFEST} lists. {MAKE_SHARDS}")
-
-
-def index_path(shard: str, cache: Cache) -> Path:
-    """Return the local path of a shard's index: its own, or that of a fresh download."""
-    path = shard.removesuffix(".tar") + ".idx"
-    return cache.fetch_fresh(path) if is_url(path) else Path(path)
-
-
-def read_manifest(folder: str | Path, cache: Cache | None = None) -> dict[str, Any]:
-    """Return the manifest of a folder or of a folder's URL. Raise UserError if it is missing or invalid."""
-    path = Path(folder, MANIFEST)
-    if cache is not None and is_url(str(folder)):
-        path = cache.fetch_fresh(url_join(str(folder), MANIFEST))
-    if not path.exists():
-        fix = _how_to_shard(str(folder)) if any(Path(folder).glob("*.tar")) else MAKE_SHARDS
-        raise UserError(f"{path} is missing: the shards are incomplete, or were made by another program. {fix}")
-    try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:  # JSONDecodeError or UnicodeDecodeError
-        if path.read_bytes().lstrip()[:1] == b"<":
-            source = redact_url(str(folder)) if is_url(str(folder)) else folder
-            fix = "Open the address in a browser, and pass credentials or another address."
-            raise UserError(f"{source}/{MANIFEST} is a web page, such as a login page, not a manifest. {fix}") from None
-        raise UserError(f"{path} is not JSON ({error}). {MAKE_SHARDS}") from None
-    shards = manifest.get("shards") if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
-    if not isinstance(shards, dict):
-        raise UserError(f"{path} is not a manifest of format {FORMAT}. {MAKE_SHARDS}")
-    for shard, entry in shards.items():
-        complete = isinstance(entry, dict) and entry.keys() >= {"samples", "bytes", "sha256", "sizes"}
-        if not complete or not isinstance(entry["sizes"], list) or len(entry["sizes"]) != entry["samples"]:
-            raise UserError(f"the entry for {shard} in {path} is incomplete. {MAKE_SHARDS}")
-    return manifest
-
-
-def read_index(path: Path, extension: str = "jpg") -> tuple[list[str], np.ndarray]:
-    """Read DALI's index of a shard. Return the keys of its samples, and offset and length of their files KEY.extension.
-
-    Offset and length are in bytes, int64 [N, 2]. Raise UserError if the index is missing or invalid, or has no such
-    files.
-    """
-    if not path.exists():
-        fix = f"{MAKE_SHARDS} DALI's wds2idx makes it too."
-        raise UserError(f"{path.with_suffix('.tar')} has no index {path.name} beside it. {fix}")
-    header, _, body_bytes = path.read_bytes().partition(b"\n")
-    if not header.startswith(INDEX_VERSION.encode()):
-        raise UserError(f"{path} is not an index of version {INDEX_VERSION}. {MAKE_SHARDS}")
-    try:
-        body = body_bytes.decode()
-        # Four fields a file (extension, offset, size, name), and the same files in every line.
-        num_fields = len(body.partition("\n")[0].split())
-        fields = body.split()
-        if not fields:
-            return [], np.zeros((0, 2), np.int64)
-        column = fields.index(extension, 0, num_fields)
-        names = fields[column + 3 :: num_fields]
-        if len(names) * num_fields != len(fields) or fields[column::num_fields].count(extension) != len(names):
-            raise ValueError("lines differ")
-        values = [np.array(fields[column + shift :: num_fields], "S").astype(np.int64) for shift in (1, 2)]
-    except ValueError:  # not text, not numbers, or another layout
-        content = OPTIONAL_FILES.get(extension)
-        fix = MAKE_SHARDS if content is None else f"These shards have no {content}. Pass shards that have them."
-        raise UserError(f"{path} has a line without offset and size of a {extension} file. {fix}") from None
-    return [name.removesuffix(f".{extension}") for name in names], np.stack(values, 1)

@@ -24,8 +24,8 @@ from tqdm import tqdm
 
 from ddae import atomic
 from ddae.data.decode import encode_image
+from ddae.data.manifest import MANIFEST
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
-from ddae.data.shards import MANIFEST
 from ddae.errors import UserError, one_line
 from ddae.sharding.archives import zip_member_path
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect

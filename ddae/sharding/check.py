@@ -8,9 +8,9 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ddae.data.manifest import MANIFEST, read_index, read_manifest
 from ddae.data.sample_index import COLUMNS, index_names, map_columns, read_header
 from ddae.data.shard_writer import sample_index, write_manifest
-from ddae.data.shards import MANIFEST, read_index, read_manifest
 from ddae.errors import UserError
 from ddae.sharding import workers
 from ddae.sharding.archives import members, read_at
@@ -70,7 +70,7 @@ def _check_sample_index(folder: Path, split: str, manifest: dict[str, Any], full
     if read["manifest_bytes"] != (folder / MANIFEST).stat().st_size:
         return [Problem(header.name, "is older than the manifest. Pass --index to write it again.")]
     if full:
-        expected = sample_index(folder, split, manifest["shards"], {}, tuple(manifest.get("classes") or ()))
+        expected = sample_index(folder, split, manifest["shards"], tuple(manifest.get("classes") or ()))
         differs = any((expected.columns[name] != index.columns[name]).any() for name in COLUMNS)
         if differs or (expected.shards, expected.classes) != (index.shards, index.classes):
             return [Problem(header.name, "does not match the shards. Pass --index to write it again.")]

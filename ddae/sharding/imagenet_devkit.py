@@ -24,19 +24,16 @@ class Devkit:
     words: list[str]  # "tench, Tinca tinca", ...
     ground_truth: list[str]  # synset of validation image 1, 2, ...
 
-    def synsets_of(self, names: list[str], source: str) -> list[str | int | None]:
-        """Return the synsets of validation images by their numbered names.
+    def synset_of(self, name: str, source: str) -> str:
+        """Return the synset of a validation image by its numbered name.
 
-        Raise UserError if a name has no number, or one that is out of range. source: option and path for the error.
+        Raise UserError if the name has no number, or one that is out of range. source: option and path for the error.
         """
-        synsets: list[str | int | None] = []
-        for name in names:
-            number = re.search(r"(\d+)\.\w+$", name)
-            if number is None or not 1 <= int(number[1]) <= len(self.ground_truth):
-                expected = f"the devkit's {len(self.ground_truth)} validation images"
-                raise UserError(f"{source} contains {name}, not one of {expected}. Pass --val ILSVRC2012_img_val.tar.")
-            synsets.append(self.ground_truth[int(number[1]) - 1])
-        return synsets
+        number = re.search(r"(\d+)\.\w+$", name)
+        if number is None or not 1 <= int(number[1]) <= len(self.ground_truth):
+            expected = f"the devkit's {len(self.ground_truth)} validation images"
+            raise UserError(f"{source} contains {name}, not one of {expected}. Pass --val ILSVRC2012_img_val.tar.")
+        return self.ground_truth[int(number[1]) - 1]
 
 
 def read_devkit(path: Path) -> Devkit:

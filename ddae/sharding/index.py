@@ -20,6 +20,7 @@ from ddae.sharding.accounting import Tally
 from ddae.sharding.archives import decompress, is_compressed, read_at, read_zip_member
 
 UNLABELLED = -1
+CHUNK = 1 << 18  # values that are compared at a time
 
 
 class Strings:
@@ -193,9 +194,16 @@ def _contains(ordered: np.ndarray, more: set[int], value: int) -> bool:
 
 
 def is_repeated(values: np.ndarray) -> np.ndarray:
-    """Return which values occur more than once: bool, as many."""
+    """Return which values occur more than once: bool, as many. It needs 10 bytes of memory a value."""
     ordered = np.sort(values)
-    return np.isin(values, ordered[1:][ordered[1:] == ordered[:-1]])
+    repeated = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    result = np.zeros(len(values), bool)
+    for start in range(0, len(values) if len(repeated) else 0, CHUNK):
+        chunk = values[start : start + CHUNK]
+        positions = np.searchsorted(repeated, chunk).clip(max=len(repeated) - 1)
+        result[start : start + CHUNK] = repeated[positions] == chunk
+    return result
 
 
 def hash64(text: str) -> int:

@@ -102,12 +102,8 @@ class Labelling:
             of_folder = np.array([number[name] for name in folder_classes], np.int32)
             return self._number(of_folder[self.folder_number[rows]], values, classes, devkit)
         if devkit is not None:
-            names = [self._name(row) for row in rows.tolist()]
-            synsets = devkit.synsets_of(names, self.source)
-            values = list(dict.fromkeys(synsets))
-            number = {name: i for i, name in enumerate(values)}
-            numbers = np.array([number[synset] for synset in synsets], np.int32)
-            return self._number(numbers, values, classes or devkit.synsets, devkit)
+            found = self._per_image(rows, lambda name: devkit.synset_of(name, self.source))
+            return self._number(*found, classes or devkit.synsets, devkit)
         if classes is not None:
             raise UserError(f"{self.source} has no classes, but training has. Pass --devkit.")
         return np.full(len(rows), UNLABELLED, np.int32), []

@@ -8,13 +8,13 @@
 import fcntl
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ddae import atomic
-from ddae.data.shards import MANIFEST
+from ddae.data.manifest import MANIFEST
 from ddae.errors import UserError
 
 PROGRESS = ".progress"
@@ -95,10 +95,34 @@ def save_record(out: Path, name: str, record: dict[str, Any]) -> None:
     atomic.write_text_durably(out / PROGRESS / f"{name}.json", json.dumps(record))
 
 
-def load_record(out: Path, name: str) -> dict[str, Any] | None:
-    """Return the record of a shard; None if there is none or the shard's files do not match it."""
+def has_record(out: Path, name: str) -> bool:
+    """Return whether a shard has a record that its files match."""
     record = _read_json(out / PROGRESS / f"{name}.json")
-    return record if record is not None and _has_shard(out / name, record.get("entry")) else None
+    return record is not None and _has_shard(out / name, record.get("entry"))
+
+
+def load_record(out: Path, name: str) -> dict[str, Any]:
+    """Return the record of a complete shard. Raise UserError if it has been removed."""
+    record = _read_json(out / PROGRESS / f"{name}.json")
+    if record is None:
+        raise UserError(f"{out / PROGRESS}/{name}.json was changed during the run. Run the same command again.")
+    return record
+
+
+class Entries(Mapping[str, dict[str, Any]]):
+    """The manifest entries of complete shards, by name, each read from its record when it is used."""
+
+    def __init__(self, out: Path, names: list[str]):
+        self.out, self.names = out, names
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return load_record(self.out, name)["entry"]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def clear_progress(out: Path) -> None:

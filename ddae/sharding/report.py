@@ -4,6 +4,7 @@ import base64
 import html
 import json
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +17,19 @@ class ReportedImage(NamedTuple):
 
     source: str  # path in the archive or folder
     key: str  # in the shards
-    kinds: list[str]
+    kinds: tuple[str, ...]
     action: str  # converted, kept or left_out
     same_as: str | None  # source of the first image with the same bytes
-    thumbnail: bytes | None  # JPEG; None if the image cannot be decoded, or enough of its kind have one
+
+
+class Content(NamedTuple):
+    """What a report shows. There may be millions of images: they are not held in memory."""
+
+    accounting: Accounting
+    kinds: Counter[str]  # number of images of each kind
+    images: Callable[[], Iterable[ReportedImage]]
+    thumbnails: list[tuple[ReportedImage, bytes]]  # of some images, as JPEGs
+    other_files: Reasons  # files that are not images
 
 
 STYLE = """body{font:14px/1.4 system-ui,sans-serif;color:#222;margin:2em}h1{font-size:20px}
@@ -27,49 +37,69 @@ div{display:flex;flex-wrap:wrap;gap:14px}figure{width:150px;margin:0}table{margi
 img{width:128px;height:128px;object-fit:contain;background:#eee}figcaption{font-size:11px;overflow-wrap:anywhere}"""
 
 
-def write_report(out: Path, accounting: Accounting, images: list[ReportedImage], other_files: Reasons) -> None:
-    """Write the three files. other_files: those that are not images."""
-    kinds = Counter(kind for image in images for kind in image.kinds)
-    content = {**accounting.to_json(), "kinds": dict(kinds.most_common())}
-    content["left_out"] = accounting.left_out.to_json()
-    content |= {"images": [_json_entry(image) for image in images], "other_files": other_files.to_json()}
-    atomic.write_text_durably(out / "report.json", json.dumps(content, indent=1) + "\n")
-    title = str(accounting)
-    lines = [title, "", *(f"{count:8d}  {kind}" for kind, count in kinds.most_common())]
-    if images:
-        rows = [("image", "key", "kinds", "action")]
-        rows += [(image.source, image.key, ", ".join(image.kinds) + _same_as(image), image.action) for image in images]
-        widths = [*(max(len(row[column]) for row in rows) for column in range(3)), 0]
-        lines += ["", *("  ".join(map(str.ljust, row, widths)) for row in rows)]
-    for heading, reasons in (("left out without being read", accounting.left_out), ("other files", other_files)):
+def write_report(out: Path, content: Content) -> None:
+    """Write the three files."""
+    atomic.write_text_durably(out / "report.json", _json(content))
+    atomic.write_text_durably(out / "report.txt", _text(content))
+    atomic.write_text_durably(out / "report.html", _page(content))
+
+
+def _json(content: Content) -> Iterator[str]:
+    """Yield report.json in pieces: a line per image."""
+    accounting, kinds = content.accounting, dict(content.kinds.most_common())
+    head = accounting.to_json() | {"left_out": accounting.left_out.to_json(), "kinds": kinds}
+    yield json.dumps(head, indent=1).removesuffix("\n}")
+    yield ',\n "images": ['
+    separator = "\n  "
+    for image in content.images():
+        entry = image._asdict()
+        if image.same_as is None:
+            del entry["same_as"]
+        yield separator + json.dumps(entry)
+        separator = ",\n  "
+    yield f'\n ],\n "other_files": {json.dumps(content.other_files.to_json(), indent=1)}\n}}\n'
+
+
+def _text(content: Content) -> Iterator[str]:
+    """Yield report.txt in lines."""
+    yield f"{content.accounting}\n\n"
+    yield from (f"{count:8d}  {kind}\n" for kind, count in content.kinds.most_common())
+    if content.kinds:
+        widths = [0, 0, 0]
+        for row in _rows(content):
+            widths = [max(width, len(cell)) for width, cell in zip(widths, row, strict=False)]
+        yield "\n"
+        yield from ("  ".join(map(str.ljust, row, (*widths, 0))) + "\n" for row in _rows(content))
+    left_out = content.accounting.left_out
+    for heading, reasons in (("left out without being read", left_out), ("other files", content.other_files)):
         for reason, count in reasons.counts.most_common():
-            if names := reasons.names[reason] if reason not in kinds else []:
-                more = [f"and {count - len(names):,} more"] if count > len(names) else []
-                lines += ["", f"{heading}: {count:,} {reason}", *names, *more]
-    atomic.write_text_durably(out / "report.txt", "\n".join(lines) + "\n")
-    atomic.write_text_durably(out / "report.html", _page(title, kinds, images))
+            names = reasons.names[reason] if reason not in content.kinds else []
+            if names:
+                yield f"\n{heading}: {count:,} {reason}\n"
+                yield from (f"{name}\n" for name in names)
+                yield f"and {count - len(names):,} more\n" if count > len(names) else ""
 
 
-def _json_entry(image: ReportedImage) -> dict[str, object]:
-    """Return the image's entry in report.json."""
-    omitted = ("thumbnail",) if image.same_as else ("thumbnail", "same_as")
-    return {name: value for name, value in image._asdict().items() if name not in omitted}
+def _rows(content: Content) -> Iterator[tuple[str, str, str, str]]:
+    """Yield the rows of the table of images, after its header."""
+    yield "image", "key", "kinds", "action"
+    for image in content.images():
+        yield image.source, image.key, ", ".join(image.kinds) + _same_as(image), image.action
 
 
-def _page(title: str, kinds: Counter, images: list[ReportedImage]) -> str:
+def _page(content: Content) -> str:
     """Return a self-contained HTML page."""
-    counts = "".join(f"<tr><td>{count}</td><td>{kind}</td></tr>" for kind, count in kinds.most_common())
+    counts = "".join(f"<tr><td>{count}</td><td>{kind}</td></tr>" for kind, count in content.kinds.most_common())
     figures = [
-        f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(image.thumbnail).decode()}">'
+        f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
         f"<figcaption><b>{', '.join(image.kinds)}</b>, {image.action}<br>"
         f"{html.escape(image.source + _same_as(image))}</figcaption></figure>"
-        for image in images
-        if image.thumbnail
+        for image, jpeg in content.thumbnails
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>shards</title><style>{STYLE}</style></head>'
-        f"<body><h1>{title}</h1><table>{counts}</table><p>{len(figures)} of the {len(images)} images that are not "
-        "plain RGB JPEGs or are duplicates, after conversion; report.txt lists all.</p>"
+        f"<body><h1>{content.accounting}</h1><table>{counts}</table><p>{len(figures)} images that are not plain RGB "
+        "JPEGs or are duplicates, after conversion; report.txt lists all.</p>"
         f"<div>{''.join(figures)}</div></body></html>\n"
     )
 

@@ -5,9 +5,12 @@ worker writes one shard at a time: it reads, inspects and writes each image once
 shard and saves its record (output_dir.py), so that a restarted run writes only missing shards. The manifest is last.
 """
 
+import bisect
 import errno
 import hashlib
+import itertools
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -21,9 +24,9 @@ from ddae.errors import UserError
 from ddae.sharding import output_dir, workers
 from ddae.sharding.accounting import Accounting, Reasons
 from ddae.sharding.archives import DamagedMemberError
-from ddae.sharding.index import UNLABELLED, Index
+from ddae.sharding.index import UNLABELLED, Index, is_repeated
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect, make_thumbnail
-from ddae.sharding.report import ReportedImage, write_report
+from ddae.sharding.report import Content, ReportedImage, write_report
 
 MIN_SHARDS = 16  # per split, if it has enough images: work for all workers
 MAX_THUMBNAILS = 40  # per kind
@@ -40,9 +43,6 @@ class Settings:
     resize_shorter: int = 0  # pixels; 0: never resize
     quality: int = 95  # of JPEGs that are encoded here
     on_bad: Literal["keep", "stop", "drop_all"] = "keep"
-
-
-ImageId = tuple[int, int]  # number of the split, number of the image in its index
 
 
 class ShardPlan(NamedTuple):
@@ -102,21 +102,24 @@ def preview(indexes: list[Index], settings: Settings) -> str:
 
 
 class _Sharder:
-    """One run of the sharder; forked workers inherit it."""
+    """One run of the sharder; forked workers inherit it.
+
+    Images are counted through all splits. There may be millions: what is known of each is in compact columns here, or
+    in the records of the shards on disk.
+    """
 
     def __init__(self, indexes: list[Index], out: Path, settings: Settings, num_workers: int):
         self.indexes, self.out, self.settings, self.num_workers = indexes, out, settings, num_workers
         self.plans = [plan for split, index in enumerate(indexes) for plan in plan_split(split, index, settings)]
-        lengths, counts = np.unique(np.concatenate([index.length for index in indexes]), return_counts=True)
-        # By split, bool [N]: the images that have the length of another image of any split.
-        self.may_be_duplicate = [counts[np.searchsorted(lengths, index.length)] > 1 for index in indexes]
-        self.records: list[tuple[ShardPlan, dict[str, Any]]] = []
+        self.first = [0, *itertools.accumulate(map(len, indexes))]  # number of the first image of each split; their sum
+        lengths = np.concatenate([index.length for index in indexes])
+        self.may_be_duplicate = is_repeated(lengths)  # bool: another image has the same length
 
     def run(self, identity: dict[str, Any], facts: dict[str, Any]) -> str:
         """Write all shards that are missing, then manifest and report. Return a summary."""
         folder = self.out / output_dir.PROGRESS
         self.indexes = [index.decompressed(folder) for index in self.indexes]
-        missing = [plan for plan in self.plans if output_dir.load_record(self.out, plan.name) is None]
+        missing = [plan for plan in self.plans if not output_dir.has_record(self.out, plan.name)]
         if not self.settings.resize_shorter:  # the size of resized images is unknown
             lengths = [self.indexes[plan.split].length[plan.images] for plan in missing]
             needed = sum(int(each.sum()) + SAMPLE_OVERHEAD * len(each) for each in lengths)
@@ -131,20 +134,28 @@ class _Sharder:
             self.write_shards(self.with_duplicates(duplicates))
         return self.finish(duplicates, identity, facts)
 
-    def source(self, image: ImageId) -> str:
+    def source(self, number: int) -> str:
         """Return archive or folder and path of an image."""
-        split, number = image
-        return self.indexes[split].source(number)
+        index, image = self.find(number)
+        return index.source(image)
+
+    def find(self, number: int) -> tuple[Index, int]:
+        """Return the index that holds an image, and its number there."""
+        split = bisect.bisect_right(self.first, number) - 1
+        return self.indexes[split], number - self.first[split]
+
+    def records(self) -> Iterator[tuple[ShardPlan, dict[str, Any]]]:
+        """Yield each shard with its record."""
+        return ((plan, output_dir.load_record(self.out, plan.name)) for plan in self.plans)
 
     def write_shards(self, tasks: list[tuple[ShardPlan, frozenset[int]]]) -> None:
-        """Write shards in the workers, then load all records. Each task: a plan, and which images to leave out."""
+        """Write shards in the workers. Each task: a plan, and which images to leave out."""
         total = sum(len(plan.images) for plan in self.plans)
         done = total - sum(len(plan.images) for plan, _ in tasks)
         import_webdataset()
         for name, record in workers.run(self.write_shard, tasks, self.num_workers, total, done):
             commit_shard(self.out / name)  # in the main process: fsync would block a worker
             output_dir.save_record(self.out, name, record)
-        self.records = [(plan, output_dir.load_record(self.out, plan.name) or {}) for plan in self.plans]
 
     def write_shard(self, plan: ShardPlan, omit: frozenset[int]) -> tuple[str, dict[str, Any]]:
         """Write one shard. Return its name and its record; in a worker."""
@@ -168,7 +179,7 @@ class _Sharder:
                 problem = f"is not a plain RGB JPEG with a unique key ({', '.join(kinds)})"
                 fix = "Fix or remove it, or pass --on_bad keep to convert usable images."
                 raise UserError(f"{index.source(image)} {problem}. {fix}")
-            if inspected.jpeg is not None and self.may_be_duplicate[plan.split][image]:
+            if inspected.jpeg is not None and self.may_be_duplicate[self.first[plan.split] + image]:
                 record["digests"][image] = hashlib.sha256(data).hexdigest()[:32]
             left_out = inspected.jpeg is None or image in omit or (bool(kinds) and settings.on_bad == "drop_all")
             if kinds or left_out:
@@ -179,72 +190,125 @@ class _Sharder:
                 yield Sample(index.key_of(image), inspected.jpeg, label, inspected.width, inspected.height)
             workers.count_images()
 
-    def find_duplicates(self) -> dict[ImageId, ImageId]:
+    def find_duplicates(self) -> dict[int, int]:
         """Return for each duplicate the first image with the same bytes.
 
         With on_bad="drop_all" an image that is left out for another reason counts as the first only if all are.
         """
-        irregular = {(plan.split, i) for plan, record in self.records for i, kinds, _ in record["odd"] if kinds}
-        left_out = irregular if self.settings.on_bad == "drop_all" else set()
-        by_digest: dict[str, list[ImageId]] = {}
-        for plan, record in self.records:
+        hashes = array("q")  # 64 bits of each digest, in the order of the records
+        for _, record in self.records():
+            hashes.extend(int(digest[:15], 16) for digest in record["digests"].values())
+        repeated = iter(is_repeated(np.frombuffer(hashes, np.int64)))
+        drop_all = self.settings.on_bad == "drop_all"
+        same_bytes: dict[str, list[tuple[bool, int]]] = {}  # by digest: whether it is left out, image
+        for plan, record in self.records():
+            left_out = {image for image, kinds, _ in record["odd"] if kinds and drop_all}
             for image, digest in record["digests"].items():
-                by_digest.setdefault(digest, []).append((plan.split, int(image)))
+                if next(repeated):
+                    number = self.first[plan.split] + int(image)
+                    same_bytes.setdefault(digest, []).append((int(image) in left_out, number))
         duplicates = {}
-        for same in by_digest.values():
-            first, *rest = sorted(same, key=lambda image: (image in left_out, image))
-            duplicates |= dict.fromkeys(rest, first)
+        for same in same_bytes.values():
+            (_, first), *rest = sorted(same)
+            duplicates |= {number: first for _, number in rest}
         return dict(sorted(duplicates.items()))
 
-    def with_duplicates(self, duplicates: dict[ImageId, ImageId]) -> list[tuple[ShardPlan, frozenset[int]]]:
+    def with_duplicates(self, duplicates: dict[int, int]) -> list[tuple[ShardPlan, frozenset[int]]]:
         """Return the shards that contain duplicates, each with the duplicates to leave out."""
         tasks = []
-        for plan, record in self.records:
-            planned = {image for split, image in duplicates if split == plan.split} & set(plan.images.tolist())
+        for plan, record in self.records():
+            planned = {image for image in plan.images.tolist() if self.first[plan.split] + image in duplicates}
             left_out = {image for image, _, action in record["odd"] if action == "left_out"}
             if planned - left_out:
                 tasks.append((plan, frozenset(planned)))
         return tasks
 
-    def finish(self, duplicates: dict[ImageId, ImageId], identity: dict[str, Any], facts: dict[str, Any]) -> str:
+    def finish(self, duplicates: dict[int, int], identity: dict[str, Any], facts: dict[str, Any]) -> str:
         """Write report and manifest. Return a summary. Raise UserError if no image is usable."""
-        irregular = {(p.split, i): (kinds, action) for p, record in self.records for i, kinds, action in record["odd"]}
-        for image in duplicates:
-            kinds, action = irregular.get(image, ([], "kept"))
-            irregular[image] = ([*kinds, "duplicate"], action)
-        reported, num_thumbnails, left_out, num_converted = [], Counter(), Reasons(), 0
-        for (split, image), (kinds, action) in sorted(irregular.items()):
-            index, first = self.indexes[split], duplicates.get((split, image))
-            same_as = None if first is None else self.source(first)
-            wanted = num_thumbnails[kinds[-1]] < MAX_THUMBNAILS and "bomb" not in kinds
-            thumbnail = _thumbnail(index, image) if wanted else None
-            num_thumbnails[kinds[-1]] += thumbnail is not None
-            reported.append(ReportedImage(index.source(image), index.key_of(image), kinds, action, same_as, thumbnail))
-            num_converted += action == "converted"
-            if action == "left_out":
-                left_out.add(kinds[0], index.source(image))
-        shards = {plan.name: record["entry"] for plan, record in self.records}
-        num_read = sum(len(index) for index in self.indexes)
+        findings = self.findings(duplicates)
+
+        def reported() -> Iterator[ReportedImage]:
+            for number, (kinds, action) in findings:
+                (index, image), first = self.find(number), duplicates.get(number)
+                same_as = None if first is None else self.source(first)
+                yield ReportedImage(index.source(image), index.key_of(image), kinds, action, same_as)
+
+        thumbnails, num_thumbnails, left_out = [], Counter(), Reasons()
+        kinds, kept, num_converted = Counter(), Counter(), 0
+        for (number, _), image in zip(findings, reported(), strict=True):
+            kinds.update(image.kinds)
+            num_converted += image.action == "converted"
+            if image.action == "left_out":
+                left_out.add(image.kinds[0], image.source)
+            else:
+                kept.update(image.kinds)
+            wanted = num_thumbnails[image.kinds[-1]] < MAX_THUMBNAILS and "bomb" not in image.kinds
+            if wanted and (thumbnail := _thumbnail(*self.find(number))):
+                num_thumbnails[image.kinds[-1]] += 1
+                thumbnails.append((image, thumbnail))
+        shards = output_dir.Entries(self.out, [plan.name for plan in self.plans])
         num_written = sum(entry["samples"] for entry in shards.values())
-        kinds = Counter(kind for image in reported for kind in image.kinds).most_common()
         if not num_written:
             for name in shards:  # they are empty
                 (self.out / name).unlink()
                 (self.out / name).with_suffix(".idx").unlink()
-            problem = f"none of the {num_read} images is usable ({_counts(kinds[:3])})"
-            raise UserError(f"{problem}. Check {reported[0].source}.")
+            problem = f"none of the {self.first[-1]} images is usable ({_counts(kinds.most_common(3))})"
+            raise UserError(f"{problem}. Check {self.source(findings.numbers[0])}.")
         for index in self.indexes:
             left_out += index.tally.left_out
         other_files = sum((index.tally.other_files for index in self.indexes), Reasons())
         accounting = Accounting(num_written - num_converted, num_converted, left_out)
-        write_report(self.out, accounting, reported, other_files)
+        write_report(self.out, Content(accounting, kinds, reported, thumbnails, other_files))
         classes = max((index.classes for index in self.indexes), key=len)
         write_manifest(self.out, shards, classes=classes, accounting=accounting.to_json(), **identity, **facts)
         output_dir.clear_progress(self.out)
         others = f"; {other_files.total():,} other files ({other_files})" if other_files.counts else ""
-        kept = Counter(kind for image in reported if image.action != "left_out" for kind in image.kinds)
         found = f"; among those in the shards: {_counts(kept.most_common())}" if kept else ""
         return f"{self.out}: {accounting}; {len(shards)} shards{found}{others}; see {self.out / 'report.html'}"
+
+    def findings(self, duplicates: dict[int, int]) -> "_Findings":
+        """Return what the report says of images that are irregular or duplicates."""
+        found, single = _Findings(), set(duplicates)  # duplicates that are not irregular
+        for plan, record in self.records():
+            for image, kinds, action in record["odd"]:
+                number = self.first[plan.split] + image
+                found.add(number, Finding((*kinds, "duplicate") if number in duplicates else tuple(kinds), action))
+                single.discard(number)
+        for number in single:
+            found.add(number, Finding(("duplicate",), "kept"))
+        return found.sorted()
+
+
+class Finding(NamedTuple):
+    """What the report says of an image."""
+
+    kinds: tuple[str, ...]
+    action: str  # converted, kept or left_out
+
+
+class _Findings:
+    """Findings by image, in compact columns."""
+
+    def __init__(self) -> None:
+        self.numbers, self.codes = array("q"), array("i")  # of images and findings
+        self.values: dict[Finding, int] = {}  # each with its number
+
+    def add(self, number: int, finding: Finding) -> None:
+        self.numbers.append(number)
+        self.codes.append(self.values.setdefault(finding, len(self.values)))
+
+    def sorted(self) -> "_Findings":
+        """Return them in the order of the images."""
+        order = np.argsort(np.frombuffer(self.numbers, np.int64))
+        result = _Findings()
+        result.numbers = array("q", np.frombuffer(self.numbers, np.int64)[order].tobytes())
+        result.codes = array("i", np.frombuffer(self.codes, np.int32)[order].tobytes())
+        result.values = self.values
+        return result
+
+    def __iter__(self) -> Iterator[tuple[int, Finding]]:
+        values = list(self.values)
+        return ((number, values[code]) for number, code in zip(self.numbers, self.codes, strict=True))
 
 
 def _thumbnail(index: Index, image: int) -> bytes | None:

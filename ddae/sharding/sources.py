@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from braceexpand import braceexpand
 
-from ddae.data.shards import MANIFEST
+from ddae.data.manifest import MANIFEST
 from ddae.errors import UserError
 from ddae.sharding.archives import ARCHIVE_ENDINGS
 from ddae.sharding.classes import is_hidden

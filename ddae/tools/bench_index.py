@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from ddae.data.cache import Cache
+from ddae.data.manifest import FORMAT, INDEX_VERSION, MANIFEST
 from ddae.data.sample_index import SampleIndex, ShardEntry, write_sample_index
 from ddae.data.sampling import EpochOrder
-from ddae.data.shards import FORMAT, INDEX_VERSION, MANIFEST, open_shards
+from ddae.data.shards import open_shards
 
 PER_SHARD, IMAGE_BYTES, SAMPLE_BYTES = 1000, 110_000, 112_640
 BATCH = 256  # samples whose place in the epoch is computed

@@ -13,11 +13,12 @@ from conftest import make_shards, sample
 
 from ddae.data import shards as shards_module
 from ddae.data.cache import Cache
+from ddae.data.manifest import read_manifest
 from ddae.data.rng import permutation
 from ddae.data.sample_index import read_header
 from ddae.data.sampling import SHUFFLE_WINDOW, EpochOrder
 from ddae.data.shard_writer import write_manifest, write_shard
-from ddae.data.shards import open_shards, read_manifest
+from ddae.data.shards import open_shards
 from ddae.errors import UserError
 from ddae.sharding.check import check, make_index, mark_bad
 from ddae.tools.bench_index import measure, simulate

@@ -6,7 +6,8 @@ import pytest
 from image_archives import class_folders, contents, imagenet, read_samples, run_script, shard_imagenet, write_folder
 
 from ddae.data.cache import Cache
-from ddae.data.shards import open_shards, read_index
+from ddae.data.manifest import read_index
+from ddae.data.shards import open_shards
 
 SHARD = "train-000003.tar"
 CACHE = Cache(Path("nowhere"), 0)

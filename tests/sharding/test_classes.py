@@ -8,7 +8,7 @@ import pytest
 from image_archives import WNIDS, labels_of, photo, report_of, shard_imagenet, tar_of, write_folder, write_tar
 from test_archives import rejected, write_zip
 
-from ddae.data.shards import read_manifest
+from ddae.data.manifest import read_manifest
 from ddae.errors import UserError
 from ddae.sharding import sources
 from ddae.sharding.scan import LabelRule

@@ -21,7 +21,8 @@ from image_archives import class_folders, class_tars, encode, imagenet, irregula
 
 from ddae.data.cache import Cache
 from ddae.data.decode import decode_crop, first_rows, is_truncated
-from ddae.data.shards import open_shards, read_manifest
+from ddae.data.manifest import read_manifest
+from ddae.data.shards import open_shards
 from ddae.errors import UserError
 from ddae.sharding.check import check
 from ddae.sharding.inspection import inspect

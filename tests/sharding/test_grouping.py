@@ -16,7 +16,7 @@ from image_archives import (
 )
 from test_archives import rejected
 
-from ddae.data.shards import read_manifest
+from ddae.data.manifest import read_manifest
 from ddae.sharding.scan import LabelRule
 from ddae.sharding.sources import build_index
 

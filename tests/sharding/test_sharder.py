@@ -49,7 +49,8 @@ from PIL import Image, ImageOps
 
 from ddae.data import shard_writer
 from ddae.data.cache import Cache
-from ddae.data.shards import open_shards, read_manifest
+from ddae.data.manifest import read_manifest
+from ddae.data.shards import open_shards
 from ddae.sharding import sharder
 from ddae.sharding.check import check
 from ddae.sharding.inspection import inspect

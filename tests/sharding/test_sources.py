@@ -32,8 +32,8 @@ from image_archives import (
     write_tar,
 )
 
+from ddae.data.manifest import read_manifest
 from ddae.data.shard_writer import Sample, write_shard
-from ddae.data.shards import read_manifest
 
 CLASSES = imagenet()
 TRUTH = [4, 1, 5, 3, 2, 3, 1, 4]  # ILSVRC2012_ID of each validation image

@@ -16,7 +16,7 @@ from conftest import picture
 from PIL import Image, ImageCms
 
 from ddae import errors
-from ddae.data.shards import read_index, read_manifest
+from ddae.data.manifest import read_index, read_manifest
 
 Files = dict[str, bytes]  # path -> content
 ROOT = Path(__file__).parents[2]
