@@ -56,7 +56,7 @@ def write_sample_index(folder: Path, split: str, index: SampleIndex, manifest_by
     digest, partial = hashlib.sha256(), columns.with_name(f"{columns.name}.part")
     with open(partial, "wb") as file:
         for name, dtype in COLUMNS.items():
-            data = np.ascontiguousarray(index.columns[name], dtype).tobytes()
+            data = np.ascontiguousarray(index.columns[name], dtype).view(np.uint8).data
             digest.update(data)
             file.write(data)
     atomic.fsync(partial)

@@ -113,17 +113,21 @@ def sample_index(
     folder: Path, split: str, shards: Mapping[str, dict[str, Any]], classes: tuple[str, ...]
 ) -> SampleIndex:
     """Return the sample index of a split. Labels that the shards' entries lack are read from their samples."""
+    names = sorted(name for name in shards if name.rpartition("-")[0] == split)
+    num_listed = sum(shards[name]["samples"] for name in names)  # some may be bad, and are left out
+    columns = {column: np.empty(num_listed, dtype) for column, dtype in COLUMNS.items()}
     entries: list[ShardEntry] = []
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}  # of the columns, by shard
-    for name in sorted(name for name in shards if name.rpartition("-")[0] == split):
+    end = 0
+    for name in names:
         path, listed = folder / name, shards[name]
         entry, table = read_shard_table(str(path), listed, NO_CACHE)
         known = "labels" in listed and not entry.num_bad
         labels = np.array(listed["labels"]) if known else _read_labels(path, table[:, 0])
+        start, end = end, end + entry.samples
+        for column, values in zip(columns.values(), (*table.T, labels), strict=True):
+            column[start:end] = values
         entries.append(entry)
-        for column, values in zip(parts, (*table.T, labels), strict=True):
-            parts[column].append(values.astype(COLUMNS[column]))
-    columns = {name: np.concatenate(parts.pop(name)) for name in COLUMNS}
+    columns = {name: column[:end] for name, column in columns.items()}
     return SampleIndex(entries, columns, classes, sum(entry.num_bad for entry in entries))
 
 

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,13 +28,17 @@ class Strings:
     """N byte strings in one buffer."""
 
     def __init__(self, strings: Iterable[bytes] = ()):
-        self._bytes, self._ends = bytearray(), array("q")
+        self._bytes, self._ends = bytearray(), array("I")  # 4 bytes each; 8 from 4 GiB on
         for each in strings:
             self.append(each)
 
     def append(self, string: bytes) -> None:
         self._bytes += string
-        self._ends.append(len(self._bytes))
+        try:
+            self._ends.append(len(self._bytes))
+        except OverflowError:
+            self._ends = array("Q", self._ends)
+            self._ends.append(len(self._bytes))
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -50,8 +55,16 @@ class Strings:
 
     def update(self, digest: "hashlib._Hash") -> None:
         """Add all strings to a hash."""
-        digest.update(self._ends)
+        for start in range(0, len(self), CHUNK):
+            digest.update(array("q", self._ends[start : start + CHUNK]))
         digest.update(self._bytes)
+
+
+class Folder(NamedTuple):
+    """A folder that holds images, in an archive or below a folder."""
+
+    file_number: int  # position in the list of archives
+    path: str
 
 
 @dataclass(frozen=True)
@@ -61,12 +74,11 @@ class Index:
     split: str
     location: str  # path or pattern that the user passed
     files: list[Path]  # archives, or the one folder
-    file_number: np.ndarray  # int32 [N]: position in `files`
     offset: np.ndarray  # int64 [N]: bytes, in the archive; -1: the image is a file of its own
     length: np.ndarray  # int64 [N]: bytes
     stored: np.ndarray  # int64 [N]: bytes in the archive; differs from `length` in a zip
     label: np.ndarray  # int32 [N]
-    folders: list[str]  # of the images
+    folders: list[Folder]  # of the images
     folder_number: np.ndarray  # int32 [N]: position in `folders`
     base: Strings  # [N]: file names without folder
     suffix: dict[int, int]  # number at the end of the key, of images whose key an earlier one has
@@ -82,13 +94,17 @@ class Index:
     def name(self, i: int) -> str:
         """Return the path of image i in its archive or folder."""
         base = os.fsdecode(self.base[i])
-        folder = self.folders[self.folder_number[i]]
+        folder = self.folders[self.folder_number[i]].path
         return f"{folder}/{base}" if folder else base
+
+    def file(self, i: int) -> Path:
+        """Return the archive of image i, or the folder of all images."""
+        return self.files[self.folders[self.folder_number[i]].file_number]
 
     def source(self, i: int) -> str:
         """Return archive or folder and path of image i, for messages and reports."""
         name = os.fsencode(self.name(i)).decode(errors="replace")
-        return f"{self.files[self.file_number[i]].name}/{name}"
+        return f"{self.file(i).name}/{name}"
 
     def key_of(self, i: int) -> str:
         """Return the key of image i in the shards: unique, ASCII."""
@@ -108,7 +124,7 @@ class Index:
             raise UserError(f"--{self.split} {self.location} has images without a class. Leave out --per_class.")
         order = np.random.RandomState(seed).permutation(len(self))
         rows = np.sort(np.concatenate([order[self.label[order] == each][:per_class] for each in np.unique(self.label)]))
-        columns = ("file_number", "offset", "length", "stored", "label", "folder_number", "duplicate_key")
+        columns = ("offset", "length", "stored", "label", "folder_number", "duplicate_key")
         suffix = {new: self.suffix[old] for new, old in enumerate(rows.tolist()) if old in self.suffix}
         tally = Tally(self.tally)
         tally.left_out.add("more than --per_class", count=len(self) - len(rows))
@@ -131,7 +147,7 @@ class Index:
 
     def read(self, i: int) -> bytes:
         """Return the bytes of image i. Raise UserError, or DamagedMemberError for one in a zip."""
-        path, offset, length = self.files[self.file_number[i]], int(self.offset[i]), int(self.length[i])
+        path, offset, length = self.file(i), int(self.offset[i]), int(self.length[i])
         if offset < 0:
             return read_file(path / self.name(i))
         if path.suffix.lower() == ".zip":
@@ -140,7 +156,7 @@ class Index:
 
     def fingerprint(self) -> str:
         """Return a hash of names, lengths, labels and keys."""
-        digest = hashlib.sha256("\0".join(self.folders).encode(errors="surrogateescape"))
+        digest = hashlib.sha256("\0".join(folder.path for folder in self.folders).encode(errors="surrogateescape"))
         self.base.update(digest)
         for column in (self.folder_number, self.length, self.label):
             digest.update(column.tobytes())

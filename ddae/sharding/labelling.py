@@ -40,15 +40,13 @@ class Labelling:
         del rows
         folder_number = self.folder_number[chosen]
         columns = {n: np.frombuffer(getattr(images, n), np.int64)[chosen] for n in ("offset", "length", "stored")}
-        file_number = np.array([folder.file_number for folder in self.folders], np.int32)[folder_number]
         index = Index(
             self.split,
             self.location,
             scan.files,
-            file_number,
             **columns,
             label=label,
-            folders=[folder.path for folder in self.folders],
+            folders=self.folders,
             folder_number=folder_number,
             base=base,
             suffix={},

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ddae.sharding.accounting import Tally
 from ddae.sharding.archives import Member, members
 from ddae.sharding.classes import Rule, is_hidden
 from ddae.sharding.grouping import LABEL_ENDINGS, File, Label, key_of, parse_label, resolve_group
-from ddae.sharding.index import Strings, hash64, is_repeated
+from ddae.sharding.index import Folder, Strings, hash64, is_repeated
 from ddae.sharding.inspection import IMAGE_ENDINGS, UNSUPPORTED_ENDINGS
 
 
@@ -28,13 +28,6 @@ class LabelRule:
 
 
 AUTO = LabelRule()
-
-
-class Folder(NamedTuple):
-    """A folder that holds files: in an archive of a source, or below a folder."""
-
-    file_number: int
-    path: str
 
 
 class _Columns:

@@ -30,6 +30,7 @@ from ddae.sharding.report import Content, ReportedImage, write_report
 
 MIN_SHARDS = 16  # per split, if it has enough images: work for all workers
 MAX_THUMBNAILS = 40  # per kind
+CODE_BITS = 20  # of the number of a finding
 SAMPLE_OVERHEAD = 2048  # bytes of a tar per sample, in addition to its image
 
 
@@ -50,7 +51,7 @@ class ShardPlan(NamedTuple):
 
     name: str  # of its file
     split: int  # number in the list of indexes
-    images: np.ndarray  # int64, numbers in the index, in order
+    images: np.ndarray  # int32 or int64, numbers in the index, in order
 
 
 def shard(indexes: list[Index], out: Path, settings: Settings, num_workers: int, **facts: Any) -> str:
@@ -74,6 +75,7 @@ def shard(indexes: list[Index], out: Path, settings: Settings, num_workers: int,
 def plan_split(split: int, index: Index, settings: Settings) -> list[ShardPlan]:
     """Permute the images of a split by the seed and divide them into shards."""
     order = np.random.RandomState(settings.seed).permutation(len(index))  # NumPy guarantees this stream
+    order = order.astype(np.int32 if len(index) < 1 << 31 else np.int64)
     count = max(1, min(settings.max_count, -(-len(index) // MIN_SHARDS)))
     total = np.cumsum(index.length[order] + SAMPLE_OVERHEAD)  # bytes of the tar
     starts = [0]
@@ -112,7 +114,7 @@ class _Sharder:
         self.indexes, self.out, self.settings, self.num_workers = indexes, out, settings, num_workers
         self.plans = [plan for split, index in enumerate(indexes) for plan in plan_split(split, index, settings)]
         self.first = [0, *itertools.accumulate(map(len, indexes))]  # number of the first image of each split; their sum
-        lengths = np.concatenate([index.length for index in indexes])
+        lengths = np.concatenate([index.length.clip(max=MAX_BYTES + 1).astype(np.uint32) for index in indexes])
         self.may_be_duplicate = is_repeated(lengths)  # bool: another image has the same length
 
     def run(self, identity: dict[str, Any], facts: dict[str, Any]) -> str:
@@ -253,7 +255,7 @@ class _Sharder:
                 (self.out / name).unlink()
                 (self.out / name).with_suffix(".idx").unlink()
             problem = f"none of the {self.first[-1]} images is usable ({_counts(kinds.most_common(3))})"
-            raise UserError(f"{problem}. Check {self.source(findings.numbers[0])}.")
+            raise UserError(f"{problem}. Check {next(iter(reported())).source}.")
         for index in self.indexes:
             left_out += index.tally.left_out
         other_files = sum((index.tally.other_files for index in self.indexes), Reasons())
@@ -276,7 +278,8 @@ class _Sharder:
                 single.discard(number)
         for number in single:
             found.add(number, Finding(("duplicate",), "kept"))
-        return found.sorted()
+        found.sort()
+        return found
 
 
 class Finding(NamedTuple):
@@ -287,28 +290,22 @@ class Finding(NamedTuple):
 
 
 class _Findings:
-    """Findings by image, in compact columns."""
+    """Findings by image, in eight bytes each."""
 
     def __init__(self) -> None:
-        self.numbers, self.codes = array("q"), array("i")  # of images and findings
-        self.values: dict[Finding, int] = {}  # each with its number
+        self._packed = array("q")  # number of the image, and number of the finding in the low CODE_BITS bits
+        self._codes: dict[Finding, int] = {}
 
     def add(self, number: int, finding: Finding) -> None:
-        self.numbers.append(number)
-        self.codes.append(self.values.setdefault(finding, len(self.values)))
+        self._packed.append(number << CODE_BITS | self._codes.setdefault(finding, len(self._codes)))
 
-    def sorted(self) -> "_Findings":
-        """Return them in the order of the images."""
-        order = np.argsort(np.frombuffer(self.numbers, np.int64))
-        result = _Findings()
-        result.numbers = array("q", np.frombuffer(self.numbers, np.int64)[order].tobytes())
-        result.codes = array("i", np.frombuffer(self.codes, np.int32)[order].tobytes())
-        result.values = self.values
-        return result
+    def sort(self) -> None:
+        """Bring them into the order of the images."""
+        np.frombuffer(self._packed, np.int64).sort()
 
     def __iter__(self) -> Iterator[tuple[int, Finding]]:
-        values = list(self.values)
-        return ((number, values[code]) for number, code in zip(self.numbers, self.codes, strict=True))
+        values = list(self._codes)
+        return ((packed >> CODE_BITS, values[packed & (1 << CODE_BITS) - 1]) for packed in self._packed)
 
 
 def _thumbnail(index: Index, image: int) -> bytes | None:
