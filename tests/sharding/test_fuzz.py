@@ -6,6 +6,7 @@ image accounted for, nothing written outside the target.
 
 import io
 import json
+import resource
 import signal
 import tarfile
 import zipfile
@@ -244,7 +245,7 @@ def fuzz_shards(rng, tmp_path, outcomes):
 def test_mutations(kind, count, tmp_path_factory):
     outcomes: Counter[str] = Counter()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = memory("VmRSS")
+    before, children_before = memory("VmRSS"), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     run = {"images": fuzz_images, "scans": fuzz_scans, "whole runs": fuzz_whole_runs, "shards": fuzz_shards}[kind]
     for number in range(count):
         folder = tmp_path_factory.mktemp("fuzz") if kind != "images" else None
@@ -254,5 +255,7 @@ def test_mutations(kind, count, tmp_path_factory):
             except Exception as error:
                 raise AssertionError(f"mutation {number} of {kind}") from error
     assert memory("VmHWM") - before < MAX_GIB << 20  # KiB
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of all worker processes, with what they share
+    assert largest == children_before or largest < memory("VmHWM") + (MAX_GIB << 20)
     print(f"{count} mutations of {kind}: {dict(outcomes.most_common())}")
     assert len(outcomes) > 1
