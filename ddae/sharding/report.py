@@ -84,7 +84,12 @@ def _rows(content: Content) -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows of the table of images, after its header."""
     yield "image", "key", "kinds", "action"
     for image in content.images():
-        yield image.source, image.key, ", ".join(image.kinds) + _same_as(image), image.action
+        yield (
+            image.source,
+            image.key,
+            ", ".join(image.kinds) + (f" of {image.same_as}" if image.same_as else ""),
+            image.action,
+        )
 
 
 def _page(content: Content) -> str:
@@ -93,16 +98,13 @@ def _page(content: Content) -> str:
     figures = [
         f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
         f"<figcaption><b>{', '.join(image.kinds)}</b>, {image.action}<br>"
-        f"{html.escape(image.source + _same_as(image))}</figcaption></figure>"
+        f"{html.escape(image.source)}{f'<br>same bytes as {html.escape(image.same_as)}' if image.same_as else ''}"
+        "</figcaption></figure>"
         for image, jpeg in content.thumbnails
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>shards</title><style>{STYLE}</style></head>'
-        f"<body><h1>{content.accounting}</h1><table>{counts}</table><p>{len(figures)} images that are not plain RGB "
+        f"<body><h1>{html.escape(str(content.accounting))}</h1><table>{counts}</table><p>{len(figures)} images that are not plain RGB "
         "JPEGs or are duplicates, after conversion; report.txt lists all.</p>"
         f"<div>{''.join(figures)}</div></body></html>\n"
     )
-
-
-def _same_as(image: ReportedImage) -> str:
-    return f" of {image.same_as}" if image.same_as else ""
