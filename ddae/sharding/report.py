@@ -84,12 +84,8 @@ def _rows(content: Content) -> Iterator[tuple[str, str, str, str]]:
     """Yield the rows of the table of images, after its header."""
     yield "image", "key", "kinds", "action"
     for image in content.images():
-        yield (
-            image.source,
-            image.key,
-            ", ".join(image.kinds) + (f" of {image.same_as}" if image.same_as else ""),
-            image.action,
-        )
+        kinds = ", ".join(image.kinds) + (f" of {image.same_as}" if image.same_as else "")
+        yield image.source, image.key, kinds, image.action
 
 
 def _page(content: Content) -> str:
@@ -104,7 +100,8 @@ def _page(content: Content) -> str:
     ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>shards</title><style>{STYLE}</style></head>'
-        f"<body><h1>{html.escape(str(content.accounting))}</h1><table>{counts}</table><p>{len(figures)} images that are not plain RGB "
-        "JPEGs or are duplicates, after conversion; report.txt lists all.</p>"
+        f"<body><h1>{html.escape(str(content.accounting))}</h1><table>{counts}</table>"
+        f"<p>{len(figures)} images that are not plain RGB JPEGs or are duplicates, after conversion; report.txt lists all."
+        "</p>"
         f"<div>{''.join(figures)}</div></body></html>\n"
     )
