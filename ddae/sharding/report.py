@@ -101,7 +101,7 @@ def _page(content: Content) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>shards</title><style>{STYLE}</style></head>'
         f"<body><h1>{html.escape(str(content.accounting))}</h1><table>{counts}</table>"
-        f"<p>{len(figures)} images that are not plain RGB JPEGs or are duplicates, after conversion; report.txt lists all."
-        "</p>"
+        f"<p>{len(figures)} images that are not plain RGB JPEGs or are duplicates, after conversion; report.txt lists "
+        "all.</p>"
         f"<div>{''.join(figures)}</div></body></html>\n"
     )
