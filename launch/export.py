@@ -3,8 +3,9 @@
 python launch/export.py --encoder runs/demo --form timm --out exported
     timm.create_model("local-dir:exported", num_classes=0, pretrained=True)
 
---encoder may also be a checkpoint (--part teacher for its EMA encoder) or a published file of MAE, BEiT, BEiT-v2,
-BootMAE or timm. Prints which tensors of the file were loaded and which were left out.
+--encoder may also be a checkpoint (--part teacher for its EMA encoder), a published file of MAE, BEiT, BEiT-v2,
+BootMAE, MoCo-v3, DeiT, DINOv2 or timm, or a snapshot folder of timm or transformers. Prints which tensors of the file
+were loaded and which were left out.
 """
 
 import argparse
@@ -24,13 +25,17 @@ def main() -> None:
     parts = ("student", "teacher")
     parser.add_argument("--part", choices=parts, default="student", help="encoder of a checkpoint (default: student)")
     parser.add_argument("--image_size", type=int, help="interpolate the positions to this image size")
+    parser.add_argument("--heads", type=int, help="attention heads, for a published file that does not tell")
+    parser.add_argument("--key", default="", help="state dict of a published file to take, such as model_ema")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of pixels, for a file without metadata")
     args = parser.parse_args()
     from ddae.export.encoder import load_encoder  # takes seconds
     from ddae.export.formats import WRITERS
     from ddae.export.model_card import write_card
 
-    encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part)
+    encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part, args.heads, args.key)
+    for source in encoder.report.pop("taken", ()):
+        print(f"taken: {source}")
     for status, names in encoder.report.items():
         listing = "" if status == "loaded" or not names else f": {', '.join(names)}"
         print(f"{status}: {len(names)} tensors{listing}")

@@ -28,6 +28,14 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class EncoderShape(ModelConfig):
+    """A model's shape, with what encoders of other projects may have in addition."""
+
+    registers: int = 0  # further tokens after the cls token, which the encoder's output lacks (DINOv2, DeiT)
+    qk_norm: bool = False  # LayerNorm of the queries and keys of each head
+
+
+@dataclass(frozen=True)
 class MaskConfig:
     kind: Literal["bootmae_block", "beit_block", "random"] = "bootmae_block"  # how masked patches are sampled
     ratio: float = 0.75  # masked patches over all patches

@@ -6,7 +6,7 @@ Shapes: B images, S pixels a side, C classes, D width of the encoder. Follows th
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddae.atomic import new_folder, write_json
-from ddae.config.pretrain import ModelConfig
+from ddae.config.pretrain import EncoderShape
 from ddae.config.segmentation import SceneConfig
 from ddae.errors import UserError, one_line
 from ddae.models.vit import Encoder
@@ -182,11 +182,10 @@ def write_segmenter(
     state: dict[str, Tensor], encoder: Encoder, config: SceneConfig, classes: Sequence[str], folder: Path
 ) -> None:
     """Write model.safetensors and config.json, which load_segmenter() reads, as an atomic folder."""
-    model = {name: getattr(encoder.shape, name) for name in ModelConfig.__dataclass_fields__}
     decoder = {"taps": config.taps, "channels": config.channels, "stride": config.stride, "classes": list(classes)}
     with new_folder(folder) as partial:
         save_file(state, partial / WEIGHTS)
-        settings = {"format": FORMAT, "model": model, "normalisation": encoder.normalisation, **decoder}
+        settings = {"format": FORMAT, "model": asdict(encoder.shape), "normalisation": encoder.normalisation, **decoder}
         write_json(partial / SETTINGS, settings)
 
 
@@ -201,7 +200,7 @@ def load_segmenter(folder: Path) -> tuple[Segmenter, float, list[str]]:
         settings = json.loads((folder / SETTINGS).read_text())
         if settings.get("format") != FORMAT:
             raise ValueError(f"its format is {settings.get('format')}, expected {FORMAT}")
-        encoder = Encoder(ModelConfig(**settings["model"]))
+        encoder = Encoder(EncoderShape(**settings["model"]))
         encoder.normalisation = settings["normalisation"]
         config = SceneConfig(taps=tuple(settings["taps"]), channels=settings["channels"])
         segmenter = Segmenter(encoder, len(settings["classes"]), config, torch.Generator())

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddae.atomic import new_folder, write_json
-from ddae.config.pretrain import ModelConfig, PretrainConfig
+from ddae.config.pretrain import EncoderShape, PretrainConfig
 from ddae.distributed.checkpoint_format import MANIFEST, load_weights
 from ddae.errors import UserError, one_line
 from ddae.export.published_weights import TOKENIZER_FIX, read_encoder, read_tokenizer
+from ddae.export.weight_files import is_snapshot
 from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
 
@@ -51,20 +52,28 @@ def write_folder(folder: Path, file: str, weights: dict[str, Tensor], config: di
 
 
 def load_encoder(
-    path: str | Path, image_size: int | None = None, normalisation: str | None = None, part: Part = "student"
+    path: str | Path,
+    image_size: int | None = None,
+    normalisation: str | None = None,
+    part: Part = "student",
+    heads: int | None = None,
+    key: str = "",
 ) -> Encoder:
     """Load an encoder on the CPU, in fp32 and eval mode.
 
-    path: a run folder, a checkpoint, an export, or a published file of MAE, BEiT, BEiT-v2, BootMAE or timm (.pth or
-    .safetensors). image_size: resample the positions to this input size. normalisation: "half" or "imagenet"; needed
-    for a published file that was not trained with imagenet's. part: the teacher is in checkpoints only, of which the
-    newest of a run folder is used.
+    path: a run folder, a checkpoint, an export, a published file (.pth or .safetensors) of MAE, BEiT, BEiT-v2, BootMAE,
+    MoCo-v3, DeiT, DINOv2 or timm, or a snapshot folder of timm or transformers. image_size: resample the positions to
+    this input size. normalisation: "half" or "imagenet"; needed for a published file that was not trained with
+    imagenet's. part: the teacher is in checkpoints only, of which the newest of a run folder is used. heads: attention
+    heads, for a published file that does not tell. key: which state dict of a published file to take, such as
+    "model_ema".
 
     encoder(images) maps [B, 3, H, W], normalised with `encoder.normalisation`, to tokens [B, 1 + N, D] after the
     final norm, cls token first; encoder.features(images, layers) returns those after the given blocks. For a published
-    file encoder.report lists the names of the tensors that were loaded and left out.
+    file encoder.report lists the names of the tensors that were loaded and left out, and the state dict that was taken
+    if there are several.
 
-    Raise UserError if there is no complete encoder.
+    Raise UserError if there is no complete encoder, or one whose features would differ from the published ones.
     """
     path = Path(path)
     checkpoint = _find_checkpoint(path, part)
@@ -72,8 +81,8 @@ def load_encoder(
         encoder = _load_checkpoint(checkpoint, part)
     elif part == "teacher":
         raise UserError(f"{path} has no teacher; only checkpoints have. Pass a run folder with checkpoints/.")
-    elif path.is_file():
-        converted = read_encoder(path)
+    elif path.is_file() or is_snapshot(path):
+        converted = read_encoder(path, heads, key)
         encoder = Encoder(converted.model)
         encoder.load_state_dict(converted.weights)
         encoder.normalisation, encoder.report = "imagenet", converted.report
@@ -110,7 +119,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             tokenizer = Tokenizer(shape, *weights["codebook"].shape)
         else:
             config = json.loads((source / CONFIG_FILE).read_text())
-            tokenizer = Tokenizer(ModelConfig(**config["model"]), config["codes"], config["code_width"])
+            tokenizer = Tokenizer(EncoderShape(**config["model"]), config["codes"], config["code_width"])
             weights = load_file(source / TOKENIZER_FILE)
         tokenizer.load_state_dict(weights)
     return tokenizer.eval().requires_grad_(False)
@@ -164,7 +173,7 @@ def _load_export(path: Path) -> Encoder:
         config = json.loads((folder / CONFIG_FILE).read_text())
         if config.get("format") != FORMAT:
             raise ValueError(f"its format is {config.get('format')}, not {FORMAT}")
-        encoder = Encoder(ModelConfig(**config["model"]))
+        encoder = Encoder(EncoderShape(**config["model"]))
         encoder.normalisation = config["normalisation"]
         encoder.load_state_dict(load_file(folder / ENCODER_FILE))
     return encoder

@@ -35,6 +35,11 @@ def write_timm(
     size = shape.image_size
     model_args = {"img_size": size, "patch_size": shape.patch_size, "embed_dim": shape.width, "depth": shape.depth}
     model_args |= {"num_heads": shape.heads, "init_values": shape.layer_scale or None, "global_pool": pool}
+    if shape.registers:  # in timm, too, they follow the cls token; here none of both has a position of its own
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+        model_args |= {"reg_tokens": shape.registers, "no_embed_class": True}
+    model_args |= {"qk_norm": True} if shape.qk_norm else {}
     architecture = "vit_base_patch16_224"
     if shape.relative_positions != "none":
         architecture, state = "beit_base_patch16_224", to_beit(state)
@@ -48,13 +53,13 @@ def write_timm(
 
 
 def write_mae(encoder: Encoder, file: Path) -> None:
-    """Write a file for MAE's own code. Raise UserError if the encoder has relative positions."""
-    torch.save({"model": to_mae(encoder.state_dict())}, file)
+    """Write a file for MAE's own code. Raise UserError if the encoder has parts that MAE's lacks."""
+    torch.save({"model": to_mae(encoder.state_dict()), "heads": encoder.shape.heads}, file)
 
 
 def write_beit(encoder: Encoder, file: Path) -> None:
-    """Write a file for BEiT's own code."""
-    torch.save({"model": to_beit(encoder.state_dict())}, file)
+    """Write a file for BEiT's own code. Raise UserError if the encoder has parts that BEiT's lacks."""
+    torch.save({"model": to_beit(encoder.state_dict()), "heads": encoder.shape.heads}, file)
 
 
 def write_onnx(encoder: Encoder, file: Path) -> None:

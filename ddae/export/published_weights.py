@@ -1,33 +1,48 @@
-"""Conversion of published encoder weights (MAE, BEiT, BEiT-v2, BootMAE, timm) to this project's names, and back.
+"""Conversion of published encoder weights to this project's names, and back.
 
 MAE, timm's ViT   blocks.I.attn.qkv.bias. MAE's files also hold the decoder, timm's a classification head
 BEiT              blocks.I.attn.q_bias and v_bias; keys have no bias, since softmax cancels it. gamma_1 and gamma_2 are
                   the layer scale (ls1.gamma and ls2.gamma here and in timm's ViT). Tables of relative positions, one
                   shared by all blocks or one per block, often without pos_embed
+DeiT              dist_token: a register with a position. DeiT-III: no position of the cls token
+DINOv2            register_tokens, without positions (timm: reg_token)
+transformers      encoder.layer.I.attention.attention.{query,key,value}, since 5.0 layers.I.attention.{q,k,v}_proj; ...
 """
 
-import argparse
 import math
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ddae.config.pretrain import ModelConfig
-from ddae.errors import UserError, one_line
+from ddae.config.pretrain import EncoderShape
+from ddae.errors import UserError
+from ddae.export.weight_files import read_encoder_file, read_state_dict
 
-CONTAINERS = ("model", "state_dict", "module", "teacher", "student")  # keys under which files nest their state dict
-PREFIXES = ("module.", "backbone.", "encoder.", "_orig_mod.")
 SCALED_LAYERS = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}  # layer scale -> the layer whose output it scales
 BIAS_TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{BIAS_TABLE}"
-BEIT_RENAMES = (  # (pattern of BEiT's name, this project's name)
+RENAMES = (  # (pattern of a published name, this project's name), applied in this order
     (r"^(blocks\.\d+\.)gamma_([12])$", r"\1ls\2.gamma"),
     (rf"^(blocks\.\d+\.attn\.){BIAS_TABLE}$", rf"\1rel_pos_bias.{BIAS_TABLE}"),
+    (r"^register_tokens$", "reg_token"),
+    (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
+    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^layernorm\.", "norm."),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
+    (r"^(blocks\.\d+\.)attention\.attention\.", r"\1attn."),
+    (r"^(blocks\.\d+\.)attention\.(output\.dense|o_proj)\.", r"\1attn.proj."),
+    *((rf"^(blocks\.\d+\.)attention\.{part[0]}_proj\.", rf"\1attn.{part}.") for part in ("query", "key", "value")),
+    (r"^(blocks\.\d+\.)intermediate\.dense\.", r"\1mlp.fc1."),
+    (r"^(blocks\.\d+\.)output\.dense\.", r"\1mlp.fc2."),
+    (r"^(blocks\.\d+\.)layernorm_before\.", r"\1norm1."),
+    (r"^(blocks\.\d+\.)layernorm_after\.", r"\1norm2."),
+    (r"^(blocks\.\d+\.)layer_scale([12])\.lambda1$", r"\1ls\2.gamma"),
 )
 TOKENIZER_NAMES = {  # name in BEiT-v2's tokenizer files -> this project's, encoder excluded
     **{f"encode_task_layer.{n}.{kind}": f"to_code.{n}.{kind}" for n in (0, 2) for kind in ("weight", "bias")},
@@ -35,23 +50,48 @@ TOKENIZER_NAMES = {  # name in BEiT-v2's tokenizer files -> this project's, enco
 }
 TOKENIZER_FIX = "Pass a run of launch/train_tokenizer.py, or a published file of BEiT-v2."  # of an error message
 BLOCK_LAYERS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+QK_NORMS = ("attn.q_norm", "attn.k_norm")
 ENCODER_NAMES = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
-    rf"|blocks\.\d+\.(({'|'.join(BLOCK_LAYERS)})\.(weight|bias)|ls[12]\.gamma|attn\.{SHARED_TABLE})|{SHARED_TABLE}"
+    r"cls_token|reg_token|dist_token|pos_embed|patch_embed\.proj\.(weight|bias)|norm\.(weight|bias)"
+    rf"|blocks\.\d+\.(({'|'.join((*BLOCK_LAYERS, *QK_NORMS))})\.(weight|bias)|ls[12]\.gamma|attn\.{SHARED_TABLE})"
+    rf"|{SHARED_TABLE}"
 )
+# Tensors that do not change an encoder's tokens: of decoders, heads and pretraining; what is derived from others.
+LEFT_OUT = re.compile(
+    r"(.*\.)?(relative_position_index|k_bias|num_batches_tracked)"
+    r"|(\w*head\w*|\w*mask_token\w*|fc_norm|pooler|classifier|\w*decoder\w*|de_\w+|decode\w*|down|\w*predictor\w*"
+    r"|\w*projector\w*|queue\w*|\w*cent(er|re)\w*|momentum_\w+|loss\w*|encode_task_layer|quantize|\w*logit_scale)(\..*)?"
+)
+HEADS = {  # attention heads of known families by (width, depth)
+    (192, 12): 3,
+    (384, 12): 6,  # MoCo-v3: 12
+    (768, 12): 12,
+    (1024, 24): 16,
+    (1152, 27): 16,
+    (1280, 32): 16,
+    (1408, 40): 16,
+    (1664, 48): 16,
+}
 
 
 class ConvertedWeights(NamedTuple):
     """fp32 weights under this project's names, the shape of their encoder, and which tensors of the file were used."""
 
     weights: dict[str, Tensor]
-    model: ModelConfig
-    report: dict[str, list[str]]  # "loaded" and "left out": names in the file
+    model: EncoderShape
+    report: dict[str, list[str]]  # "loaded" and "left out": names in the file; "taken": which of several state dicts
 
 
-def read_encoder(path: Path) -> ConvertedWeights:
-    """Read the encoder of a .safetensors or pickled file. Raise UserError if it has none, or an incomplete one."""
-    return convert(_encoder_tensors(_read_file(path), path), path)
+def read_encoder(path: Path, heads: int | None = None, key: str = "") -> ConvertedWeights:
+    """Read the encoder of a .safetensors or pickled file, or of a snapshot folder.
+
+    heads: attention heads, for a file that does not tell. key: of the state dict to take. Raise UserError if there is
+    no encoder, an incomplete one, or one with parts that are not supported.
+    """
+    file = read_encoder_file(path, key)
+    of_moco = 12 if "base_encoder" in file.prefix else None  # ViT-S and ViT-B of MoCo-v3
+    converted = convert(file.state, path, heads or file.heads or of_moco)
+    return converted._replace(report=converted.report | ({"taken": [file.source]} if file.source else {}))
 
 
 def read_tokenizer(path: Path) -> ConvertedWeights:
@@ -59,7 +99,7 @@ def read_tokenizer(path: Path) -> ConvertedWeights:
 
     Raise UserError if the file has no tokenizer, or an incomplete one.
     """
-    state = _unwrap(_read_file(path))
+    state = read_state_dict(path)
     encoder = {name.removeprefix("encoder."): v for name, v in state.items() if name.startswith("encoder.")}
     missing = [name for name in ("encoder.cls_token", *TOKENIZER_NAMES) if name not in state]
     if missing:
@@ -71,34 +111,74 @@ def read_tokenizer(path: Path) -> ConvertedWeights:
     return ConvertedWeights(weights, converted.model, _report(state, loaded))
 
 
-def convert(state: dict[str, Tensor], path: Path | str) -> ConvertedWeights:
+def convert(state: dict[str, Tensor], path: Path | str, heads: int | None = None) -> ConvertedWeights:
     """Rename an encoder's tensors from any of the published forms. path: for error messages.
 
-    Raise UserError if the encoder is incomplete.
+    Raise UserError if the encoder is incomplete, has tensors that would change its function, or if its number of
+    attention heads is neither given nor known.
     """
-    weights, loaded = {}, []
-    for published_name, values in state.items():
-        name = published_name
-        for pattern, renamed in BEIT_RENAMES:
-            name = re.sub(pattern, renamed, name)
-        prefix = published_name.removesuffix("q_bias")
-        if published_name.endswith(".attn.q_bias") and f"{prefix}v_bias" in state:
-            name = f"{prefix}qkv.bias"
-            values = torch.cat([values, torch.zeros_like(values), state[f"{prefix}v_bias"]])
-            loaded.append(f"{prefix}v_bias")
-        elif published_name.startswith("fc_norm.") and "norm.weight" not in state:
-            name = published_name.removeprefix("fc_")  # final norm of a model trained on the mean of the patch tokens
+    weights, loaded, unknown = {}, [], []
+    published = {_own_name(name, state): name for name in state}
+    for name, published_name in published.items():
+        values = state[published_name]
+        if match := re.fullmatch(r"(blocks\.\d+\.attn\.)(q_bias|query\.(weight|bias))", name):
+            others = ["v_bias"] if match[2] == "q_bias" else [f"key.{match[3]}", f"value.{match[3]}"]
+            others = [f"{match[1]}{other}" for other in others]
+            if missing := [other for other in others if other not in published]:
+                raise UserError(f"{path} is an incomplete encoder: {missing[0]} is missing. Pass a complete file.")
+            name, found = f"{match[1]}qkv.{match[3] or 'bias'}", [state[published[other]] for other in others]
+            values = torch.cat([values, *([torch.zeros_like(values)] if len(found) == 1 else []), *found])
+            loaded += [published[other] for other in others]
         if ENCODER_NAMES.fullmatch(name):
             weights[name] = values.float()
             loaded.append(published_name)
-    return ConvertedWeights(weights, _infer_shape(weights, path), _report(state, loaded))
+        elif not LEFT_OUT.fullmatch(name):
+            unknown.append(published_name)
+    if unknown := [name for name in unknown if name not in loaded]:
+        others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+        problem = f"has {unknown[0]}{others}, which would change the features and is not supported"
+        raise UserError(f"{path} {problem}. Pass another file, or remove what is not part of its encoder.")
+    _resolve_prefix_tokens(weights, path)
+    return ConvertedWeights(weights, _infer_shape(weights, path, heads), _report(state, loaded))
+
+
+def _own_name(name: str, state: dict[str, Tensor]) -> str:
+    """Return this project's name of a published tensor; biases of queries and values keep theirs."""
+    for pattern, renamed in RENAMES:
+        name = re.sub(pattern, renamed, name)
+    if name.startswith("fc_norm.") and not {"norm.weight", "layernorm.weight"} & state.keys():
+        return name.removeprefix("fc_")  # final norm of a model trained on the mean of the patch tokens
+    return name
+
+
+def _resolve_prefix_tokens(weights: dict[str, Tensor], path: Path | str) -> None:
+    """Give the cls token a position, and the registers (with a distillation token) none: it is added to them."""
+    distillation = weights.pop("dist_token", None)
+    registers = weights.pop("reg_token", None) if distillation is None else distillation
+    positions = weights.get("pos_embed")
+    if positions is not None:
+        num_registers = 0 if registers is None else registers.shape[1]
+        for prefix in dict.fromkeys((1, 0, 1 + num_registers)):  # tokens with a position
+            if math.isqrt(positions.shape[1] - prefix) ** 2 == positions.shape[1] - prefix:
+                break
+        else:
+            raise UserError(f"{path} has {positions.shape[1]} positions, not a square grid. Pass another file.")
+        if prefix == 0:  # DeiT-III, timm's no_embed_class
+            weights["pos_embed"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+        elif prefix > 1 and registers is not None:
+            registers = registers + positions[:, 1:prefix]
+            weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, prefix:]], 1)
+    if registers is not None:
+        weights["reg_token"] = registers
 
 
 def to_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the encoder's tensors in MAE's form: layer scales are folded into the layers they scale.
 
-    The function is unchanged up to rounding. Raise UserError if the encoder has relative positions.
+    The function is unchanged up to rounding. Raise UserError if the encoder has relative positions, registers or norms
+    of queries and keys.
     """
+    _require_plain(state, "MAE")
     if any(BIAS_TABLE in name for name in state):
         raise UserError("the encoder has relative positions, which MAE's form lacks. Export it with --form beit.")
     folded = {name: values.clone() for name, values in state.items() if not name.endswith("gamma")}
@@ -109,8 +189,18 @@ def to_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
+def _require_plain(state: dict[str, Tensor], project: str) -> None:
+    """Raise UserError if an encoder has registers or norms of queries and keys, which this project's form lacks."""
+    if other := [name for name in state if name == "reg_token" or any(norm in name for norm in QK_NORMS)]:
+        raise UserError(f"the encoder has {other[0]}, which {project}'s form lacks. Export it with --form timm.")
+
+
 def to_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the encoder's tensors in BEiT's form, without the bias of the keys, which softmax cancels."""
+    """Return the encoder's tensors in BEiT's form, without the bias of the keys, which softmax cancels.
+
+    Raise UserError if the encoder has registers or norms of queries and keys.
+    """
+    _require_plain(state, "BEiT")
     renamed = {}
     for name, values in state.items():
         if name.endswith("attn.qkv.bias"):
@@ -123,56 +213,21 @@ def to_beit(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _read_file(path: Path) -> Any:
-    """Load a file. Pickled files are loaded with weights_only, so that no code in them runs.
-
-    argparse.Namespace is allowed: MAE's files hold their command line. Raise UserError if the file cannot be read.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
-        reason, fix = "cannot be read as weights", "Pass a .pth or .safetensors file."
-        raise UserError(f"{path} {reason}: {one_line(error)}. {fix}") from None
-    except Exception as error:  # pickle raises its own for objects that are not allowed
-        reason, fix = "holds more than tensors, which could run code", "Pass a file that holds only a state dict."
-        raise UserError(f"{path} {reason}: {one_line(error, 150)}. {fix}") from None
-
-
-def _unwrap(content: Any) -> dict[str, Tensor]:
-    """Return the tensors of a file's state dict, which may be nested in a container."""
-    for container in CONTAINERS:
-        if isinstance(content, dict) and isinstance(content.get(container), dict):
-            content = content[container]
-    return {n: v for n, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
-
-
-def _encoder_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file without their common prefix. Raise UserError if they have no cls_token."""
-    state = _unwrap(content)
-    for prefix in PREFIXES:
-        if f"{prefix}cls_token" in state:
-            state = {name.removeprefix(prefix): v for name, v in state.items() if name.startswith(prefix)}
-    if "cls_token" not in state:
-        raise UserError(f"{path} is not a Vision Transformer: it has no cls_token. Pass a file of a ViT encoder.")
-    return state
-
-
 def _report(state: dict[str, Tensor], loaded: list[str]) -> dict[str, list[str]]:
     return {"loaded": loaded, "left out": sorted(set(state) - set(loaded))}
 
 
-def _infer_shape(weights: dict[str, Tensor], path: Path | str) -> ModelConfig:
-    """Infer the shape of an encoder from its tensors. The width of a head is 64 unless a bias table has another.
+def _infer_shape(weights: dict[str, Tensor], path: Path | str, heads: int | None) -> EncoderShape:
+    """Infer the shape of an encoder from its tensors.
 
-    Raise UserError if a tensor is missing, or if the patch grid is not square.
+    Raise UserError if a tensor is missing, if one has an unsupported shape, or if the number of heads is unknown.
     """
     depth = 1 + max((int(name.split(".")[1]) for name in weights if name.startswith("blocks.")), default=-1)
     tables = [name for name in weights if BIAS_TABLE in name]
     relative = "none" if not tables else "shared" if tables == [SHARED_TABLE] else "each"
-    layers = {f"blocks.{n}.{layer}" for n in range(depth) for layer in BLOCK_LAYERS} | {"patch_embed.proj", "norm"}
+    has_qk_norm = any(QK_NORMS[0] in name for name in weights)
+    block_layers = (*BLOCK_LAYERS, *(QK_NORMS if has_qk_norm else ()))
+    layers = {f"blocks.{n}.{layer}" for n in range(depth) for layer in block_layers} | {"patch_embed.proj", "norm"}
     expected = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")} | {"cls_token"}
     expected |= {f"blocks.{n}.attn.{SHARED_TABLE}" for n in range(depth)} if relative == "each" else set()
     has_layer_scale = any(name.endswith("gamma") for name in weights)
@@ -181,17 +236,33 @@ def _infer_shape(weights: dict[str, Tensor], path: Path | str) -> ModelConfig:
     if missing := sorted(expected - weights.keys()):
         others = f"{missing[0]} is missing, and {len(missing) - 1} more"
         raise UserError(f"{path} is an incomplete encoder: {others}. Pass a complete file.")
-    width, patch = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"].shape[-1]
+    width, projection = weights["cls_token"].shape[-1], weights["patch_embed.proj.weight"]
+    channels, patch = projection.shape[1], projection.shape[-1]
+    if channels != 3 or projection.shape[-2] != patch:
+        problem = f"takes {channels} channels in patches of {projection.shape[-2]} x {patch}"
+        raise UserError(f"{path} {problem}; expected RGB images in square patches. Pass another file.")
+    hidden = weights["blocks.0.mlp.fc1.weight"].shape[0]
+    if hidden != 4 * width:
+        raise UserError(f"{path} has MLPs of width {hidden}; expected 4 x {width}. Pass another file.")
     if "pos_embed" in weights:
         positions, patches = "rowfirst", weights["pos_embed"].shape[1] - 1
         side = math.isqrt(patches)
     else:  # a table has (2 side - 1)^2 offsets, and 3 rows of the cls token
         positions, side = "none", (math.isqrt(len(weights[tables[0]]) - 3) + 1) // 2
         patches = side**2
-    heads = weights[tables[0]].shape[1] if tables else width // 64
-    if side**2 != patches or heads == 0 or width % heads or (not tables and width % 64):
-        expected_shape = "expected a square patch grid and heads of width 64, as no others are supported"
-        raise UserError(f"{path} has {patches} patches and width {width}; {expected_shape}. Pass another file.")
+    if side**2 != patches:
+        raise UserError(f"{path} has {patches} patches; expected a square grid. Pass another file.")
+    if tables:
+        heads = weights[tables[0]].shape[1]
+    elif has_qk_norm:
+        heads = width // len(weights["blocks.0.attn.q_norm.weight"])
+    heads = heads or HEADS.get((width, depth))
+    if heads is None:
+        fix = "Pass --heads to launch/export.py --form ddae, and use its export."
+        raise UserError(f"{path} does not tell its number of attention heads (width {width}, depth {depth}). {fix}")
+    if heads < 1 or width % heads:
+        raise UserError(f"{path} has the width {width}, no multiple of {heads} attention heads. Correct --heads.")
     init = "beit" if tables else "mae"  # of the untrained encoder that evaluations compare with
-    layer_scale = 1.0 if has_layer_scale else 0.0
-    return ModelConfig(width, depth, heads, side * patch, patch, positions, relative, layer_scale, init)
+    layer_scale, registers = 1.0 if has_layer_scale else 0.0, weights.get("reg_token")
+    model = (width, depth, heads, side * patch, patch, positions, relative, layer_scale, init)
+    return EncoderShape(*model, registers=0 if registers is None else registers.shape[1], qk_norm=has_qk_norm)

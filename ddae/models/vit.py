@@ -6,7 +6,7 @@ H heads, P values of a patch. Parameters have timm's and MAE's names, so that th
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import timm.layers.mlp as timm_mlp
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from ddae.config.pretrain import ModelConfig
+from ddae.config.pretrain import EncoderShape, ModelConfig
 from ddae.models.patches import gather_tokens, patchify, sincos_positions
 
 QUERIES, KEYS_AND_VALUES = range(2)  # parts of QKVLinear
@@ -95,7 +95,8 @@ class Block(timm_vit.Block):
     """timm's pre-norm transformer block, which can skip computing unused output tokens."""
 
     def __init__(self, width: int, heads: int, **options):
-        super().__init__(width, heads, mlp_ratio=4, qkv_bias=True, norm_layer=LayerNorm, mlp_layer=Mlp, **options)
+        shared: dict[str, Any] = {"mlp_ratio": 4, "qkv_bias": True, "norm_layer": LayerNorm, "mlp_layer": Mlp}
+        super().__init__(width, heads, **shared, **options)
         self.attn.qkv = QKVLinear(width, 3 * width)
 
     def forward(  # type: ignore[override]
@@ -137,13 +138,15 @@ class Block(timm_vit.Block):
             qkv = [mask_tokens.append_to(part, table) for part, table in zip(qkv, tables, strict=True)]
             residual = mask_tokens.append_to(residual)
         query, key, value = (part.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for part in qkv)
+        query, key = attn.q_norm(query), attn.k_norm(key)  # identities, but in some published encoders
         attended = F.scaled_dot_product_attention(query, key, value)
         return residual + self.ls1(attn.proj(attended.transpose(1, 2).flatten(2)))
 
 
-def build_blocks(width: int, depth: int, heads: int, layer_scale: float = 0.0) -> nn.ModuleList:
+def build_blocks(width: int, depth: int, heads: int, layer_scale: float = 0.0, qk_norm: bool = False) -> nn.ModuleList:
     """Return `depth` blocks with biases and an MLP ratio of 4. layer_scale: its initial value, 0 for none."""
-    return nn.ModuleList([Block(width, heads, init_values=layer_scale or None) for _ in range(depth)])
+    options: dict[str, Any] = {"init_values": layer_scale or None, "qk_norm": qk_norm}
+    return nn.ModuleList([Block(width, heads, **options) for _ in range(depth)])
 
 
 def run_block(
@@ -173,7 +176,7 @@ def initialise(module: nn.Module, generator: torch.Generator, scheme: str = "boo
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             is_matrix = parameter.ndim >= 2 and not name.endswith("relative_position_bias_table")
-            if name.endswith(("cls_token", "mask_token")):
+            if name.endswith(("cls_token", "reg_token", "mask_token")):
                 parameter.normal_(std=cls_std if name.endswith("cls_token") else TOKEN_STD, generator=generator)
             elif is_matrix and scheme == "beit":
                 within_std = math.erf(0.5**0.5)  # probability of a normal variable within one standard deviation
@@ -218,21 +221,26 @@ class PatchProjection(nn.Module):
 
 
 class Encoder(nn.Module):
-    """ViT encoder of all patches or of the visible ones; returns the final tokens or those after given blocks."""
+    """ViT encoder of all patches or of the visible ones; returns the final tokens or those after given blocks.
+
+    Registers, which some published encoders have, follow the cls token within the encoder; its output lacks them.
+    """
 
     def __init__(self, shape: ModelConfig):
         super().__init__()
+        shape = shape if isinstance(shape, EncoderShape) else EncoderShape(**asdict(shape))
         self.shape, self.activation_checkpointing, self.drop_path = shape, False, 0.0
         self.normalisation = "half"  # of the images it was trained on, a key of NORMALISATIONS; loaders set it
-        self.report: dict[str, list[str]] = {}  # names of the loaded and ignored tensors of the file it came from
+        self.report: dict[str, list[str]] = {}  # of the file it came from: see ConvertedWeights
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(shape.patch_size, shape.width)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width))
+        self.reg_token = nn.Parameter(torch.empty(1, shape.registers, shape.width)) if shape.registers else None
         has_positions = shape.positions != "none"
         table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], shape.width)
         if has_positions:
             table = sincos_positions(self.grid, shape.width, shape.positions)
         self.pos_embed = nn.Buffer(table, persistent=has_positions)
-        self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale)
+        self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale, shape.qk_norm)
         self.norm = LayerNorm(shape.width)
         if shape.relative_positions == "shared":
             self.rel_pos_bias = RelativePositions(self.grid, shape.heads, prefix_tokens=1)
@@ -289,7 +297,8 @@ class Encoder(nn.Module):
         tokens = tokens + positions
         # tokens.shape[0]: len() would be a constant in an exported program
         cls = (self.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
-        tokens = torch.cat([cls, tokens], 1)
+        registers = [] if self.reg_token is None else [self.reg_token.expand(tokens.shape[0], -1, -1)]
+        tokens = torch.cat([cls, *registers, tokens], 1)
         shared_bias = self.rel_pos_bias() if self.shape.relative_positions == "shared" else None
         outputs, stochastic, last = {}, self.training and self.drop_path > 0, max(layers, default=len(self.blocks))
         for number, block in enumerate(self.blocks[:last], 1):
@@ -297,8 +306,15 @@ class Encoder(nn.Module):
             bias = block.attn.rel_pos_bias() if has_own_bias else shared_bias  # type: ignore[union-attr]
             inputs = tokens, bias, num_outputs if number == last else None
             tokens = run_block(block, self.activation_checkpointing, *inputs, preserve_rng_state=stochastic)
-            outputs[number] = tokens
+            outputs[number] = self._without_registers(tokens, num_outputs if number == last else None)
+        tokens = outputs[last]
         return [outputs[number] for number in layers] if layers else self.norm(tokens)
+
+    def _without_registers(self, tokens: Float[Tensor, "B T D"], num_outputs: int | None) -> Float[Tensor, "B S D"]:
+        """Return the tokens without the registers; num_outputs: how many of the last ones there are, None for all."""
+        if not self.shape.registers or num_outputs is not None:
+            return tokens
+        return torch.cat([tokens[:, :1], tokens[:, 1 + self.shape.registers :]], 1)
 
     def features(self, images: Float[Tensor, "B C H W"], layers: Sequence[int]) -> list[Float[Tensor, "B T D"]]:
         """Return the tokens [B, 1 + N, D] after each of the given blocks (counted from 1), before any norm."""

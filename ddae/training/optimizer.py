@@ -60,7 +60,10 @@ def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in module.named_parameters():
-        layer, decayed = layer_of(name, depth), parameter.ndim > 1 and not name.endswith(("cls_token", "pos_embed"))
+        layer, decayed = (
+            layer_of(name, depth),
+            parameter.ndim > 1 and not name.endswith(("cls_token", "reg_token", "pos_embed")),
+        )
         scale = layer_decay ** (depth + 1 - layer)
         empty = {"params": [], "weight_decay": weight_decay * decayed, "lr_scale": scale}
         groups.setdefault((layer, decayed), empty)["params"].append(parameter)
@@ -70,7 +73,7 @@ def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay
 def layer_of(name: str, depth: int) -> int:
     """Return the layer of a parameter: 0 for embeddings, I for block I (from 1), depth + 1 for the rest (BEiT)."""
     name = name.removeprefix("encoder.")
-    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "reg_token", "pos_embed", "patch_embed")):
         return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else depth + 1

@@ -29,7 +29,7 @@ def images():
 
 
 def vit(**options):
-    """Return timm's Vision Transformer with random weights, none of them zero or one."""
+    """Return timm's Vision Transformer of 2 heads with random weights, none of them zero or one."""
     torch.manual_seed(0)
     model = timm.create_model("vit_base_patch16_224", **SHAPE | options)
     for parameter in model.parameters():
@@ -48,7 +48,7 @@ def test_load_mae_and_timm_files(container, prefix, images, tmp_path):
     model = vit()
     state = {f"{prefix}{name}": values for name, values in model.state_dict().items()}
     torch.save(state if container is None else {container: state, "args": argparse.Namespace(lr=1)}, tmp_path / "m.pth")
-    encoder = ddae.load_encoder(tmp_path / "m.pth")
+    encoder = ddae.load_encoder(tmp_path / "m.pth", heads=2)
     assert_same_features(encoder, model, images)
     assert encoder.normalisation == "imagenet"
     assert len(encoder.report["loaded"]) == len(state)
@@ -63,7 +63,7 @@ def test_decoder_and_head_are_left_out(images, tmp_path):
         "head.bias": torch.zeros(3),
     }
     save_file(model.state_dict() | other, tmp_path / "full.safetensors")
-    encoder = ddae.load_encoder(tmp_path / "full.safetensors", normalisation="half")
+    encoder = ddae.load_encoder(tmp_path / "full.safetensors", normalisation="half", heads=2)
     assert_same_features(encoder, model, images)
     assert encoder.report["left out"] == sorted(other)
     assert encoder.normalisation == "half"
@@ -72,7 +72,7 @@ def test_decoder_and_head_are_left_out(images, tmp_path):
 def test_fc_norm_becomes_final_norm(images, tmp_path):
     model = vit(global_pool="avg")
     torch.save(model.state_dict(), tmp_path / "avg.pth")
-    encoder = ddae.load_encoder(tmp_path / "avg.pth")
+    encoder = ddae.load_encoder(tmp_path / "avg.pth", heads=2)
     with torch.no_grad():
         expected = model.fc_norm(model.forward_features(images))
     torch.testing.assert_close(encoder(images), expected, rtol=1e-5, atol=1e-5)
@@ -84,7 +84,7 @@ def test_layer_scale_is_loaded_and_folded_for_mae(names, images, tmp_path):
     state = model.state_dict()
     if names == "beit":
         state = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v for name, v in state.items()}
-    converted = convert(state, "file")
+    converted = convert(state, "file", heads=2)
     encoder = Encoder(converted.model)
     encoder.load_state_dict(converted.weights)
     assert_same_features(encoder, model, images)
@@ -192,7 +192,7 @@ def test_beit_form_drops_key_bias(images, tmp_path):
     assert "blocks.0.attn.qkv.bias" not in state
     assert state["blocks.0.attn.q_bias"].shape == (128,)
     torch.save({"module": state}, tmp_path / "beit.pth")
-    encoder = ddae.load_encoder(tmp_path / "beit.pth")
+    encoder = ddae.load_encoder(tmp_path / "beit.pth", heads=2)
     assert_same_features(encoder, model, images)
     write_beit(encoder, tmp_path / "again.pth")
     again = ddae.load_encoder(tmp_path / "again.pth")
@@ -202,7 +202,7 @@ def test_beit_form_drops_key_bias(images, tmp_path):
 
 @pytest.mark.parametrize("form", ["mae", "timm"])
 def test_export_round_trip_is_exact(form, images, tmp_path):
-    encoder = Encoder(convert(vit().state_dict(), "file").model)
+    encoder = Encoder(convert(vit().state_dict(), "file", heads=2).model)
     initialise(encoder, torch.Generator().manual_seed(0))
     if form == "timm":
         write_timm(encoder, tmp_path / "out")
@@ -233,7 +233,7 @@ def test_exported_programs_give_equal_features(options, images, tmp_path):
     import onnxruntime
 
     torch.save((beit(**options) if options else vit()).state_dict(), tmp_path / "weights.pth")
-    encoder = ddae.load_encoder(tmp_path / "weights.pth")
+    encoder = ddae.load_encoder(tmp_path / "weights.pth", heads=2)
     five = torch.cat([images, images, images[:1]])
     with torch.no_grad():
         expected = encoder(five)
@@ -247,7 +247,7 @@ def test_exported_programs_give_equal_features(options, images, tmp_path):
 
 def test_positions_are_resampled(tmp_path):
     save_file(vit().state_dict(), tmp_path / "vit.safetensors")
-    encoder = ddae.load_encoder(tmp_path / "vit.safetensors", image_size=96)
+    encoder = ddae.load_encoder(tmp_path / "vit.safetensors", image_size=96, heads=2)
     model, state = vit(img_size=96), vit().state_dict()
     square = state["pos_embed"][:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
     square = torch.nn.functional.interpolate(square, (6, 6), mode="bicubic", antialias=True)
@@ -255,7 +255,7 @@ def test_positions_are_resampled(tmp_path):
     model.load_state_dict(state)
     assert_same_features(encoder, model, torch.randn(1, 3, 96, 96))
     with pytest.raises(UserError, match="image_size is 100; expected a multiple of 16"):
-        ddae.load_encoder(tmp_path / "vit.safetensors", image_size=100)
+        ddae.load_encoder(tmp_path / "vit.safetensors", image_size=100, heads=2)
 
 
 class Evil:

@@ -1,0 +1,182 @@
+"""Read the tensors of an encoder from a file or a snapshot folder of another project, without running code in them.
+
+A file may nest its state dict in containers (`{"model": ..., "model_ema": ...}`), and its names may have prefixes
+(`module.backbone.`). A snapshot is a folder of transformers or timm: config.json beside the weights.
+"""
+
+import argparse
+import codecs
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ddae.errors import UserError, one_line
+
+# Names under which files nest their state dict, in the order of preference.
+CONTAINERS = ("model", "state_dict", "module", "teacher", "student", "model_ema", "state_dict_ema", "ema")
+PREFIXES = {  # parts of the names of an encoder's tensors, before its own
+    *("module", "backbone", "encoder", "_orig_mod", "model", "teacher", "student", "base_encoder", "vit", "deit"),
+    *("dinov2", "dinov2_with_registers", "beit", "net", "network", "online"),
+}
+CLS_TOKEN = re.compile(r"(?P<prefix>(?:\w+\.)*?)(?:embeddings\.)?cls_token")  # of an encoder; transformers nests it
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a snapshot
+SNAPSHOT_FIX = "Pass the folder with config.json and model.safetensors, or a file of weights."
+SCALAR: Any = np.float64(0).__reduce__()[0]  # what a pickled NumPy number is made with
+ALLOWED = [  # in pickled files, besides tensors
+    argparse.Namespace,  # MAE's files hold their command line
+    (SCALAR, "numpy.core.multiarray.scalar"),
+    (SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")),
+    (codecs.encode, "_codecs.encode"),
+]
+
+
+class EncoderFile(NamedTuple):
+    """The tensors of one encoder under the names of the project that wrote it."""
+
+    state: dict[str, Tensor]
+    prefix: str  # of the tensors' names in the file
+    heads: int | None  # attention heads, if the file or the snapshot states them
+    source: str  # which of several state dicts was taken, "" if there is one
+
+
+def read_encoder_file(path: Path, key: str = "") -> EncoderFile:
+    """Read a file or a snapshot folder.
+
+    key: of the state dict to take, such as "model_ema" or "teacher.backbone"; "": the preferred one. Raise UserError if
+    there is no encoder, or if there are several without a preferred one.
+    """
+    config: dict[str, Any] = {}
+    if path.is_dir():
+        config, content = _read_snapshot(path)
+    else:
+        content = read_file(path)
+        if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+            config = _read_config(path.parent)
+    container, state, others = _unwrap(content, key, path)
+    prefix, state = _without_prefix(state, key.removeprefix(container).lstrip("."), path)
+    taken = ".".join(part for part in (container, prefix) if part)
+    stated = content.get("heads") if isinstance(content, dict) else None  # in our own files
+    source = f"{taken}, not {', '.join(others)} (--key selects)" if others else ""
+    return EncoderFile(state, prefix, stated if isinstance(stated, int) else _heads(config, path), source)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return all tensors of the preferred state dict of a file. Raise UserError if the file cannot be read."""
+    return _unwrap(read_file(path), "", path)[1]
+
+
+def read_file(path: Path) -> Any:
+    """Load a file. Pickled files are loaded with weights_only: tensors, NumPy numbers and argparse.Namespace only.
+
+    Raise UserError if the file cannot be read.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(ALLOWED):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError) as error:
+        reason, fix = "cannot be read as weights", "Pass a .pth or .safetensors file."
+        raise UserError(f"{path} {reason}: {one_line(error)}. {fix}") from None
+    except Exception as error:  # pickle raises its own for objects that are not allowed
+        reason, fix = "holds more than tensors, which could run code", "Pass a file that holds only a state dict."
+        raise UserError(f"{path} {reason}: {one_line(error, 150)}. {fix}") from None
+
+
+def is_snapshot(path: Path) -> bool:
+    """Return whether a folder is a snapshot of transformers or timm."""
+    config = _read_config(path) if (path / "config.json").exists() else {}
+    return "model_type" in config or "architecture" in config
+
+
+def _read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a snapshot's config and tensors."""
+    for name in WEIGHTS:
+        parts = [path / name]
+        if (index := path / f"{name}.index.json").exists():  # in several files
+            parts = [path / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if parts[0].exists():
+            content = {}
+            for part in parts:
+                content |= read_file(part)
+            return _read_config(path), content
+    raise UserError(f"{path} has none of {', '.join(WEIGHTS)}. {SNAPSHOT_FIX}")
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Return a snapshot's config. Raise UserError if it is damaged, or for an activation other than GELU."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/config.json cannot be read ({one_line(error)}). {SNAPSHOT_FIX}") from None
+    activation = config.get("hidden_act", "gelu") if isinstance(config, dict) else "gelu"
+    if activation != "gelu":
+        raise UserError(f"{folder} is an encoder with the activation {activation!r}; expected 'gelu'. Pass another.")
+    return config if isinstance(config, dict) else {}
+
+
+def _heads(config: dict[str, Any], path: Path) -> int | None:
+    """Return the attention heads that a snapshot's config states."""
+    if heads := config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads"):
+        return int(heads)
+    if architecture := config.get("architecture"):
+        import timm
+
+        try:
+            with torch.device("meta"):
+                model: Any = timm.create_model(architecture, **config.get("model_args", {}))
+                return int(model.blocks[0].attn.num_heads)
+        except Exception as error:  # timm raises many types for architectures that it does not know or that are no ViT
+            problem = f"is a {architecture}, which timm does not build as a Vision Transformer ({one_line(error)})"
+            raise UserError(f"{path} {problem}. Pass a file of a ViT encoder.") from None
+    return None
+
+
+def _unwrap(content: Any, key: str, path: Path) -> tuple[str, dict[str, Tensor], list[str]]:
+    """Return the container's name, its tensors, and the names of other containers. Containers may be nested."""
+    names, others = [], []
+    while isinstance(content, dict):
+        found = [str(name) for name, value in content.items() if isinstance(value, dict) and _has_encoder(value)]
+        wanted = next((name for name in found if key == name or key.startswith(f"{name}.")), None)
+        taken = wanted or next((name for name in CONTAINERS if name in found), None)
+        if taken is None:
+            break
+        others += [name for name in found if name != taken]
+        names.append(taken)
+        content = content[taken]
+        key = key.removeprefix(taken).lstrip(".")
+    state = {n: v for n, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if key and not any(name.startswith(f"{key}.") for name in state):
+        known = ", ".join([*names, *others]) or "no containers"
+        raise UserError(f"{path} has no {key!r} (--key); it has {known}. Pass one of them, or a prefix of its tensors.")
+    return ".".join(names), state, others
+
+
+def _has_encoder(content: dict[Any, Any]) -> bool:
+    """Return whether a dict contains an encoder's cls token, at any depth."""
+    nested = any(_has_encoder(value) for value in content.values() if isinstance(value, dict))
+    return nested or any(str(name).endswith("cls_token") for name in content)
+
+
+def _without_prefix(state: dict[str, Tensor], key: str, path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Return the prefix of an encoder's names, and its tensors without it."""
+    found = {match["prefix"].rstrip(".") for name in state if (match := CLS_TOKEN.fullmatch(name))}
+    chosen = {each for each in found if each == key or each.startswith(f"{key}.")} if key else found
+    known = {each for each in chosen if set(each.split(".")) <= PREFIXES | {""}}
+    candidates = known or chosen
+    if not candidates:
+        raise UserError(f"{path} is not a Vision Transformer: it has no cls_token. Pass a file of a ViT encoder.")
+    if len(candidates) > 1:
+        names = ", ".join(sorted(candidates))
+        raise UserError(f"{path} has several encoders: {names}. Pass one of them as --key to launch/export.py.")
+    prefix = f"{candidates.pop()}." if "" not in candidates else ""
+    return prefix.rstrip("."), {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
