@@ -119,6 +119,7 @@ def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
             if is_due(config.train.save_every, done, num_steps):
                 run.save(done)
             collector.collect_if_due(done)
+    run.require_saved(num_steps)
     evaluation.maybe_run(num_steps, last=True)
     loader.close()
     run.heartbeat(num_steps)

@@ -45,6 +45,7 @@ class Task(Protocol):
     description: str  # of the training, for the log
     evaluate_every: float  # epochs
     parent: str  # MLflow run of the pretraining, "" if there is none
+    encoder_hash: str  # of the weights that are evaluated, "" if the task evaluates none
 
     def build(self, ds_json: dict[str, Any]) -> dict[str, Checkpointable]:
         """Build the optimizable, once the ranks have joined. Return what a checkpoint holds."""
@@ -78,6 +79,7 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
     """
     config, batch_size, epoch_samples = run.config, run.config.data.batch_size, loader.epoch_samples
     num_steps = config.num_steps(epoch_samples)
+    run.bind(task.encoder_hash)
     if run.is_complete(num_steps):
         log_summary(task, run, num_steps)
         return
@@ -121,6 +123,7 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
             if is_due(config.train.save_every, done, num_steps):
                 run.save(done)
             collector.collect_if_due(done)
+    run.require_saved(num_steps)
     evaluation.maybe_run(num_steps, last=True)
     loader.close()
     run.heartbeat(num_steps)

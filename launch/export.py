@@ -12,9 +12,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from ddae.errors import run_command
+from ddae.errors import UserError, run_command
 
 FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")
+FOLDER_FORMS = ("ddae", "timm")
+EXPORTED = {"README.md", "config.json", "encoder.safetensors", "model.safetensors"}  # files of an exported folder
 
 
 def main() -> None:
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--key", default="", help="state dict of a published file to take, such as model_ema")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of pixels, for a file without metadata")
     args = parser.parse_args()
+    _check_out(args.out, args.form)
     from ddae.export.encoder import load_encoder  # takes seconds
     from ddae.export.formats import WRITERS
     from ddae.export.model_card import write_card
@@ -43,6 +46,21 @@ def main() -> None:
     if args.out.is_dir():
         write_card(args.out, args.form, asdict(encoder.shape), encoder.normalisation, Path(args.encoder))
     print(f"{args.out}: {args.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
+
+
+def _check_out(out: Path, form: str) -> None:
+    """Create the folder above `out`. Raise UserError if writing there would delete what no export wrote."""
+    if out.is_dir() and form in FOLDER_FORMS:
+        readme, names = out / "README.md", {path.name for path in out.iterdir()}
+        is_export = readme.is_file() and "written by ddae" in readme.read_text(errors="replace")
+        if names and not (is_export and names <= EXPORTED):
+            raise UserError(f"--out {out} contains {min(names)}, which no export wrote. Pass a new folder.")
+    elif out.exists():
+        raise UserError(f"--out {out} exists. Pass a new path.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}). Pass another path.") from None
 
 
 if __name__ == "__main__":

@@ -46,6 +46,10 @@ def launch(experiment: ExperimentType, program: str) -> None:
                 print(json.dumps({"folder": config.folder, "peak_lr": config.peak_lr, **config.to_dict()}, indent=2))
             return
         _run(program, config)
+    except KeyboardInterrupt:  # before StopSignal listens
+        if _rank() == 0:
+            print("ddae: interrupted before training began", file=sys.stderr, flush=True)
+        os._exit(130)
     except UserError as error:
         if _rank() == 0:
             print(f"ddae: {error}", file=sys.stderr, flush=True)

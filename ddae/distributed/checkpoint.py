@@ -10,7 +10,6 @@ their place in their parameter, so that any number of ranks at any ZeRO stage ca
 order, crops and masks are functions of seed and step (data/rng.py), and so are all schedules.
 """
 
-import hashlib
 import io
 import json
 import logging
@@ -25,7 +24,16 @@ import torch
 from safetensors.torch import save_file
 
 from ddae import atomic
-from ddae.distributed.checkpoint_format import MANIFEST, STATE, Checkpointable, Sharded, ShardReader, Stateful
+from ddae.distributed.checkpoint_format import (
+    MANIFEST,
+    STATE,
+    Checkpointable,
+    Sharded,
+    ShardReader,
+    Stateful,
+    find_damage,
+    sha256,
+)
 from ddae.distributed.comm import broadcast_from_main, gather, is_main, rank, world_size
 from ddae.errors import UserError, one_line
 
@@ -47,10 +55,11 @@ class Checkpoints:
         self.folder, self.keep, self.keep_every = folder, keep, keep_every
         self._failed = False  # whether the last save did
 
-    def save(self, step: int, parts: dict[str, Checkpointable], **facts: Any) -> bool:
+    def save(self, step: int, parts: dict[str, Checkpointable], allow_non_finite: bool = False, **facts: Any) -> bool:
         """Save the state after `step` steps, and more facts. Return whether that succeeded. All ranks call it.
 
-        A failed save is logged and its files are removed; the second in a row raises UserError.
+        A failed save is logged and its files are removed; the second in a row raises UserError. So does the first
+        with a number that is not finite, unless allow_non_finite.
         """
         path = self.folder / f".unfinished_{step:08d}"
         states = {name: part.state_dict() for name, part in parts.items() if isinstance(part, Stateful)}
@@ -67,10 +76,18 @@ class Checkpoints:
                     (path / STATE).write_bytes(content.getvalue())
                     entries.update(_manifest_entry(path / STATE))
 
-            of_ranks = gather((_attempt(write), entries))
-            problem = next((each for each, _ in of_ranks if each is not None), None)
+            non_finite = [] if allow_non_finite else _non_finite(parts)
+            of_ranks = gather((None if non_finite else _attempt(write), entries, non_finite))
+            problem = next((each for each, *_ in of_ranks if each is not None), None)
+            if names := [name for *_, of_rank in of_ranks for name in of_rank]:
+                if is_main():
+                    shutil.rmtree(path, ignore_errors=True)
+                raise UserError(
+                    f"{names[0]} is not finite after step {step}, so that no checkpoint was written. "
+                    "Train with a lower --optim.lr in another --run_dir."
+                )
             if problem is None:
-                files = {name: entry for _, of_rank in of_ranks for name, entry in of_rank.items()}
+                files = {name: entry for _, of_rank, _ in of_ranks for name, entry in of_rank.items()}
                 problem = broadcast_from_main(lambda: _attempt(lambda: self._complete(path, step, files)))
         if problem is not None:
             if is_main():
@@ -94,7 +111,8 @@ class Checkpoints:
         names = broadcast_from_main(self._names)
         for name in reversed(names):
             broadcast_from_main(lambda path=self.folder / name: _check_format(path))
-            damage = next((each for each in gather(_damage(self.folder / name)) if each is not None), None)
+            of_ranks = gather(find_damage(self.folder / name, rank(), world_size()))
+            damage = next((each for each in of_ranks if each is not None), None)
             if damage is None:
                 return CheckpointInfo(self.folder / name, int(name.removeprefix("step_")))
             if is_main():
@@ -163,10 +181,21 @@ def _write_shards(file: Path, parts: dict[str, Checkpointable]) -> dict[str, dic
     return _manifest_entry(file)
 
 
+def _non_finite(parts: dict[str, Checkpointable]) -> list[str]:
+    """Return the names of this rank's slices that contain NaN or Inf."""
+    shards = (
+        (f"{kind}/{shard.name}", shard.values)
+        for part in parts.values()
+        for kind, of_kind in (part.local_shards().items() if isinstance(part, Sharded) else ())
+        for shard in of_kind
+    )
+    return [name for name, values in shards if not bool(values.isfinite().all())]
+
+
 def _manifest_entry(file: Path) -> dict[str, dict[str, Any]]:
     """Flush a file to the disk and return its entry in the manifest."""
     atomic.fsync(file)
-    return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}}
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
 
 
 def _make_empty(path: Path) -> None:
@@ -188,7 +217,7 @@ def _attempt(write: Callable[[], object]) -> str | None:
 
 
 def _check_format(path: Path) -> None:
-    """Raise UserError for a checkpoint of another version. A damaged manifest is left to _damage()."""
+    """Raise UserError for a checkpoint of another version. A damaged manifest is left to find_damage()."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         is_other = "files" in manifest and manifest.get("format") != FORMAT
@@ -199,25 +228,3 @@ def _check_format(path: Path) -> None:
             f"{path} was written by another version of ddae; this one reads format {FORMAT}. "
             "Resume with that version, or choose another --run_dir."
         )
-
-
-def _damage(path: Path) -> str | None:
-    """Return why a checkpoint is unusable, as far as this rank checks it: all sizes, and its share of the hashes."""
-    try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-        for number, (name, entry) in enumerate(files.items()):
-            if not (path / name).exists():
-                return f"{name} is missing"
-            size = (path / name).stat().st_size
-            if size != entry["bytes"]:
-                return f"{name} has {size} of {entry['bytes']} bytes"
-            if number % world_size() == rank() and _sha256(path / name) != entry["sha256"]:
-                return f"{name} has changed since it was written (SHA-256)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"its manifest cannot be read ({error})"
-    return None
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -69,11 +69,7 @@ class FrozenModule:
 
     def state_dict(self) -> str:
         """Return a SHA-256 hash of all tensors."""
-        if not self._hash:
-            digest = hashlib.sha256()
-            for name, values in sorted(self._module.state_dict().items()):
-                digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
-            self._hash = digest.hexdigest()
+        self._hash = self._hash or weights_hash(self._module)
         return self._hash
 
     def load_state_dict(self, state: str) -> None:
@@ -82,6 +78,14 @@ class FrozenModule:
             raise UserError(
                 f"the run was started with another {self.what}. Name the same {self.what}, or choose another --run_dir."
             )
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return a SHA-256 hash of a module's parameters and buffers, by name, in fp32."""
+    digest = hashlib.sha256()
+    for name, values in sorted(module.state_dict().items()):
+        digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class ShardReader:
@@ -132,3 +136,29 @@ def load_weights(path: Path, kind: str, module: nn.Module) -> None:
             values = torch.empty(parameter.numel())
             reader.fill(kind, TensorShard(name, 0, values))
             parameter.copy_(values.view_as(parameter))
+
+
+def find_damage(path: Path, first: int = 0, step: int = 1) -> str | None:
+    """Return why a checkpoint is unusable: a file that is missing, or has another size or hash than in its manifest.
+
+    first, step: check the hashes of every step-th file only, as ranks do that share the work.
+    """
+    try:
+        files = json.loads((path / MANIFEST).read_text())["files"]
+        for number, (name, entry) in enumerate(files.items()):
+            if not (path / name).exists():
+                return f"{name} is missing"
+            size = (path / name).stat().st_size
+            if size != entry["bytes"]:
+                return f"{name} has {size} of {entry['bytes']} bytes"
+            if number % step == first and sha256(path / name) != entry["sha256"]:
+                return f"{name} has changed since it was written (SHA-256)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"its manifest cannot be read ({error})"
+    return None
+
+
+def sha256(file: Path) -> str:
+    """Return the SHA-256 hash of a file."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,8 +1,8 @@
 """Preemption: on a signal all ranks agree on one step, save one checkpoint, and exit with code 75.
 
-A rank stops on SIGTERM, on SIGUSR1 (Slurm's warning), or when its launcher is gone: `deepspeed` may die of a signal
-without notifying its ranks. Of a launcher on another machine a rank only notices that its output has no reader. One
-rank that knows is enough.
+A rank stops on SIGTERM, on SIGUSR1 (Slurm's warning), on Ctrl-C, on SIGHUP unless that is ignored (nohup), or when its
+launcher is gone: `deepspeed` may die of a signal without notifying its ranks. Of a launcher on another machine a rank
+only notices that its output has no reader. One rank that knows is enough. A second Ctrl-C ends a rank at once.
 """
 
 import os
@@ -18,10 +18,11 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from ddae.distributed.comm import world_size
+from ddae.distributed.comm import is_main, world_size
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command resumes the run
-REASONS = ("", "SIGTERM", "SIGUSR1", "the launcher is gone")
+REASONS = ("", "SIGTERM", "SIGUSR1", "the launcher is gone", "SIGHUP", "SIGINT")
+SAME_CTRL_C_S = 1.0  # launchers repeat the signal that the terminal sends to all processes
 LAUNCHERS = ("deepspeed", "torchrun", "torch.distributed")  # as they appear in a launcher's command line
 
 
@@ -33,8 +34,11 @@ class StopSignal:
         self.timeout_s = 600.0  # that this rank waits for the others; the watchdog's is shorter
         self._group: Any = None
         self._last_step, self._last_time, self._next_step = -1, 0.0, 0  # -1: no poll yet, the rate is unknown
-        for number, reason in ((signal.SIGTERM, 1), (signal.SIGUSR1, 2)):
-            signal.signal(number, lambda *_, reason=reason: self._set(reason))
+        self._interrupted: float | None = None  # time of the first SIGINT
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda number, _: self._set(REASONS.index(signal.Signals(number).name)))
+        signal.signal(signal.SIGINT, self._interrupt)
         if launchers := _launchers():
             threading.Thread(target=self._watch_launchers, args=(launchers,), daemon=True).start()
         threading.Thread(target=self._watch_output, daemon=True).start()
@@ -62,6 +66,17 @@ class StopSignal:
     def reset_poll_interval(self) -> None:
         """Poll at the next call: what follows may be slower or faster than the steps so far. All ranks call it."""
         self._last_step, self._next_step = -1, 0
+
+    def _interrupt(self, *_: object) -> None:
+        now = time.monotonic()
+        if self._interrupted is None:
+            self._interrupted = now
+            self._set(REASONS.index("SIGINT"))
+            if is_main():
+                os.write(2, b"ddae: stopping with a checkpoint; Ctrl-C again ends at once\n")
+        elif now > self._interrupted + SAME_CTRL_C_S:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def _set(self, reason: int) -> None:
         self._reason = self._reason or reason

@@ -3,7 +3,9 @@
     heartbeats/rank_00000.json    host, process, step and its time, written about every ten seconds
     heartbeats/rank_00000.txt     stacks of all threads of a rank that was ended
 
-A rank that waits for another cannot know which of them hangs: all of them exit, and the stacks show the cause.
+A rank that waits for another cannot know which of them hangs: all of them exit, and the stacks show the cause. Time in
+which the process was stopped does not count. The limit is higher before the first step, when kernels are compiled and
+DeepSpeed's operators built.
 """
 
 import faulthandler
@@ -20,6 +22,8 @@ from ddae.distributed.comm import rank
 
 EXIT_CODE = 70  # EX_SOFTWARE
 HEARTBEAT_INTERVAL_S = 10.0
+CHECK_INTERVAL_S = 10.0
+FIRST_STEP_EXTRA_S = 3600.0  # before the first step
 
 
 class Watchdog:
@@ -30,24 +34,32 @@ class Watchdog:
         self.stem = folder / "heartbeats" / f"rank_{rank():05d}"
         self.stem.parent.mkdir(parents=True, exist_ok=True)
         self.stem.with_suffix(".txt").unlink(missing_ok=True)
-        self._step, self._time = 0, time.monotonic()
+        self._step, self._time, self._waited = 0, time.monotonic(), 0.0  # seconds since the last progress
+        self._limit_s = timeout_s + FIRST_STEP_EXTRA_S
         self._stopped = threading.Event()
         for target in (self._watch, self._write_heartbeats):  # two threads: the disk may be what hangs
             threading.Thread(target=target, daemon=True).start()
 
     def heartbeat(self, step: int) -> None:
         """Report that `step` steps are done."""
-        self._step, self._time = step, time.monotonic()
+        self._step, self._time, self._waited = step, time.monotonic(), 0.0
+
+    def training(self) -> None:
+        """Report that the first step is done: from now on the limit is `timeout_s`."""
+        self._limit_s = self.timeout_s
 
     def stop(self) -> None:
         """Stop watching."""
         self._stopped.set()
 
     def _watch(self) -> None:
-        remaining = self.timeout_s
-        while not self._stopped.wait(remaining):
-            remaining = self._time + self.timeout_s - time.monotonic()
-            if remaining <= 0:
+        interval = min(CHECK_INTERVAL_S, self.timeout_s / 10)
+        before = time.monotonic()
+        while not self._stopped.wait(interval):
+            now = time.monotonic()
+            self._waited += min(now - before, 2 * interval)  # more has passed if the process was stopped
+            before = now
+            if self._waited >= self._limit_s:
                 self._exit()
 
     def _write_heartbeats(self) -> None:
@@ -62,7 +74,7 @@ class Watchdog:
     def _exit(self) -> None:
         stacks = self.stem.with_suffix(".txt")
         print(
-            f"ddae: rank {rank()} on {platform.node()} made no progress for {self.timeout_s:g} s since step "
+            f"ddae: rank {rank()} on {platform.node()} made no progress for {self._waited:.0f} s since step "
             f"{self._step} and exits. {stacks} and those of the other ranks show where each one was. "
             "The same command resumes the run.",
             file=sys.stderr,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ddae import atomic
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.data.cache import open_cache
+from ddae.distributed.checkpoint_format import weights_hash
 from ddae.distributed.comm import broadcast_from_main, device
 from ddae.errors import UserError
 from ddae.eval import baselines
@@ -97,7 +98,8 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     if not 1 <= settings.k <= max_k:
         excluded = ", not counting those that select the feature" if is_selection.any() else ""
         raise UserError(f"--k is {settings.k}; expected 1 to {max_k}, the images of {data} in the bank{excluded}.")
-    params = {"task": "knn", "encoder": encoder_path, "data": data, "images": "grey" if settings.grey else "as stored"}
+    params = {"task": "knn", "encoder": encoder_path, "encoder_sha256": weights_hash(encoder), "data": data}
+    params |= {"images": "grey" if settings.grey else "as stored"}
     params |= {"k": settings.k, "temperature": settings.temperature, "untrained_seed": settings.untrained_seed}
     params |= {"bank": len(readers["train"]), "queries": len(readers["val"]), "width": encoder.shape.width}
     comparison: dict[str, Any] = dict.fromkeys((*baselines.Comparison._fields, "best"))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddae.config.segmentation import SegmentConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch
-from ddae.distributed.checkpoint_format import Checkpointable
+from ddae.distributed.checkpoint_format import Checkpointable, weights_hash
 from ddae.distributed.comm import device, mean_over_ranks, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine
 from ddae.distributed.preemption import StopSignal
@@ -73,6 +73,7 @@ class SegmentationTask(SupervisedTask):
     def __init__(self, config: SegmentConfig, encoder: Encoder, loader: SceneLoader, val: SceneDataset):
         """Raise UserError if the training shards have other classes than the validation shards."""
         super().__init__(config, val, config.seg.evaluate_every, config.encoder)
+        self.encoder_hash = weights_hash(encoder)
         self.encoder, self.classes, self.images = encoder, val.classes, {"train": loader.num_samples, "val": len(val)}
         train_classes = () if loader.shards is None else loader.shards.classes
         for number, (in_train, in_val) in enumerate(itertools.zip_longest(train_classes, val.shards.classes)):

@@ -10,6 +10,7 @@ from ddae.atomic import write_json
 from ddae.config import deepspeed as ds_config
 from ddae.config.base import Experiment
 from ddae.config.evaluation import Evaluation
+from ddae.distributed.checkpoint_format import weights_hash
 from ddae.distributed.comm import is_main, world_size
 from ddae.distributed.engine import Engine
 from ddae.distributed.preemption import StopSignal
@@ -37,6 +38,7 @@ class SupervisedTask:
     optimizable: Any
     description: str
     counts: Tensor  # of the last evaluation, over all ranks
+    encoder_hash = ""  # of the weights that are evaluated, before any training
     evaluated = False  # set by evaluate(); false if an earlier start of the run made the last evaluation
 
     def __init__(self, config: Any, val: Any, evaluate_every: float, source: str):
@@ -73,7 +75,8 @@ class SupervisedTask:
     def facts(self, num_classes: int, images: dict[str, int]) -> dict[str, Any]:
         """Return the first entries of an evaluation's results.json. images: number by split."""
         config, data = self.config, self.config.to_dict()["data"]["train"]
-        facts = {"task": config.TASK, "encoder": config.encoder, "recipe": config.preset, "data": data}
+        facts = {"task": config.TASK, "encoder": config.encoder, "encoder_sha256": self.encoder_hash}
+        facts |= {"recipe": config.preset, "data": data}
         return facts | {"classes": num_classes, "images": images}
 
 
@@ -82,7 +85,7 @@ class ClassificationTask(SupervisedTask):
 
     def __init__(self, config: Evaluation, encoder: Encoder, labels: Labels, val: ExampleReader, evaluate_every: float):
         super().__init__(config, val, evaluate_every, config.encoder)
-        self.encoder, self.labels = encoder, labels
+        self.encoder, self.labels, self.encoder_hash = encoder, labels, weights_hash(encoder)
 
     def raw_pixel_accuracy(self, heartbeat: Callable[[], None]) -> float:
         """Return the k-NN accuracy, in per cent, of raw pixels. All ranks call it."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddae.atomic import new_folder, write_json
 from ddae.config.pretrain import EncoderShape, PretrainConfig
-from ddae.distributed.checkpoint_format import MANIFEST, load_weights
+from ddae.distributed.checkpoint_format import MANIFEST, find_damage, load_weights
 from ddae.errors import UserError, one_line
 from ddae.export.published_weights import TOKENIZER_FIX, read_encoder, read_tokenizer
 from ddae.export.weight_files import is_snapshot
@@ -45,10 +45,21 @@ def write_export(encoder: Encoder, folder: Path, preset: str = "") -> None:
 
 
 def write_folder(folder: Path, file: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write weights to a .safetensors file, and config.json beside it, atomically."""
+    """Write weights to a .safetensors file, and config.json beside it, atomically.
+
+    Raise UserError if a weight is not finite.
+    """
+    require_finite(weights, "the trained model")
     with new_folder(folder) as partial:
         save_file(weights, partial / file)
         write_json(partial / CONFIG_FILE, config)
+
+
+def require_finite(weights: dict[str, Tensor], source: str) -> None:
+    """Raise UserError if a weight is NaN or infinite."""
+    names = [name for name, values in weights.items() if values.is_floating_point() and not values.isfinite().all()]
+    if names:
+        raise UserError(f"{source} has weights that are not finite ({names[0]}). Use an earlier checkpoint.")
 
 
 def load_encoder(
@@ -88,6 +99,7 @@ def load_encoder(
         encoder.normalisation, encoder.report = "imagenet", converted.report
     else:
         encoder = _load_export(path)
+    require_finite(encoder.state_dict(), str(path))
     encoder.normalisation = normalisation or encoder.normalisation
     if image_size is not None:
         patch = encoder.shape.patch_size
@@ -153,6 +165,8 @@ def _load_checkpoint(path: Path, part: str) -> Encoder:
     file = path.parent.parent / "config.json"
     with _reading(f"{path} is not a checkpoint of pretraining: {file}", "Pass runs/NAME, or a checkpoint in it."):
         config = PretrainConfig.read(file)
+    if damage := find_damage(path):
+        raise UserError(f"{path} is damaged: {damage}. Pass another checkpoint of the run.")
     encoder = Encoder(config.model)
     encoder.normalisation = config.data.normalisation
     if part == "student":

@@ -102,7 +102,7 @@ class NonFiniteGuard:
     def _dump_and_raise(self, step: int) -> NoReturn:
         folder, loader = self.run.folder / "dumps" / f"step_{step:08d}", self.run.loader
         batches = self._held.get(step, [])
-        if Checkpoints(folder.parent, keep=2).save(step, self.state, **self.facts(step)):
+        if Checkpoints(folder.parent, keep=2).save(step, self.state, allow_non_finite=True, **self.facts(step)):
             self._complete_dump(folder, step, batches)
         self.run.fail()
         names = [loader.sample_name(sample) for batch in batches for sample in batch.samples.tolist()]

@@ -24,7 +24,8 @@ from ddae.distributed.comm import (
 )
 from ddae.distributed.engine import start_process_group, stop_process_group
 from ddae.distributed.preemption import EXIT_CODE, StopSignal
-from ddae.distributed.watchdog import Watchdog
+from ddae.distributed.watchdog import FIRST_STEP_EXTRA_S, Watchdog
+from ddae.errors import UserError
 from ddae.training import run_dir
 from ddae.training.flops import Flops
 from ddae.training.metrics import SpikeDetector, StepTimer, log_progress, system_metrics
@@ -59,15 +60,35 @@ class Run:
         self._stop = stop or StopSignal()
         self._stop.timeout_s = self._timeout_s
         self._polls, self._saved_step, self._first_step = 0, -1, True
+        self._encoder = ""
+
+    def bind(self, encoder: str) -> None:
+        """Bind the run's checkpoints and results to an encoder that it evaluates, by the hash of its weights."""
+        self._encoder = encoder
 
     @property
     def _timeout_s(self) -> float:
         """Seconds that ranks wait for each other: longer than the watchdog, which leaves stacks."""
-        return self.config.train.watchdog_timeout_s + 60
+        return self.config.train.watchdog_timeout_s + FIRST_STEP_EXTRA_S + 60
 
     def is_complete(self, num_steps: int) -> bool:
-        """Return whether the run was trained for so many steps and exported."""
-        return run_dir.finished_steps(self.config) >= num_steps
+        """Return whether the run was trained for so many steps and exported.
+
+        Raise UserError if it evaluated another encoder than that of bind().
+        """
+        finished = run_dir.finished(self.config)
+        if finished.get("steps", 0) < num_steps:
+            return False
+        self._check_encoder(finished)
+        return True
+
+    def _check_encoder(self, facts: dict[str, Any]) -> None:
+        """Raise UserError if an earlier start evaluated another encoder; facts: of its checkpoint or its end."""
+        if facts.get("encoder", self._encoder) != self._encoder:
+            raise UserError(
+                f"{self.folder} evaluates an encoder that has changed since then. "
+                f"Choose another --run_dir, or delete {self.folder} to evaluate the new one."
+            )
 
     def start(self, loader: Loader, **equal: object) -> None:
         """Join the ranks, choose the image decoder, lock the directory, start the watchdog, find the checkpoint.
@@ -95,6 +116,7 @@ class Run:
         facts: dict[str, Any] = {}
         if self._newest is not None:
             facts = self._checkpoints.load(self._newest.path, state, self.loader.fingerprint)
+            self._check_encoder(facts)
         start = facts.get("step", 0)
         barrier()
         if is_main():
@@ -141,6 +163,7 @@ class Run:
         self.timer.count_step()
         if self._first_step:
             logger.info("first step done after %.1f s", self.timer.seconds)
+            self._watchdog.training()
             self._first_step = False
 
     @contextmanager
@@ -155,8 +178,14 @@ class Run:
         """Write a checkpoint of the state after `step` steps."""
         run_id = "" if self.tracker is None else self.tracker.run_id
         with self.timer.measure("save"):
-            if self._checkpoints.save(step, self._state, fingerprint=self.loader.fingerprint, run_id=run_id):
+            facts = {"fingerprint": self.loader.fingerprint, "run_id": run_id, "encoder": self._encoder}
+            if self._checkpoints.save(step, self._state, **facts):
                 self._saved_step = step
+
+    def require_saved(self, step: int) -> None:
+        """Try once more to write the checkpoint after the last step, if that failed. Raise UserError if it fails."""
+        if self._saved_step != step:
+            self.save(step)
 
     def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics; it has a `step`."""
@@ -186,7 +215,7 @@ class Run:
         if self.tracker is not None:
             self.tracker.finish(files)
         if is_main():
-            run_dir.set_finished(self.config, num_steps)
+            run_dir.set_finished(self.config, num_steps, self._encoder)
 
     def fail(self) -> None:
         """End the tracker's run as failed; the caller raises the error."""

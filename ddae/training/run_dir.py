@@ -117,15 +117,15 @@ def previous_backend(config: Experiment) -> str | None:
     return json.loads(path.read_text()).get("backend") if path.exists() else None
 
 
-def finished_steps(config: Experiment) -> int:
-    """Return the number of steps after which the run was last completed and exported; 0 if never."""
+def finished(config: Experiment) -> dict[str, Any]:
+    """Return how the run was last completed and exported: "steps" and "encoder" of set_finished(); {} if never."""
     path = Path(config.folder) / FINISHED
-    return json.loads(path.read_text())["steps"] if path.exists() else 0
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def set_finished(config: Experiment, steps: int) -> None:
-    """Record that the run is complete after this many steps."""
-    atomic.write_json(Path(config.folder) / FINISHED, {"steps": steps})
+def set_finished(config: Experiment, steps: int, encoder: str) -> None:
+    """Record that the run is complete after this many steps. encoder: hash of the one that was evaluated, if any."""
+    atomic.write_json(Path(config.folder) / FINISHED, {"steps": steps, **({"encoder": encoder} if encoder else {})})
 
 
 def set_stopped(config: Experiment, reason: str, step: int) -> None:

@@ -25,13 +25,14 @@ LAUNCHERS = {
 class Job:
     """A run under a launcher: the launcher's process and the processes of its ranks."""
 
-    def __init__(self, launcher: str, args: list[str], log: Path):
+    def __init__(self, launcher: str, args: list[str], log: Path, new_session: bool = False):
         self.port = str(ranks.free_port())
         env = os.environ | {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
         command = [*LAUNCHERS[launcher](self.port), "launch/pretrain.py", *args]
         self.log = log
         with open(log, "w") as out:
-            self.process = subprocess.Popen(command, env=env, cwd=ranks.ROOT, stdout=out, stderr=out)
+            options = {"stdout": out, "stderr": out, "start_new_session": new_session}
+            self.process = subprocess.Popen(command, env=env, cwd=ranks.ROOT, **options)
 
     def ranks(self) -> list[psutil.Process]:
         """Return the processes of the ranks, rank 0 first."""
@@ -80,6 +81,8 @@ CASES = [
     ("torchrun", signal.SIGTERM, "launcher"),
     ("torchrun", signal.SIGUSR1, "all"),
     ("torchrun", signal.SIGTERM, "one"),
+    ("deepspeed", signal.SIGHUP, "one"),
+    ("torchrun", signal.SIGINT, "all"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Linear probing: LARS and the heads against reference implementations, and whole runs on digits."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from ddae.data.sampling import central_crops, clamped_crops
 from ddae.errors import UserError
 from ddae.eval.dataset import ExampleReader, Labels
 from ddae.eval.linear_probe import Heads, HeadsOptimizer, LinearProbe
+from ddae.export.encoder import write_export
 from ddae.training.schedules import warmup_cosine
 
 PROGRAM = str(ranks.ROOT / "tests" / "support" / "evaluations.py")
@@ -197,12 +199,14 @@ def runs(digits, encoder_folder, tmp_path_factory):
     long = ("--train.epochs", "30", "--train.save_every", "210", "--optim.lr", "20")
     short = ("--train.epochs", "2", "--probe.evaluate_every", "1", "--train.save_every", "14")
     images = (*short, "--probe.no_cache")
+    shutil.copytree(encoder_folder, folder / "encoder")
     first = [
         command(digits, encoder_folder, folder / "cached", *long),
         command(digits, encoder_folder, folder / "short", *short),
         command(digits, encoder_folder, folder / "images", *images),
         command(digits, encoder_folder, folder / "micro", *short, "--probe.micro_batch", "50"),
         command(digits, encoder_folder, folder / "alone", *short, "--probe.no_untrained"),
+        command(digits, folder / "encoder", folder / "bound", *short, "--probe.no_untrained"),
         command(digits, encoder_folder, folder / "none", "--data.crop", "random"),
         command(digits, encoder_folder, folder / "none", "--probe.layers", "2", "9"),
         command(digits, encoder_folder, folder / "none", "--probe.micro_batch", "30"),
@@ -213,7 +217,14 @@ def runs(digits, encoder_folder, tmp_path_factory):
         command(digits, encoder_folder, resumed, *long),
     ]
     output = ranks.run_program(1, [PROGRAM], first)
-    ranks.run_program(1, [PROGRAM], later)
+    changed = load_encoder(folder / "encoder")
+    changed.norm.bias += 1
+    write_export(changed, folder / "encoder")
+    shutil.copytree(folder / "bound", folder / "bound_unfinished")
+    (folder / "bound_unfinished" / "finished.json").unlink()
+    for name in ("bound", "bound_unfinished"):
+        later.append(command(digits, folder / "encoder", folder / name, *short, "--probe.no_untrained"))
+    output += ranks.run_program(1, [PROGRAM], later)
     two = command(digits, encoder_folder, folder / "two", *short, "--probe.micro_batch", "50")
     ranks.run_program(2, [PROGRAM], [two])
     return folder, output
@@ -281,6 +292,8 @@ def test_user_errors(runs):
         "data.crop is 'random'; probe.cache requires 'centre'.",
         "probe.layers is (2, 9); expected blocks from 1 to 4",
         "data.batch_size 100 is not divisible by 1 ranks x probe.micro_batch 30",
+        "bound evaluates an encoder that has changed since then. Choose another --run_dir, or delete",
+        "bound_unfinished evaluates an encoder that has changed since then.",
     ]
     assert len(errors) == len(expected), output
     for error, part in zip(errors, expected, strict=True):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import ddae
 from ddae.config.presets import preset
+from ddae.distributed.checkpoint_format import sha256
 from ddae.errors import UserError
 from ddae.export.encoder import export_encoder, write_export
 from ddae.export.formats import write_beit, write_mae, write_onnx, write_timm, write_torch_export
@@ -290,18 +291,47 @@ def test_other_files_raise(content, message, tmp_path):
     assert not os.path.exists("/tmp/ddae_was_here")
 
 
-def test_export_command(tmp_path, monkeypatch, capsys):
-    config = preset("demo")
-    encoder = Encoder(config.model)
-    initialise(encoder, torch.Generator().manual_seed(0))
-    export_encoder({name: v.detach() for name, v in encoder.named_parameters()}, config, tmp_path / "encoder")
+@pytest.fixture
+def export(monkeypatch):
+    """Return a function that runs launch/export.py and returns its exit code."""
 
-    def export(*args):
+    def run(*args):
         monkeypatch.setattr(sys, "argv", ["export.py", *map(str, args)])
         with pytest.raises(SystemExit) as exit_info:
             runpy.run_path(str(ranks.ROOT / "launch" / "export.py"), run_name="__main__")
         return exit_info.value.code
 
+    return run
+
+
+@pytest.mark.parametrize("form, out", [("timm", "run"), ("ddae", "run"), ("timm", "run/config.json"), ("mae", "run")])
+def test_export_never_deletes_what_it_did_not_write(form, out, run_folder, tmp_path, export, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")}
+    assert export("--encoder", run_folder, "--form", form, "--out", tmp_path / out) == 2
+    message = capsys.readouterr().err
+    assert ("which no export wrote. Pass a new folder." in message) == (form != "mae" and out == "run")
+    assert ("exists. Pass a new path." in message) == (form == "mae" or out != "run")
+    assert {path: path.stat().st_mtime_ns for path in run_folder.rglob("*")} == before
+
+
+def test_export_replaces_an_export(run_folder, tmp_path, export, capsys):
+    new = tmp_path / "missing" / "parent" / "out"
+    for form in ("timm", "ddae", "ddae"):
+        assert export("--encoder", run_folder, "--form", form, "--out", new) == 0
+    assert {path.name for path in new.iterdir()} == {"README.md", "config.json", "encoder.safetensors"}
+    (new / "notes.txt").write_text("mine")
+    assert export("--encoder", run_folder, "--form", "ddae", "--out", new) == 2
+    assert "contains notes.txt, which no export wrote" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert export("--encoder", run_folder, "--out", tmp_path / "file" / "out") == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_export_command(tmp_path, export, capsys):
+    config = preset("demo")
+    encoder = Encoder(config.model)
+    initialise(encoder, torch.Generator().manual_seed(0))
+    export_encoder({name: v.detach() for name, v in encoder.named_parameters()}, config, tmp_path / "encoder")
     assert export("--encoder", tmp_path / "encoder", "--out", tmp_path / "timm") == 0
     assert "timm, images of 64 pixels, half" in capsys.readouterr().out
     weights = load_file(tmp_path / "timm" / "model.safetensors")
@@ -320,7 +350,6 @@ def run_folder(tmp_path):
     checkpoint = folder / "checkpoints" / "step_00000008"
     checkpoint.mkdir(parents=True)
     config.write(folder / "config.json")
-    (checkpoint / "manifest.json").write_text("{}")
     for rank in (0, 1):
         shards, starts = {}, {}
         for name, parameter in Encoder(config.model).named_parameters():
@@ -329,6 +358,8 @@ def run_folder(tmp_path):
             for key, value in {f"weight/encoder.{name}": 0.5, f"teacher/{name}": 0.25}.items():
                 shards[key], starts[key] = torch.full((size,), value), rank * middle
         save_file(shards, checkpoint / f"rank_{rank:05d}.safetensors", {"starts": json.dumps(starts)})
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in checkpoint.iterdir()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": files}))
     return folder
 
 
@@ -338,9 +369,15 @@ def test_load_student_and_teacher_from_checkpoint(run_folder):
             encoder = ddae.load_encoder(path, part=part)
             assert all(bool((parameter == value).all()) for parameter in encoder.parameters())
             assert encoder.normalisation == "half"
-    (run_folder / "checkpoints" / "step_00000008" / "rank_00001.safetensors").unlink()
-    with pytest.raises(UserError, match=r"holds \d+ of \d+ values of teacher/cls_token"):
+    file = run_folder / "checkpoints" / "step_00000008" / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"step_00000008 is damaged: rank_00001\.safetensors has changed since it was"):
         ddae.load_encoder(run_folder, part="teacher")
+    file.unlink()
+    with pytest.raises(UserError, match=r"step_00000008 is damaged: rank_00001\.safetensors is missing"):
+        ddae.load_encoder(run_folder)
 
 
 def test_missing_teacher_and_other_versions_raise(run_folder, tmp_path):
