@@ -53,8 +53,8 @@ def _check_out(out: Path, form: str) -> None:
     if out.is_dir() and form in FOLDER_FORMS:
         readme, names = out / "README.md", {path.name for path in out.iterdir()}
         is_export = readme.is_file() and "written by ddae" in readme.read_text(errors="replace")
-        if names and not (is_export and names <= EXPORTED):
-            raise UserError(f"--out {out} contains {min(names)}, which no export wrote. Pass a new folder.")
+        if foreign := names - (EXPORTED if is_export else set()):
+            raise UserError(f"--out {out} contains {min(foreign)}, which no export wrote. Pass a new folder.")
     elif out.exists():
         raise UserError(f"--out {out} exists. Pass a new path.")
     try:

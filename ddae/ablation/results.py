@@ -47,6 +47,7 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     settings = [row.config.to_dict(), evaluation.to_dict()]
     for each in settings:
         each["train"].pop("seed")
+        each.get("engine", {}).pop("device", None)  # rows of a CPU and a GPU have equal keys
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     steps = row.config.train.steps or 0
     return RunKey(table, scale, row.name, seed, steps, digest[:DIGEST], shards.fingerprint[:DIGEST])

@@ -63,6 +63,8 @@ def launch(experiment: ExperimentType, program: str) -> None:
 
 
 def _run(program: str, config: Any) -> None:
+    if config.engine.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
     from ddae.distributed.comm import configure_logging  # imports torch
     from ddae.distributed.preemption import StopSignal
 

@@ -1,9 +1,14 @@
 """Ranks: who am I, collectives over all ranks, logging with time and rank."""
 
+import contextlib
+import glob
 import logging
 import os
+import platform
+import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +18,9 @@ from torch import Tensor
 from ddae.errors import UserError
 
 T = TypeVar("T")
+GPU_FILES = "/dev/nvidia[0-9]*"
+DRIVER_FILE = "/proc/driver/nvidia/version"
+MIN_DRIVER = {"12": "525 or newer", "13": "580 or newer"}  # by CUDA's major version
 
 
 def rank() -> int:
@@ -53,13 +61,39 @@ def configure_logging() -> None:
 
 
 def device() -> torch.device:
-    """Return the device of this process: its own GPU, or the CPU."""
+    """Return the device of this process: its own GPU, or the CPU where there is none.
+
+    Raise UserError if there is a GPU that torch cannot use.
+    """
     if not torch.cuda.is_available():
+        _require_no_gpu()
         return torch.device("cpu")
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if os.environ.get("SLURM_PROCID") == os.environ.get("RANK", "none"):  # started by srun, not by a launcher inside it
         local %= torch.cuda.device_count()  # srun may show a task its own GPU alone
     return torch.device("cuda", local)
+
+
+def _require_no_gpu() -> None:
+    """Raise UserError if this machine has a GPU that is not hidden on purpose: torch was built for a newer driver."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
+    if is_hidden or not glob.glob(GPU_FILES):
+        return
+    text = ""
+    with contextlib.suppress(OSError):
+        text = Path(DRIVER_FILE).read_text()
+    found = re.search(r"\s(\d+\.[\d.]+)\s", text)
+    driver = f"driver {found[1]}" if found else "a driver of unknown version"
+    cuda = torch.version.cuda
+    if cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA, and the machine has {driver}"
+    else:
+        needed = MIN_DRIVER.get(cuda.partition(".")[0], "of a later version")
+        reason = f"torch is built for CUDA {cuda}, which needs driver {needed}, and the machine has {driver}"
+    raise UserError(
+        f"{platform.node()} has a GPU that cannot be used: {reason}. Update the driver, or install a torch that fits it. "
+        "For the CPU set CUDA_VISIBLE_DEVICES= or, in training, pass --engine.device cpu."
+    )
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

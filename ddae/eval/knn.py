@@ -3,6 +3,7 @@
 The search is exact. N: bank images, Q: queries, D: encoder width, C: number of classes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,15 +51,18 @@ class Neighbours(NamedTuple):
 def vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Neighbours:
     """Find the k nearest bank images of each query by cosine similarity, and add up their votes per class.
 
-    bank float32 [N, D], labels int64 [N], queries float32 [Q, D]. Raise ValueError if k is not in 1..N.
+    bank float32 [N, D], labels int64 [N], queries float32 [Q, D]. A query's votes are relative to that of its nearest
+    image. Raise ValueError if k is not in 1..N, UserError for features that are not finite.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}; expected 1 to {len(bank)}, the number of images in the bank.")
+    if not (bank.isfinite().all() and queries.isfinite().all()):
+        raise UserError("the encoder's features are not finite, so that images cannot be ranked. Use another encoder.")
     bank, num_classes = F.normalize(bank, dim=1).t().contiguous(), int(labels.max()) + 1
     votes, neighbours = [], []
     for chunk in F.normalize(queries, dim=1).split(CHUNK):
         similarity, nearest = (chunk @ bank).topk(k)
-        weights = (similarity / temperature).exp()
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the difference cannot overflow
         votes.append(torch.zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weights))
         neighbours.append(nearest)
     return Neighbours(torch.cat(votes), torch.cat(neighbours))
@@ -82,6 +86,15 @@ class Settings(NamedTuple):
     cache: str = ShardsConfig.cache  # folder with cached results of untrained encoders
 
 
+def _check(settings: Settings) -> None:
+    """Raise UserError for a number out of its range."""
+    ranges = {"batch": (1, math.inf), "workers": (0, math.inf), "temperature": (1e-6, math.inf)}
+    ranges["untrained_seed"] = (0, 2**64 - 1)
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(settings, name)) <= high:
+            raise UserError(f"--{name} is {value}; expected a number of at least {low:g}. Correct it.")
+
+
 def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracker: str) -> dict[str, Any]:
     """Evaluate an encoder by k-NN: the last block of each quarter, both poolings. Write results and figures to `out`.
 
@@ -90,6 +103,7 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     classes they are all that is reported. Return results.json. Raise UserError if the encoder or the shards cannot be
     read, or if k is larger than the bank.
     """
+    _check(settings)
     encoder = load_encoder(encoder_path).to(device())
     readers = {s: ExampleReader(data, s, encoder.shape.image_size, labelled=False) for s in ("train", "val")}
     labelled = all(len(reader.labels) for reader in readers.values())

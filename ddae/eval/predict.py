@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from ddae.distributed.comm import device
@@ -15,6 +15,7 @@ from ddae.eval.figures import add_legend, blend_classes, class_colours
 from ddae.eval.segmentation_data import resize_image, resized_shape
 from ddae.eval.upernet import load_segmenter, predict_classes
 from ddae.models.patches import normalise
+from ddae.sharding.inspection import upright_rgb
 
 TOP_K = 5  # classes returned for an image
 
@@ -77,12 +78,15 @@ def segment_images(folder: Path, photos: list[Path], out: Path) -> dict[Path, li
 
 
 def load_rgb(photo: Path) -> Image.Image:
-    """Load an image file as RGB in its EXIF orientation. Raise UserError if the file is not an image."""
+    """Load an image file as RGB with 8 bits per channel, in its EXIF orientation, as the sharder does.
+
+    Raise UserError if the file is not an image.
+    """
     try:
         with Image.open(photo) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"{photo} cannot be read as an image: {one_line(error)}.") from None
+            return upright_rgb(image)
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise UserError(f"{photo} cannot be read as an image: {one_line(error)}. Pass a JPEG or PNG.") from None
 
 
 def top_classes(shares: torch.Tensor, names: list[str]) -> list[Prediction]:

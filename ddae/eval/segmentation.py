@@ -65,6 +65,18 @@ def segment(config: SegmentConfig, stop: StopSignal | None = None) -> None:
     fit(SegmentationTask(config, encoder, loader, val), run, loader)
 
 
+def _require_classes(counts: Tensor, classes: list[str]) -> None:
+    """Raise UserError if the validation masks have one class only: any prediction of it would be right.
+
+    counts: pixels by label and prediction.
+    """
+    present = [name for name, pixels in zip(classes, counts.sum(1), strict=True) if pixels]
+    if len(present) < min(2, len(classes)):
+        only = f"the class {present[0]!r} alone" if present else "no class"
+        fix = "Pixels of value 255 have no class: masks of 0 and 255 need 1 in place of 255."
+        raise UserError(f"the validation masks contain {only}, so that any prediction of it is right. {fix}")
+
+
 class SegmentationTask(SupervisedTask):
     """Task of fit(): UperNet with cross-entropy, evaluated by mIoU."""
 
@@ -123,6 +135,7 @@ class SegmentationTask(SupervisedTask):
                     self._examples.append((image, labels, predicted.cpu()))
         engine.module.train()
         self.counts, self.evaluated = sum_over_ranks(counts).cpu(), True
+        _require_classes(self.counts, self.classes)
         return {f"val/{name}": value for name, value in segmentation_scores(self.counts).items()}
 
     def gather(self, heartbeat: Callable[[], None]) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def _inspect(data: bytes, resize_shorter: int, quality: int) -> Inspection:
     kinds = (*_kinds(image, data, rotated), *(("malformed",) if malformed else ()))
     if not kinds and not downscale:
         return Inspection((), data, *size)
-    image = _upright_rgb(image)
+    image = upright_rgb(image)
     if downscale:
         scale = resize_shorter / min(image.size)
         image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def make_thumbnail(data: bytes) -> bytes | None:
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         image.draft(image.mode, (128, 128))  # decodes a JPEG at 1/2, 1/4 or 1/8 of its size, but not below 128
-        image = _upright_rgb(image)
+        image = upright_rgb(image)
         image.thumbnail((128, 128))
         return encode_image(image, 85)
     except Exception:  # as in inspect()
@@ -154,7 +154,7 @@ def _lacks_end(data: bytes) -> bool:
     return is_truncated(data)
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
     """Return the image rotated as its EXIF orientation requires, as RGB with 8 bits per channel."""
     image.load()  # which rotates a TIFF
     rotation = ROTATIONS.get(_orientation(image))

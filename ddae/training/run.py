@@ -178,7 +178,7 @@ class Run:
         """Write a checkpoint of the state after `step` steps."""
         run_id = "" if self.tracker is None else self.tracker.run_id
         with self.timer.measure("save"):
-            facts = {"fingerprint": self.loader.fingerprint, "run_id": run_id, "encoder": self._encoder}
+            facts: dict[str, Any] = {"fingerprint": self.loader.fingerprint, "run_id": run_id, "encoder": self._encoder}
             if self._checkpoints.save(step, self._state, **facts):
                 self._saved_step = step
 

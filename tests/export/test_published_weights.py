@@ -324,7 +324,7 @@ def test_export_replaces_an_export(run_folder, tmp_path, export, capsys):
     assert "contains notes.txt, which no export wrote" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert export("--encoder", run_folder, "--out", tmp_path / "file" / "out") == 2
-    assert "cannot be written (Not a directory)" in capsys.readouterr().err
+    assert "cannot be written (File exists)" in capsys.readouterr().err
 
 
 def test_export_command(tmp_path, export, capsys):
