@@ -200,4 +200,5 @@ def check_ranges(config: Experiment, ranges: dict[str, tuple[float, float]]) -> 
         for value in values:
             if isinstance(value, (int, float)) and not (math.isfinite(value) and low <= value <= high):
                 expected = f"a value >= {low:g}" if high == ANY else f"a value from {low:g} to {high:g}"
+                expected += ", which is excluded" if high == 1 - TINY else ""
                 raise UserError(f"{name} is {value}; expected {'a finite number' if low == -ANY else expected}.")

@@ -78,16 +78,34 @@ def _run(program: str, config: Any) -> None:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ.get("RANK") or "0")
 
 
 def take_slurm_ranks() -> None:
     """Set RANK, WORLD_SIZE and LOCAL_RANK where srun itself started the ranks: one task, one rank.
 
-    Raise UserError if MASTER_ADDR or MASTER_PORT is missing.
+    Raise UserError if variables that launchers set are incomplete or no numbers.
     """
-    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if "RANK" in os.environ or tasks == 1:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+        value = os.environ.get(name)
+        if value == "":
+            del os.environ[name]
+        elif value is not None and not value.isdecimal():
+            raise UserError(
+                f"{name} is {value!r}; expected a number. Start the ranks with deepspeed, torchrun or srun."
+            )
+    tasks, size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" in os.environ:
+        missing = {"MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"} - os.environ.keys()
+        if missing and size != 1:
+            names, verb = " and ".join(sorted(missing)), "are" if len(missing) > 1 else "is"
+            fix = "Start the ranks with deepspeed, torchrun or srun, or unset RANK for a single process."
+            raise UserError(f"RANK is set but {names} {verb} not. {fix}")
+        return
+    if tasks == 1:
+        if size > 1:
+            fix = "Start the ranks with deepspeed, torchrun or srun, or unset WORLD_SIZE for a single process."
+            raise UserError(f"WORLD_SIZE is {size} but RANK is not set. {fix}")
         return
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": str(tasks)}
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
@@ -114,8 +132,7 @@ def parse(args: list[str], experiment: ExperimentType = PRETRAINING) -> Any:
     for arg in args:
         flag = arg.split("=")[0]
         if flag.startswith("--") and flag not in known:
-            nearest = difflib.get_close_matches(flag, known, 1, 0)[0]
-            raise UserError(f"unknown flag {flag}; the nearest is {nearest}. --help lists all flags.")
+            raise UserError(f"unknown flag {flag}; the nearest is {_nearest(flag, known)}. --help lists all flags.")
         if flag.removeprefix("--").replace(".no_", ".") in experiment.config.UNUSED:
             raise UserError(f"{flag} has no effect here. Leave it out.")
     given = {arg.split("=")[0] for arg in args}
@@ -131,8 +148,15 @@ def parse(args: list[str], experiment: ExperimentType = PRETRAINING) -> Any:
     return config
 
 
+def _nearest(flag: str, known: list[str]) -> str:
+    """Return the known flag most like this one; one of the same name in another section comes first."""
+    name = flag.removeprefix("--").rpartition(".")[2]
+    same_name = [each for each in known if each.removeprefix("--").rpartition(".")[2] == name]
+    return difflib.get_close_matches(flag, same_name or known, 1, 0)[0]
+
+
 def normalise(args: list[str]) -> list[str]:
-    """Remove launchers' flags, replace hyphens in flags by underscores, resolve aliases."""
+    """Remove launchers' flags, replace hyphens in flags by underscores, resolve aliases, expand ~ in quoted paths."""
     normalised = []
     for arg in args:
         if arg.startswith(LAUNCHER_FLAGS):
@@ -140,9 +164,14 @@ def normalise(args: list[str]) -> list[str]:
         if arg.startswith("--"):
             flag, equals, value = arg.partition("=")
             flag = "--" + flag[2:].replace("-", "_")
-            arg = ALIASES.get(flag, flag) + equals + value
-        normalised.append(arg)
+            arg = ALIASES.get(flag, flag) + equals + _expand_home(value)
+        normalised.append(_expand_home(arg))
     return normalised
+
+
+def _expand_home(value: str) -> str:
+    """Return a path with its leading ~/ expanded, unless a file has that literal name."""
+    return os.path.expanduser(value) if value.startswith("~/") and not os.path.exists(value) else value
 
 
 def take_preset(args: list[str], default: str) -> tuple[str, list[str]]:

@@ -205,7 +205,9 @@ def find_shards(where: str, split: str = "train") -> list[str]:
         fix = "Make shards with data_prep/ and pass --data.train FOLDER, or try --preset demo after `make demo`."
         if os.path.exists(where):
             fix = how_to_shard(where)
-        raise UserError(f"data.train is {where!r}, which holds no shards of split {split!r}. {fix}")
+        is_missing = not os.path.exists(where) and not glob.has_magic(where)
+        problem = "does not exist" if is_missing else f"holds no shards of split {split!r}"
+        raise UserError(f"data.train is {where!r}, which {problem}. {fix}")
     return paths
 
 

@@ -91,7 +91,7 @@ def _require_no_gpu() -> None:
         needed = MIN_DRIVER.get(cuda.partition(".")[0], "of a later version")
         reason = f"torch is built for CUDA {cuda}, which needs driver {needed}, and the machine has {driver}"
     raise UserError(
-        f"{platform.node()} has a GPU that cannot be used: {reason}. Update the driver, or install a torch that fits it. "
+        f"{platform.node()} has a GPU that cannot be used: {reason}. Update the driver, or install another torch. "
         "For the CPU set CUDA_VISIBLE_DEVICES= or, in training, pass --engine.device cpu."
     )
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import torch
 from ddae_kernels import implementation
 
 from ddae.config.base import flatten
-from ddae.config.cli import parse
+from ddae.config.cli import parse, take_slurm_ranks
 from ddae.config.evaluation import FINETUNING, PROBING, FinetuneConfig, ProbeConfig
 from ddae.config.pretrain import PretrainConfig
 from ddae.config.segmentation import SEGMENTATION, SegmentConfig
@@ -143,6 +144,7 @@ def pretrain(tmp_path, *args, world=1):
     started = []
     for number in range(world):
         environment = os.environ | {"RANK": str(number), "WORLD_SIZE": str(world), "LOCAL_RANK": str(number)}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # no rank gets as far as connecting
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=environment, cwd=tmp_path, text=True, **pipes))
     return [(*process.communicate(timeout=120), process.returncode) for process in started]
@@ -166,7 +168,7 @@ def test_one_rank_prints_the_help(tmp_path):
 @pytest.mark.parametrize(
     "args, message",
     [
-        ("--preset demo --ds_config {zero}", "data.train is 'data/demo', which holds no shards"),
+        ("--preset demo --ds_config {zero}", "data.train is 'data/demo', which does not exist"),
         ("--preset demo --ds_confg {zero}", "the nearest is --ds_config"),
     ],
 )
@@ -180,6 +182,64 @@ def test_one_rank_reports_and_no_file_is_written(args, message, tmp_path):
     assert "Traceback" not in reported
     assert "ddae:" not in silent + silent_out
     assert list(tmp_path.iterdir()) == []
+
+
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "8"}, "WORLD_SIZE is 8 but RANK is not set. Start the ranks with"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK is set but MASTER_ADDR and MASTER_PORT are not."),
+        ({"RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'; expected a"),
+        ({"RANK": "0"}, None),
+        ({"RANK": "", "WORLD_SIZE": "", "SLURM_STEP_NUM_TASKS": ""}, None),
+        ({"MASTER_ADDR": "h", "MASTER_PORT": "29500"}, None),  # srun --pty in an allocation's shell
+        ({}, None),
+    ],
+)
+def test_incomplete_variables_of_launchers(variables, message, monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if message is None:
+        take_slurm_ranks()
+        assert "" not in [os.environ.get(name) for name in LAUNCHER_VARIABLES]
+    else:
+        with pytest.raises(UserError, match=re.escape(message)):
+            take_slurm_ranks()
+
+
+@pytest.mark.parametrize(
+    "flag, nearest",
+    [
+        ("--train.lr", "--optim.lr"),
+        ("--lr", "--optim.lr"),
+        ("--data.seed", "--train.seed"),
+        ("--optim.batch_size", "--data.batch_size"),
+        ("--no_report", "--train.no_report"),
+        ("--optim.lrr", "--optim.lr"),
+    ],
+)
+def test_the_nearest_flag_may_be_in_another_section(flag, nearest):
+    with pytest.raises(UserError, match=rf"unknown flag {flag}; the nearest is {nearest}\."):
+        parse(["--preset", "demo", flag, "1"])
+
+
+def test_quoted_home_folders_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--preset", "demo", "--run_dir", "~/x"]).folder == f"{tmp_path}/x"
+    assert parse(["--preset", "demo", "--run_dir=~/x"]).folder == f"{tmp_path}/x"
+    (tmp_path / "~" / "x").mkdir(parents=True)
+    assert parse(["--preset", "demo", "--run_dir", "~/x"]).folder == "~/x"
+
+
+def test_a_momentum_of_one_is_refused():
+    with pytest.raises(UserError, match=r"teacher.momentum is 1.0; expected a value from 0 to 1, which is excluded"):
+        parse(["--preset", "demo", "--teacher.momentum", "1.0"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
