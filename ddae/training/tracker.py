@@ -23,6 +23,7 @@ from ddae.config.base import TrackerConfig, flatten
 from ddae.errors import one_line
 
 STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI is set; `mlflow ui` finds it by itself
+SQLITE = "sqlite:///"
 RUN_ID = "mlflow_run_id"  # file in the run directory, by which a resumed run continues the same MLflow run
 PROCESS_TAG = "ddae.opened_by"
 QUEUE_ROWS = 5000  # buffered for a server that does not answer
@@ -166,7 +167,9 @@ class MlflowTracker(Tracker):
 
         for noisy in ("mlflow", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI", STORE))
+        uri = os.environ.get("MLFLOW_TRACKING_URI", STORE)
+        create_store(uri)
+        client = mlflow.MlflowClient(uri)
         if self._run_id and not _continue_run(client, self._run_id):
             logger.warning("MLflow has no run %s any more; a new one is created", self._run_id)
             self._run_id = ""
@@ -202,6 +205,24 @@ class MlflowTracker(Tracker):
         for file in sorted(files, key=lambda file: file.stat().st_size):  # the largest may take too long
             folder = file.parent.name if file.parent.name in FOLDERS else None
             self._client.log_artifact(self._run_id, str(file), folder)
+
+
+def create_store(uri: str) -> None:
+    """Create MLflow's SQLite file, unless it exists or the URI names another store.
+
+    MLflow would create it table by table under its name: a second process, or a kill, would leave it unusable.
+    """
+    if not uri.startswith(SQLITE) or (path := Path(uri.removeprefix(SQLITE))).exists():
+        return
+    import mlflow
+
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # a new name: MLflow caches stores by name
+    try:
+        mlflow.MlflowClient(f"{SQLITE}{partial}").search_experiments()
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _continue_run(client: Any, run_id: str) -> bool:

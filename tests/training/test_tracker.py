@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import mlflow
 import pytest
 import ranks
 
@@ -16,7 +17,7 @@ from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig
 from ddae.distributed.comm import configure_logging
 from ddae.training import tracker as tracking
-from ddae.training.tracker import Tracker, read_metrics, start_tracker
+from ddae.training.tracker import Tracker, create_store, read_metrics, start_tracker
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +209,54 @@ def test_a_long_outage_drops_rows_that_the_queue_cannot_hold(tmp_path, monkeypat
     tracker.finish([], timeout_s=0.5)
     assert "MLflow lacks at least 50 rows" in capsys.readouterr().out
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 50
+
+
+def test_a_store_appears_complete_or_not_at_all(tmp_path, monkeypatch):
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", fail)
+        with pytest.raises(KeyboardInterrupt):
+            create_store(uri)
+    assert list(tmp_path.iterdir()) == []
+    create_store(uri)
+    content = (tmp_path / "mlflow.db").read_bytes()
+    create_store(uri)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert (tmp_path / "mlflow.db").read_bytes() == content
+    client = mlflow.MlflowClient(uri)
+    assert client.get_run(client.create_run("0").info.run_id).info.status == "RUNNING"
+
+
+OPEN_STORE = """
+import sys, time
+from pathlib import Path
+from ddae.config.base import TrackerConfig
+from ddae.training.tracker import start_tracker
+tracker = start_tracker(TrackerConfig("mlflow", "x"), Path(sys.argv[1]), 0, {"a": 1})
+tracker.log({"step": 1, "loss": 2.0})
+tracker.finish([], timeout_s=120)
+print("run", tracker.run_id)
+"""
+
+
+@pytest.mark.faults
+def test_first_runs_at_the_same_time_share_a_new_store(tmp_path, record_result):
+    """Three first runs open a new MLflow SQLite file at the same time."""
+    env = os.environ | {"PYTHONPATH": str(ranks.ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    processes = []
+    for number in range(3):
+        (tmp_path / f"run_{number}").mkdir()
+        command = [sys.executable, "-c", OPEN_STORE, str(tmp_path / f"run_{number}")]
+        processes.append(subprocess.Popen(command, env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE))
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    runs = [line.split()[1] for output in outputs for line in output.splitlines() if line.startswith("run ")]
+    client = mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"])
+    assert [client.get_run(run).data.metrics["loss"] for run in runs] == [2.0] * 3
+    record_result("each has its run with its metrics")
 
 
 def test_secrets_are_not_logged():
