@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 STALE_AFTER_S = 3600.0  # of a partial file whose process must have died
+os.umask(UMASK := os.umask(0))  # it can only be read by setting it: once, before there are threads
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,15 +61,20 @@ def write_json(path: Path, content: object, indent: int | None = 2) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; at the end it replaces `path`. Files become readable for everybody."""
+    """Yield a folder to fill; at the end it replaces `path`. Its files get the umask's permissions."""
     partial = path.with_name(path.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
     for file in partial.iterdir():
-        file.chmod(0o644)  # safetensors writes for its owner alone
+        share(file)
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
+
+
+def share(file: Path) -> None:
+    """Give a file the permissions that the umask allows: safetensors writes for its owner alone."""
+    file.chmod(0o666 & ~UMASK)
 
 
 def rename_folder(partial: Path, path: Path) -> None:

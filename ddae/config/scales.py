@@ -38,7 +38,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     "nano": Scale(48, 12, 2, 48, 2, 32, 8, 60, 32, 2e-3, pixel_norm="none"),
-    "micro": Scale(64, 8, 4, 64, 4, 32, 4, 4000, 64, 1e-3, pixel_norm="joint", in_memory=True),
+    "micro": Scale(64, 8, 4, 64, 4, 32, 4, 2000, 64, 1e-3, pixel_norm="joint", in_memory=True),
     "small": Scale(112, 8, 7, 64, 4, 32, 4, 3500, 64, 5e-4, pixel_norm="joint", in_memory=True),
     "tiny": Scale(192, 12, 8, 192, 8, 64, 8, 1500, 512, 1.5e-3, pixel_norm="none"),
     "paper": None,

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from ddae import atomic
 from ddae.distributed.checkpoint_format import (
     MANIFEST,
+    NOT_PERMITTED,
     STATE,
     Checkpointable,
     Sharded,
@@ -115,6 +116,8 @@ class Checkpoints:
             damage = next((each for each in of_ranks if each is not None), None)
             if damage is None:
                 return CheckpointInfo(self.folder / name, int(name.removeprefix("step_")))
+            if damage.startswith(NOT_PERMITTED):
+                raise UserError(f"{self.folder / name}: {damage}. Give this user permission to read it.")
             if is_main():
                 logger.warning("skipping checkpoint %s: %s", self.folder / name, damage)
         if names and not allow_restart:
@@ -178,6 +181,7 @@ def _write_shards(file: Path, parts: dict[str, Checkpointable]) -> dict[str, dic
                 tensors[f"{kind}/{shard.name}"] = shard.values.detach().to("cpu", copy=True)
                 starts[f"{kind}/{shard.name}"] = shard.start
     save_file(tensors, file, {"starts": json.dumps(starts)})
+    atomic.share(file)
     return _manifest_entry(file)
 
 

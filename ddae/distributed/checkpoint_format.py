@@ -17,6 +17,7 @@ from ddae.errors import UserError
 
 MANIFEST = "manifest.json"  # of a complete checkpoint
 STATE = "state.pt"
+NOT_PERMITTED = "no permission to read"  # how a problem of find_damage() begins that is no damage
 
 
 class TensorShard(NamedTuple):
@@ -153,6 +154,8 @@ def find_damage(path: Path, first: int = 0, step: int = 1) -> str | None:
                 return f"{name} has {size} of {entry['bytes']} bytes"
             if number % step == first and sha256(path / name) != entry["sha256"]:
                 return f"{name} has changed since it was written (SHA-256)"
+    except PermissionError as error:
+        return f"{NOT_PERMITTED} {Path(error.filename).name}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its manifest cannot be read ({error})"
     return None

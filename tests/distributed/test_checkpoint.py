@@ -1,10 +1,14 @@
 """Which checkpoint a run resumes from."""
 
+import errno
 import hashlib
 import json
 
 import pytest
+import torch
 
+from ddae import atomic
+from ddae.distributed import checkpoint_format
 from ddae.distributed.checkpoint import FORMAT, Checkpoints
 from ddae.distributed.checkpoint_format import MANIFEST
 from ddae.distributed.comm import configure_logging
@@ -82,3 +86,46 @@ def test_other_folders_beside_checkpoints_are_ignored(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("broken_step_00000010", "step_00000010_best", "step_x", "steps")
     ]
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
+    make(tmp_path, 10)
+    make(tmp_path, 20)
+    hashed = checkpoint_format.sha256
+
+    def denied(file):
+        if "step_00000020" in str(file):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return hashed(file)
+
+    monkeypatch.setattr(checkpoint_format, "sha256", denied)
+    with pytest.raises(UserError, match=r"step_00000020: no permission to read state\.pt\. Give this user permission"):
+        Checkpoints(tmp_path, 3).newest(False)
+
+
+class Weights:
+    sharded = False
+
+    def __init__(self, values):
+        self.values = torch.tensor(values)
+
+    def local_shards(self):
+        return {"weight": [checkpoint_format.TensorShard("x", 0, self.values)]}
+
+    def sync_model_weights(self):
+        pass
+
+
+def test_files_have_the_permissions_of_the_umask(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 3)
+    assert checkpoints.save(1, {"module": Weights([1.0])})
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "step_00000001").iterdir()}
+    assert modes == dict.fromkeys(("rank_00000.safetensors", "state.pt", "manifest.json"), 0o666 & ~atomic.UMASK)
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    checkpoints, parts = Checkpoints(tmp_path, 3), {"module": Weights([1.0, float("nan")])}
+    with pytest.raises(UserError, match=r"weight/x is not finite after step 7, so that no checkpoint was written"):
+        checkpoints.save(7, parts)
+    assert list(tmp_path.iterdir()) == []
+    assert checkpoints.save(7, parts, allow_non_finite=True)
