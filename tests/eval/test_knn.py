@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
+from ddae.errors import UserError
 from ddae.eval.dataset import ExampleReader, batches
 from ddae.eval.features import Features, extract_features
 from ddae.eval.knn import Settings, accuracy, select_and_evaluate, vote
@@ -31,11 +32,32 @@ def test_votes_follow_the_definition():
         by_similarity = sorted(range(50), key=lambda n: -similarities[n])[:7]
         expected = [0.0] * 4
         for neighbour in by_similarity:
-            expected[int(labels[neighbour])] += math.exp(similarities[neighbour] / 0.1)
+            relative = similarities[neighbour] - similarities[by_similarity[0]]
+            expected[int(labels[neighbour])] += math.exp(relative / 0.1)
         assert votes[row].tolist() == pytest.approx(expected, rel=1e-4)
         assert nearest[row].tolist() == by_similarity
     with pytest.raises(ValueError, match="k is 51; expected 1 to 50, the number of images in the bank"):
         vote(bank, labels, queries, k=51)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 0.0112, 0.07])
+def test_small_temperatures_do_not_overflow(temperature):
+    generator = torch.Generator().manual_seed(0)
+    bank, labels = torch.randn(50, 6, generator=generator), torch.arange(50) % 5
+    votes, nearest = vote(bank, labels, bank[:10], k=20, temperature=temperature)
+    assert votes.isfinite().all()
+    assert (nearest[:, 0] == torch.arange(10)).all()
+    assert (votes.argmax(1) == labels[:10])[: 10 if temperature < 0.01 else 0].all()  # the nearest decides
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_features_that_are_not_finite_are_refused(value):
+    bank = torch.eye(4)
+    for broken in (0, 1):
+        pair = [bank.clone(), bank.clone()]
+        pair[broken][2, 1] = value
+        with pytest.raises(UserError, match="features are not finite, so that images cannot be ranked"):
+            vote(pair[0], torch.arange(4), pair[1], k=1)
 
 
 def test_votes_equal_scikit_learns():
@@ -135,6 +157,9 @@ def test_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
         ({"--data": "nowhere"}, "nowhere"),
         ({"--k": 5000}, "--k is 5000; expected 1 to 1260, the images of"),
         ({"--k": 0}, "--k is 0; expected 1 to 1260, the images of"),
+        ({"--batch": 0}, "--batch is 0; expected a number of at least 1"),
+        ({"--workers": -1}, "--workers is -1; expected a number of at least 0"),
+        ({"--temperature": 0}, "--temperature is 0.0; expected a number of at least 1e-06"),
     ],
 )
 def test_user_errors(change, message, digits, encoder_folder, monkeypatch, capsys):

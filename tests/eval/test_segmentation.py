@@ -20,6 +20,7 @@ from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
 from ddae.eval.metrics import count_confusion, intersection_over_union, segmentation_scores
 from ddae.eval.predict import segment_images
+from ddae.eval.segmentation import _require_classes
 from ddae.eval.segmentation_data import (
     IGNORE_INDEX,
     SceneCrop,
@@ -322,6 +323,18 @@ def test_miou_equals_torchmetrics():
     assert segmentation_scores(count_confusion(labels, predicted, 20))["miou"] == pytest.approx(
         100 * float(metric(predicted, labels)), rel=1e-5
     )
+
+
+def test_masks_with_one_class_are_refused():
+    counts = torch.zeros(2, 2, dtype=torch.int64)
+    counts[0, 0] = 100  # masks of 0 and 255: all pixels with a class have class 0
+    with pytest.raises(UserError, match=r"masks contain the class 'sky' alone.*masks of 0 and 255 need 1"):
+        _require_classes(counts, ["sky", "sea"])
+    with pytest.raises(UserError, match="masks contain no class"):
+        _require_classes(torch.zeros(1, 1, dtype=torch.int64), ["sky"])
+    counts[1, 0] = 1
+    _require_classes(counts, ["sky", "sea"])
+    _require_classes(counts[:1, :1], ["sky"])
 
 
 def test_recipe_matches_the_paper():
