@@ -117,8 +117,8 @@ class Experiment:
         {
             *("preset", "run_dir", "ds_config", "allow_restart", "data.train", "data.backend", "data.workers"),
             *("data.in_memory", "data.hw_decoder_load", "data.cache", "data.cache_gib"),
-            *("engine.loss_backend", "engine.activation_checkpointing", "tracker.kind", "tracker.experiment"),
-            "tracker.parent",
+            *("engine.device", "engine.loss_backend", "engine.activation_checkpointing"),
+            *("tracker.kind", "tracker.experiment", "tracker.parent"),
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.watchdog_timeout_s"),
             *("train.allow_longer", "train.report"),
         }
@@ -174,14 +174,32 @@ class ExperimentType(NamedTuple):
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings in a run's config.json, of any kind of experiment. Raise UserError for another version."""
-    tree = json.loads(path.read_text())
+    """Return the settings in a run's config.json, of any kind of experiment.
+
+    Raise UserError for another version, or if the file cannot be read.
+    """
+    tree = read_run_file(path)
     if tree.pop("format", None) != FORMAT:
         raise UserError(
             f"{path} was written by another version of ddae; this one reads run format {FORMAT}. "
             "Use that version with this run directory, or choose another directory."
         )
     return tree
+
+
+def read_run_file(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a run. Raise UserError if the file cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        reason = error.strerror
+    except ValueError:  # of JSON, or of text
+        reason = "it is empty or no JSON"
+    else:
+        if isinstance(content, dict):
+            return content
+        reason = "it is no JSON object"
+    raise UserError(f"{path} cannot be read ({reason}). Restore it, or choose another --run_dir.")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ unknown key, is refused.
 
 import base64
 import difflib
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +30,11 @@ ALLOWED = {  # top-level keys that change speed, memory or logging
     *("memory_breakdown", "dump_state", "log_level", "flops_profiler", "tensorboard", "csv_monitor", "wandb", "comet"),
     "disable_python_gc",
 }
+RETIRED = {  # keys of earlier versions of DeepSpeed -> what replaces them
+    "zero_optimization.cpu_offload": "zero_optimization.offload_optimizer: {'device': 'cpu'}",
+    "zero_optimization.cpu_offload_params": "zero_optimization.offload_param: {'device': 'cpu'}",
+}
+MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # block -> package it needs
 LOSSY = ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 AUTOTUNED = ("train_batch_size", "gradient_accumulation_steps")
 BLOCKS = ("zero_optimization", "bf16", "fp16", "torch_autocast")  # keys whose value is an object
@@ -78,7 +84,12 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> DeepSpe
     _check_keys(settings, flat)
     batch = config.data.batch_size
     micro_batch = settings.get("train_micro_batch_size_per_gpu", batch // ranks)
-    if not isinstance(micro_batch, int) or micro_batch < 1 or batch % (micro_batch * ranks):
+    if not isinstance(micro_batch, int) or isinstance(micro_batch, bool):
+        raise UserError(
+            f"the DeepSpeed JSON has train_micro_batch_size_per_gpu = {micro_batch!r}; expected a whole number. "
+            "Write it without quotes, or remove it."
+        )
+    if micro_batch < 1 or batch % (micro_batch * ranks):
         raise UserError(
             f"data.batch_size is {batch}; expected a multiple of {ranks} ranks x micro-batch {micro_batch}. "
             "Change --data.batch_size, or train_micro_batch_size_per_gpu in the DeepSpeed JSON."
@@ -96,6 +107,15 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> DeepSpe
     }
     for key, (value, field) in owned.items():
         if key in flat and flat[key] != value:
+            if key == "gradient_accumulation_steps":
+                raise UserError(
+                    f"the DeepSpeed JSON has {key} = {flat[key]!r}, but data.batch_size {batch} on {ranks} ranks with "
+                    f"micro-batch {micro_batch} takes {value}. Remove it: it follows from them."
+                )
+            if key == "fp16.enabled":
+                raise UserError(
+                    "fp16 is unsupported: it needs loss scaling. Remove it and set --engine.precision bf16."
+                )
             raise UserError(
                 f"the DeepSpeed JSON has {key} = {flat[key]!r}, but {field} requires {value!r}. "
                 f"Remove {key} from the JSON and set --{field}."
@@ -120,6 +140,18 @@ def _check_keys(settings: dict[str, Any], flat: dict[str, Any]) -> None:
         nearest = difflib.get_close_matches(key, ALLOWED, 1, 0.85)
         fix = f"Write {nearest[0]!r}, or remove it." if nearest else "Remove it."
         raise UserError(f"the DeepSpeed JSON has {key!r}, which may change what is learnt. {fix}")
+    for key, value in RETIRED.items():
+        if key in flat:
+            raise UserError(f"the DeepSpeed JSON has {key}, which is outdated. Write {value} instead.")
+    if flat.get("zero_force_ds_cpu_optimizer"):
+        raise UserError(
+            "zero_force_ds_cpu_optimizer would replace the config's AdamW. Remove it from the DeepSpeed JSON."
+        )
+    for block, name in MONITORS.items():
+        if flat.get(f"{block}.enabled") and importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"the DeepSpeed JSON enables {name}, which is not installed. pip install {name}, or remove it."
+            )
     if flat.get("zero_optimization.offload_optimizer.super_offload"):
         raise UserError("super_offload is unsupported: its optimizer state cannot be checkpointed. Remove it.")
     if flat.get("zero_optimization.offload_optimizer.device") == "nvme":

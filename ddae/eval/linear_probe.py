@@ -58,6 +58,11 @@ def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
             f"data.batch_size {batch_size} is not divisible by {world_size()} ranks x probe.micro_batch {micro_batch}. "
             "Change one of them."
         )
+    if micro_batch == 1:
+        raise UserError(
+            "the heads' batch norm needs at least two images, but a micro-batch has one. "
+            "Raise --data.batch_size, or train on fewer ranks."
+        )
     run, size = Run(config, stop, {}, micro_batch), encoder.shape.image_size
     loader_class = IndexLoader if config.probe.cache else Loader
     loader = loader_class(config.data, size, config.train.seed, run.rank_batch, device())

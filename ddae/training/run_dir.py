@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ddae import atomic
-from ddae.config.base import Experiment, flatten, read_settings
+from ddae.config.base import Experiment, flatten, read_run_file, read_settings
 from ddae.distributed.comm import broadcast_from_main, world_size
 from ddae.errors import UserError
 
@@ -27,8 +27,17 @@ logger = logging.getLogger(__name__)
 def check(config: Experiment) -> None:
     """Raise UserError if the directory is not writable, or was started with other settings that change the curve."""
     folder = Path(config.folder)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    try:
+        if folder.is_symlink() and not folder.exists():
+            target = os.readlink(folder)
+            raise UserError(f"run_dir {folder} is a link to {target}, which does not exist. Mount or create it.")
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        usable = existing.is_dir() and os.access(existing, os.W_OK)
+    except OSError as error:  # such as a name that is too long
+        raise UserError(
+            f"run_dir {str(folder)[:80]} is unusable ({error.strerror}). Choose another --run_dir."
+        ) from None
+    if not usable:
         raise UserError(f"run_dir {folder} cannot be created or written. Choose another --run_dir.")
     path = folder / "config.json"
     if not path.exists():
@@ -61,8 +70,12 @@ def lock(config: Experiment) -> None:
     def acquire() -> None:
         if folder.absolute() in _locks:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:  # such as the lock of another user, or a name that is too long
+            fix = "Choose another --run_dir, or ask for permission."
+            raise UserError(f"{folder / LOCK} cannot be opened ({error.strerror}). {fix}") from None
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by data workers
         except OSError as error:
@@ -114,13 +127,13 @@ def write(config: Experiment, ds_json: dict[str, Any], backend: str) -> None:
 def previous_backend(config: Experiment) -> str | None:
     """Return the image decoder of an earlier start of the run; another one would give other pixels."""
     path = Path(config.folder) / "environment.json"
-    return json.loads(path.read_text()).get("backend") if path.exists() else None
+    return read_run_file(path).get("backend") if path.exists() else None
 
 
 def finished(config: Experiment) -> dict[str, Any]:
     """Return how the run was last completed and exported: "steps" and "encoder" of set_finished(); {} if never."""
     path = Path(config.folder) / FINISHED
-    return json.loads(path.read_text()) if path.exists() else {}
+    return read_run_file(path) if path.exists() else {}
 
 
 def set_finished(config: Experiment, steps: int, encoder: str) -> None:

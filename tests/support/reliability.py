@@ -16,6 +16,7 @@ from ddae.training.run_dir import git
 TITLES = {  # test module -> title of its section
     "test_crashes": "Crashes, damaged checkpoints, network failures, long runs",
     "test_signals": "Signals and launchers",
+    "test_nothing_is_lost": "Ctrl-C, output that cannot be written, last saves",
     "test_elastic": "Rank counts, ZeRO stages and gradient accumulation",
     "test_numerics": "Gradients and the EMA teacher",
     "test_engine": "Gradient clipping and skipped steps, compared with plain PyTorch",

@@ -1,16 +1,17 @@
 """A run directory's history: which earlier starts it accepts, and which it refuses."""
 
+import errno
 import json
 import os
 from dataclasses import replace
 
 import pytest
 
-from ddae.config.base import TrainConfig
+from ddae.config.base import FORMAT, TrainConfig
 from ddae.config.pretrain import DataConfig, PretrainConfig, PretrainEngineConfig
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.errors import UserError
-from ddae.training.run_dir import check, check_history, lock
+from ddae.training.run_dir import check, check_history, finished, lock, previous_backend
 
 
 def started(path, last, save_every=10, files=()):
@@ -21,6 +22,43 @@ def started(path, last, save_every=10, files=()):
     for name in files:
         (path / name).touch()
     return config
+
+
+@pytest.mark.parametrize("name", ["config.json", "finished.json", "environment.json"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\xff"])
+def test_files_that_cannot_be_read(name, content, tmp_path):
+    config = PretrainConfig(run_dir=str(tmp_path))
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    read = {"config.json": check, "finished.json": finished, "environment.json": previous_backend}[name]
+    with pytest.raises(
+        UserError, match=rf"{name} cannot be read \(it is .*\)\. Restore it, or choose another --run_dir"
+    ):
+        read(config)
+
+
+def test_a_dangling_link_and_a_long_name(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"link is a link to .*gone, which does not exist\. Mount or create it"):
+        check(PretrainConfig(run_dir=str(tmp_path / "link")))
+    with pytest.raises(UserError, match=r"is unusable \(File name too long\)\. Choose another --run_dir"):
+        check(PretrainConfig(run_dir=str(tmp_path / ("x" * 300))))
+
+
+def test_a_lock_of_another_user(tmp_path, monkeypatch):
+    def deny(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", deny)
+    with pytest.raises(UserError, match=r"\.lock cannot be opened \(Permission denied\)\. Choose another --run_dir"):
+        lock(PretrainConfig(run_dir=str(tmp_path)))
+
+
+def test_the_device_may_change_on_resume(tmp_path):
+    config = PretrainConfig(run_dir=str(tmp_path))
+    settings = {"format": FORMAT, **config.to_dict()}
+    del settings["engine"]["device"]  # written before the field existed
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    check(replace(config, engine=PretrainEngineConfig(device="cpu")))
 
 
 def test_a_new_run_starts(tmp_path):
