@@ -28,7 +28,7 @@ from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import FallbackDecoder
 from ddae.data.file_io import raise_open_file_limit
 from ddae.data.masking import Mask
-from ddae.data.memory import DecodedImages, decode_all
+from ddae.data.memory import DecodedImages, decode_all, require_shared_memory
 from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the synthetic data set
 DALI_PREFETCH = 2  # micro-batches that DALI decodes ahead
+PREFETCH_BATCHES = 4  # micro-batches that each worker process keeps ready
 MAX_BAD_FRACTION = 0.001  # of the data set; with more bad samples the run ends
 MAX_NAMES_SHOWN = 20  # bad samples listed in an error
 
@@ -125,6 +126,9 @@ class Loader:
         Rank 0 decides for all ranks; all call it.
         """
         reader = self._reader()
+        if self.backend != "dali" and self.shards is not None:
+            batch = self.rank_batch.micro_batch * 3 * self.size * self.size
+            require_shared_memory(self.config.workers * PREFETCH_BATCHES * batch, self.config.workers)
         if self.backend == "auto":
             choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, previous))
             self.backend, self.backend_reason = choice
@@ -231,7 +235,7 @@ class Loader:
             collate_fn=partial(add_masks, self.sample_masks),  # type: ignore[arg-type]
             sampler=itertools.count(first),  # type: ignore[arg-type]
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=PREFETCH_BATCHES if workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=ignore_signals,
         )

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,7 +18,24 @@ CGROUP_FILES = (  # limit and use of a container's memory, in bytes: cgroup v2 a
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 )
+SHARED_MEMORY = "/dev/shm"
 logger = logging.getLogger(__name__)
+
+
+def require_shared_memory(needed: int, workers: int) -> None:
+    """Raise UserError if the batches of a rank's worker processes do not fit into shared memory.
+
+    needed: bytes of the batches that they keep ready. Containers have 64 MB by default, and workers would hang.
+    """
+    needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return
+    if needed > free:
+        sizes = f"{needed / 1e6:.0f} MB for the batches of data.workers {workers}, and has {free / 1e6:.0f} MB"
+        fix = "Start the container with --shm-size=8g, or pass fewer --data.workers or a smaller micro-batch."
+        raise UserError(f"{SHARED_MEMORY} needs {sizes}. {fix}")
 
 
 class DecodedImages:
