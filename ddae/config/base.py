@@ -88,9 +88,8 @@ RANGES = {  # field -> smallest and largest value; every number must also be fin
     **dict.fromkeys(("data.batch_size", "data.weights", "train.steps"), (1, ANY)),
     **dict.fromkeys(("train.log_every", "train.save_every", "train.keep"), (1, ANY)),
     **dict.fromkeys(("data.cache_gib", "train.watchdog_timeout_s"), (TINY, ANY)),
-    **dict.fromkeys(
-        ("data.workers", "train.seed", "train.keep_every", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)
-    ),
+    **dict.fromkeys(("data.workers", "train.keep_every", "optim.warmup_epochs", "optim.weight_decay"), (0, ANY)),
+    "train.seed": (0, 2**63 - 1),  # random numbers are drawn from int64 keys
     **dict.fromkeys(("optim.lr", "optim.base_lr", "optim.min_lr", "optim.clip_grad"), (0, ANY)),
     "optim.adam_betas": (0, 1 - TINY),
     "train.epochs": (TINY, ANY),

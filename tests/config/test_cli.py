@@ -237,6 +237,12 @@ def test_quoted_home_folders_are_expanded(tmp_path, monkeypatch):
     assert parse(["--preset", "demo", "--run_dir", "~/x"]).folder == "~/x"
 
 
+def test_the_largest_seed():
+    assert parse(["--preset", "demo", "--train.seed", str(2**63 - 1)]).train.seed == 2**63 - 1
+    with pytest.raises(UserError, match=r"train.seed is 18446744073709551615; expected a value from 0 to 9.22"):
+        parse(["--preset", "demo", "--train.seed", str(2**64 - 1)])
+
+
 def test_a_momentum_of_one_is_refused():
     with pytest.raises(UserError, match=r"teacher.momentum is 1.0; expected a value from 0 to 1, which is excluded"):
         parse(["--preset", "demo", "--teacher.momentum", "1.0"])
