@@ -104,7 +104,8 @@ def read_tokenizer(path: Path) -> ConvertedWeights:
     missing = [name for name in ("encoder.cls_token", *TOKENIZER_NAMES) if name not in state]
     if missing:
         raise UserError(f"{path} is not a tokenizer: it has no {missing[0]}. {TOKENIZER_FIX}")
-    converted = convert(encoder, path)
+    heads = max(1, encoder["cls_token"].shape[-1] // 64)  # BEiT-v2's encoders have heads of width 64
+    converted = convert(encoder, path, heads)
     weights = {f"encoder.{name}": values for name, values in converted.weights.items()}
     weights |= {name: state[published].float() for published, name in TOKENIZER_NAMES.items()}
     loaded = [f"encoder.{name}" for name in converted.report["loaded"]] + list(TOKENIZER_NAMES)
