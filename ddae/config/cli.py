@@ -84,7 +84,7 @@ def _rank() -> int:
 def take_slurm_ranks() -> None:
     """Set RANK, WORLD_SIZE and LOCAL_RANK where srun itself started the ranks: one task, one rank.
 
-    Raise UserError if variables that launchers set are incomplete or no numbers.
+    Raise UserError if a launcher's variables are incomplete, or if one that should be a number is not.
     """
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
         value = os.environ.get(name)

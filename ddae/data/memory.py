@@ -22,12 +22,17 @@ SHARED_MEMORY = "/dev/shm"
 logger = logging.getLogger(__name__)
 
 
+def _ranks_of_machine() -> int:
+    """Return the number of ranks on this machine as torchrun or DeepSpeed states it, 1 if neither does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
+
+
 def require_shared_memory(needed: int, workers: int) -> None:
     """Raise UserError if the batches of a rank's worker processes do not fit into shared memory.
 
     needed: bytes of the batches that they keep ready. Containers have 64 MB by default, and workers would hang.
     """
-    needed *= int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("WORLD_SIZE") or "1")
+    needed *= _ranks_of_machine()
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:
@@ -82,7 +87,7 @@ def _pixel_bytes(shards: Shards) -> np.ndarray:
 def decode_all(shards: Shards, threads: int) -> DecodedImages | None:
     """Return the images of a data set in memory; None, with a warning, if they would take too much of it."""
     needed = int(_pixel_bytes(shards).sum())
-    limit = MAX_MEMORY_FRACTION * available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit = MAX_MEMORY_FRACTION * available_memory() / _ranks_of_machine()
     if needed > limit:
         logger.warning(
             "data.in_memory is set, but the decoded images of a rank take %.1f GiB, and at most %.1f GiB may be used "

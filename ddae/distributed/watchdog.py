@@ -44,8 +44,8 @@ class Watchdog:
         """Report that `step` steps are done."""
         self._step, self._time, self._waited = step, time.monotonic(), 0.0
 
-    def training(self) -> None:
-        """Report that the first step is done: from now on the limit is `timeout_s`."""
+    def first_step_done(self) -> None:
+        """End the longer limit that holds before the first step: from now on it is `timeout_s`."""
         self._limit_s = self.timeout_s
 
     def stop(self) -> None:

@@ -92,7 +92,8 @@ def _check(settings: Settings) -> None:
     ranges["untrained_seed"] = (0, 2**64 - 1)
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(settings, name)) <= high:
-            raise UserError(f"--{name} is {value}; expected a number of at least {low:g}. Correct it.")
+            expected = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+            raise UserError(f"--{name} is {value}; expected a number {expected}. Correct it.")
 
 
 def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracker: str) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def _require_classes(counts: Tensor, classes: list[str]) -> None:
     if len(present) < min(2, len(classes)):
         only = f"the class {present[0]!r} alone" if present else "no class"
         fix = "Pixels of value 255 have no class: masks of 0 and 255 need 1 in place of 255."
-        raise UserError(f"the validation masks contain {only}, so that any prediction of it is right. {fix}")
+        raise UserError(f"the validation masks contain {only}, so that their mIoU would say nothing. {fix}")
 
 
 class SegmentationTask(SupervisedTask):

@@ -27,7 +27,7 @@ class Devkit:
     def synset_of(self, name: str, source: str) -> str:
         """Return the synset of a validation image by its numbered name.
 
-        Raise UserError if the name has no number, or one that is out of range. source: option and path for the error.
+        Raise UserError if the name has no number, or if that is out of range. source: option and path, for the message.
         """
         number = re.search(r"(\d+)\.\w+$", name)
         if number is None or not 1 <= int(number[1]) <= len(self.ground_truth):

@@ -62,7 +62,7 @@ def run_checks(folder: Path, json_path: str) -> int:
     start_process_group()
     broadcast_from_main(lambda: (folder / ".doctor").mkdir(parents=True, exist_ok=True))
     watchdog = Watchdog(folder / ".doctor", TIMEOUT_S)  # if one rank fails, the others would wait for it forever
-    watchdog.training()
+    watchdog.first_step_done()
     num_failed = 0
     for name, check in {
         "versions": versions,

@@ -60,10 +60,8 @@ def layer_groups(module: nn.Module, depth: int, layer_decay: float, weight_decay
     """
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in module.named_parameters():
-        layer, decayed = (
-            layer_of(name, depth),
-            parameter.ndim > 1 and not name.endswith(("cls_token", "reg_token", "pos_embed")),
-        )
+        is_token = name.endswith(("cls_token", "reg_token", "pos_embed"))
+        layer, decayed = layer_of(name, depth), parameter.ndim > 1 and not is_token
         scale = layer_decay ** (depth + 1 - layer)
         empty = {"params": [], "weight_decay": weight_decay * decayed, "lr_scale": scale}
         groups.setdefault((layer, decayed), empty)["params"].append(parameter)

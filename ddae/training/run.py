@@ -86,8 +86,8 @@ class Run:
         """Raise UserError if an earlier start evaluated another encoder; facts: of its checkpoint or its end."""
         if facts.get("encoder", self._encoder) != self._encoder:
             raise UserError(
-                f"{self.folder} evaluates an encoder that has changed since then. "
-                f"Choose another --run_dir, or delete {self.folder} to evaluate the new one."
+                f"{self.folder} was started with an encoder whose weights have changed since. "
+                f"Choose another --run_dir, or delete {self.folder} to evaluate the new weights."
             )
 
     def start(self, loader: Loader, **equal: object) -> None:
@@ -163,7 +163,7 @@ class Run:
         self.timer.count_step()
         if self._first_step:
             logger.info("first step done after %.1f s", self.timer.seconds)
-            self._watchdog.training()
+            self._watchdog.first_step_done()
             self._first_step = False
 
     @contextmanager

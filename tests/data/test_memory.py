@@ -80,7 +80,7 @@ def test_decoded_pixels_are_those_of_the_files(shards):
 
 def test_too_little_shared_memory_is_reported(shards, monkeypatch):
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
     memory.require_shared_memory(32 << 20, 4)
     message = r"/dev/shm needs 134 MB for the batches of data.workers 4, and has 67 MB. Start the container with --shm"
     with pytest.raises(UserError, match=message):

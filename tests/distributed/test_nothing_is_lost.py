@@ -161,7 +161,7 @@ WATCHDOG = """
     import pathlib, sys, time
     from ddae.distributed.watchdog import Watchdog
     watchdog = Watchdog(pathlib.Path(sys.argv[1]), 1.0)
-    watchdog.training()
+    watchdog.first_step_done()
     print("ready", flush=True)
     for _ in range(int(sys.argv[2])):
         time.sleep(0.2)
@@ -183,7 +183,7 @@ def test_watchdog_does_not_count_the_time_in_which_the_process_was_stopped(tmp_p
 
 
 def test_watchdog_allows_more_time_before_the_first_step(tmp_path):
-    process = in_python(WATCHDOG.replace("watchdog.training()", ""), tmp_path, 0)
+    process = in_python(WATCHDOG.replace("watchdog.first_step_done()", ""), tmp_path, 0)
     assert process.stdout.readline() == "ready\n"
     time.sleep(2.5)
     assert process.poll() is None

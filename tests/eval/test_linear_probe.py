@@ -292,8 +292,8 @@ def test_user_errors(runs):
         "data.crop is 'random'; probe.cache requires 'centre'.",
         "probe.layers is (2, 9); expected blocks from 1 to 4",
         "data.batch_size 100 is not divisible by 1 ranks x probe.micro_batch 30",
-        "bound evaluates an encoder that has changed since then. Choose another --run_dir, or delete",
-        "bound_unfinished evaluates an encoder that has changed since then.",
+        "bound was started with an encoder whose weights have changed since. Choose another --run_dir, or",
+        "bound_unfinished was started with an encoder whose weights have changed since.",
     ]
     assert len(errors) == len(expected), output
     for error, part in zip(errors, expected, strict=True):
