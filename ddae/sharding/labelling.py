@@ -28,7 +28,7 @@ class Labelling:
         scan, images = self.scan, self.scan.images
         by_folder = self._folder_classes(classes or [])
         kept = np.ones(len(images.base), bool)
-        kept[list(scan.removed)] = False
+        kept[np.frombuffer(scan.removed, np.int64)] = False
         of_split = np.array(by_folder.of_split)[self.folder_number]
         scan.tally.left_out.add("images of another split", count=int((kept & ~of_split).sum()))
         rows = np.flatnonzero(kept & of_split)
@@ -89,19 +89,19 @@ class Labelling:
             return np.full(len(rows), UNLABELLED, np.int32), []
         if self.has_labels:
             values = list(scan.labels)
-            return self._number(np.array(scan.label_number, np.int32)[rows], values, classes, devkit)
+            return self._number(rows, np.array(scan.label_number, np.int32)[rows], values, classes, devkit)
         if rule.classes == "label":
             raise UserError(f"{self.source} has no labels. Leave out --classes label.")
         if rule.classes == "synset":
-            return self._number(*self._per_image(rows, self._synset), classes, devkit)
+            return self._number(rows, *self._per_image(rows, self._synset), classes, devkit)
         if any(folder_classes):
             values = [None, *dict.fromkeys(name for name in folder_classes if name is not None)]
             number = {name: i for i, name in enumerate(values)}
             of_folder = np.array([number[name] for name in folder_classes], np.int32)
-            return self._number(of_folder[self.folder_number[rows]], values, classes, devkit)
+            return self._number(rows, of_folder[self.folder_number[rows]], values, classes, devkit)
         if devkit is not None:
             found = self._per_image(rows, lambda name: devkit.synset_of(name, self.source))
-            return self._number(*found, classes or devkit.synsets, devkit)
+            return self._number(rows, *found, classes or devkit.synsets, devkit)
         if classes is not None:
             raise UserError(f"{self.source} has no classes, but training has. Pass --devkit.")
         return np.full(len(rows), UNLABELLED, np.int32), []
@@ -124,14 +124,26 @@ class Labelling:
         return found[-1]
 
     def _number(
-        self, numbers: np.ndarray, values: list[Label], classes: list[str] | None, devkit: Devkit | None
+        self,
+        rows: np.ndarray,
+        numbers: np.ndarray,
+        values: list[Label],
+        classes: list[str] | None,
+        devkit: Devkit | None,
     ) -> tuple[np.ndarray, list[str]]:
-        """Return labels and class names. numbers: of each image's value in `values`, which may be names or numbers."""
+        """Return the labels of these rows, and the class names.
+
+        numbers: of each row's value in `values`, which are class names or class numbers.
+        """
         scan = self.scan
+
+        def first_with(value: Label) -> str:
+            row = int(rows[np.flatnonzero(numbers == values.index(value))[0]])
+            return f"{scan.files[self.folders[self.folder_number[row]].file_number]}: {self._name(row)}"
+
         used = Counter(numbers.tolist())
         if None in values and used[values.index(None)]:
-            first = self._name(int(np.flatnonzero(numbers == values.index(None))[0]))
-            raise UserError(f"{self.source}: {first} has no label, but other images have. Add its label, or remove it.")
+            raise UserError(f"{first_with(None)} has no label, but other images have. Add its label, or remove it.")
         found = [values[number] for number in used]
         ints, names = [v for v in found if isinstance(v, int)], [v for v in found if isinstance(v, str)]
         if ints and names:
@@ -144,8 +156,8 @@ class Labelling:
             limit = len(expected) or 1 << 31
             extreme = min(ints) if min(ints) < 0 else max(ints)
             if not 0 <= extreme < limit:
-                where = scan.example.get(values.index(extreme), self.source)
-                raise UserError(f"{where} has label {extreme}; expected 0 to {limit - 1}. Fix its .cls or .json.")
+                problem = f"has label {extreme}; expected 0 to {limit - 1}"
+                raise UserError(f"{first_with(extreme)} {problem}. Fix its .cls or .json.")
             label_of = np.array([value if isinstance(value, int) else -1 for value in values], np.int64)
             return label_of.clip(-1, limit)[numbers].astype(np.int32), expected
         if classes == []:
@@ -153,16 +165,14 @@ class Labelling:
             raise UserError(f"{self.source} {problem}. Shard it with a separate command.")
         known = classes or scan.manifest_classes or (devkit.synsets if devkit is not None else None)
         if self.has_labels and not known and scan.rule.classes != "label":
-            where = scan.example[values.index(names[0])]
             fix = "Pass --classes label if its labels are names of classes, or --labels none."
-            raise UserError(f"{where} has the label {names[0]!r}; expected a class number. {fix}")
+            raise UserError(f"{first_with(names[0])} has the label {names[0]!r}; expected a class number. {fix}")
         expected = classes or (known if self.has_labels and known else sorted(names))
         position = {name: i for i, name in enumerate(expected)}
         unknown = sorted(set(names) - position.keys())
         if unknown:
-            where = scan.example.get(values.index(unknown[0]), self.source) if self.has_labels else self.source
             problem = f"has class {unknown[0]!r}, which is not among the {len(expected)} classes of training"
-            raise UserError(f"{where} {problem}. Pass a split of the same data set.")
+            raise UserError(f"{first_with(unknown[0])} {problem}. Pass a split of the same data set.")
         label_of = np.array([position.get(value, -1) if isinstance(value, str) else -1 for value in values], np.int32)
         return label_of[numbers], list(expected)
 

@@ -11,11 +11,11 @@ from typing import Literal
 import numpy as np
 
 from ddae.errors import UserError
-from ddae.sharding.accounting import Tally
+from ddae.sharding.accounting import MAX_NAMES, Tally
 from ddae.sharding.archives import Member, members
 from ddae.sharding.classes import Rule, is_hidden
 from ddae.sharding.grouping import LABEL_ENDINGS, File, Label, key_of, parse_label, resolve_group
-from ddae.sharding.index import Folder, Strings, hash64, is_repeated
+from ddae.sharding.index import Folder, Strings, hash64
 from ddae.sharding.inspection import IMAGE_ENDINGS, UNSUPPORTED_ENDINGS
 
 
@@ -58,8 +58,7 @@ class Scan:
         self._folder_numbers: dict[Folder, int] = {}
         self.labels: dict[Label, int] = {None: 0}  # label -> its number in label_number
         self.label_number = array("i")  # of each image
-        self.example: dict[int, str] = {}  # label number -> an image with it
-        self.removed: set[int] = set()  # rows that are not images of their own
+        self.removed = array("q")  # rows that are not images of their own
 
     def add_folder(self, root: Path) -> None:
         """Add the images below a folder."""
@@ -76,7 +75,7 @@ class Scan:
         """Add the images of an archive, with the labels in it."""
         first = len(self.images.base)
         image_keys, label_keys = array("q"), array("q")  # hashes of folder and key
-        label_names, labels = Strings(), array("i")
+        label_ends, labels = Strings(), array("i")  # of each label file: its name without the key, its label
         invalid: dict[int, str] = {}  # label files without a valid label
         wants_labels = self.rule.labels != "none"
         for member in members(path, LABEL_ENDINGS if wants_labels else ()):
@@ -92,27 +91,45 @@ class Scan:
                 except ValueError as error:
                     invalid[len(labels)], label = str(error), None
                 label_keys.append(hash64(f"{folder}/{key_of(base)}"))
-                label_names.append(os.fsencode(base))
+                label_ends.append(os.fsencode(base.removeprefix(key_of(base))))
                 labels.append(self.labels.setdefault(label, len(self.labels)))
             elif kind == "label":
                 self.tally.other_files.add("label files (--labels none)", member.name)
+        without_image, fields, replaced = array("q"), array("q"), array("q")
         for rows, label_rows in _groups(np.frombuffer(image_keys, np.int64), np.frombuffer(label_keys, np.int64)):
-            label_files = [File(i, os.fsdecode(label_names[i])) for i in label_rows]
             if not rows:
-                self.tally.other_files.add("label files without an image", label_files[0].name, len(label_files))
+                without_image.extend(label_rows)
                 continue
-            images = [File(first + i, os.fsdecode(self.images.base[first + i])) for i in rows]
+            images = [File(first + i, self._base(first + i)) for i in rows]
+            key = key_of(images[0].name)
+            label_files = [File(i, key + os.fsdecode(label_ends[i])) for i in label_rows]
             folder = self.folders[self.images.folder_number[first + rows[0]]].path
-            where = f"{path}: {folder}{'/' if folder else ''}{key_of(images[0].name)}"
+            where = f"{path}: {folder}{'/' if folder else ''}{key}"
             group = resolve_group(images, label_files, where)
-            for each in group.fields:
-                self.tally.other_files.add("masks or other fields of samples", f"{path.name}/{each.name}")
-            for each in group.replaced:
-                self.tally.left_out.add("replaced by a later file of the same name", f"{path.name}/{each.name}")
-            self.removed.update(each.number for each in (*group.fields, *group.replaced))
+            fields.extend(each.number for each in group.fields)
+            replaced.extend(each.number for each in group.replaced)
             for image, of_image in group.samples:
                 self.label_number[image.number] = self._label(of_image, labels, invalid, where)
                 self.tally.other_files.add("label files", count=len(of_image))
+        for row in sorted(fields):
+            name = f"{path.name}/{self._base(row)}"
+            self.tally.other_files.add("masks or other fields of samples", name)
+        for row in sorted(replaced):
+            name = f"{path.name}/{self._base(row)}"
+            self.tally.left_out.add("replaced by a later file of the same name", name)
+        self.removed += fields + replaced
+        if without_image:
+            first_ones = set(sorted(without_image)[:MAX_NAMES])
+            names = (member.name for member in members(path) if _is_label(member.name))
+            for position, name in enumerate(names):  # read again, as names of label files are not kept
+                if position in first_ones:
+                    self.tally.other_files.add("label files without an image", name)
+            count = len(without_image) - len(first_ones)
+            self.tally.other_files.add("label files without an image", count=count)
+
+    def _base(self, row: int) -> str:
+        """Return an image's file name without folder."""
+        return os.fsdecode(self.images.base[row])
 
     def _label(self, label_files: list[File], labels: array, invalid: dict[int, str], where: str) -> int:
         """Return the number of the label that the label files of one image contain."""
@@ -125,9 +142,7 @@ class Scan:
             values = list(self.labels)
             texts = " and ".join(f"{values[number]!r} ({file.name})" for number, file in found.items())
             raise UserError(f"{where} has two labels, {texts}. Keep one of them, or pass --labels none.")
-        number = next(iter(found), 0)
-        self.example.setdefault(number, where)
-        return number
+        return next(iter(found), 0)
 
     def _kind(self, name: str, is_file: bool) -> Literal["image", "label", ""]:
         """Return what a file is, and count it if it is neither image nor label."""
@@ -189,18 +204,25 @@ def walk(root: Path) -> Iterator[tuple[str, os.stat_result | None]]:
             yield os.path.relpath(path, root), file_status if is_regular else None
 
 
+def _is_label(name: str) -> bool:
+    """Return whether a path is that of a label file."""
+    return name.lower().endswith(LABEL_ENDINGS) and not is_hidden(name)
+
+
 def _groups(image_keys: np.ndarray, label_keys: np.ndarray) -> Iterator[tuple[list[int], list[int]]]:
-    """Yield the positions of images and label files that share a key, but for images alone with theirs."""
-    num_images = len(image_keys)
-    keys = np.concatenate([image_keys, label_keys]) if len(label_keys) else image_keys
-    chosen = is_repeated(keys)
-    chosen[num_images:] = True
-    positions = np.flatnonzero(chosen)
-    order = positions[np.argsort(keys[positions], kind="stable")]
-    starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] - 1))
-    ends = np.append(starts[1:], len(order))
-    by_position = np.argsort(order[starts])  # in the order of the archive
-    for start, end in zip(starts[by_position].tolist(), ends[by_position].tolist(), strict=True):
-        of_key = order[start:end].tolist()
-        images = [i for i in of_key if i < num_images]
-        yield images, [i - num_images for i in of_key if i >= num_images]
+    """Yield the positions of images and label files that share a key, except those of an image alone with its key.
+
+    image_keys, label_keys: hashes, int64. Those of one low byte are compared at a time, which limits the memory.
+    """
+    low_bytes = [keys.view(np.uint8)[::8] for keys in (image_keys, label_keys)]
+    for value in range(256):
+        images, labels = (np.flatnonzero(each == value) for each in low_bytes)
+        keys = np.concatenate([image_keys[images], label_keys[labels]])
+        order = np.argsort(keys, kind="stable")
+        starts = np.flatnonzero(np.diff(keys[order], prepend=keys[order][:1] - 1))
+        ends = np.append(starts, len(order))[1:]
+        wanted = (ends - starts > 1) | (order[starts] >= len(images))
+        for start, end in zip(starts[wanted].tolist(), ends[wanted].tolist(), strict=True):
+            of_key = order[start:end]
+            of_labels = of_key[of_key >= len(images)] - len(images)
+            yield images[of_key[of_key < len(images)]].tolist(), labels[of_labels].tolist()

@@ -233,7 +233,9 @@ def test_of_files_with_the_same_name_the_last_one_counts(tmp_path):
 
 def test_label_files_without_an_image_are_counted(tmp_path):
     files = {**labelled(3), "9.cls": b"1", "dataset.json": b'{"name": "mine"}'}
-    assert scan(tmp_path, files)[0].tally.other_files.counts["label files without an image"] == 2
+    other_files = scan(tmp_path, files)[0].tally.other_files
+    assert other_files.counts["label files without an image"] == 2
+    assert other_files.names["label files without an image"] == ["9.cls", "dataset.json"]
 
 
 def test_a_label_without_an_image_does_not_hide_the_classes_of_folders(tmp_path):
