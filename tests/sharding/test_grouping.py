@@ -164,7 +164,7 @@ def test_a_name_that_training_lacks_is_refused(tmp_path, capsys):
     train = {f"{name}/{name}.jpg": photo(50 + i) for i, name in enumerate(WNIDS[:4])}
     args = ["--train", write_tar(tmp_path / "train.tar", train), "--val", write_tar(tmp_path / "val.tar", synsets(10))]
     message = rejected(capsys, *args, "--out", tmp_path / "out")
-    assert f"val.tar: 4 has class '{WNIDS[4]}', which is not among the 4 classes of training" in message
+    assert f"val.tar: 4.jpg has class '{WNIDS[4]}', which is not among the 4 classes of training" in message
 
 
 def test_numbers_beside_names_are_refused(tmp_path, capsys):
