@@ -12,6 +12,14 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A failure of one rank. Each rank that has it prints it, with its number, and exits with `code`."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
 def run_command(name: str, main: Callable[[], int | None]) -> None:
     """Run a single-process command and exit with its code: 2 for a UserError, 130 for Ctrl-C."""
     try:

@@ -4,18 +4,23 @@ import logging
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from ddae.config import deepspeed
 from ddae.config.pretrain import PretrainConfig, beta_names
 from ddae.data.preview import Preview, preview_images
 from ddae.distributed.checkpoint_format import FrozenModule
-from ddae.distributed.comm import is_main, world_size
+from ddae.distributed.comm import device_memory, is_main, world_size
 from ddae.distributed.engine import Engine
+from ddae.distributed.failures import memory_reason
 from ddae.distributed.preemption import StopSignal
+from ddae.errors import RankError
 from ddae.eval.online_knn import OnlineProbe
 from ddae.export.encoder import export_encoder
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
 from ddae.report.html import NUM_IMAGES, summary, update_model_card, write_report
+from ddae.tools.plan import explain_memory
 from ddae.training.collapse import collapse_risks
 from ddae.training.flops import count_model_flops
 from ddae.training.metrics import LossMeter
@@ -39,11 +44,19 @@ logger = logging.getLogger(__name__)
 def pretrain(config: PretrainConfig, stop: StopSignal | None = None) -> None:
     """Train to the end, resuming from the newest checkpoint; then export the encoder and write the report.
 
-    Raise UserError for a mistake of the user, NonFiniteError after several steps with non-finite gradients, and
-    SystemExit with code 75 if a signal stops the run: the same command then resumes it.
+    Raise UserError for a mistake of the user, RankError if the GPU is out of memory, NonFiniteError after several steps
+    with non-finite gradients, and SystemExit with code 75 if a signal stops the run: the same command then resumes it.
     """
-    # checks that need no other rank
     resolved = deepspeed.resolve(deepspeed.load(config.ds_config), config, world_size())
+    try:
+        _pretrain(config, resolved, stop)
+    except torch.OutOfMemoryError as error:
+        plan = explain_memory(config, resolved.json, world_size(), resolved.micro_batch, device_memory())
+        raise RankError(f"the GPU is out of memory ({memory_reason(error)}). {plan}") from None
+
+
+def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: StopSignal | None) -> None:
+    # checks that need no other rank
     model_config = resolve_auto(config, resolved.json)
     run = Run(config, stop, resolved.json, resolved.micro_batch)
     loader = build_loader(config, run.rank_batch)

@@ -24,7 +24,7 @@ import tyro
 from ddae.config.base import ExperimentType
 from ddae.config.presets import preset
 from ddae.config.pretrain import PretrainConfig, check
-from ddae.errors import UserError
+from ddae.errors import RankError, UserError
 
 ALIASES = {"--deepspeed_config": "--ds_config"}
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # added by launchers, not read
@@ -51,7 +51,10 @@ def launch(experiment: ExperimentType, program: str) -> None:
             print("ddae: interrupted before training began", file=sys.stderr, flush=True)
         os._exit(130)
     except UserError as error:
-        if _rank() == 0:
+        code = error.code if isinstance(error, RankError) else 2
+        if isinstance(error, RankError):
+            print(f"ddae: rank {_rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
+        elif _rank() == 0:
             print(f"ddae: {error}", file=sys.stderr, flush=True)
         elif os.environ.get("LOCAL_RANK") == "0":  # of another node, which may lack what the first one has
             print(f"ddae: rank {_rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
@@ -59,7 +62,7 @@ def launch(experiment: ExperimentType, program: str) -> None:
             time.sleep(3)  # a launcher ends all ranks when the first has exited: let the one that reports go first
         atexit._run_exitfuncs()  # but not the interpreter's own shutdown, which would wait for other ranks
         sys.stdout.flush()
-        os._exit(2)
+        os._exit(code)
 
 
 def _run(program: str, config: Any) -> None:
@@ -71,10 +74,13 @@ def _run(program: str, config: Any) -> None:
     configure_logging()
     stop = StopSignal()  # listens from here on, while the rest is imported
     module, _, function = program.partition(":")
-    getattr(importlib.import_module(module), function)(config, stop)
+    run = getattr(importlib.import_module(module), function)
     from ddae.distributed.engine import stop_process_group
+    from ddae.distributed.failures import explained
 
-    stop_process_group()
+    with explained():
+        run(config, stop)
+        stop_process_group()
 
 
 def _rank() -> int:

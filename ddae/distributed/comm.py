@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -74,6 +75,13 @@ def device() -> torch.device:
     return torch.device("cuda", local)
 
 
+def device_memory() -> int:
+    """Return the bytes of memory of this process's GPU, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(device()).total_memory
+    return psutil.virtual_memory().total
+
+
 def _require_no_gpu() -> None:
     """Raise UserError if this machine has a GPU that is not hidden on purpose: torch was built for a newer driver."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
@@ -94,6 +102,19 @@ def _require_no_gpu() -> None:
         f"{platform.node()} has a GPU that cannot be used: {reason}. Update the driver, or install another torch. "
         "For the CPU set CUDA_VISIBLE_DEVICES= or, in training, pass --engine.device cpu."
     )
+
+
+def record_collectives() -> None:
+    """Turn on torch's flight recorder of collectives, before the process group exists, unless it is configured."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+
+
+def last_collectives() -> bytes:
+    """Return the last collectives of this rank, and their state, as torch's flight recorder pickles them."""
+    from torch._C import _distributed_c10d as recorder
+
+    is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+    return recorder._dump_nccl_trace() if is_nccl else recorder._dump_fr_trace()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddae.distributed.checkpoint_format import TensorShard
-from ddae.distributed.comm import barrier, device, sum_over_ranks, world_size
+from ddae.distributed.comm import barrier, device, record_collectives, sum_over_ranks, world_size
 from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
 
@@ -38,6 +38,7 @@ def start_process_group(timeout_s: float = 600.0) -> None:
         torch.cuda.set_device(device())
         os.environ["LOCAL_RANK"] = str(device().index)  # which DeepSpeed reads
     if not dist.is_initialized():
+        record_collectives()
         timeout = timedelta(seconds=timeout_s)
         if world_size() == 1:
             skip_shared_memory_op()

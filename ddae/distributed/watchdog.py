@@ -2,8 +2,9 @@
 
     heartbeats/rank_00000.json    host, process, step and its time, written about every ten seconds
     heartbeats/rank_00000.txt     stacks of all threads of a rank that was ended
+    heartbeats/collectives_0      its last collectives, from torch's flight recorder
 
-A rank that waits for another cannot know which of them hangs: all of them exit, and the stacks show the cause. Time in
+`torchfrtrace RUN/heartbeats -p collectives_` compares the collectives of all ranks. A rank that waits for another cannot know which of them hangs: all of them exit, and the stacks show the cause. Time in
 which the process was stopped does not count. The limit is higher before the first step, when kernels are compiled and
 DeepSpeed's operators built.
 """
@@ -18,11 +19,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddae import atomic
-from ddae.distributed.comm import rank
+from ddae.distributed.comm import last_collectives, rank
 
 EXIT_CODE = 70  # EX_SOFTWARE
 HEARTBEAT_INTERVAL_S = 10.0
 CHECK_INTERVAL_S = 10.0
+WRITE_S = 10.0  # that an ending rank allows for its files
 FIRST_STEP_EXTRA_S = 3600.0  # before the first step
 
 
@@ -85,8 +87,10 @@ class Watchdog:
         def write() -> None:
             with suppress(OSError), open(stacks, "w") as file:
                 faulthandler.dump_traceback(file)
+            with suppress(OSError):
+                (self.stem.parent / f"collectives_{rank()}").write_bytes(last_collectives())
 
         writer = threading.Thread(target=write, daemon=True)
         writer.start()
-        writer.join(5)
+        writer.join(WRITE_S)
         os._exit(EXIT_CODE)

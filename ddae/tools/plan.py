@@ -21,7 +21,7 @@ from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig
 from ddae.errors import UserError
 from ddae.method.model import build_uninitialised_model
 from ddae.training.collapse import collapse_risks
-from ddae.training.flops import GPUS, Gpu, count_flops, decoder_branches, encoder_patches
+from ddae.training.flops import GPUS, count_flops, decoder_branches, encoder_patches
 from ddae.training.optimizer import build_optimizer
 
 GIB = 2**30
@@ -226,11 +226,32 @@ def bytes_sent(config: PretrainConfig, stage: int, gpus: int, accumulation: int)
     return weight_bytes * ring_share * (passes * n + teacher)
 
 
-def largest_micro_batch(config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, gpu: Gpu) -> int:
-    """Return the largest micro-batch that fits and divides the global batch; 0 if none fits."""
-    batch, usable = config.data.batch_size, USABLE * gpu.memory * GIB
+def largest_micro_batch(config: PretrainConfig, settings: dict[str, Any], stage: int, gpus: int, memory: float) -> int:
+    """Return the largest micro-batch that fits and divides the global batch; 0 if none fits.
+
+    memory: bytes of a GPU.
+    """
+    batch, usable = config.data.batch_size, USABLE * memory
     divisors = (micro for micro in range(batch // gpus, 0, -1) if batch % (micro * gpus) == 0)
     return next((n for n in divisors if estimate_memory(config, settings, stage, gpus, n).peak < usable), 0)
+
+
+def explain_memory(config: PretrainConfig, settings: dict[str, Any], gpus: int, micro: int, memory: float) -> str:
+    """Return what a GPU's memory holds, part by part, and the micro-batch that fits, for a run that lacks memory.
+
+    settings: the DeepSpeed JSON. micro: the micro-batch that did not fit. memory: bytes of a GPU.
+    """
+    stage = settings.get("zero_optimization", {}).get("stage", 0)
+    planned = estimate_memory(config, settings, stage, gpus, micro)
+    parts = ", ".join(f"{name} {value / GIB:.2f}" for name, value in planned._asdict().items())
+    text = f"Planned for a micro-batch of {micro} at ZeRO {stage}, in GiB: {parts}; "
+    text += f"at most {planned.peak / GIB:.2f} at a time, of {memory / GIB:.2f}. "
+    fits = largest_micro_batch(config, settings, stage, gpus, memory)
+    if fits >= micro:
+        return f"{text}By the plan this fits: see whether other processes use the GPU, or halve the micro-batch."
+    if fits:
+        return f"{text}Set train_micro_batch_size_per_gpu to {fits} in the DeepSpeed JSON, which fits."
+    return f"{text}No micro-batch fits: pass --engine.activation_checkpointing, or use a higher ZeRO stage."
 
 
 def format_plan(
@@ -277,7 +298,7 @@ def format_plan(
     for stage in range(4):
         memory = estimate_memory(config, settings, stage, gpus, micro)
         fits = "yes" if memory.peak < USABLE * gpu.memory * GIB else "no"
-        max_micro = largest_micro_batch(config, settings, stage, gpus, gpu)
+        max_micro = largest_micro_batch(config, settings, stage, gpus, gpu.memory * GIB)
         gib = [value / GIB for value in (*memory[:6], memory.peak)]
         numbers = "  ".join(f"{v:{w}.2f}" for v, w in zip(gib, (7, 9, 9, 7, 11, 7, 7), strict=True))
         sent = bytes_sent(config, stage, gpus, accumulation) / GIB

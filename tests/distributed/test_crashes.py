@@ -6,6 +6,7 @@ Most tests are long: make test-faults.
 import contextlib
 import json
 import os
+import pickle
 import random
 import re
 import shutil
@@ -117,9 +118,13 @@ def test_a_dead_or_hanging_rank_ends_the_job(failure, shards, tmp_path, forks, r
         beat = json.loads((tmp_path / "run" / "heartbeats" / "rank_00000.json").read_text())
         assert beat["step"] >= 50
         assert beat["pid"] == processes[0]
+        trace = pickle.loads((tmp_path / "run" / "heartbeats" / "collectives_0").read_bytes())
+        assert trace["entries"][-1]["profiling_name"] == "gloo:all_reduce"  # the one that rank 1 has not joined
         os.kill(processes[1], signal.SIGKILL)
     else:  # the kernel closes a dead rank's connections; if this goes unnoticed, the watchdog ends the other rank
-        assert (code == 1 and "by peer" in forks.log()) or code == 70, forks.log()
+        assert code == 70, forks.log()
+        assert "the connection to another rank is lost" in forks.log() or "made no progress" in forks.log()
+        assert "Traceback" not in forks.log()
     forks.wait(processes[1])
     processes, since = forks.start(command, 2), time.monotonic()
     while "steps" not in forks.log():

@@ -1,0 +1,33 @@
+"""Failures of a rank that end in a sentence instead of a traceback: a lost rank, a GPU out of memory."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from ddae.distributed.watchdog import EXIT_CODE
+from ddae.errors import RankError, one_line
+
+GLOO = "gloo/transport"  # in the messages of gloo's connections
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Context in which such a failure is raised as a RankError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        fix = "Lower train_micro_batch_size_per_gpu in the DeepSpeed JSON."
+        raise RankError(f"the GPU is out of memory ({memory_reason(error)}). {fix}") from None
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and GLOO not in str(error):
+            raise
+        reason = one_line(str(error).rpartition("] ")[2] if GLOO in str(error) else error)
+        problem = f"the connection to another rank is lost ({reason}): that rank has ended, or the network failed"
+        raise RankError(f"{problem}. The same command resumes the run.", EXIT_CODE) from None
+
+
+def memory_reason(error: torch.OutOfMemoryError) -> str:
+    """Return what torch tried to allocate, and what was in use, without its advice."""
+    return one_line(str(error).partition(" If reserved but unallocated")[0], 300).rstrip(".")

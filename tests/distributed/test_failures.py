@@ -1,0 +1,68 @@
+"""Failures that end a rank in a sentence: out of memory, a connection that is lost."""
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+
+from ddae.config.deepspeed import load
+from ddae.config.presets import preset
+from ddae.distributed.failures import explained
+from ddae.errors import RankError
+from ddae.tools.plan import GIB, explain_memory
+
+REPORT = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.02 GiB is free. "
+    "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True."
+)
+OUT_OF_MEMORY = f"""
+import torch
+from ddae.training.step import ForwardPass
+from ddae.config.cli import PRETRAINING, launch
+
+def fail(*_):
+    raise torch.OutOfMemoryError({REPORT!r})
+
+ForwardPass.__call__ = fail
+launch(PRETRAINING, "ddae.train:pretrain")
+"""
+
+
+def test_out_of_memory_ends_with_the_memory_by_part(shards, tmp_path):
+    code, output = ranks.run_command("-c", OUT_OF_MEMORY, *ranks.arguments(shards, tmp_path / "run", 2))
+    assert code == 2, output
+    (message,) = [line for line in output.splitlines() if line.startswith("ddae: rank 0 on ")]
+    assert "Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB" in message
+    assert "expandable_segments" not in message
+    assert "Planned for a micro-batch of 16 at ZeRO 2, in GiB: weights 0.00, gradients" in message
+    assert "Traceback" not in output
+
+
+def test_the_plan_names_the_micro_batch_that_fits():
+    config, settings = preset("ddae_vit_l16_800e"), load("ds_configs/zero2.json")
+    on_gpu_of = {gib: explain_memory(config, settings, 8, 512, gib * GIB) for gib in (1, 40, 80)}
+    assert "at ZeRO 2, in GiB: weights 0.63, gradients" in on_gpu_of[40]
+    assert "Set train_micro_batch_size_per_gpu to 256 in the DeepSpeed JSON, which fits" in on_gpu_of[40]
+    assert "No micro-batch fits" in on_gpu_of[1]
+    assert "By the plan this fits" in on_gpu_of[80]
+
+
+@pytest.mark.parametrize(
+    "error, code, message",
+    [
+        (torch.OutOfMemoryError(REPORT), 2, "the GPU is out of memory (CUDA out of memory. Tried to allocate 2.00 GiB"),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:547] Connection closed by peer [::1]:5"), 70, "closed by peer"),
+        (dist.DistBackendError("NCCL error: remote process exited"), 70, "remote process exited"),
+    ],
+)
+def test_a_failure_is_a_sentence_with_an_exit_code(error, code, message):
+    with pytest.raises(RankError) as caught, explained():
+        raise error
+    assert caught.value.code == code
+    assert message in str(caught.value)
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="shapes") as caught, explained():
+        raise RuntimeError("shapes differ")
+    assert not isinstance(caught.value, RankError)
