@@ -2,19 +2,24 @@
 
 PYTHON ?= python3
 VENV := .venv
-READY := $(VENV)/.ready
+# CUDA of torch and DALI, cu13 or cu12 (for drivers older than 580); default: that of the environment, else cu13.
+CUDA ?= $(or $(patsubst $(VENV)/.ready-%,%,$(firstword $(wildcard $(VENV)/.ready-*))),cu13)
+READY := $(VENV)/.ready-$(CUDA)
+FOR_OTHER_CUDA := $(filter-out $(READY),$(wildcard $(VENV)/.ready-*))
+CONSTRAINTS := --constraint constraints.txt --constraint constraints-$(CUDA).txt
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: venv demo test test-slow test-faults lint bench-kernels bench-loader bench-step gpu-check simd clean
+.PHONY: venv demo test test-slow test-faults soak lint bench-kernels bench-loader bench-step gpu-check simd clean
 
+# make venv CUDA=cu12
 venv: $(READY)
 
 # torch is installed first: other packages build against it, and the constraint keeps them from replacing it.
-$(READY): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt torch torchvision setuptools wheel
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[cu13,dev]'
+$(READY): pyproject.toml constraints.txt constraints-$(CUDA).txt
+	$(if $(FOR_OTHER_CUDA),$(PYTHON) -m venv --clear $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
+	$(BIN)/pip install --quiet $(CONSTRAINTS) torch torchvision setuptools wheel
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable '.[$(CUDA),dev]'
 	touch $@
 
 data/demo/manifest.json: | $(READY)
@@ -38,6 +43,11 @@ test-faults: $(READY)
 	$(BIN)/python -m pytest -m 'faults or reliability' -o junit_family=xunit1 --junitxml .faults.xml; failed=$$?; \
 		$(BIN)/python tests/support/reliability.py .faults.xml docs/reliability.md; exit $$failed
 
+# Two ranks suffer random faults for an hour; the result goes into docs/reliability.md. It needs root: make soak MINUTES=60
+MINUTES ?= 60
+soak: $(READY)
+	PYTHONPATH=.:kernels:tests:tests/support $(PY) tests/soak.py --minutes $(MINUTES) --out docs/results/soak.json
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -54,7 +64,7 @@ bench-step: $(READY)
 
 # Install pillow-simd into its own folder, to benchmark it beside Pillow. DATA is a folder of shards.
 .simd: $(READY)
-	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-deps --no-binary pillow-simd --target .simd pillow-simd
+	CC="cc -mavx2" $(BIN)/pip install --quiet $(CONSTRAINTS) --no-deps --no-binary pillow-simd --target .simd pillow-simd
 
 bench-loader: .simd
 	$(BIN)/python launch/benchmark.py loader --data $(DATA) --simd .simd $(BENCH)
@@ -67,7 +77,7 @@ gpu-check:
 # Replace Pillow by pillow-simd: both have the same import name, so only one can be installed.
 simd: $(READY)
 	$(BIN)/pip uninstall --quiet --yes pillow pillow-simd
-	CC="cc -mavx2" $(BIN)/pip install --quiet --constraint constraints.txt --no-binary pillow-simd pillow-simd
+	CC="cc -mavx2" $(BIN)/pip install --quiet $(CONSTRAINTS) --no-binary pillow-simd pillow-simd
 	$(BIN)/python -c "import PIL; print('pillow-simd', PIL.__version__)"
 
 clean:

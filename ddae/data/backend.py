@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +20,13 @@ NUM_TIMED_IMAGES = 64  # to compare the speed of the back ends
 NUM_PROBE_IMAGES = 8  # to check a GPU's region decoding
 
 
+class Decoding(NamedTuple):
+    """How images are decoded. Both differ slightly in their pixels, so a resumed run keeps them."""
+
+    backend: str
+    regions: bool = True  # DALI: decode crop boxes alone; otherwise whole images, which are then cropped
+
+
 def dali_installed() -> bool:
     """Return whether DALI can be imported."""
     return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
@@ -27,7 +35,7 @@ def dali_installed() -> bool:
 def check_installed(backend: str) -> str:
     """Return `backend`. Raise UserError if it is dali and DALI is not installed."""
     if backend == "dali" and not dali_installed():
-        fix = "Run pip install -e '.[cu13]', or pass --data.backend pillow."
+        fix = "Run make venv, or pass --data.backend pillow."
         raise UserError(f"data.backend is dali, but DALI is not installed. {fix}")
     return backend
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ddae.config.base import ShardsConfig
-from ddae.data.backend import can_decode_regions, check_installed, choose_backend
+from ddae.data.backend import Decoding, can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import FallbackDecoder
 from ddae.data.file_io import raise_open_file_limit
@@ -118,25 +118,32 @@ class Loader:
         # Runs before multiprocessing's exit handler, which would wait for the workers: they ignore its SIGTERM.
         atexit.register(self.close)
 
-    def select_backend(self, previous: str | None = None) -> None:
-        """Replace back end "auto" by `previous`, that of an earlier start of the run, or else by the faster one.
+    def select_backend(self, previous: Decoding | None = None) -> None:
+        """Replace back end "auto" by that of `previous`, an earlier start of the run, or else by the faster one.
 
-        With data.in_memory also decode all images.
-
-        Rank 0 decides for all ranks; all call it.
+        With DALI also choose whether it decodes regions: if all ranks can, and unless the earlier start did not. With
+        data.in_memory also decode all images. All ranks call it, and all get the same result.
         """
         reader = self._reader()
         if self.backend != "dali" and self.shards is not None:
             batch = self.rank_batch.micro_batch * 3 * self.size * self.size
             require_shared_memory(self.config.workers * PREFETCH_BATCHES * batch, self.config.workers)
         if self.backend == "auto":
-            choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, previous))
+            before = None if previous is None else previous.backend
+            choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, before))
             self.backend, self.backend_reason = choice
         if self.backend == "dali":
-            self._decode_regions = can_decode_regions(reader, self.config, self.device)
+            works = all(gather(can_decode_regions(reader, self.config, self.device)))
+            was_whole = previous is not None and previous.backend == "dali" and not previous.regions
+            self._decode_regions = works and not was_whole
         if self.config.in_memory and self.shards is not None and not self._selected:
             self._decoded = decode_all(self.shards, max(1, self.config.workers))
         self._selected = True
+
+    @property
+    def decoding(self) -> Decoding:
+        """How images are decoded, once select_backend() was called."""
+        return Decoding(self.backend, self._decode_regions)
 
     def describe(self) -> str:
         """Return the number of images, the back end and the handling of an epoch's last batch, for the log."""

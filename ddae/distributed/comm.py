@@ -92,14 +92,17 @@ def _require_no_gpu() -> None:
         text = Path(DRIVER_FILE).read_text()
     found = re.search(r"\s(\d+\.[\d.]+)\s", text)
     driver = f"driver {found[1]}" if found else "a driver of unknown version"
-    cuda = torch.version.cuda
+    cuda, fix = torch.version.cuda, "Update the driver."
+    if cuda is not None and cuda.startswith("13") and (found is None or int(found[1].partition(".")[0]) >= 525):
+        fix = "Update the driver, or install a torch for CUDA 12 with make venv CUDA=cu12."
     if cuda is None:
         reason = f"torch {torch.__version__} is built without CUDA, and the machine has {driver}"
+        fix = "Install a torch that is built with CUDA."
     else:
         needed = MIN_DRIVER.get(cuda.partition(".")[0], "of a later version")
         reason = f"torch is built for CUDA {cuda}, which needs driver {needed}, and the machine has {driver}"
     raise UserError(
-        f"{platform.node()} has a GPU that cannot be used: {reason}. Update the driver, or install another torch. "
+        f"{platform.node()} has a GPU that cannot be used: {reason}. {fix} "
         "For the CPU set CUDA_VISIBLE_DEVICES= or, in training, pass --engine.device cpu."
     )
 
@@ -111,10 +114,10 @@ def record_collectives() -> None:
 
 def last_collectives() -> bytes:
     """Return the last collectives of this rank, and their state, as torch's flight recorder pickles them."""
-    from torch._C import _distributed_c10d as recorder
+    from torch._C import _distributed_c10d
 
     is_nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-    return recorder._dump_nccl_trace() if is_nccl else recorder._dump_fr_trace()
+    return getattr(_distributed_c10d, "_dump_nccl_trace" if is_nccl else "_dump_fr_trace")()
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

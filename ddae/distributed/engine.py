@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import barrier, device, record_collectives, sum_over_ranks, world_size
+from ddae.distributed.cores import bind_cores
 from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
 
@@ -23,7 +24,8 @@ OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # set by launchers that 
 def start_process_group(timeout_s: float = 600.0) -> None:
     """Join the ranks that the launcher started; without a launcher this process is the only rank.
 
-    timeout_s: seconds after which a rank that waits for another gives up. Raise UserError if the ranks cannot connect.
+    Each rank is bound to its own cores. timeout_s: seconds after which a rank that waits for another gives up. Raise
+    UserError if the ranks cannot connect.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if "RANK" not in os.environ:
@@ -56,6 +58,7 @@ def start_process_group(timeout_s: float = 600.0) -> None:
         set_world_group(dist.new_group(timeout=timeout))  # DeepSpeed's copy would keep torch's ten minutes
         barrier()
         _unlink_shared_memory()
+        bind_cores()
 
 
 def stop_process_group() -> None:

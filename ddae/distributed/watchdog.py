@@ -4,9 +4,9 @@
     heartbeats/rank_00000.txt     stacks of all threads of a rank that was ended
     heartbeats/collectives_0      its last collectives, from torch's flight recorder
 
-`torchfrtrace RUN/heartbeats -p collectives_` compares the collectives of all ranks. A rank that waits for another cannot know which of them hangs: all of them exit, and the stacks show the cause. Time in
-which the process was stopped does not count. The limit is higher before the first step, when kernels are compiled and
-DeepSpeed's operators built.
+`torchfrtrace RUN/heartbeats -p collectives_` compares the collectives of all ranks. A rank that waits for another
+cannot know which of them hangs: all of them exit, and the stacks show the cause. Time in which the process was
+stopped is not counted. The limit is higher before the first step, when kernels are compiled and DeepSpeed's operators built.
 """
 
 import faulthandler

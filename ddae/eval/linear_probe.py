@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddae.config.evaluation import ProbeConfig
+from ddae.data.backend import Decoding
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch, Loader
 from ddae.distributed.checkpoint_format import Checkpointable, TensorShard
@@ -161,7 +162,7 @@ class HeadsOptimizer:
 class IndexLoader(Loader):
     """The same sequence of samples without images, for training on cached features."""
 
-    def select_backend(self, known: str | None = None) -> None:
+    def select_backend(self, previous: Decoding | None = None) -> None:
         self.backend = "cache"
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:

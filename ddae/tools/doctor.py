@@ -143,7 +143,7 @@ def decoders() -> str:
     crop = decode_crop(file.getvalue(), box, False, 64)
     result = f"Pillow decodes, libjpeg-turbo {features.version('libjpeg_turbo')}"
     if not dali_installed():
-        return result + "; DALI is not installed (pip install -e '.[cu13]')"
+        return result + "; DALI is not installed (make venv)"
     from ddae.data.dali import DaliDecoder
 
     files = [np.frombuffer(file.getvalue(), np.uint8)]

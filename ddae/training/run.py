@@ -98,8 +98,8 @@ class Run:
         """
         config, self.loader = self.config, loader
         start_process_group(self._timeout_s)
-        loader.select_backend(run_dir.previous_backend(config))
-        assert_equal_across_ranks(backend=loader.backend, samples=loader.num_samples, **equal)
+        loader.select_backend(run_dir.previous_decoding(config))
+        assert_equal_across_ranks(decoding=loader.decoding, samples=loader.num_samples, **equal)
         run_dir.lock(config)
         self._watchdog = Watchdog(self.folder, config.train.watchdog_timeout_s)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
@@ -120,7 +120,7 @@ class Run:
         start = facts.get("step", 0)
         barrier()
         if is_main():
-            run_dir.write(self.config, self.ds_json, self.loader.backend)
+            run_dir.write(self.config, self.ds_json, self.loader.decoding)
             self._checkpoints.quarantine_after(start)
             params = self.config.to_dict() | params
             parent = parent or self.config.tracker.parent

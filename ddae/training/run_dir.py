@@ -15,12 +15,14 @@ import torch
 
 from ddae import atomic
 from ddae.config.base import Experiment, flatten, read_run_file, read_settings
+from ddae.data.backend import Decoding
 from ddae.distributed.comm import broadcast_from_main, world_size
 from ddae.errors import UserError
 
 LENGTH = {"train.steps", "train.epochs"}
 FINISHED, STOPPED, LOCK = "finished.json", "stopped.json", ".lock"
-PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "mlflow", "triton", "numpy", "pillow", "nvidia-dali-cuda130")
+PACKAGES = ("torch", "deepspeed", "timm", "webdataset", "mlflow", "triton", "numpy", "pillow")
+PACKAGES += ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # one of them
 logger = logging.getLogger(__name__)
 
 
@@ -114,20 +116,22 @@ def check_history(config: Experiment) -> None:
         )
 
 
-def write(config: Experiment, ds_json: dict[str, Any], backend: str) -> None:
-    """Write config.json, ds_config.json and environment.json. backend: the image decoder that is used."""
+def write(config: Experiment, ds_json: dict[str, Any], decoding: Decoding) -> None:
+    """Write config.json, ds_config.json and environment.json. decoding: of images, which a resumed run keeps."""
     folder = Path(config.folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / STOPPED).unlink(missing_ok=True)
     config.write(folder / "config.json")
     atomic.write_json(folder / "ds_config.json", ds_json)
-    atomic.write_json(folder / "environment.json", environment() | {"backend": backend})
+    decoded = {"backend": decoding.backend, "decode_regions": decoding.regions}
+    atomic.write_json(folder / "environment.json", environment() | decoded)
 
 
-def previous_backend(config: Experiment) -> str | None:
-    """Return the image decoder of an earlier start of the run; another one would give other pixels."""
+def previous_decoding(config: Experiment) -> Decoding | None:
+    """Return how an earlier start of the run decoded images; another way would give other pixels."""
     path = Path(config.folder) / "environment.json"
-    return read_run_file(path).get("backend") if path.exists() else None
+    facts = read_run_file(path) if path.exists() else {}
+    return Decoding(facts["backend"], facts.get("decode_regions", True)) if "backend" in facts else None
 
 
 def finished(config: Experiment) -> dict[str, Any]:

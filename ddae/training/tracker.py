@@ -1,7 +1,8 @@
 """Experiment tracking: metrics.jsonl always, MLflow if wanted. The only import of mlflow.
 
 A thread sends rows to MLflow from a bounded queue. A server that is slow, down or failing delays nothing; rows that it
-missed are sent when it answers again, as far as the queue reaches.
+missed are sent when it answers again, as far as the queue reaches. After an error that repeating the call cannot mend,
+such as a deleted experiment, nothing more is sent.
 """
 
 import atexit
@@ -20,7 +21,7 @@ from typing import Any
 
 from ddae import atomic
 from ddae.config.base import TrackerConfig, flatten
-from ddae.errors import one_line
+from ddae.errors import UserError, one_line
 
 STORE = "sqlite:///mlflow.db"  # unless MLFLOW_TRACKING_URI is set; `mlflow ui` finds it by itself
 SQLITE = "sqlite:///"
@@ -79,7 +80,7 @@ class MlflowTracker(Tracker):
         self._queue: queue.Queue[dict[str, float] | None] = queue.Queue(QUEUE_ROWS)  # None: the last item
         self._ending: tuple[list[Path], str] = ([], "")
         self._deadline = float("inf")
-        self._dropped, self._failing = 0, False
+        self._dropped, self._failing, self._refused = 0, False, False
         self._thread = threading.Thread(target=self._send_all, name="mlflow", daemon=True)
         self._thread.start()
         atexit.register(self._fail)
@@ -129,18 +130,27 @@ class MlflowTracker(Tracker):
             if rows and not self._retry(lambda rows=rows: self._send(rows)):
                 self._dropped += len(rows)
                 last = True
-        if self._client is not None:
+        if self._client is not None and not self._refused:
             self._retry(self._close)
 
     def _retry(self, call: Callable[[], None]) -> bool:
-        """Repeat a call until it succeeds, or the run has ended and its deadline passed. Log an outage once."""
+        """Repeat a call until it succeeds, cannot succeed, or the run has ended and its deadline passed.
+
+        Return whether it succeeded. Log an outage once.
+        """
         pause = RETRY_PAUSE_S[0]
         while True:
             try:
                 call()
             except Exception as error:  # of the server, the client or the database
+                reason = re.sub(r"://[^/\s]*@", "://", one_line(error, 10_000))[:200]
+                if is_permanent(error):
+                    logger.warning(
+                        "MLflow refuses this run: %s. metrics.jsonl has what MLflow lacks", reason.rstrip(".")
+                    )
+                    self._refused = True
+                    return False
                 if not self._failing:
-                    reason = re.sub(r"://[^/\s]*@", "://", one_line(error, 10_000))[:200]
                     logger.warning("MLflow does not answer (%s); training continues, its rows are buffered", reason)
                 self._failing = True
                 if time.monotonic() + pause > self._deadline:
@@ -177,6 +187,9 @@ class MlflowTracker(Tracker):
             name = os.environ.get("MLFLOW_EXPERIMENT_NAME", self._experiment)
             experiment = client.get_experiment_by_name(name)
             experiment_id = client.create_experiment(name) if experiment is None else experiment.experiment_id
+            if experiment is not None and experiment.lifecycle_stage != "active":
+                restore = f"restore it with mlflow experiments restore -x {experiment_id}"
+                raise UserError(f"its experiment {name} is deleted; {restore}, or choose another --tracker.experiment")
             created = client.search_runs([experiment_id], f"tags.`{PROCESS_TAG}` = '{self._tag}'", max_results=1)
             tags = {PROCESS_TAG: self._tag} | ({"mlflow.parentRunId": self._parent} if self._parent else {})
             run_name = self._run_id_file.parent.name
@@ -223,6 +236,23 @@ def create_store(uri: str) -> None:
             os.link(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Return whether repeating the call cannot help: a request that is refused, a wrong path, a missing package."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import DatabaseError, OperationalError
+
+    if isinstance(error, MlflowException):
+        temporary = (408, 429)  # time-out, too many requests
+        is_race = error.error_code == "RESOURCE_ALREADY_EXISTS"  # another process was faster
+        return (
+            400 <= error.get_http_status_code() < 500 and not is_race and error.get_http_status_code() not in temporary
+        )
+    if isinstance(error, OperationalError):  # such as a locked database
+        return False
+    wrong_path = (NotADirectoryError, PermissionError, IsADirectoryError, FileNotFoundError, FileExistsError)
+    return isinstance(error, (UserError, ImportError, DatabaseError, *wrong_path))
 
 
 def _continue_run(client: Any, run_id: str) -> bool:

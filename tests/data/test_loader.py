@@ -18,7 +18,7 @@ from ddae.config.pretrain import DataConfig
 from ddae.data import backend as backend_module
 from ddae.data import cache as cache_module
 from ddae.data import loader as loader_module
-from ddae.data.backend import check_installed
+from ddae.data.backend import Decoding, check_installed
 from ddae.data.cache import Cache
 from ddae.data.dali_fallback import FallbackDecoder
 from ddae.data.decode import decode_crop
@@ -211,12 +211,31 @@ def test_auto_selects_the_faster_backend_and_keeps_it(shards, monkeypatch):
         loader.select_backend()
         assert loader.backend == max(rates, key=lambda name: rates[name])
     loader = make_loader(shards, "auto")
-    loader.select_backend("pillow")  # of an earlier start of the run
+    loader.select_backend(Decoding("pillow"))  # of an earlier start of the run
     assert "pillow (as before)" in loader.describe()
     monkeypatch.setattr(backend_module, "dali_installed", lambda: False)
     loader = make_loader(shards, "auto")
-    loader.select_backend("dali")
+    loader.select_backend(Decoding("dali"))
     assert "pillow (DALI is not installed)" in loader.describe()
+
+
+@pytest.mark.parametrize(
+    "of_ranks, previous, expected",
+    [
+        ([True, True], None, True),
+        ([True, False], None, False),  # whole images on all ranks
+        ([True, True], Decoding("dali", False), False),  # as the earlier start did
+        ([True, True], Decoding("dali", True), True),
+        ([False, True], Decoding("dali", True), False),  # another machine, on which it would crash
+        ([True, True], Decoding("pillow", False), True),
+    ],
+)
+def test_all_ranks_decode_in_the_same_way(of_ranks, previous, expected, shards, monkeypatch):
+    monkeypatch.setattr("ddae.data.loader.can_decode_regions", lambda *_: of_ranks[0])
+    monkeypatch.setattr("ddae.data.loader.gather", lambda _: of_ranks)
+    loader = make_loader(shards, "dali")
+    loader.select_backend(previous)
+    assert loader.decoding == Decoding("dali", expected)
 
 
 def damaged_copy(shards, folder, damage):

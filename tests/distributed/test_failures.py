@@ -12,7 +12,7 @@ from ddae.errors import RankError
 from ddae.tools.plan import GIB, explain_memory
 
 REPORT = (
-    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.02 GiB is free. "
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free. "
     "If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True."
 )
 OUT_OF_MEMORY = f"""

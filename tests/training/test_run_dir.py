@@ -11,7 +11,7 @@ from ddae.config.base import FORMAT, TrainConfig
 from ddae.config.pretrain import DataConfig, PretrainConfig, PretrainEngineConfig
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.errors import UserError
-from ddae.training.run_dir import check, check_history, finished, lock, previous_backend
+from ddae.training.run_dir import check, check_history, finished, lock, previous_decoding
 
 
 def started(path, last, save_every=10, files=()):
@@ -29,7 +29,7 @@ def started(path, last, save_every=10, files=()):
 def test_files_that_cannot_be_read(name, content, tmp_path):
     config = PretrainConfig(run_dir=str(tmp_path))
     (tmp_path / name).write_bytes(content.encode("latin-1"))
-    read = {"config.json": check, "finished.json": finished, "environment.json": previous_backend}[name]
+    read = {"config.json": check, "finished.json": finished, "environment.json": previous_decoding}[name]
     with pytest.raises(
         UserError, match=rf"{name} cannot be read \(it is .*\)\. Restore it, or choose another --run_dir"
     ):
