@@ -34,7 +34,7 @@ from ddae.training.run_dir import git
 from ddae.training.tracker import read_metrics
 
 DISK_MB = 24
-STEPS_PER_MINUTE = 200  # so that the undisturbed run takes a fraction of the time
+STEPS_PER_MINUTE = 50  # so that the undisturbed run takes a fraction of the time
 WATCHDOG_S = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 SURVIVED = ("rank stopped and continued", "full disk", "tracker fails")
@@ -51,8 +51,9 @@ SENTENCES = {  # exit code -> texts of which one must be in the log
 class Soak:
     """The run under test and the faults that it has suffered."""
 
-    def __init__(self, folder: Path, steps: int, seed: int):
-        self.folder, self.steps, self.rng = folder, steps, random.Random(seed)
+    def __init__(self, folder: Path, minutes: float, seed: int):
+        self.folder, self.steps, self.rng = folder, round(STEPS_PER_MINUTE * minutes), random.Random(seed)
+        self.begin, self.seconds = time.monotonic(), 60 * minutes
         self.faults: Counter[str] = Counter()
         self.ends: Counter[int] = Counter()  # ranks by exit code; negative: killed by that signal
         self.starts = 0
@@ -76,21 +77,29 @@ class Soak:
     def log(self) -> str:
         return self.server.log(0) + self.server.log(1)
 
-    def wait(self, processes: list[int], allowed: set[int]) -> None:
+    def wait(self, processes: list[int], allowed: set[int], seconds: float = 180) -> None:
         """Wait for the end of both ranks. Raise AssertionError for another exit code, or one without its sentence."""
-        codes, log = self.server.wait_all(processes, 180), self.log()
+        codes, log = self.server.wait_all(processes, seconds), self.log()
         self.ends.update(codes)
         assert set(codes) <= allowed, f"exit codes {codes}, expected {allowed}\n{log}"
         for code in {code for code in codes if code >= 0}:
             assert any(sentence in log for sentence in SENTENCES[code]), f"exit code {code} without a sentence\n{log}"
         assert "Traceback" not in log, log
 
-    def round(self, is_over) -> None:
-        """Inflict every fault once, in random order, unless is_over()."""
+    def passed(self) -> float:
+        """Return the share of the time that has passed."""
+        return (time.monotonic() - self.begin) / self.seconds
+
+    def step(self) -> int:
+        """Return the last step that the run has logged."""
+        return int(max((row["step"] for row in read_metrics(self.run / "metrics.jsonl")), default=0))
+
+    def round(self) -> None:
+        """Inflict every fault once, in random order, until the time is up."""
         survived = dict(zip(self.rng.sample(ENDING, len(SURVIVED)), SURVIVED, strict=True))
         between = dict(zip(self.rng.sample(ENDING, len(BETWEEN)), BETWEEN, strict=True))
         for ending in self.rng.sample(ENDING, len(ENDING)):
-            if is_over():
+            if self.passed() >= 1:
                 return
             self.train_until(ending, survived.get(ending, ""))
             if ending in between:
@@ -107,7 +116,9 @@ class Soak:
             if ended or not self.is_running(processes):
                 self.wait(processes, {2, 70, -signal.SIGKILL})  # two saves in a row failed
                 return
-        time.sleep(self.rng.random() * 3)
+        end = time.monotonic() + self.rng.random() * 3
+        while time.monotonic() < end and self.step() < self.steps * self.passed():  # not to finish before the time
+            time.sleep(0.05)
         allowed = self.end(ending, processes)
         self.wait(processes, allowed)
         self.faults[ending] += 1
@@ -203,7 +214,7 @@ class Soak:
         """Finish the run, train one without faults, and compare them. Return the number of tensors."""
         undisturbed = self.folder / "undisturbed"
         for run in (self.run, undisturbed):
-            self.wait(self.start(run), {0})
+            self.wait(self.start(run), {0}, 3600)
         count = 0
         for file in sorted((undisturbed / "checkpoints" / f"step_{self.steps:08d}").glob("rank_*")):
             expected, found = load_file(file), load_file(self.run / file.relative_to(undisturbed))
@@ -259,29 +270,23 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults' order, times and receivers (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write the result to")
     args = parser.parse_args()
-    folder, begin = Path(tempfile.mkdtemp(prefix="soak_")), time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="soak_"))
     (folder / "disk").mkdir()
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", folder / "disk"], check=False
     ).returncode:
         print("soak: a small file system cannot be mounted. Run this as root.", file=sys.stderr)
         return 2
-    soak = Soak(folder, round(STEPS_PER_MINUTE * args.minutes), args.seed)
+    soak = Soak(folder, args.minutes, args.seed)
     try:
-
-        def is_over() -> bool:
-            return time.monotonic() > begin + 60 * args.minutes or (soak.run / "finished.json").exists()
-
-        while not is_over():
-            soak.round(is_over)
-            steps = max((row["step"] for row in read_metrics(soak.run / "metrics.jsonl")), default=0)
-            print(f"{(time.monotonic() - begin) / 60:5.1f} min, step {steps:.0f}: {dict(soak.faults)}", flush=True)
-        minutes = (time.monotonic() - begin) / 60
+        while soak.passed() < 1:
+            soak.round()
+            print(f"{soak.passed():.0%} of the time, step {soak.step()}: {dict(soak.faults)}", flush=True)
         result = {
             "date": time.strftime("%Y-%m-%d"),
             "commit": git("rev-parse", "--short", "HEAD"),
             "seed": args.seed,
-            "minutes": round(minutes, 1),
+            "minutes": args.minutes,
             "steps": soak.steps,
             "starts": soak.starts,
             "tensors": soak.compare(),

@@ -23,7 +23,7 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and GLOO not in str(error):
             raise
-        reason = one_line(str(error).rpartition("] ")[2] if GLOO in str(error) else error)
+        reason = one_line(str(error).partition(". This is")[0].partition("] ")[2] if GLOO in str(error) else error)
         problem = f"the connection to another rank is lost ({reason}): that rank has ended, or the network failed"
         raise RankError(f"{problem}. The same command resumes the run.", EXIT_CODE) from None
 

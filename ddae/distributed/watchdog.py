@@ -6,7 +6,8 @@
 
 `torchfrtrace RUN/heartbeats -p collectives_` compares the collectives of all ranks. A rank that waits for another
 cannot know which of them hangs: all of them exit, and the stacks show the cause. Time in which the process was
-stopped is not counted. The limit is higher before the first step, when kernels are compiled and DeepSpeed's operators built.
+stopped is not counted. The limit is higher before the first step, when kernels are compiled and DeepSpeed's operators
+are built.
 """
 
 import faulthandler
