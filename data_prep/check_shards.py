@@ -9,6 +9,8 @@ import argparse
 import os
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 from ddae.sharding.check import check, make_index, mark_bad
 

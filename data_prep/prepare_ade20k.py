@@ -9,6 +9,8 @@ report.json in the output folder lists every image that was converted or left ou
 import argparse
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 from ddae.sharding.ade20k import prepare
 

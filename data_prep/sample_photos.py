@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import require_packages  # noqa: F401
 import skimage
 from PIL import Image, ImageDraw
 

@@ -12,6 +12,8 @@ import os
 import re
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import UserError, run_command
 from ddae.sharding.imagenet_devkit import read_devkit
 from ddae.sharding.index import UNLABELLED

@@ -1,5 +1,6 @@
 """User errors: the exception, how commands report it, and error texts that are safe to print."""
 
+import itertools
 import re
 import sys
 from collections.abc import Callable
@@ -30,7 +31,18 @@ def run_command(name: str, main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; run the same command again to resume", file=sys.stderr)
         code = 130
+    except SystemExit as end:  # argparse has printed what is wrong
+        if end.code == 2 and _has_expanded_pattern(sys.argv[1:]):
+            fix = "Put it in quotes, as 'train-{000000..000099}.tar'."
+            print(f"{name}: the shell has expanded a pattern to several arguments. {fix}", file=sys.stderr)
+        raise
     sys.exit(code)
+
+
+def _has_expanded_pattern(args: list[str]) -> bool:
+    """Return whether two arguments that follow each other are tars or zips."""
+    is_archive = [arg.endswith((".tar", ".tar.gz", ".tgz", ".zip")) for arg in args]
+    return any(first and second for first, second in itertools.pairwise(is_archive))
 
 
 def one_line(error: object, length: int = 200) -> str:

@@ -11,6 +11,8 @@ to all but the last, which writes the table.
 import argparse
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 
 ZERO1 = Path(__file__).parent.parent / "ds_configs" / "zero1.json"

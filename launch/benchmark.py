@@ -14,6 +14,8 @@ python launch/benchmark.py evaluation
 import argparse
 import os
 
+import require_packages  # noqa: F401
+
 from ddae.errors import UserError, run_command
 
 

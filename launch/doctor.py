@@ -9,6 +9,8 @@ Exit code 0 if all checks pass, 1 if one fails.
 import argparse
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.config.cli import take_slurm_ranks
 from ddae.errors import run_command
 

@@ -12,6 +12,8 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import UserError, run_command
 
 FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")

@@ -11,6 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 
 

@@ -4,6 +4,8 @@ deepspeed launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/de
 deepspeed --hostfile hosts launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train /data
 """
 
+import require_packages  # noqa: F401
+
 from ddae.config.cli import launch
 from ddae.config.evaluation import FINETUNING
 

@@ -10,6 +10,8 @@ the run's folder, and adds them to its report.html.
 import argparse
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 
 

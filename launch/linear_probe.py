@@ -4,6 +4,8 @@ deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train 
 deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet
 """
 
+import require_packages  # noqa: F401
+
 from ddae.config.cli import launch
 from ddae.config.evaluation import PROBING
 

@@ -7,6 +7,8 @@ Any flag of launch/pretrain.py may follow: --data.batch_size 2048, --engine.acti
 
 import argparse
 
+import require_packages  # noqa: F401
+
 from ddae.config.cli import parse
 from ddae.config.deepspeed import load
 from ddae.errors import run_command

@@ -7,6 +7,8 @@ python launch/predict.py --segmenter runs/demo/segment --out seen photo.jpg     
 import argparse
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 
 

@@ -8,6 +8,8 @@ Prints the largest absolute output and gradient of each layer. Exit code 1 if a 
 import argparse
 from pathlib import Path
 
+import require_packages  # noqa: F401
+
 from ddae.errors import run_command
 
 

@@ -4,6 +4,8 @@ deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/dem
 deepspeed launch/segment.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train data/ade20k
 """
 
+import require_packages  # noqa: F401
+
 from ddae.config.cli import launch
 from ddae.config.segmentation import SEGMENTATION
 

@@ -5,6 +5,8 @@ deepspeed launch/train_tokenizer.py --ds_config ds_configs/zero1.json --data.tra
     --vq.teacher timm:vit_base_patch16_clip_224.openai
 """
 
+import require_packages  # noqa: F401
+
 from ddae.config.cli import launch
 from ddae.config.tokenizer import TOKENIZING
 

@@ -125,7 +125,7 @@ class Soak:
 
     def wait_for_training(self, processes: list[int]) -> bool:
         """Return whether training begins; it does not if the ranks are killed in a save before."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 900  # DeepSpeed may build an op
         while "images from pillow" not in self.server.log() and self.is_running(processes):
             assert time.monotonic() < end, self.log()
             time.sleep(0.05)

@@ -57,6 +57,7 @@ def test_pretrain_and_doctor_refuse(shards, tmp_path):
     (tmp_path / "nvidia0").touch()
     patch = f"from ddae.distributed import comm; comm.GPU_FILES = {str(tmp_path / 'nvidia[0-9]*')!r}; "
     patch += "import os; os.environ.pop('CUDA_VISIBLE_DEVICES', None); import runpy, sys; sys.argv.pop(0); "
+    patch += "sys.path.insert(0, 'launch'); "
     patch += "runpy.run_path(sys.argv[0], run_name='__main__')"
     (tmp_path / "patched.py").write_text(patch)
     args = ["launch/pretrain.py", *ranks.arguments(shards, tmp_path / "run", 2, "--train.steps", "2")]

@@ -132,7 +132,7 @@ def test_a_signal_outside_the_training_loop(when, shards, tmp_path, record_resul
 
 
 SIGNAL_DURING_EVALUATION = """
-import os, runpy, signal, time
+import os, runpy, signal, sys, time
 from ddae.eval import features
 
 batches_of_rank = features.batches_of_rank
@@ -145,6 +145,7 @@ def interrupted(*args):
         yield batch
 
 features.batches_of_rank = interrupted
+sys.path.insert(0, "launch")
 runpy.run_path("launch/pretrain.py", run_name="__main__")
 """
 

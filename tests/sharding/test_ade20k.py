@@ -138,7 +138,9 @@ def report_of(folder):
 def run_script(path, out, *args, patch=""):
     """Run the script in a subprocess. patch: Python code that is executed before it."""
     args = [SCRIPT, str(path), "--out", str(out), *args]
-    code = f"import sys, runpy\nsys.argv = {args}\n{patch}\nrunpy.run_path({SCRIPT!r}, run_name='__main__')"
+    folder = str(Path(SCRIPT).parent)  # which Python adds to the path when it runs the script
+    code = f"import sys, runpy\nsys.argv, sys.path[:0] = {args}, [{folder!r}]\n{patch}\n"
+    code += f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
     return subprocess.run([sys.executable, *(["-c", code] if patch else args)], capture_output=True, text=True)
 
 

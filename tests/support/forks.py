@@ -69,6 +69,7 @@ def run(task: dict) -> int:
             exec(compile(args[0], "-c", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = [program, *args]
+            sys.path.insert(0, os.path.dirname(program))  # as Python does
             runpy.run_path(program, run_name="__main__")
     except SystemExit as end:
         return int(end.code or 0)
