@@ -145,9 +145,8 @@ class MlflowTracker(Tracker):
             except Exception as error:  # of the server, the client or the database
                 reason = re.sub(r"://[^/\s]*@", "://", one_line(error, 10_000))[:200]
                 if is_permanent(error):
-                    logger.warning(
-                        "MLflow refuses this run: %s. metrics.jsonl has what MLflow lacks", reason.rstrip(".")
-                    )
+                    cause = reason.partition(" [SQL")[0].rstrip(".")
+                    logger.warning("MLflow gets no more of this run: %s. metrics.jsonl is complete", cause)
                     self._refused = True
                     return False
                 if not self._failing:
@@ -244,11 +243,8 @@ def is_permanent(error: Exception) -> bool:
     from sqlalchemy.exc import DatabaseError, OperationalError
 
     if isinstance(error, MlflowException):
-        temporary = (408, 429)  # time-out, too many requests
-        is_race = error.error_code == "RESOURCE_ALREADY_EXISTS"  # another process was faster
-        return (
-            400 <= error.get_http_status_code() < 500 and not is_race and error.get_http_status_code() not in temporary
-        )
+        status, is_race = error.get_http_status_code(), error.error_code == "RESOURCE_ALREADY_EXISTS"
+        return 400 <= status < 500 and status not in (408, 429) and not is_race  # time-out, too many requests
     if isinstance(error, OperationalError):  # such as a locked database
         return False
     wrong_path = (NotADirectoryError, PermissionError, IsADirectoryError, FileNotFoundError, FileExistsError)

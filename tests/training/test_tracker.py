@@ -272,3 +272,60 @@ def test_secrets_are_not_logged():
 def test_a_config_is_restored_from_its_json():
     for config in (PretrainConfig(), parse(["--preset", "mae_vit_h14_300e"]), parse(["--preset", "demo"])):
         assert PretrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def refusal(tmp_path, capsys, uri, monkeypatch, name="ddae"):
+    """Return the warning of a tracker that cannot use a store, and the seconds that its end took."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    tracker = start_tracker(TrackerConfig(experiment=name), tmp_path, 0, {})
+    tracker.log({"step": 1, "loss/total": 1.0})
+    tracker._thread.join(60)
+    assert not tracker._thread.is_alive()
+    before = time.perf_counter()
+    tracker.finish([], timeout_s=30)
+    assert time.perf_counter() - before < 5
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
+    output = capsys.readouterr().out
+    assert "does not answer" not in output
+    (warning,) = [line for line in output.splitlines() if "MLflow gets no more of this run" in line]
+    return warning
+
+
+def test_a_deleted_experiment_is_no_outage(tmp_path, capsys, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    number = client.create_experiment("gone")
+    client.delete_experiment(number)
+    warning = refusal(tmp_path, capsys, uri, monkeypatch, "gone")
+    assert (
+        f"its experiment gone is deleted; restore it with mlflow experiments restore -x {number}, or choose" in warning
+    )
+
+
+@pytest.mark.parametrize(
+    "uri, reason",
+    [
+        ("file://{folder}/mlruns", "maintenance mode"),  # MLflow's old store of files
+        ("postgresql://localhost/mlflow", "No module named"),
+        ("sqlite:///{folder}/broken.db", "file is not a database"),
+    ],
+)
+def test_a_store_that_cannot_work_is_no_outage(uri, reason, tmp_path, capsys, monkeypatch):
+    (tmp_path / "broken.db").write_text("text" * 100)
+    assert reason in refusal(tmp_path, capsys, uri.format(folder=tmp_path), monkeypatch)
+
+
+def test_artifacts_that_cannot_be_written_are_no_outage(tmp_path, capsys, monkeypatch):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    (tmp_path / "file").touch()
+    mlflow.MlflowClient(uri).create_experiment("ddae", artifact_location=str(tmp_path / "file" / "artifacts"))
+    tracker = start_tracker(TrackerConfig(), tmp_path, 0, {})
+    tracker.log({"step": 1, "loss/total": 1.0})
+    tracker.finish([tmp_path / "metrics.jsonl"], timeout_s=60)
+    output = capsys.readouterr().out
+    assert "Not a directory" in output
+    assert "does not answer" not in output
+    (run,) = runs_of(mlflow.MlflowClient(uri))
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics == {"loss/total": 1.0}
