@@ -72,9 +72,10 @@ def _soak(result: dict) -> list[str]:
         "## Soak test",
         "",
         f"`make soak MINUTES={result['minutes']:g}`, {result['date']}, commit {result['commit']}, "
-        f"seed {result['seed']}: {result['starts']} starts of a run of {result['steps']} steps on two ranks. Every end had its documented "
-        f"exit code and its sentence: {codes}; a negative code is the signal that killed a rank. All "
-        f"{result['tensors']} tensors of the last checkpoint (weights, optimizer state) and all logged losses equal "
+        f"seed {result['seed']}: {result['starts']} starts of a run of {result['steps']} steps on two ranks. "
+        "Every end had its documented exit code and its sentence: "
+        f"{codes}; a negative code is the signal that killed a rank. All {result['tensors']} tensors of the last "
+        "checkpoint (weights, optimizer state) and all logged losses equal "
         "those of an undisturbed run bit for bit.",
         "",
         "| fault | times |",
