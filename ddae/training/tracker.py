@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import re
+import sqlite3
 import threading
 import time
 import uuid
@@ -29,6 +30,7 @@ RUN_ID = "mlflow_run_id"  # file in the run directory, by which a resumed run co
 PROCESS_TAG = "ddae.opened_by"
 QUEUE_ROWS = 5000  # buffered for a server that does not answer
 ROWS_PER_CALL = 16  # sent together; a call holds 1000 numbers at most
+CREATION_S = 120.0  # after a change of an incomplete store: its creation may go on
 RETRY_PAUSE_S = (1.0, 60.0)  # between attempts: the first, and the longest
 TIMEOUTS = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # defaults retry for minutes
 FOLDERS = ("figures", "encoder", "classifier")  # of a run directory that are kept as folders of artifacts
@@ -222,19 +224,38 @@ class MlflowTracker(Tracker):
 def create_store(uri: str) -> None:
     """Create MLflow's SQLite file, unless it exists or the URI names another store.
 
-    MLflow would create it table by table under its name: a second process, or a kill, would leave it unusable.
+    MLflow would create it table by table under its name: a second process, or a kill, would leave it unusable. Raise
+    RuntimeError while another process, such as `mlflow ui`, creates it.
     """
-    if not uri.startswith(SQLITE) or (path := Path(uri.removeprefix(SQLITE))).exists():
+    if not uri.startswith(SQLITE):
         return
     import mlflow
 
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # a new name: MLflow caches stores by name
+    path = Path(uri.removeprefix(SQLITE))
+    if not path.exists():
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # a new name: MLflow caches stores by name
+        try:
+            mlflow.MlflowClient(f"{SQLITE}{partial}").search_experiments()
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                os.link(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    if time.time() - path.stat().st_mtime < CREATION_S and not _is_complete(path):
+        raise RuntimeError(f"another process is creating {path}")
+
+
+def _is_complete(path: Path) -> bool:
+    """Return whether an SQLite file has all of MLflow's tables, or is no SQLite file."""
+    from mlflow.store.db.utils import _get_latest_schema_revision
+
     try:
-        mlflow.MlflowClient(f"{SQLITE}{partial}").search_experiments()
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            os.link(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            revisions = database.execute("SELECT version_num FROM alembic_version").fetchall()
+    except sqlite3.OperationalError:  # no such table, or locked
+        return False
+    except sqlite3.DatabaseError:
+        return True
+    return revisions == [(_get_latest_schema_revision(),)]
 
 
 def is_permanent(error: Exception) -> bool:

@@ -1,8 +1,10 @@
 """Tracker: metrics.jsonl is complete, MLflow gets one run despite server failures, and neither contains secrets."""
 
+import contextlib
 import http.server
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -231,6 +233,18 @@ def test_a_store_appears_complete_or_not_at_all(tmp_path, monkeypatch):
     assert client.get_run(client.create_run("0").info.run_id).info.status == "RUNNING"
 
 
+def test_a_store_that_another_process_creates_is_left_alone(tmp_path, monkeypatch):
+    path = tmp_path / "mlflow.db"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("CREATE TABLE alembic_version (version_num VARCHAR(32))")
+        database.execute("INSERT INTO alembic_version VALUES ('an earlier one')")
+        database.commit()
+    with pytest.raises(RuntimeError, match="another process is creating"):
+        create_store(f"sqlite:///{path}")
+    os.utime(path, (0, 0))  # an old store, which MLflow itself refuses
+    create_store(f"sqlite:///{path}")
+
+
 OPEN_STORE = """
 import sys, time
 from pathlib import Path
@@ -257,6 +271,25 @@ def test_first_runs_at_the_same_time_share_a_new_store(tmp_path, record_result):
     client = mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"])
     assert [client.get_run(run).data.metrics["loss"] for run in runs] == [2.0] * 3
     record_result("each has its run with its metrics")
+
+
+@pytest.mark.faults
+def test_a_store_that_mlflow_ui_creates_at_the_same_time(tmp_path, record_result):
+    """`mlflow ui` creates the SQLite file while the first run opens it."""
+    env = os.environ | {"PYTHONPATH": str(ranks.ROOT), "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path / 'mlflow.db'}"}
+    ui = [sys.executable, "-c", "import mlflow; print(len(mlflow.MlflowClient().search_experiments()))"]
+    creator = subprocess.Popen(ui, env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE)  # as the UI does
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "mlflow.db").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", OPEN_STORE, str(tmp_path / "run")]
+    output = subprocess.run(command, env=env, cwd=tmp_path, text=True, stdout=subprocess.PIPE, timeout=300).stdout
+    assert (creator.communicate(timeout=120)[0], creator.returncode) == ("1\n", 0)
+    (run,) = [line.split()[1] for line in output.splitlines() if line.startswith("run ")]
+    assert mlflow.MlflowClient(env["MLFLOW_TRACKING_URI"]).get_run(run).data.metrics["loss"] == 2.0
+    record_result("the run waits until the file is complete; both work")
 
 
 def test_secrets_are_not_logged():
