@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import barrier, device, record_collectives, sum_over_ranks, world_size
 from ddae.distributed.cores import bind_cores
+from ddae.distributed.failures import operators_may_be_built
 from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
 
@@ -45,7 +46,8 @@ def start_process_group(timeout_s: float = 600.0) -> None:
         if world_size() == 1:
             skip_shared_memory_op()
         try:
-            deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
+            with operators_may_be_built():
+                deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timeout)
         except RuntimeError as error:  # of the rendezvous store, or of gloo, which then connects pairs of ranks
             reason, port = str(error).splitlines()[0], os.environ.get("MASTER_PORT")
             if isinstance(error, dist.DistError):
@@ -111,9 +113,10 @@ class Engine:
         self._clip_grad = 0.0
         if self._check_on_device:
             self._clip_grad, ds_json = ds_json.get("gradient_clipping", 0.0), _without_gradient_check(ds_json)
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=ds_json, dist_init_required=False
-        )
+        with operators_may_be_built():
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=ds_json, dist_init_required=False
+            )
         self.adam = optimizer
         self.zero = ZeroState(self.deepspeed, optimizer)
         self.stage = self.zero.stage

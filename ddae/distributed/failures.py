@@ -1,5 +1,7 @@
-"""Failures of a rank that end in a sentence instead of a traceback: a lost rank, a GPU out of memory."""
+"""Failures of a rank that end in a sentence instead of a traceback: a lost rank, a full GPU, a failed compilation."""
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,9 +9,10 @@ import torch
 import torch.distributed as dist
 
 from ddae.distributed.watchdog import EXIT_CODE
-from ddae.errors import RankError, one_line
+from ddae.errors import RankError, UserError, one_line
 
 GLOO = "gloo/transport"  # in the messages of gloo's connections
+BUILD_ERRORS = ("Error building extension", "Ninja is required", "Error compiling objects")  # torch's
 
 
 @contextmanager
@@ -31,3 +34,24 @@ def explained() -> Iterator[None]:
 def memory_reason(error: torch.OutOfMemoryError) -> str:
     """Return what torch tried to allocate, and what was in use, without its advice."""
     return one_line(str(error).partition(" If reserved but unallocated")[0], 300).rstrip(".")
+
+
+@contextmanager
+def operators_may_be_built() -> Iterator[None]:
+    """Context in which DeepSpeed may compile an operator: Ctrl-C is a KeyboardInterrupt, a failure is a UserError."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT)
+    if in_main_thread:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith(BUILD_ERRORS):
+            raise
+        if "interrupted" in str(error):  # the compiler received Ctrl-C before this process did
+            raise KeyboardInterrupt from None
+        fix = "Install g++ and ninja; python launch/doctor.py tries it again."
+        raise UserError(f"an operator of DeepSpeed cannot be compiled ({one_line(error, 300)}). {fix}") from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, before)

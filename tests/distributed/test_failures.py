@@ -1,5 +1,10 @@
 """Failures that end a rank in a sentence: out of memory, a connection that is lost."""
 
+import os
+import signal
+import subprocess
+import time
+
 import pytest
 import ranks
 import torch
@@ -7,8 +12,8 @@ import torch.distributed as dist
 
 from ddae.config.deepspeed import load
 from ddae.config.presets import preset
-from ddae.distributed.failures import explained
-from ddae.errors import RankError
+from ddae.distributed.failures import explained, operators_may_be_built
+from ddae.errors import RankError, UserError
 from ddae.tools.plan import GIB, explain_memory
 
 REPORT = (
@@ -66,3 +71,46 @@ def test_other_errors_keep_their_traceback():
     with pytest.raises(RuntimeError, match="shapes") as caught, explained():
         raise RuntimeError("shapes differ")
     assert not isinstance(caught.value, RankError)
+
+
+def test_a_failed_compilation_is_a_sentence():
+    with pytest.raises(UserError, match=r"cannot be compiled .*gcc: not found"), operators_may_be_built():
+        raise RuntimeError("Error building extension 'cpu_adam': gcc: not found")
+    with pytest.raises(KeyboardInterrupt), operators_may_be_built():
+        raise RuntimeError("Error building extension 'cpu_adam': ninja: build stopped: interrupted by user.")
+    with pytest.raises(KeyboardInterrupt), operators_may_be_built():
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.faults
+def test_ctrl_c_while_an_operator_is_compiled(shards, tmp_path, record_result):
+    """Ctrl-C to torchrun and two ranks while DeepSpeed's shared-memory operator is compiled."""
+    args = ranks.arguments(shards, tmp_path / "run", 2, "--train.steps", "2")
+    command = [
+        "torchrun",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(ranks.free_port()),
+        "launch/pretrain.py",
+        *args,
+    ]
+    env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}"
+    with open(tmp_path / "log", "w") as log:
+        options = {"stdout": log, "stderr": log, "start_new_session": True}
+        launcher = subprocess.Popen([*launch, "launch/pretrain.py", *args], env=env, cwd=ranks.ROOT, **options)
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("extensions/*/build.ninja")):
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.1)
+    time.sleep(2)
+    os.killpg(launcher.pid, signal.SIGINT)
+    since = time.monotonic()
+    assert launcher.wait(60) != 0
+    seconds = time.monotonic() - since
+    log = (tmp_path / "log").read_text()
+    assert "ddae: interrupted before training began" in log
+    assert "Error building extension" not in log
+    assert not (tmp_path / "run").exists()
+    record_result(f"all processes exited after {seconds:.1f} s, without a trace of the compilation")
