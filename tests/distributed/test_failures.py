@@ -86,15 +86,7 @@ def test_a_failed_compilation_is_a_sentence():
 def test_ctrl_c_while_an_operator_is_compiled(shards, tmp_path, record_result):
     """Ctrl-C to torchrun and two ranks while DeepSpeed's shared-memory operator is compiled."""
     args = ranks.arguments(shards, tmp_path / "run", 2, "--train.steps", "2")
-    command = [
-        "torchrun",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(ranks.free_port()),
-        "launch/pretrain.py",
-        *args,
-    ]
+    launch = ["torchrun", "--nproc_per_node", "2", "--master_port", str(ranks.free_port())]
     env = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"), "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}"
     with open(tmp_path / "log", "w") as log:
