@@ -110,7 +110,8 @@ class Soak:
         self.starts += 1
         kill_at = self.rng.randrange(1, 40) if ending == "killed within a save" else 0
         processes = self.start(self.run, kill_at)
-        is_training = self.wait_for_training(processes)
+        limit_holds = ending == "rank hangs"  # the watchdog's, which is an hour longer before the first step
+        is_training = self.wait_for("first step done" if limit_holds else "images from pillow", processes)
         if survived and is_training:
             ended = self.survive(survived, processes)
             if ended or not self.is_running(processes):
@@ -123,10 +124,10 @@ class Soak:
         self.wait(processes, allowed)
         self.faults[ending] += 1
 
-    def wait_for_training(self, processes: list[int]) -> bool:
-        """Return whether training begins; it does not if the ranks are killed in a save before."""
+    def wait_for(self, text: str, processes: list[int]) -> bool:
+        """Wait for a text in the log. Return whether the ranks are running; they may be killed in a save before."""
         end = time.monotonic() + 900  # DeepSpeed may build an op
-        while "images from pillow" not in self.server.log() and self.is_running(processes):
+        while text not in self.server.log() and self.is_running(processes):
             assert time.monotonic() < end, self.log()
             time.sleep(0.05)
         return self.is_running(processes)
