@@ -9,6 +9,7 @@ import base64
 import difflib
 import importlib.util
 import json
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,4 +158,8 @@ def _check_keys(settings: dict[str, Any], flat: dict[str, Any]) -> None:
     if flat.get("zero_optimization.offload_optimizer.device") == "nvme":
         raise UserError(
             "offload_optimizer.device nvme is unsupported: the EMA teacher cannot read master weights there. Use cpu."
+        )
+    if flat.get("zero_optimization.offload_param.device") == "nvme" and find_library("aio") is None:
+        raise UserError(
+            "offload_param.device nvme needs libaio, which is not installed. Install libaio-dev, or use cpu."
         )

@@ -13,6 +13,7 @@ from ddae.errors import RankError, UserError, one_line
 
 GLOO = "gloo/transport"  # in the messages of gloo's connections
 BUILD_ERRORS = ("Error building extension", "Ninja is required", "Error compiling objects")  # torch's
+BUILD_ERRORS += ("Unable to JIT load",)  # DeepSpeed's, if a library is missing
 
 
 @contextmanager
