@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import require_packages  # noqa: F401
+
+import numpy as np
 import skimage
 from PIL import Image, ImageDraw
 
