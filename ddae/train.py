@@ -20,9 +20,9 @@ from ddae.export.encoder import export_encoder
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
 from ddae.report.html import NUM_IMAGES, summary, update_model_card, write_report
-from ddae.tools.plan import explain_memory
 from ddae.training.collapse import collapse_risks
 from ddae.training.flops import count_model_flops
+from ddae.training.gpu_memory import explain_memory
 from ddae.training.metrics import LossMeter
 from ddae.training.nonfinite import NonFiniteGuard
 from ddae.training.optimizer import build_optimizer

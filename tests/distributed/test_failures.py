@@ -14,7 +14,7 @@ from ddae.config.deepspeed import load
 from ddae.config.presets import preset
 from ddae.distributed.failures import explained, operators_may_be_built
 from ddae.errors import RankError, UserError
-from ddae.tools.plan import GIB, explain_memory
+from ddae.training.gpu_memory import GIB, explain_memory
 
 REPORT = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is free. "

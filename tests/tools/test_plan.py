@@ -24,9 +24,9 @@ from ddae.method.model import build_model
 from ddae.method.teacher import Teacher, TensorShard
 from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
-from ddae.tools.plan import activation_bytes, estimate_memory
 from ddae.tools.replay import EagerEngine
 from ddae.training.flops import count_flops
+from ddae.training.gpu_memory import activation_bytes, estimate_memory
 from ddae.training.step import ForwardPass, TeacherTargets, TokenTargets
 
 SIZES = {
