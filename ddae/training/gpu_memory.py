@@ -1,9 +1,9 @@
 """Memory of a GPU by part, estimated from a config.
 
-The model counts what DeepSpeed and autograd keep; tests/tools/test_plan.py compares it with the storages of live tensors
-and of saved ones (saved_tensors_hooks). Weights and gradients have the engine's precision. The optimizer has fp32 master
-weights and Adam's two averages. The teacher has fp32 master weights with a compensation term, and a copy that runs
-forward unless the master weights do. A block keeps
+The model counts what DeepSpeed and autograd keep; tests/tools/test_plan.py compares it with the storages of live
+tensors and of saved ones (saved_tensors_hooks). Weights and gradients have the engine's precision. The optimizer has
+fp32 master weights and Adam's two averages. The teacher has fp32 master weights with a compensation term, and a copy
+that runs forward unless the master weights do. A block keeps
 
     16 D numbers a token    inputs of two norms (2D) and of four matrices (7D), q, k and v (3D), GELU's input (4D)
 
