@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_exte
 if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes: waiting OpenMP threads would spin on their cores
     os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup ranks would ignore it, too
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 LONGEST = ("test_whole_runs", "test_golden", "test_tables")

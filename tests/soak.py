@@ -273,7 +273,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the faults' order, times and receivers (default: 0)")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write the result to")
     args = parser.parse_args()
-    signal.signal(signal.SIGHUP, lambda *_: None)  # under nohup the ranks would ignore it, too
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     (folder / "disk").mkdir()
     if subprocess.run(
