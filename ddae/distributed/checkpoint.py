@@ -147,11 +147,15 @@ class Checkpoints:
         return facts
 
     def quarantine_after(self, step: int) -> None:
-        """Rename checkpoints of later steps, so that they are neither resumed nor counted; remove unfinished ones."""
-        for name in self._names():
-            if int(name.removeprefix("step_")) > step:
-                shutil.rmtree(self.folder / f"broken_{name}", ignore_errors=True)
-                os.rename(self.folder / name, self.folder / f"broken_{name}")
+        """Rename checkpoints of later steps, so that they are neither resumed nor counted; remove unfinished ones.
+
+        Those that an earlier call has renamed are removed, as they would fill the disk.
+        """
+        later = [name for name in self._names() if int(name.removeprefix("step_")) > step]
+        for broken in self.folder.glob("broken_*") if later else ():
+            shutil.rmtree(broken, ignore_errors=True)
+        for name in later:
+            os.rename(self.folder / name, self.folder / f"broken_{name}")
         for unfinished in self.folder.glob(".unfinished_*"):
             shutil.rmtree(unfinished)
 

@@ -1,5 +1,6 @@
-"""Failures of a rank that end in a sentence instead of a traceback: a lost rank, a full GPU, a failed compilation."""
+"""Failures of a rank that end in a sentence: a lost rank, a full GPU or disk, an operator that cannot be compiled."""
 
+import errno
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from ddae.distributed.watchdog import EXIT_CODE
 from ddae.errors import RankError, UserError, one_line
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, over the quota, read-only
 GLOO = "gloo/transport"  # in the messages of gloo's connections
 BUILD_ERRORS = ("Error building extension", "Ninja is required", "Error compiling objects")  # torch's
 BUILD_ERRORS += ("Unable to JIT load",)  # DeepSpeed's, if a library is missing
@@ -24,6 +26,11 @@ def explained() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         fix = "Lower train_micro_batch_size_per_gpu in the DeepSpeed JSON."
         raise RankError(f"the GPU is out of memory ({memory_reason(error)}). {fix}") from None
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        problem = f"{error.filename or 'a file'} cannot be written ({error.strerror})"
+        raise RankError(f"{problem}. Free space there; the same command resumes the run.") from None
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and GLOO not in str(error):
             raise

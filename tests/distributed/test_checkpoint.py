@@ -88,6 +88,16 @@ def test_other_folders_beside_checkpoints_are_ignored(tmp_path):
     ]
 
 
+def test_damaged_checkpoints_do_not_accumulate(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 3)
+    for step in (20, 30):
+        make(tmp_path, 10)
+        make(tmp_path, step)
+        checkpoints.quarantine_after(10)
+        checkpoints.quarantine_after(10)  # by a start that finds nothing more to rename
+        assert [path.name for path in tmp_path.glob("broken_*")] == [f"broken_step_{step:08d}"]
+
+
 def test_a_checkpoint_that_may_not_be_read_is_not_taken_for_a_damaged_one(tmp_path, monkeypatch):
     make(tmp_path, 10)
     make(tmp_path, 20)
