@@ -90,8 +90,8 @@ def test_other_folders_beside_checkpoints_are_ignored(tmp_path):
 
 def test_damaged_checkpoints_do_not_accumulate(tmp_path):
     checkpoints = Checkpoints(tmp_path, 3)
+    make(tmp_path, 10)
     for step in (20, 30):
-        make(tmp_path, 10)
         make(tmp_path, step)
         checkpoints.quarantine_after(10)
         checkpoints.quarantine_after(10)  # by a start that finds nothing more to rename
