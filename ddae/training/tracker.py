@@ -1,8 +1,8 @@
 """Experiment tracking: metrics.jsonl always, MLflow if wanted. The only import of mlflow.
 
 A thread sends rows to MLflow from a bounded queue. A server that is slow, down or failing delays nothing; rows that it
-missed are sent when it answers again, as far as the queue reaches. After an error that repeating the call cannot mend,
-such as a deleted experiment, nothing more is sent.
+missed are sent when it answers again, as far as the queue reaches. After a permanent error, such as
+a deleted experiment, nothing more is sent.
 """
 
 import atexit
@@ -259,7 +259,7 @@ def _is_complete(path: Path) -> bool:
 
 
 def is_permanent(error: Exception) -> bool:
-    """Return whether repeating the call cannot help: a request that is refused, a wrong path, a missing package."""
+    """Return whether an error is permanent: a request that is refused, a wrong path, a missing package."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import DatabaseError, OperationalError
 
