@@ -1,35 +1,9 @@
-"""Check that training can run: versions, devices, DeepSpeed's ops, image decoders, disk, checkpoints, all-reduce.
-
-python launch/doctor.py                                    this machine
-deepspeed --hostfile hosts launch/doctor.py                all nodes
-
-Exit code 0 if all checks pass, 1 if one fails.
-"""
-
-import argparse
-from pathlib import Path
+"""Check that training can run: versions, devices, DeepSpeed's ops, image decoders, disk, checkpoints, all-reduce."""
 
 import require_packages  # noqa: F401
 
-from ddae.config.cli import take_slurm_ranks
+from ddae.commands.doctor import main
 from ddae.errors import run_command
-
-
-def main() -> int:
-    take_slurm_ranks()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="folder for runs (default: runs)")
-    parser.add_argument("--ds_config", default="ds_configs/zero2.json", help="DeepSpeed JSON (default: ZeRO-2)")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the deepspeed launcher
-    args = parser.parse_args()
-    from ddae.distributed.engine import stop_process_group  # takes seconds
-    from ddae.tools.doctor import check_flags, run_checks
-
-    check_flags(args.folder, args.ds_config)
-    num_failed = run_checks(args.folder, args.ds_config)
-    stop_process_group()
-    return int(num_failed > 0)
-
 
 if __name__ == "__main__":
     run_command("doctor", main)

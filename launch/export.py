@@ -1,69 +1,9 @@
-"""Export an encoder to the format of another library.
-
-python launch/export.py --encoder runs/demo --form timm --out exported
-    timm.create_model("local-dir:exported", num_classes=0, pretrained=True)
-
---encoder may also be a checkpoint (--part teacher for its EMA encoder), a published file of MAE, BEiT, BEiT-v2,
-BootMAE, MoCo-v3, DeiT, DINOv2 or timm, or a snapshot folder of timm or transformers. Prints which tensors of the file
-were loaded and which were left out.
-"""
-
-import argparse
-from dataclasses import asdict
-from pathlib import Path
+"""Export an encoder to the format of another library."""
 
 import require_packages  # noqa: F401
 
-from ddae.errors import UserError, run_command
-
-FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")
-FOLDER_FORMS = ("ddae", "timm")
-EXPORTED = {"README.md", "config.json", "encoder.safetensors", "model.safetensors"}  # files of an exported folder
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", required=True, help="run folder, checkpoint, export folder or published file")
-    parser.add_argument("--form", choices=FORMS, default="timm", help="output format (default: timm)")
-    parser.add_argument("--out", required=True, type=Path, help="output path: a folder for ddae and timm, else a file")
-    parts = ("student", "teacher")
-    parser.add_argument("--part", choices=parts, default="student", help="encoder of a checkpoint (default: student)")
-    parser.add_argument("--image_size", type=int, help="interpolate the positions to this image size")
-    parser.add_argument("--heads", type=int, help="attention heads, for a published file that does not tell")
-    parser.add_argument("--key", default="", help="state dict of a published file to take, such as model_ema")
-    parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of pixels, for a file without metadata")
-    args = parser.parse_args()
-    _check_out(args.out, args.form)
-    from ddae.export.encoder import load_encoder  # takes seconds
-    from ddae.export.formats import WRITERS
-    from ddae.export.model_card import write_card
-
-    encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part, args.heads, args.key)
-    for source in encoder.report.pop("taken", ()):
-        print(f"taken: {source}")
-    for status, names in encoder.report.items():
-        listing = "" if status == "loaded" or not names else f": {', '.join(names)}"
-        print(f"{status}: {len(names)} tensors{listing}")
-    WRITERS[args.form](encoder, args.out)
-    if args.out.is_dir():
-        write_card(args.out, args.form, asdict(encoder.shape), encoder.normalisation, Path(args.encoder))
-    print(f"{args.out}: {args.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
-
-
-def _check_out(out: Path, form: str) -> None:
-    """Create the folder above `out`. Raise UserError if writing there would delete what no export wrote."""
-    if out.is_dir() and form in FOLDER_FORMS:
-        readme, names = out / "README.md", {path.name for path in out.iterdir()}
-        is_export = readme.is_file() and "written by ddae" in readme.read_text(errors="replace")
-        if foreign := names - (EXPORTED if is_export else set()):
-            raise UserError(f"--out {out} contains {min(foreign)}, which no export wrote. Pass a new folder.")
-    elif out.exists():
-        raise UserError(f"--out {out} exists. Pass a new path.")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}). Pass another path.") from None
-
+from ddae.commands.export import main
+from ddae.errors import run_command
 
 if __name__ == "__main__":
     run_command("export", main)

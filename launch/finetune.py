@@ -1,13 +1,8 @@
-"""Fine-tune an encoder on labelled shards.
-
-deepspeed launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/demo --preset demo --data.train data/demo
-deepspeed --hostfile hosts launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train /data
-"""
+"""Fine-tune an encoder on labelled shards."""
 
 import require_packages  # noqa: F401
 
-from ddae.config.cli import launch
-from ddae.config.evaluation import FINETUNING
+from ddae.commands.finetune import main
 
 if __name__ == "__main__":
-    launch(FINETUNING, "ddae.eval.finetune:finetune")
+    main()

@@ -1,13 +1,8 @@
-"""Train linear classifiers on a frozen encoder's features: several blocks and both poolings in one run.
-
-deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train data/demo
-deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet
-"""
+"""Train linear classifiers on a frozen encoder's features: several blocks and both poolings in one run."""
 
 import require_packages  # noqa: F401
 
-from ddae.config.cli import launch
-from ddae.config.evaluation import PROBING
+from ddae.commands.linear_probe import main
 
 if __name__ == "__main__":
-    launch(PROBING, "ddae.eval.linear_probe:linear_probe")
+    main()

@@ -1,34 +1,9 @@
-"""Estimate the cost of a run before it starts: memory by part at each ZeRO stage, FLOPs, traffic, days.
-
-python launch/plan.py --preset ddae_vit_l16_800e --gpus 64 --gpu a100-80g
-
-Any flag of launch/pretrain.py may follow: --data.batch_size 2048, --engine.activation_checkpointing, --ds_config FILE.
-"""
-
-import argparse
+"""Estimate the cost of a run before it starts: memory by part at each ZeRO stage, FLOPs, traffic, days."""
 
 import require_packages  # noqa: F401
 
-from ddae.config.cli import parse
-from ddae.config.deepspeed import load
+from ddae.commands.plan import main
 from ddae.errors import run_command
-
-
-def main() -> None:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    parser.add_argument("--gpus", type=int, default=8, help="total number of GPUs (default: 8)")
-    parser.add_argument("--gpu", default="a100-80g", help="GPU model (default: a100-80g); an unknown one lists all")
-    parser.add_argument("--micro_batch", type=int, help="images a GPU and micro-batch (default: the JSON's, else all)")
-    parser.add_argument("--images", type=int, default=1_281_167, help="images of the data set (default: ImageNet-1k)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="assumed model FLOPs utilisation (default: 0.4)")
-    args, pretrain_args = parser.parse_known_args()
-    config = parse(pretrain_args)
-    settings = load(config.ds_config or "ds_configs/zero2.json")
-    from ddae.tools.plan import format_plan  # takes seconds
-
-    print(format_plan(config, settings, args.gpus, args.gpu, args.micro_batch, args.images, args.mfu))
-
 
 if __name__ == "__main__":
     run_command("plan", main)

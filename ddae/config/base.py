@@ -19,8 +19,11 @@ FORMAT = 2  # of a run's config.json; 0.1 wrote none
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    # Training shards: a folder, a pattern such as data/train-{000000..000099}.tar, or a URL; or several of these.
+    # Training images: a folder of images; or shards: a folder, a pattern such as data/train-{000000..000099}.tar, or a
+    # URL; or several of these.
     train: str | tuple[str, ...] = ""
+    val_share: float = 0.05  # of a folder of images: share that is set aside for validation
+    labels: Literal["none", "folders"] = "none"  # classes in a folder of images: none, or its subfolders
     weights: tuple[int, ...] = ()  # how often an epoch contains the images of each of several sources; (): once
     batch_size: int = 4096  # images a step, over all ranks and accumulation steps
     # An epoch's last, incomplete batch: completed with images of the next epoch, or dropped.
@@ -83,7 +86,7 @@ class TrackerConfig:
 
 ANY, TINY = math.inf, 1e-12
 RANGES = {  # field -> smallest and largest value; every number must also be finite
-    "data.hw_decoder_load": (0, 1),
+    **dict.fromkeys(("data.hw_decoder_load", "data.val_share"), (0, 1)),
     "data.crop_scale": (TINY, 1),
     **dict.fromkeys(("data.batch_size", "data.weights", "train.steps"), (1, ANY)),
     **dict.fromkeys(("train.log_every", "train.save_every", "train.keep"), (1, ANY)),
@@ -115,7 +118,14 @@ class Experiment:
     FREE_ON_RESUME: ClassVar[frozenset[str]] = frozenset(
         {
             *("preset", "run_dir", "ds_config", "allow_restart", "data.train", "data.backend", "data.workers"),
-            *("data.in_memory", "data.hw_decoder_load", "data.cache", "data.cache_gib"),
+            *(
+                "data.val_share",
+                "data.labels",
+                "data.in_memory",
+                "data.hw_decoder_load",
+                "data.cache",
+                "data.cache_gib",
+            ),
             *("engine.device", "engine.loss_backend", "engine.activation_checkpointing"),
             *("tracker.kind", "tracker.experiment", "tracker.parent"),
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.watchdog_timeout_s"),

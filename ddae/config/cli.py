@@ -17,6 +17,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import tyro
@@ -26,13 +27,24 @@ from ddae.config.presets import preset
 from ddae.config.pretrain import PretrainConfig, check
 from ddae.errors import RankError, UserError
 
-ALIASES = {"--deepspeed_config": "--ds_config"}
+ALIASES = {
+    "--deepspeed_config": "--ds_config",
+    "--out": "--run_dir",
+    "--labels": "--data.labels",
+    "--val_share": "--data.val_share",
+}
+# Completes a config that depends on the data. Arguments: the config as parsed; a function that parses the same
+# arguments again, from another starting point than the preset; whether the config is to be printed only.
+Prepare = Callable[[Any, Callable[[Any], Any], bool], Any]
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # added by launchers, not read
 PRETRAINING = ExperimentType(PretrainConfig, preset, check)
 
 
-def launch(experiment: ExperimentType, program: str) -> None:
-    """Parse this process's arguments and run `program`, "MODULE:FUNCTION", which takes the config and a StopSignal."""
+def launch(experiment: ExperimentType, program: str, prepare: Prepare | None = None) -> None:
+    """Parse this process's arguments and run `program`, "MODULE:FUNCTION", which takes the config and a StopSignal.
+
+    prepare: see Prepare.
+    """
     # Huge pages for large CPU tensors: otherwise torch maps them anew, page by page, at every allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
@@ -40,8 +52,11 @@ def launch(experiment: ExperimentType, program: str) -> None:
         args = normalise(sys.argv[1:])
         if {"--help", "-h"} & set(args):
             print_help(experiment)
-        config = parse([arg for arg in args if arg != "--show"], experiment)
-        if "--show" in args:
+        given, show = [arg for arg in args if arg != "--show"], "--show" in args
+        config = parse(given, experiment)
+        if prepare is not None:
+            config = prepare(config, lambda start: parse(given, experiment, start), show)
+        if show:
             if _rank() == 0:
                 print(json.dumps({"folder": config.folder, "peak_lr": config.peak_lr, **config.to_dict()}, indent=2))
             return
@@ -129,11 +144,14 @@ def print_help(experiment: ExperimentType) -> None:
         tyro.cli(experiment.config, default=start, args=["--help"], use_underscores=True)
 
 
-def parse(args: list[str], experiment: ExperimentType = PRETRAINING) -> Any:
-    """Return the config of these arguments, without --show. Raise UserError for anything wrong with them."""
+def parse(args: list[str], experiment: ExperimentType = PRETRAINING, start: Any = None) -> Any:
+    """Return the config of these arguments, without --show. Raise UserError for anything wrong with them.
+
+    start: the starting point, instead of the preset.
+    """
     args = normalise(args)
     name, args = take_preset(args, experiment.config.preset)
-    start = experiment.preset(name)
+    start = experiment.preset(name) if start is None else start
     known = flags(experiment.config)
     for arg in args:
         flag = arg.split("=")[0]

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from ddae.config.base import Experiment, flatten
 from ddae.errors import UserError
 
+SHIPPED = Path(__file__).parent.parent / "ds_configs"  # a link to the checkout's ds_configs/
+DEFAULT = "zero2"
 OWNED = {  # keys that the training config owns -> its flag, "" if it has none
     "activation_checkpointing": "--engine.activation_checkpointing",
     "optimizer": "--optim.*",
@@ -49,20 +51,30 @@ class DeepSpeedJson(NamedTuple):
 
 
 def load(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON: a file, or base64 as DeepSpeed's autotuner passes it. Raise UserError if it is neither."""
-    if not path:
-        raise UserError("no DeepSpeed JSON is given. Pass --ds_config ds_configs/zero2.json.")
+    """Read a DeepSpeed JSON: a file, or base64 as DeepSpeed's autotuner passes it. Raise UserError if it is neither.
+
+    zero2 and ds_configs/zero2.json also name the file of that name in SHIPPED, wherever the command runs; an empty path
+    names DEFAULT.
+    """
     try:
-        settings = json.loads(_from_base64(path) or Path(path).read_text())
+        settings = json.loads(_from_base64(path) or _find(path or DEFAULT).read_text())
     except OSError as error:
+        names = ", ".join(sorted(each.stem for each in SHIPPED.glob("*.json")))
         raise UserError(
-            f"--ds_config {path} cannot be read ({error.strerror}). Name one of the files in ds_configs/."
+            f"--ds_config {path} cannot be read ({error.strerror}). Name a file, or one of {names}."
         ) from None
     except ValueError as error:  # of JSON, or of text
         raise UserError(f"--ds_config {path} is not valid JSON: {error}.") from None
     if not isinstance(settings, dict):
         raise UserError(f"--ds_config {path} holds a {type(settings).__name__}; expected a JSON object.")
     return settings
+
+
+def _find(path: str) -> Path:
+    """Return the file that --ds_config names."""
+    file, shipped = Path(path), SHIPPED / f"{Path(path).name.removesuffix('.json')}.json"
+    is_shipped = file.parent.name in ("", "ds_configs") and not file.parent.is_absolute() and shipped.exists()
+    return shipped if is_shipped and not file.is_file() else file
 
 
 def _from_base64(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Presets: named experiments, METHOD_vit_SIZE_EPOCHSe or demo. Variants of an experiment are fields, not presets.
+"""Presets: named experiments, METHOD_vit_SIZE_EPOCHSe, demo or own. Variants of an experiment are fields, not presets.
 
 ddae_vit_b16_100e            the paper's main model and the default
 dds_mae_vit_s16_100e         deep dynamic supervision on MAE, the paper's ablations
@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ddae.config.base import OptimConfig, TrainConfig
+from ddae.config.own import Images, own
 from ddae.config.pretrain import (
     DataConfig,
     DynamicConfig,
@@ -149,7 +150,11 @@ def warmup_epochs(epochs: int) -> float:
 
 def names() -> list[str]:
     """Return the names of all presets."""
-    return ["demo", *(f"{method}_vit_{size}_{epochs}e" for method in METHODS for size in SIZES for epochs in EPOCHS)]
+    return [
+        "own",
+        "demo",
+        *(f"{method}_vit_{size}_{epochs}e" for method in METHODS for size in SIZES for epochs in EPOCHS),
+    ]
 
 
 def preset(name: str) -> PretrainConfig:
@@ -157,6 +162,8 @@ def preset(name: str) -> PretrainConfig:
     if name not in names():
         nearest = difflib.get_close_matches(name, names(), 1, 0)[0]
         raise UserError(f"unknown preset {name!r}; the nearest is {nearest!r}. README.md lists all presets.")
+    if name == "own":  # commands/pretrain.py replaces these settings by those for the data set
+        return own(Images(0, 0), has_gpu=False)
     if name == "demo":
         return replace(demo(), preset=name)
     method, _, scale = name.partition("_vit_")

@@ -6,16 +6,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
+from ddae.data.photo import load_rgb
 from ddae.distributed.comm import device
-from ddae.errors import UserError, one_line
+from ddae.errors import UserError
 from ddae.eval.figures import add_legend, blend_classes, class_colours
 from ddae.eval.segmentation_data import resize_image, resized_shape
 from ddae.eval.upernet import load_segmenter, predict_classes
 from ddae.models.patches import normalise
-from ddae.sharding.inspection import upright_rgb
 
 TOP_K = 5  # classes returned for an image
 
@@ -75,18 +74,6 @@ def segment_images(folder: Path, photos: list[Path], out: Path) -> dict[Path, li
         legend_colours = [colours[names.index(each.name)].tolist() for each in top]
         add_legend(blend_classes(image, labels.numpy(), colours), legend, legend_colours).save(output)
     return predictions
-
-
-def load_rgb(photo: Path) -> Image.Image:
-    """Load an image file as RGB with 8 bits per channel, in its EXIF orientation, as the sharder does.
-
-    Raise UserError if the file is not an image.
-    """
-    try:
-        with Image.open(photo) as image:
-            return upright_rgb(image)
-    except Exception as error:  # Pillow raises many types for damaged files
-        raise UserError(f"{photo} cannot be read as an image: {one_line(error)}. Pass a JPEG or PNG.") from None
 
 
 def top_classes(shares: torch.Tensor, names: list[str]) -> list[Prediction]:

@@ -14,13 +14,15 @@ import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
+from PIL import Image
 from timm.layers import DropPath, RelPosBias, resample_abs_pos_embed
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ddae.config.pretrain import EncoderShape, ModelConfig
-from ddae.models.patches import gather_tokens, patchify, sincos_positions
+from ddae.data.photo import central_crop, upright_rgb
+from ddae.models.patches import gather_tokens, normalise, patchify, sincos_positions
 
 QUERIES, KEYS_AND_VALUES = range(2)  # parts of QKVLinear
 TOKEN_STD = 0.02  # initial standard deviation of cls and mask tokens, and of BEiT's weight matrices
@@ -220,6 +222,19 @@ class PatchProjection(nn.Module):
         return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
+class Transform(NamedTuple):
+    """From a PIL image of any mode to an encoder's input."""
+
+    image_size: int
+    normalisation: str
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
+        """Return the crop of evaluations, the central square of 7/8 of the shorter side, resized and normalised."""
+        return normalise(
+            torch.from_numpy(central_crop(upright_rgb(image), self.image_size)), self.normalisation, torch.float32
+        )
+
+
 class Encoder(nn.Module):
     """ViT encoder of all patches or of the visible ones; returns the final tokens or those after given blocks.
 
@@ -315,6 +330,11 @@ class Encoder(nn.Module):
         if not self.shape.registers or num_outputs is not None:
             return tokens
         return torch.cat([tokens[:, :1], tokens[:, 1 + self.shape.registers :]], 1)
+
+    @property
+    def transform(self) -> "Transform":
+        """Function from a PIL image to the encoder's input: float32 [3, H, W], the crop of evaluations, normalised."""
+        return Transform(self.shape.image_size, self.normalisation)
 
     def features(self, images: Float[Tensor, "B C H W"], layers: Sequence[int]) -> list[Float[Tensor, "B T D"]]:
         """Return the tokens [B, 1 + N, D] after each of the given blocks (counted from 1), before any norm."""

@@ -124,12 +124,20 @@ class Index:
             raise UserError(f"--{self.split} {self.location} has images without a class. Leave out --per_class.")
         order = np.random.RandomState(seed).permutation(len(self))
         rows = np.sort(np.concatenate([order[self.label[order] == each][:per_class] for each in np.unique(self.label)]))
-        columns = ("offset", "length", "stored", "label", "folder_number", "duplicate_key")
-        suffix = {new: self.suffix[old] for new, old in enumerate(rows.tolist()) if old in self.suffix}
         tally = Tally(self.tally)
         tally.left_out.add("more than --per_class", count=len(self) - len(rows))
+        return replace(self.take(rows), tally=tally)
+
+    def take(self, rows: np.ndarray, split: str = "") -> "Index":
+        """Return the index of these images, int64 [M], ascending. split: name of another split that they become.
+
+        Files that are no images are counted in this split alone.
+        """
+        columns = ("offset", "length", "stored", "label", "folder_number", "duplicate_key")
+        suffix = {new: self.suffix[old] for new, old in enumerate(rows.tolist()) if old in self.suffix}
         taken = {name: getattr(self, name)[rows] for name in columns}
-        return replace(self, **taken, base=self.base.take(rows.tolist()), suffix=suffix, tally=tally)
+        other = {"split": split, "tally": Tally()} if split else {}
+        return replace(self, **taken, base=self.base.take(rows.tolist()), suffix=suffix, **other)
 
     def decompressed(self, folder: Path) -> "Index":
         """Return the index with compressed tars replaced by copies in `folder`, which are made unless they exist."""

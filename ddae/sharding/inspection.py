@@ -9,11 +9,11 @@ import re
 import warnings
 from typing import NamedTuple
 
-import numpy as np
 import simplejpeg
 from PIL import Image, features
 
 from ddae.data.decode import SOI, encode_image, has_stray_bytes, is_truncated
+from ddae.data.photo import orientation, upright_rgb
 
 MAX_PIXELS = 1 << 26  # 67 million; ImageNet's largest image has 61 million
 MAX_BYTES = 1 << 28  # of one image file: 256 MiB
@@ -28,16 +28,6 @@ else:  # pillow-simd, or an older Pillow
     UNSUPPORTED_ENDINGS += (".avif",)
 # libjpeg's warnings after which pixels are wrong. Others are about bytes that it skips, and about headers.
 DAMAGE = re.compile(r"premature end|bad Huffman code|instead of RST|extraneous bytes before marker 0xd[0-7]")
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
-ROTATIONS = {  # by orientation
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is the stricter limit
 warnings.filterwarnings("ignore", module="PIL")  # about malformed metadata; damaged pixels are detected below
@@ -79,7 +69,7 @@ def _inspect(data: bytes, resize_shorter: int, quality: int) -> Inspection:
     if is_truncated(data):
         return Inspection(("truncated",), None)
     size, downscale = image.size, 0 < resize_shorter < min(image.size)
-    rotated = _orientation(image) != 1  # read before load(), which rotates a TIFF
+    rotated = orientation(image) != 1  # read before load(), which rotates a TIFF
     warning = _libjpeg_warning(data) if data.startswith(SOI) else None
     if warning is not None and DAMAGE.search(warning):
         return Inspection(("truncated" if "premature end" in warning else "damaged",), None)
@@ -131,18 +121,9 @@ def _kinds(image: Image.Image, data: bytes, rotated: bool) -> tuple[str, ...]:
         kinds.append("greyscale")
     elif image.mode == "CMYK":
         kinds.append("cmyk")
-    if rotated or _orientation(image) != 1:  # a PNG may have its EXIF after its pixels
+    if rotated or orientation(image) != 1:  # a PNG may have its EXIF after its pixels
         kinds.append("exif_rotated")
     return tuple(kinds)
-
-
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if it is missing or invalid."""
-    try:
-        value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # malformed EXIF
-        return 1
-    return value if value in range(2, 9) else 1
 
 
 def _lacks_end(data: bytes) -> bool:
@@ -152,17 +133,3 @@ def _lacks_end(data: bytes) -> bool:
     if data.startswith(b"RIFF"):
         return len(data) < int.from_bytes(data[4:8], "little") + 8
     return is_truncated(data)
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return the image rotated as its EXIF orientation requires, as RGB with 8 bits per channel."""
-    image.load()  # which rotates a TIFF
-    rotation = ROTATIONS.get(_orientation(image))
-    upright = image if rotation is None else image.transpose(rotation)
-    if upright.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
-        values = np.asarray(upright).astype(np.int32)
-        np.clip(values, 0, 65535, out=values)
-        values += 128
-        values //= 257
-        upright = Image.fromarray(values.astype(np.uint8))
-    return upright.convert("RGB")

@@ -124,8 +124,19 @@ def test_bad_files(content, message, tmp_path):
         path.write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError, match=message):
         load(str(path))
-    with pytest.raises(UserError, match="--ds_config"):
-        load("")
+
+
+def test_shipped_files_have_names_everywhere(monkeypatch, tmp_path):
+    shipped = load("ds_configs/zero3.json")
+    monkeypatch.chdir(tmp_path)
+    assert load("zero3") == load("zero3.json") == load("ds_configs/zero3.json") == shipped
+    assert load("") == load("zero2") != shipped
+    (tmp_path / "zero3").write_text('{"steps_per_print": 7}')  # a file of that name comes first
+    assert load("zero3") == {"steps_per_print": 7}
+    with pytest.raises(UserError, match=r"--ds_config zero4 cannot be read .*one of zero0, zero1, zero2"):
+        load("zero4")
+    with pytest.raises(UserError, match="cannot be read"):
+        load("elsewhere/zero2.json")
 
 
 def test_nvme_without_libaio_is_refused_at_once(monkeypatch):

@@ -1,0 +1,1 @@
+"""The commands: each module's main() reads its arguments and prints the result."""
