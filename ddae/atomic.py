@@ -24,12 +24,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def remove_stale_partial_files(*folders: Path) -> None:
-    """Remove what killed processes left of write_text() in these folders: partial files older than an hour."""
+    """Remove what killed processes left of write_text() and new_folder() in these folders, if older than an hour."""
     for folder in folders:
-        for partial in folder.glob(".*.part"):
+        for partial in folder.glob(".*.[0-9]*.part"):
             with suppress(FileNotFoundError):
                 if time.time() - partial.stat().st_mtime > STALE_AFTER_S:
-                    partial.unlink()
+                    shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def write_text_durably(path: Path, text: str | Iterable[str]) -> None:
@@ -61,15 +61,23 @@ def write_json(path: Path, content: object, indent: int | None = 2) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a folder to fill; at the end it replaces `path`. Its files get the umask's permissions."""
-    partial = path.with_name(path.name + ".part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    for file in partial.iterdir():
-        share(file)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
+    """Yield a folder to fill; at the end it replaces `path`, or what `path` links to.
+
+    Its files get the umask's permissions. OSError as the file system raises it; the partial folder is removed.
+    """
+    path = Path(os.path.realpath(path))
+    remove_stale_partial_files(path.parent)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for file in partial.iterdir():
+            share(file)
+        shutil.rmtree(path, ignore_errors=True)
+        partial.rename(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def share(file: Path) -> None:

@@ -44,14 +44,13 @@ def main() -> None:
     """Run the command that the first argument names; exit with its code."""
     name, args = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if name in ("--help", "-h"):
-        print(_overview())
-        sys.exit(0)
+        run_command("ddae", lambda: print(_overview()))
     if name == "--version":
         from ddae import __version__
 
-        print(__version__)
-        sys.exit(0)
-    run_command("ddae", lambda: _run(name, args))
+        run_command("ddae", lambda: print(__version__))
+    may_have_ranks = name in COMMANDS and (COMMANDS[name].is_distributed or name in ("ablate", "doctor", "benchmark"))
+    run_command("ddae", lambda: _run(name, args), may_have_ranks)
 
 
 def _run(name: str, args: list[str]) -> int | None:

@@ -6,4 +6,4 @@ from ddae.commands.ablate import main
 from ddae.errors import run_command
 
 if __name__ == "__main__":
-    run_command("ablate", main)
+    run_command("ablate", main, ranks=True)

@@ -6,4 +6,4 @@ from ddae.commands.benchmark import main
 from ddae.errors import run_command
 
 if __name__ == "__main__":
-    run_command("benchmark", main)
+    run_command("benchmark", main, ranks=True)

@@ -6,4 +6,4 @@ from ddae.commands.doctor import main
 from ddae.errors import run_command
 
 if __name__ == "__main__":
-    run_command("doctor", main)
+    run_command("doctor", main, ranks=True)

@@ -37,6 +37,7 @@ DISK_MB = 24
 STEPS_PER_MINUTE = 100  # so that the undisturbed run takes a fraction of the time
 WATCHDOG_S = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+HOUR, MIN_FAULTS = 60, 10  # a run of an hour must have so many faults of each kind
 SURVIVED = ("rank stopped and continued", "full disk", "tracker fails")
 ENDING = ("rank killed", "killed within a save", "rank hangs", *(number.name for number in SIGNALS))
 BETWEEN = ("newest checkpoint damaged", "shard missing")
@@ -303,6 +304,10 @@ def main() -> int:
         shutil.rmtree(folder, ignore_errors=True)
     atomic.write_json(args.out, result)
     print(json.dumps(result, indent=1))
+    few = {name: count for name, count in result["faults"].items() if count < MIN_FAULTS}
+    if few and args.minutes >= HOUR:
+        print(f"soak: fewer than {MIN_FAULTS} faults of a kind: {few}. Run it for longer.", file=sys.stderr)
+        return 1
     return 0
 
 

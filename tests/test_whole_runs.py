@@ -332,7 +332,7 @@ def test_training_continues_after_a_full_disk(shards, tmp_path, record_result):
     )
     code, log = ranks.run_command("-c", program, *ranks.arguments(shards, tmp_path / "run", 2, *options))
     assert code == 0, log
-    assert re.search("checkpoint of step 1 failed: .*File too large.*Training continues", log)
+    assert re.search("checkpoint of step 1 failed: .*File too large.*The next save retries", log)
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert names == ["latest", "step_00000002", "step_00000003"]
     record_result("logged, and the partial files were removed; training continued, and the next save succeeded")

@@ -50,6 +50,8 @@ def main() -> None:
 
 def _check_out(out: Path, form: str) -> None:
     """Create the folder above `out`. Raise UserError if writing there would delete what no export wrote."""
+    if out.name == "encoder" and (out.parent / "environment.json").exists():
+        raise UserError(f"--out {out} is the export that the run {out.parent} made. Pass a new folder.")
     if out.is_dir() and form in FOLDER_FORMS:
         readme, names = out / "README.md", {path.name for path in out.iterdir()}
         is_export = readme.is_file() and "written by ddae" in readme.read_text(errors="replace")

@@ -25,7 +25,7 @@ import tyro
 from ddae.config.base import ExperimentType
 from ddae.config.presets import preset
 from ddae.config.pretrain import PretrainConfig, check
-from ddae.errors import RankError, UserError
+from ddae.errors import RankError, UserError, expand_home, flush_output, report
 
 ALIASES = {
     "--deepspeed_config": "--ds_config",
@@ -36,6 +36,7 @@ ALIASES = {
 # Completes a config that depends on the data. Arguments: the config as parsed; a function that parses the same
 # arguments again, from another starting point than the preset; whether the config is to be printed only.
 Prepare = Callable[[Any, Callable[[Any], Any], bool], Any]
+COUNTS = ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 LAUNCHER_FLAGS = ("--local_rank", "--local-rank")  # added by launchers, not read
 PRETRAINING = ExperimentType(PretrainConfig, preset, check)
 
@@ -61,22 +62,24 @@ def launch(experiment: ExperimentType, program: str, prepare: Prepare | None = N
                 print(json.dumps({"folder": config.folder, "peak_lr": config.peak_lr, **config.to_dict()}, indent=2))
             return
         _run(program, config)
+        flush_output()
     except KeyboardInterrupt:  # before StopSignal listens
         if _rank() == 0:
-            print("ddae: interrupted before training began", file=sys.stderr, flush=True)
+            report("ddae: interrupted before training began", 130)
         os._exit(130)
+    except BrokenPipeError:  # --help | head
+        flush_output()
     except UserError as error:
         code = error.code if isinstance(error, RankError) else 2
-        if isinstance(error, RankError):
-            print(f"ddae: rank {_rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
-        elif _rank() == 0:
-            print(f"ddae: {error}", file=sys.stderr, flush=True)
-        elif os.environ.get("LOCAL_RANK") == "0":  # of another node, which may lack what the first one has
-            print(f"ddae: rank {_rank()} on {platform.node()}: {error}", file=sys.stderr, flush=True)
+        is_first_of_node = os.environ.get("LOCAL_RANK") == "0"  # which may lack what the first node has
+        if _rank() == 0 and not isinstance(error, RankError):
+            report(f"ddae: {error}", code)
+        elif isinstance(error, RankError) or is_first_of_node:
+            report(f"ddae: rank {_rank()} on {platform.node()}: {error}", code)
         else:
             time.sleep(3)  # a launcher ends all ranks when the first has exited: let the one that reports go first
         atexit._run_exitfuncs()  # but not the interpreter's own shutdown, which would wait for other ranks
-        sys.stdout.flush()
+        flush_output()
         os._exit(code)
 
 
@@ -93,13 +96,17 @@ def _run(program: str, config: Any) -> None:
     from ddae.distributed.engine import stop_process_group
     from ddae.distributed.failures import explained
 
-    with explained():
-        run(config, stop)
-        stop_process_group()
+    try:
+        with explained():
+            run(config, stop)
+            stop_process_group()
+    finally:
+        stop.close()
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK") or "0")
+    rank = os.environ.get("RANK") or "0"
+    return int(rank) if rank.isdecimal() else 0  # take_slurm_ranks() refuses others
 
 
 def take_slurm_ranks() -> None:
@@ -107,13 +114,14 @@ def take_slurm_ranks() -> None:
 
     Raise UserError if a launcher's variables are incomplete, or if one that should be a number is not.
     """
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_STEP_NUM_TASKS"):
+    for name in (*COUNTS, "RANK", "LOCAL_RANK", "MASTER_PORT", "SLURM_PROCID", "SLURM_LOCALID"):
         value = os.environ.get(name)
         if value == "":
             del os.environ[name]
-        elif value is not None and not value.isdecimal():
+        elif value is not None and not (value.isdecimal() and (int(value) or name not in COUNTS)):
+            expected = "a number of at least 1" if name in COUNTS else "a number"
             raise UserError(
-                f"{name} is {value!r}; expected a number. Start the ranks with deepspeed, torchrun or srun."
+                f"{name} is {value!r}; expected {expected}. Start the ranks with deepspeed, torchrun or srun."
             )
     tasks, size = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")), int(os.environ.get("WORLD_SIZE", "1"))
     if "RANK" in os.environ:
@@ -128,6 +136,9 @@ def take_slurm_ranks() -> None:
             fix = "Start the ranks with deepspeed, torchrun or srun, or unset WORLD_SIZE for a single process."
             raise UserError(f"WORLD_SIZE is {size} but RANK is not set. {fix}")
         return
+    if missing := {"SLURM_PROCID", "SLURM_LOCALID"} - os.environ.keys():
+        problem = f"SLURM_STEP_NUM_TASKS is {tasks} but {min(missing)} is not set"
+        raise UserError(f"{problem}. Start the ranks with deepspeed, torchrun or srun, or unset the variable.")
     os.environ |= {"RANK": os.environ["SLURM_PROCID"], "WORLD_SIZE": str(tasks)}
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
     if missing := {"MASTER_ADDR", "MASTER_PORT"} - os.environ.keys():
@@ -188,14 +199,9 @@ def normalise(args: list[str]) -> list[str]:
         if arg.startswith("--"):
             flag, equals, value = arg.partition("=")
             flag = "--" + flag[2:].replace("-", "_")
-            arg = ALIASES.get(flag, flag) + equals + _expand_home(value)
-        normalised.append(_expand_home(arg))
+            arg = ALIASES.get(flag, flag) + equals + expand_home(value)
+        normalised.append(expand_home(arg))
     return normalised
-
-
-def _expand_home(value: str) -> str:
-    """Return a path with its leading ~/ expanded, unless a file has that literal name."""
-    return os.path.expanduser(value) if value.startswith("~/") and not os.path.exists(value) else value
 
 
 def take_preset(args: list[str], default: str) -> tuple[str, list[str]]:

@@ -98,9 +98,10 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> DeepSpe
     batch = config.data.batch_size
     micro_batch = settings.get("train_micro_batch_size_per_gpu", batch // ranks)
     if not isinstance(micro_batch, int) or isinstance(micro_batch, bool):
+        is_number = isinstance(micro_batch, str) and micro_batch.isdecimal()
+        fix = "Write it without quotes, or remove it." if is_number else "Remove it for data.batch_size / ranks."
         raise UserError(
-            f"the DeepSpeed JSON has train_micro_batch_size_per_gpu = {micro_batch!r}; expected a whole number. "
-            "Write it without quotes, or remove it."
+            f"the DeepSpeed JSON has train_micro_batch_size_per_gpu = {micro_batch!r}; expected a whole number. {fix}"
         )
     if micro_batch < 1 or batch % (micro_batch * ranks):
         raise UserError(

@@ -68,6 +68,7 @@ class Loader:
     """The training data of a run and its stream of micro-batches."""
 
     READER: type[Reader] = Reader
+    PLANES = 3  # bytes of a pixel that worker processes send
 
     def __init__(
         self,
@@ -125,13 +126,13 @@ class Loader:
         data.in_memory also decode all images. All ranks call it, and all get the same result.
         """
         reader = self._reader()
-        if self.backend != "dali" and self.shards is not None:
-            batch = self.rank_batch.micro_batch * 3 * self.size * self.size
-            require_shared_memory(self.config.workers * PREFETCH_BATCHES * batch, self.config.workers)
         if self.backend == "auto":
             before = None if previous is None else previous.backend
             choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, before))
             self.backend, self.backend_reason = choice
+        if self.backend != "dali" and self.shards is not None:
+            batch = self.rank_batch.micro_batch * self.PLANES * self.size * self.size
+            require_shared_memory(self.config.workers * PREFETCH_BATCHES * batch, self.config.workers)
         if self.backend == "dali":
             works = all(gather(can_decode_regions(reader, self.config, self.device)))
             was_whole = previous is not None and previous.backend == "dali" and not previous.regions

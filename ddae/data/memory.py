@@ -38,8 +38,8 @@ def require_shared_memory(needed: int, workers: int) -> None:
     except OSError:
         return
     if needed > free:
-        sizes = f"{needed / 1e6:.0f} MB for the batches of data.workers {workers}, and has {free / 1e6:.0f} MB"
-        fix = "Start the container with --shm-size=8g, or pass fewer --data.workers or a smaller micro-batch."
+        sizes = f"{needed / 1e6:.0f} MB for what {workers} workers keep ready, and has {free / 1e6:.0f} MB"
+        fix = "Start the container with --shm-size=8g, or pass fewer workers or a smaller batch."
         raise UserError(f"{SHARED_MEMORY} needs {sizes}. {fix}")
 
 

@@ -33,13 +33,19 @@ def load_rgb(photo: str | Path) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return the image rotated as its EXIF orientation requires, as RGB with 8 bits per channel."""
+    """Return the image rotated as its EXIF orientation requires, as RGB with 8 bits per channel.
+
+    Raise ValueError for pixels whose range is unknown: floating-point, or integers of more than 16 bits.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     image.load()  # which rotates a TIFF
     rotation = ROTATIONS.get(orientation(image))
     upright = image if rotation is None else image.transpose(rotation)
     if upright.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
         values = np.asarray(upright).astype(np.int32)
-        np.clip(values, 0, 65535, out=values)
+        if values.min(initial=0) < 0 or values.max(initial=0) > 65535:
+            raise ValueError("its pixels have more than 16 bits, of unknown range")
         values += 128
         values //= 257
         upright = Image.fromarray(values.astype(np.uint8))

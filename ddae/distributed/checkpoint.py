@@ -99,7 +99,7 @@ class Checkpoints:
                     "Free space there and run the same command again."
                 )
             if is_main():
-                reason = "checkpoint of step %d failed: %s. Training continues; the next save retries."
+                reason = "checkpoint of step %d failed: %s. The next save retries."
                 logger.warning(reason, step, problem)
         self._failed = problem is not None
         return not self._failed

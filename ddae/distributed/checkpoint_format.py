@@ -81,9 +81,9 @@ class FrozenModule:
             )
 
 
-def weights_hash(module: nn.Module) -> str:
-    """Return a SHA-256 hash of a module's parameters and buffers, by name, in fp32."""
-    digest = hashlib.sha256()
+def weights_hash(module: nn.Module, facts: str = "") -> str:
+    """Return a SHA-256 hash of a module's parameters and buffers, by name, in fp32, and of further facts."""
+    digest = hashlib.sha256(facts.encode())
     for name, values in sorted(module.state_dict().items()):
         digest.update(name.encode() + values.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -101,6 +101,10 @@ def _require_no_gpu() -> None:
     else:
         needed = MIN_DRIVER.get(cuda.partition(".")[0], "of a later version")
         reason = f"torch is built for CUDA {cuda}, which needs driver {needed}, and the machine has {driver}"
+        least = re.match(r"\d+", needed)
+        if found is not None and least is not None and int(found[1].partition(".")[0]) >= int(least[0]):
+            reason = f"torch finds no GPU although {driver} supports its CUDA {cuda}"
+            fix = "See whether nvidia-smi lists it, and whether the container was started with access to GPUs."
     raise UserError(
         f"{platform.node()} has a GPU that cannot be used: {reason}. {fix} "
         "For the CPU set CUDA_VISIBLE_DEVICES= or, in training, pass --engine.device cpu."

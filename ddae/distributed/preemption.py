@@ -67,6 +67,14 @@ class StopSignal:
         """Poll at the next call: what follows may be slower or faster than the steps so far. All ranks call it."""
         self._last_step, self._next_step = -1, 0
 
+    def close(self) -> None:
+        """Ignore signals from now on: the process is about to exit, and its exit code is decided.
+
+        The interpreter's own shutdown would restore their default, which ends the process by the signal.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     def _interrupt(self, *_: object) -> None:
         now = time.monotonic()
         if self._interrupted is None:

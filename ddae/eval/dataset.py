@@ -18,12 +18,14 @@ from ddae.config.tokenizer import TokenizerConfig
 from ddae.data.cache import Cache, open_cache
 from ddae.data.decode import decode_crop
 from ddae.data.loader import Loader, ignore_signals
+from ddae.data.memory import require_shared_memory
 from ddae.data.sampling import central_crops
 from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import is_main, rank, world_size
 from ddae.errors import UserError
 
 logger = logging.getLogger(__name__)
+PREFETCH = 2  # samples, or batches, that each worker process keeps ready
 
 
 class ExampleBatch(NamedTuple):
@@ -39,6 +41,7 @@ class SplitReader(Dataset):
 
     shards: Shards
     samples: Tensor | range  # of the shards
+    sample_bytes: int  # of what decode() returns
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -81,6 +84,7 @@ class ExampleReader(SplitReader):
         is set; otherwise `labels` is empty and every class is 0.
         """
         self.shards, self.size = open_shards(source, cache or open_cache(ShardsConfig()), split), size
+        self.sample_bytes = 3 * size * size
         count = min(max_images or len(self.shards), len(self.shards))
         self.samples = torch.arange(count) * len(self.shards) // count if samples is None else samples
         self.labels = torch.empty(0, dtype=torch.int64)
@@ -189,7 +193,11 @@ def load_samples(
     indices: for each list of indices, images uint8 [B, 3, S, S] and labels int64 [B] are yielded. Indices from
     len(reader) on count from the first sample again. Raise UserError if the data set raises one, in whichever process.
     """
+    if workers and len(indices):
+        samples = 1 if isinstance(indices[0], int) else len(indices[0])  # that travel together; the last may be fewer
+        require_shared_memory(workers * PREFETCH * samples * reader.sample_bytes, workers)
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin_memory, "worker_init_fn": ignore_signals}
+    options |= {"prefetch_factor": PREFETCH} if workers else {}
     stream = iter(DataLoader(_Samples(reader), batch_size=None, sampler=indices, **options))
     try:
         for sample in stream:

@@ -20,9 +20,12 @@ from tqdm import tqdm
 
 from ddae.atomic import new_folder, write_json
 from ddae.data.loader import ignore_signals
+from ddae.data.memory import require_shared_memory
 from ddae.data.photo import central_crop, load_rgb, upright_rgb
 from ddae.distributed.comm import device
 from ddae.errors import UserError
+from ddae.eval.dataset import PREFETCH
+from ddae.eval.features import require_finite_features
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
 from ddae.sharding.inspection import IMAGE_ENDINGS
@@ -114,8 +117,7 @@ def embed(encoder: Encoder, photos: Sequence[Photo], workers: int = 0, show_prog
         first = f", the first: {unreadable[min(unreadable)]}" if unreadable else ""
         raise UserError(f"none of {len(photos)} images can be read{first}")
     embeddings = torch.cat(values)
-    if not embeddings.isfinite().all():
-        raise UserError("the encoder's features are not finite. Use another encoder.")
+    require_finite_features(embeddings)
     return Embeddings(embeddings.numpy(), rows, unreadable, torch.cat(thumbnails).numpy())
 
 
@@ -123,6 +125,8 @@ def _batches(
     photos: Sequence[Photo], size: int, workers: int, show_progress: bool, unreadable: dict[int, str]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Yield positions and crops, uint8 [B, 3, S, S]; add those that cannot be read to `unreadable`."""
+    if workers:
+        require_shared_memory(workers * PREFETCH * 3 * size * size, workers)
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": ignore_signals, "batch_size": None}
     stream = enumerate(DataLoader(_Photos(photos, size), **options))
     positions, crops = [], []

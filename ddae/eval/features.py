@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ddae.distributed.comm import device, sum_over_ranks
+from ddae.errors import UserError
 from ddae.eval.dataset import ExampleBatch, ExampleReader, batches_of_rank
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
@@ -60,11 +61,18 @@ def extract_features(
             pixels = normalise(batch.images, encoder.normalisation, torch.float32)
             with torch.autocast(pixels.device.type, dtype=torch.bfloat16, enabled=autocast):
                 features = pooled_features(encoder, pixels, layers)
+            require_finite_features(*features.values())
             for name, values in features.items():
                 by_name[name].append(values.float().cpu())
         labels.append(batch.labels.cpu())
     whole = ({name: torch.cat(parts) for name, parts in by_name.items()} for by_name in by_encoder)
     return [Features(by_name, torch.cat(labels)) for by_name in whole]
+
+
+def require_finite_features(*features: Tensor) -> None:
+    """Raise UserError for features that are NaN or infinite."""
+    if not all(bool(each.isfinite().all()) for each in features):
+        raise UserError("the encoder's features are not finite, so that images cannot be ranked. Use another encoder.")
 
 
 @torch.no_grad()

@@ -15,7 +15,6 @@ from torch import Tensor
 from ddae import atomic
 from ddae.config.base import ShardsConfig, TrackerConfig
 from ddae.data.cache import open_cache
-from ddae.distributed.checkpoint_format import weights_hash
 from ddae.distributed.comm import broadcast_from_main, device
 from ddae.errors import UserError
 from ddae.eval import baselines
@@ -27,10 +26,11 @@ from ddae.eval.features import (
     extract_features,
     map_images,
     quarter_blocks,
+    require_finite_features,
 )
 from ddae.eval.figures import confusion_matrix, metric_by_block, neighbour_grid
 from ddae.eval.metrics import count_confusion
-from ddae.export.encoder import load_encoder
+from ddae.export.encoder import encoder_hash, load_encoder
 from ddae.method.feature_statistics import effective_rank, feature_std
 from ddae.models.vit import Encoder
 from ddae.report import html as report
@@ -56,16 +56,21 @@ def vote(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k is {k}; expected 1 to {len(bank)}, the number of images in the bank.")
-    if not (bank.isfinite().all() and queries.isfinite().all()):
-        raise UserError("the encoder's features are not finite, so that images cannot be ranked. Use another encoder.")
-    bank, num_classes = F.normalize(bank, dim=1).t().contiguous(), int(labels.max()) + 1
+    require_finite_features(bank, queries)
+    bank, num_classes = unit_length(bank).t().contiguous(), int(labels.max()) + 1
     votes, neighbours = [], []
-    for chunk in F.normalize(queries, dim=1).split(CHUNK):
+    for chunk in unit_length(queries).split(CHUNK):
         similarity, nearest = (chunk @ bank).topk(k)
         weights = ((similarity - similarity[:, :1]) / temperature).exp()  # the difference cannot overflow
         votes.append(torch.zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weights))
         neighbours.append(nearest)
     return Neighbours(torch.cat(votes), torch.cat(neighbours))
+
+
+def unit_length(features: Tensor) -> Tensor:
+    """Divide each row by its norm, float32 [N, D], whatever its magnitude: its square could overflow or vanish."""
+    largest = features.abs().amax(1, keepdim=True).clamp(min=torch.finfo(features.dtype).tiny)
+    return F.normalize(features / largest, dim=1)
 
 
 def accuracy(votes: Tensor, labels: Tensor, top: int = 1) -> float:
@@ -113,7 +118,7 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     if not 1 <= settings.k <= max_k:
         excluded = ", not counting those that select the feature" if is_selection.any() else ""
         raise UserError(f"--k is {settings.k}; expected 1 to {max_k}, the images of {data} in the bank{excluded}.")
-    params = {"task": "knn", "encoder": encoder_path, "encoder_sha256": weights_hash(encoder), "data": data}
+    params = {"task": "knn", "encoder": encoder_path, "encoder_sha256": encoder_hash(encoder), "data": data}
     params |= {"images": "grey" if settings.grey else "as stored"}
     params |= {"k": settings.k, "temperature": settings.temperature, "untrained_seed": settings.untrained_seed}
     params |= {"bank": len(readers["train"]), "queries": len(readers["val"]), "width": encoder.shape.width}

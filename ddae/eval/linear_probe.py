@@ -62,7 +62,7 @@ def linear_probe(config: ProbeConfig, stop: StopSignal | None = None) -> None:
     if micro_batch == 1:
         raise UserError(
             "the heads' batch norm needs at least two images, but a micro-batch has one. "
-            "Raise --data.batch_size, or train on fewer ranks."
+            "Raise --probe.micro_batch or --data.batch_size, or train on fewer ranks."
         )
     run, size = Run(config, stop, {}, micro_batch), encoder.shape.image_size
     loader_class = IndexLoader if config.probe.cache else Loader

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ddae.config.segmentation import SegmentConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch
-from ddae.distributed.checkpoint_format import Checkpointable, weights_hash
+from ddae.distributed.checkpoint_format import Checkpointable
 from ddae.distributed.comm import device, mean_over_ranks, sum_over_ranks, world_size
 from ddae.distributed.engine import Engine
 from ddae.distributed.preemption import StopSignal
@@ -27,7 +27,7 @@ from ddae.eval.metrics import count_confusion, intersection_over_union, majority
 from ddae.eval.segmentation_data import IGNORE_INDEX, SceneCrop, SceneDataset, SceneLoader, split_planes
 from ddae.eval.task import SupervisedTask, deepspeed_run
 from ddae.eval.upernet import Segmenter, extend_encoder, predict_classes, write_segmenter
-from ddae.export.encoder import load_encoder
+from ddae.export.encoder import encoder_hash, load_encoder
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
 from ddae.report.figures import curves
@@ -85,7 +85,7 @@ class SegmentationTask(SupervisedTask):
     def __init__(self, config: SegmentConfig, encoder: Encoder, loader: SceneLoader, val: SceneDataset):
         """Raise UserError if the training shards have other classes than the validation shards."""
         super().__init__(config, val, config.seg.evaluate_every, config.encoder)
-        self.encoder_hash = weights_hash(encoder)
+        self.encoder_hash = encoder_hash(encoder)
         self.encoder, self.classes, self.images = encoder, val.classes, {"train": loader.num_samples, "val": len(val)}
         train_classes = () if loader.shards is None else loader.shards.classes
         for number, (in_train, in_val) in enumerate(itertools.zip_longest(train_classes, val.shards.classes)):

@@ -48,7 +48,7 @@ class SceneBatchReader(Reader):
 class SceneLoader(Loader):
     """Loader of training crops with labels."""
 
-    READER = SceneBatchReader
+    READER, PLANES = SceneBatchReader, 5
 
 
 def split_planes(planes: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,6 +119,7 @@ class SceneDataset(SplitReader):
         their classes cannot be determined.
         """
         self.shards, self.size = open_shards(source, cache, split), size
+        self.sample_bytes = (3 + 8) * 2 * size * size  # of an image twice as wide as high, and its labels in int64
         self.samples, self.masks = range(len(self.shards)), self.shards.file_locations("png")
         self.classes = class_names(self.shards.classes, num_classes)
 

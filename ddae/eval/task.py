@@ -10,13 +10,13 @@ from ddae.atomic import write_json
 from ddae.config import deepspeed as ds_config
 from ddae.config.base import Experiment
 from ddae.config.evaluation import Evaluation
-from ddae.distributed.checkpoint_format import weights_hash
 from ddae.distributed.comm import is_main, world_size
 from ddae.distributed.engine import Engine
 from ddae.distributed.preemption import StopSignal
 from ddae.eval import baselines
 from ddae.eval.dataset import ExampleReader, Labels, val_location
 from ddae.eval.knn import raw_pixel_accuracy
+from ddae.export.encoder import encoder_hash
 from ddae.models.vit import Encoder
 from ddae.report import html as report
 from ddae.training.run import Run
@@ -85,7 +85,7 @@ class ClassificationTask(SupervisedTask):
 
     def __init__(self, config: Evaluation, encoder: Encoder, labels: Labels, val: ExampleReader, evaluate_every: float):
         super().__init__(config, val, evaluate_every, config.encoder)
-        self.encoder, self.labels, self.encoder_hash = encoder, labels, weights_hash(encoder)
+        self.encoder, self.labels, self.encoder_hash = encoder, labels, encoder_hash(encoder)
 
     def raw_pixel_accuracy(self, heartbeat: Callable[[], None]) -> float:
         """Return the k-NN accuracy, in per cent, of raw pixels. All ranks call it."""

@@ -20,6 +20,7 @@ from ddae.atomic import new_folder, write_json
 from ddae.config.pretrain import EncoderShape
 from ddae.config.segmentation import SceneConfig
 from ddae.errors import UserError, one_line
+from ddae.export.encoder import require_finite
 from ddae.models.vit import Encoder
 
 FORMAT, WEIGHTS, SETTINGS = 1, "model.safetensors", "config.json"  # of a segmenter
@@ -183,6 +184,7 @@ def write_segmenter(
 ) -> None:
     """Write model.safetensors and config.json, which load_segmenter() reads, as an atomic folder."""
     decoder = {"taps": config.taps, "channels": config.channels, "stride": config.stride, "classes": list(classes)}
+    require_finite(state, "the segmenter")
     with new_folder(folder) as partial:
         save_file(state, partial / WEIGHTS)
         settings = {"format": FORMAT, "model": asdict(encoder.shape), "normalisation": encoder.normalisation, **decoder}

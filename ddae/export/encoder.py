@@ -4,6 +4,7 @@ An export is a folder with `encoder.safetensors` (fp32, timm's names) and `confi
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ddae.atomic import new_folder, write_json
 from ddae.config.pretrain import EncoderShape, PretrainConfig
-from ddae.distributed.checkpoint_format import MANIFEST, find_damage, load_weights
+from ddae.distributed.checkpoint_format import MANIFEST, NOT_PERMITTED, find_damage, load_weights, weights_hash
 from ddae.errors import UserError, one_line
 from ddae.export.published_weights import TOKENIZER_FIX, read_encoder, read_tokenizer
 from ddae.export.weight_files import is_snapshot
@@ -41,7 +42,8 @@ def export_encoder(weights: dict[str, Tensor], config: PretrainConfig, folder: P
 def write_export(encoder: Encoder, folder: Path, preset: str = "") -> None:
     """Write an export atomically."""
     config = {"format": FORMAT, "model": asdict(encoder.shape), "normalisation": encoder.normalisation}
-    write_folder(folder, ENCODER_FILE, encoder.state_dict(), config | {"preset": preset})
+    config |= {"preset": preset, "hash": encoder_hash(encoder)}
+    write_folder(folder, ENCODER_FILE, encoder.state_dict(), config)
 
 
 def write_folder(folder: Path, file: str, weights: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -75,9 +77,9 @@ def load_encoder(
     path: a run folder, a checkpoint, an export, a published file (.pth or .safetensors) of MAE, BEiT, BEiT-v2, BootMAE,
     MoCo-v3, DeiT, DINOv2 or timm, or a snapshot folder of timm or transformers. image_size: resample the positions to
     this input size. normalisation: "half" or "imagenet"; needed for a published file that was not trained with
-    imagenet's. part: the teacher is in checkpoints only, of which the newest of a run folder is used. heads: attention
-    heads, for a published file that does not tell. key: which state dict of a published file to take, such as
-    "model_ema".
+    imagenet's and does not state its own. part: the teacher is in checkpoints only, of which the newest of a run folder
+    is used. heads: attention heads, for a published file that does not tell. key: which state dict of a published file
+    to take, such as "model_ema".
 
     encoder(images) maps [B, 3, H, W], normalised with `encoder.normalisation`, to tokens [B, 1 + N, D] after the
     final norm, cls token first; encoder.features(images, layers) returns those after the given blocks. For a published
@@ -87,16 +89,19 @@ def load_encoder(
     Raise UserError if there is no complete encoder, or one whose features would differ from the published ones.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist. Pass a run, an export, a checkpoint or a file of weights.")
     checkpoint = _find_checkpoint(path, part)
     if checkpoint is not None:
         encoder = _load_checkpoint(checkpoint, part)
     elif part == "teacher":
         raise UserError(f"{path} has no teacher; only checkpoints have. Pass a run folder with checkpoints/.")
     elif path.is_file() or is_snapshot(path):
-        converted = read_encoder(path, heads, key)
-        encoder = Encoder(converted.model)
-        encoder.load_state_dict(converted.weights)
-        encoder.normalisation, encoder.report = "imagenet", converted.report
+        with _reading(f"{path} is not an encoder of this architecture", "Pass a file of a ViT encoder."):
+            converted = read_encoder(path, heads, key)
+            encoder = Encoder(converted.model)
+            encoder.load_state_dict(converted.weights)
+        encoder.normalisation, encoder.report = converted.normalisation, converted.report
     else:
         encoder = _load_export(path)
     require_finite(encoder.state_dict(), str(path))
@@ -107,6 +112,13 @@ def load_encoder(
             raise UserError(f"image_size is {image_size}; expected a multiple of {patch}, the patch size. Pass one.")
         encoder.set_image_size(image_size)
     return encoder.eval().requires_grad_(False)
+
+
+def encoder_hash(encoder: Encoder) -> str:
+    """Return a hash of all that an encoder's features depend on: weights, shape and normalisation."""
+    shape = asdict(encoder.shape)
+    del shape["init"]
+    return weights_hash(encoder, json.dumps([shape, encoder.normalisation], sort_keys=True))
 
 
 def write_tokenizer(weights: dict[str, Tensor], tokenizer: Tokenizer, folder: Path) -> None:
@@ -127,8 +139,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     source = source.parent if source.name == TOKENIZER_FILE else source
     with _reading(f"{path} is not a tokenizer", TOKENIZER_FIX):
         if source.is_file():
-            weights, shape, _ = read_tokenizer(source)
-            tokenizer = Tokenizer(shape, *weights["codebook"].shape)
+            converted = read_tokenizer(source)
+            weights = converted.weights
+            tokenizer = Tokenizer(converted.model, *weights["codebook"].shape)
         else:
             config = json.loads((source / CONFIG_FILE).read_text())
             tokenizer = Tokenizer(EncoderShape(**config["model"]), config["codes"], config["code_width"])
@@ -150,6 +163,8 @@ def _reading(failure: str, fix: str) -> Iterator[None]:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the newest complete checkpoint of a run folder, None if there is none."""
+    if (run / "checkpoints").is_dir() and not os.access(run / "checkpoints", os.R_OK | os.X_OK):
+        raise UserError(f"{run / 'checkpoints'} cannot be read (Permission denied). Change its permissions.")
     complete = sorted(run.glob(f"checkpoints/step_*/{MANIFEST}"))
     return complete[-1].parent if complete else None
 
@@ -166,6 +181,8 @@ def _load_checkpoint(path: Path, part: str) -> Encoder:
     with _reading(f"{path} is not a checkpoint of pretraining: {file}", "Pass runs/NAME, or a checkpoint in it."):
         config = PretrainConfig.read(file)
     if damage := find_damage(path):
+        if damage.startswith(NOT_PERMITTED):
+            raise UserError(f"{path} cannot be read: {damage}. Change its permissions.")
         raise UserError(f"{path} is damaged: {damage}. Pass another checkpoint of the run.")
     encoder = Encoder(config.model)
     encoder.normalisation = config.data.normalisation

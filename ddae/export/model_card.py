@@ -59,10 +59,12 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
 
 
 def _evaluations(run: Path) -> list[tuple[str, ...]]:
-    """Return task, metric, result and its baselines of each finished evaluation in a run folder."""
+    """Return task, metric, result and its baselines of each finished evaluation of a run's encoder."""
     rows = []
     for file in sorted(run.glob("*/results.json")):
         results = _read_json(file)
+        if is_outdated(run, results):
+            continue
         task = results.get("task", file.parent.name)
         if task == "segment":
             chance = _percent(results.get("chance", {}).get("miou"))
@@ -77,6 +79,12 @@ def _evaluations(run: Path) -> list[tuple[str, ...]]:
             baselines = [_percent(results.get(name)) for name in ("untrained", "raw_pixels", "chance")]
             rows.append((task, f"{evaluated}, top-1", value, *baselines))
     return rows
+
+
+def is_outdated(run: Path, results: dict[str, Any]) -> bool:
+    """Return whether an evaluation in a run folder is of an encoder that has changed since."""
+    current, evaluated = _read_json(run / "encoder" / "config.json").get("hash"), results.get("encoder_sha256")
+    return None not in (current, evaluated) and current != evaluated
 
 
 def _percent(value: float | None) -> str:

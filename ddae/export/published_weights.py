@@ -20,6 +20,7 @@ from torch import Tensor
 from ddae.config.pretrain import EncoderShape
 from ddae.errors import UserError
 from ddae.export.weight_files import read_encoder_file, read_state_dict
+from ddae.models.patches import NORMALISATIONS
 
 SCALED_LAYERS = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}  # layer scale -> the layer whose output it scales
 BIAS_TABLE = "relative_position_bias_table"
@@ -59,12 +60,12 @@ ENCODER_NAMES = re.compile(
 # Tensors that do not change an encoder's tokens: of decoders, heads and pretraining; what is derived from others.
 LEFT_OUT = re.compile(
     r"(.*\.)?(relative_position_index|k_bias|num_batches_tracked)"
-    r"|(\w*head\w*|\w*mask_token\w*|fc_norm|pooler|classifier|\w*decoder\w*|de_\w+|decode\w*|down|\w*predictor\w*"
-    r"|\w*projector\w*|queue\w*|\w*cent(er|re)\w*|momentum_\w+|loss\w*|encode_task_layer|quantize|\w*logit_scale)(\..*)?"
+    r"|(?!\w*(head_token|register))(\w*head\w*|\w*mask_token\w*|fc_norm|pooler|classifier|\w*decoder\w*|de_\w+"
+    r"|decode\w*|down|\w*predictor\w*|\w*projector\w*|queue\w*|\w*cent(er|re)\w*|momentum_\w+|loss\w*|encode_task_layer|quantize|\w*logit_scale)(\..*)?"
 )
 HEADS = {  # attention heads of known families by (width, depth)
     (192, 12): 3,
-    (384, 12): 6,  # MoCo-v3: 12
+    (384, 12): 6,  # MoCo-v3: weight_files.MOCO_HEADS
     (768, 12): 12,
     (1024, 24): 16,
     (1152, 27): 16,
@@ -79,6 +80,7 @@ class ConvertedWeights(NamedTuple):
 
     weights: dict[str, Tensor]
     model: EncoderShape
+    normalisation: str  # of the images
     report: dict[str, list[str]]  # "loaded" and "left out": names in the file; "taken": which of several state dicts
 
 
@@ -89,9 +91,16 @@ def read_encoder(path: Path, heads: int | None = None, key: str = "") -> Convert
     no encoder, an incomplete one, or one with parts that are not supported.
     """
     file = read_encoder_file(path, key)
-    of_moco = 12 if "base_encoder" in file.prefix else None  # ViT-S and ViT-B of MoCo-v3
-    converted = convert(file.state, path, heads or file.heads or of_moco)
-    return converted._replace(report=converted.report | ({"taken": [file.source]} if file.source else {}))
+    if heads and file.heads and heads != file.heads:
+        raise UserError(f"{path} states {file.heads} attention heads, but --heads is {heads}. Leave out --heads.")
+    converted = convert(file.state, path, heads or file.heads)
+    if file.normalisation not in (None, *NORMALISATIONS):
+        problem = f"was trained on images normalised by {file.normalisation}"
+        raise UserError(f"{path} {problem}; expected one of {', '.join(NORMALISATIONS)}. Pass another.")
+    return converted._replace(
+        normalisation=file.normalisation or converted.normalisation,
+        report=converted.report | ({"taken": [file.source]} if file.source else {}),
+    )
 
 
 def read_tokenizer(path: Path) -> ConvertedWeights:
@@ -109,7 +118,7 @@ def read_tokenizer(path: Path) -> ConvertedWeights:
     weights = {f"encoder.{name}": values for name, values in converted.weights.items()}
     weights |= {name: state[published].float() for published, name in TOKENIZER_NAMES.items()}
     loaded = [f"encoder.{name}" for name in converted.report["loaded"]] + list(TOKENIZER_NAMES)
-    return ConvertedWeights(weights, converted.model, _report(state, loaded))
+    return converted._replace(weights=weights, report=_report(state, loaded))
 
 
 def convert(state: dict[str, Tensor], path: Path | str, heads: int | None = None) -> ConvertedWeights:
@@ -131,6 +140,11 @@ def convert(state: dict[str, Tensor], path: Path | str, heads: int | None = None
             values = torch.cat([values, *([torch.zeros_like(values)] if len(found) == 1 else []), *found])
             loaded += [published[other] for other in others]
         if ENCODER_NAMES.fullmatch(name):
+            if not values.is_floating_point():
+                problem = f"has {published_name} in {str(values.dtype).removeprefix('torch.')}"
+                raise UserError(
+                    f"{path} {problem}; expected floating-point numbers. Pass weights without quantisation."
+                )
             weights[name] = values.float()
             loaded.append(published_name)
         elif not LEFT_OUT.fullmatch(name):
@@ -140,7 +154,7 @@ def convert(state: dict[str, Tensor], path: Path | str, heads: int | None = None
         problem = f"has {unknown[0]}{others}, which would change the features and is not supported"
         raise UserError(f"{path} {problem}. Pass another file, or remove what is not part of its encoder.")
     _resolve_prefix_tokens(weights, path)
-    return ConvertedWeights(weights, _infer_shape(weights, path, heads), _report(state, loaded))
+    return ConvertedWeights(weights, _infer_shape(weights, path, heads), "imagenet", _report(state, loaded))
 
 
 def _own_name(name: str, state: dict[str, Tensor]) -> str:
@@ -155,6 +169,8 @@ def _own_name(name: str, state: dict[str, Tensor]) -> str:
 def _resolve_prefix_tokens(weights: dict[str, Tensor], path: Path | str) -> None:
     """Give the cls token a position, and the registers (with a distillation token) none: it is added to them."""
     distillation = weights.pop("dist_token", None)
+    if distillation is not None and "reg_token" in weights:
+        raise UserError(f"{path} has a distillation token and registers, which is not supported. Pass another file.")
     registers = weights.pop("reg_token", None) if distillation is None else distillation
     positions = weights.get("pos_embed")
     if positions is not None:
@@ -256,7 +272,12 @@ def _infer_shape(weights: dict[str, Tensor], path: Path | str, heads: int | None
     if tables:
         heads = weights[tables[0]].shape[1]
     elif has_qk_norm:
-        heads = width // len(weights["blocks.0.attn.q_norm.weight"])
+        normed = len(weights["blocks.0.attn.q_norm.weight"])
+        of_norm = width // normed
+        if normed >= width or width % normed or heads not in (None, of_norm):
+            problem = f"has norms of queries over {normed} of {width} channels"
+            raise UserError(f"{path} {problem}; expected a norm of each attention head. Pass another file.")
+        heads = of_norm
     heads = heads or HEADS.get((width, depth))
     if heads is None:
         fix = "Pass --heads to launch/export.py --form ddae, and use its export."

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ddae.errors import UserError, one_line
+from ddae.models.patches import NORMALISATIONS
 
 # Names under which files nest their state dict, in the order of preference.
 CONTAINERS = ("model", "state_dict", "module", "teacher", "student", "model_ema", "state_dict_ema", "ema")
@@ -26,6 +27,8 @@ PREFIXES = {  # parts of the names of an encoder's tensors, before its own
     *("dinov2", "dinov2_with_registers", "beit", "net", "network", "online"),
 }
 CLS_TOKEN = re.compile(r"(?P<prefix>(?:\w+\.)*?)(?:embeddings\.)?cls_token")  # of an encoder; transformers nests it
+TOP_LEVEL = "the top level"  # of a file, where there are containers, too
+MOCO_HEADS = 12  # of MoCo-v3's ViT-S and ViT-B
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a snapshot
 SNAPSHOT_FIX = "Pass the folder with config.json and model.safetensors, or a file of weights."
 SCALAR: Any = np.float64(0).__reduce__()[0]  # what a pickled NumPy number is made with
@@ -39,12 +42,38 @@ ALLOWED = [  # in pickled files, besides tensors
 ]
 
 
+TIMM_OPTIONS = {  # options of timm's ViTs that the tensors show, or that do not change the features
+    *("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "qk_norm", "init_values"),
+    *(
+        "class_token",
+        "reg_tokens",
+        "no_embed_class",
+        "global_pool",
+        "num_classes",
+        "in_chans",
+        "fc_norm",
+        "weight_init",
+    ),
+    *(
+        "weight_init",
+        "dynamic_img_size",
+        "drop_rate",
+        "drop_path_rate",
+        "pos_drop_rate",
+        "patch_drop_rate",
+        "proj_drop_rate",
+    ),
+    *("attn_drop_rate", "use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias", "norm_eps", "layer_norm_eps"),
+}
+MAX_NORM_EPS = 1e-5  # of LayerNorms; ours is 1e-6, and smaller ones make no difference
+
+
 class EncoderFile(NamedTuple):
     """The tensors of one encoder under the names of the project that wrote it."""
 
     state: dict[str, Tensor]
-    prefix: str  # of the tensors' names in the file
     heads: int | None  # attention heads, if the file or the snapshot states them
+    normalisation: str | None  # of the images, if the snapshot states it
     source: str  # which of several state dicts was taken, "" if there is one
 
 
@@ -59,14 +88,18 @@ def read_encoder_file(path: Path, key: str = "") -> EncoderFile:
         config, content = _read_snapshot(path)
     else:
         content = read_file(path)
-        if path.suffix == ".safetensors" and (path.parent / "config.json").exists():
+        if (path.suffix == ".safetensors" or path.name in WEIGHTS) and (path.parent / "config.json").exists():
             config = _read_config(path.parent)
     container, state, others = _unwrap(content, key, path)
-    prefix, state = _without_prefix(state, key.removeprefix(container).lstrip("."), path)
-    taken = ".".join(part for part in (container, prefix) if part)
+    prefix, state, other_encoders = _without_prefix(state, key.removeprefix(container).lstrip("."), path)
+    taken = ".".join(part for part in (container, prefix) if part) or TOP_LEVEL
+    others += other_encoders
     stated = content.get("heads") if isinstance(content, dict) else None  # in our own files
+    if not isinstance(stated, int):
+        is_moco = isinstance(content, dict) and content.get("arch") == "vit_small"  # MoCo-v3's ViT-S has 12 heads
+        stated = MOCO_HEADS if is_moco or "base_encoder" in prefix else _heads(config, path)
     source = f"{taken}, not {', '.join(others)} (--key selects)" if others else ""
-    return EncoderFile(state, prefix, stated if isinstance(stated, int) else _heads(config, path), source)
+    return EncoderFile(state, stated, _normalisation(config, path), source)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -89,7 +122,8 @@ def read_file(path: Path) -> Any:
         raise UserError(f"{path} {reason}: {one_line(error)}. {fix}") from None
     except Exception as error:  # pickle raises its own for objects that are not allowed
         reason, fix = "holds more than tensors, which could run code", "Pass a file that holds only a state dict."
-        raise UserError(f"{path} {reason}: {one_line(error, 150)}. {fix}") from None
+        found = re.search(r"(?:GLOBAL|Unsupported class|type) ([\w.]+)", str(error))
+        raise UserError(f"{path} {reason}: {found[1] if found else one_line(error, 150)}. {fix}") from None
 
 
 def is_snapshot(path: Path) -> bool:
@@ -103,7 +137,12 @@ def _read_snapshot(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in WEIGHTS:
         parts = [path / name]
         if (index := path / f"{name}.index.json").exists():  # in several files
-            parts = [path / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                parts = [path / part for part in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                raise UserError(f"{index} does not name the files of the weights. {SNAPSHOT_FIX}") from None
+            if not parts:
+                raise UserError(f"{index} names no file. {SNAPSHOT_FIX}")
         if parts[0].exists():
             content = {}
             for part in parts:
@@ -118,22 +157,39 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.json cannot be read ({one_line(error)}). {SNAPSHOT_FIX}") from None
-    activation = config.get("hidden_act", "gelu") if isinstance(config, dict) else "gelu"
+    if not isinstance(config, dict):
+        return {}
+    options = config.get("model_args") or {}
+    if not isinstance(options, dict):
+        raise UserError(f"{folder}/config.json has model_args = {options!r}; expected an object. {SNAPSHOT_FIX}")
+    activation = config.get("hidden_act", "gelu")
     if activation != "gelu":
         raise UserError(f"{folder} is an encoder with the activation {activation!r}; expected 'gelu'. Pass another.")
-    return config if isinstance(config, dict) else {}
+    if unknown := sorted(options.keys() - TIMM_OPTIONS):
+        problem = f"is an encoder with {unknown[0]} = {options[unknown[0]]!r}"
+        raise UserError(f"{folder} {problem}, which would change the features and is not supported. Pass another.")
+    for eps in (config.get("layer_norm_eps"), options.get("norm_eps"), options.get("layer_norm_eps")):
+        if isinstance(eps, (int, float)) and eps > MAX_NORM_EPS:
+            problem = f"has LayerNorms with an epsilon of {eps}; expected at most {MAX_NORM_EPS}"
+            raise UserError(f"{folder} {problem}. Pass another.")
+    return config
 
 
 def _heads(config: dict[str, Any], path: Path) -> int | None:
     """Return the attention heads that a snapshot's config states."""
-    if heads := config.get("num_attention_heads") or config.get("model_args", {}).get("num_heads"):
-        return int(heads)
+    options = config.get("model_args") or {}
+    if heads := config.get("num_attention_heads") or options.get("num_heads"):
+        if not isinstance(heads, int):
+            raise UserError(
+                f"{path} has a config.json with {heads!r} attention heads; expected a number. {SNAPSHOT_FIX}"
+            )
+        return heads
     if architecture := config.get("architecture"):
         import timm
 
         try:
             with torch.device("meta"):
-                model: Any = timm.create_model(architecture, **config.get("model_args", {}))
+                model: Any = timm.create_model(architecture, **options)
                 return int(model.blocks[0].attn.num_heads)
         except Exception as error:  # timm raises many types for architectures that it does not know or that are no ViT
             problem = f"is a {architecture}, which timm does not build as a Vision Transformer ({one_line(error)})"
@@ -141,14 +197,42 @@ def _heads(config: dict[str, Any], path: Path) -> int | None:
     return None
 
 
+def _normalisation(config: dict[str, Any], path: Path) -> str | None:
+    """Return the name of the normalisation of images that a snapshot states, None if it states none.
+
+    Raise UserError for one that has no name here.
+    """
+    stated = config.get("pretrained_cfg") or {}  # timm's; transformers' is in another file
+    folder = path if path.is_dir() else path.parent
+    processor = folder / "preprocessor_config.json"
+    if "model_type" in config and processor.exists():
+        try:
+            images = json.loads(processor.read_text())
+            stated = {"mean": images.get("image_mean"), "std": images.get("image_std")}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UserError(f"{processor} cannot be read ({one_line(error)}). {SNAPSHOT_FIX}") from None
+    mean, std = stated.get("mean"), stated.get("std")
+    if not mean or not std:
+        return None
+    for name, known in NORMALISATIONS.items():
+        if np.allclose([*mean, *std], [*known[0], *known[1]], atol=1e-3):
+            return name
+    return f"mean {list(mean)}, std {list(std)}"
+
+
 def _unwrap(content: Any, key: str, path: Path) -> tuple[str, dict[str, Tensor], list[str]]:
-    """Return the container's name, its tensors, and the names of other containers. Containers may be nested."""
+    """Return the container's name, its tensors, and the names of other containers. Containers may be nested.
+
+    An encoder beside the containers comes before those in them.
+    """
     names, others = [], []
     while isinstance(content, dict):
         found = [str(name) for name, value in content.items() if isinstance(value, dict) and _has_encoder(value)]
         wanted = next((name for name in found if key == name or key.startswith(f"{name}.")), None)
-        taken = wanted or next((name for name in CONTAINERS if name in found), None)
+        is_beside = any(str(name).endswith("cls_token") and isinstance(v, Tensor) for name, v in content.items())
+        taken = wanted or (None if is_beside else next((name for name in CONTAINERS if name in found), None))
         if taken is None:
+            others += found
             break
         others += [name for name in found if name != taken]
         names.append(taken)
@@ -167,8 +251,8 @@ def _has_encoder(content: dict[Any, Any]) -> bool:
     return nested or any(str(name).endswith("cls_token") for name in content)
 
 
-def _without_prefix(state: dict[str, Tensor], key: str, path: Path) -> tuple[str, dict[str, Tensor]]:
-    """Return the prefix of an encoder's names, and its tensors without it."""
+def _without_prefix(state: dict[str, Tensor], key: str, path: Path) -> tuple[str, dict[str, Tensor], list[str]]:
+    """Return the prefix of an encoder's names, its tensors without it, and the prefixes of other encoders."""
     found = {match["prefix"].rstrip(".") for name in state if (match := CLS_TOKEN.fullmatch(name))}
     chosen = {each for each in found if each == key or each.startswith(f"{key}.")} if key else found
     known = {each for each in chosen if set(each.split(".")) <= PREFIXES | {""}}
@@ -178,5 +262,7 @@ def _without_prefix(state: dict[str, Tensor], key: str, path: Path) -> tuple[str
     if len(candidates) > 1:
         names = ", ".join(sorted(candidates))
         raise UserError(f"{path} has several encoders: {names}. Pass one of them as --key to launch/export.py.")
-    prefix = f"{candidates.pop()}." if "" not in candidates else ""
-    return prefix.rstrip("."), {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    (taken,) = candidates
+    prefix = f"{taken}." if taken else ""
+    tensors = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
+    return taken, tensors, sorted(each or TOP_LEVEL for each in found - {taken})

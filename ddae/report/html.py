@@ -17,7 +17,7 @@ from ddae.config.base import flatten
 from ddae.config.pretrain import PretrainConfig
 from ddae.data.preview import Preview
 from ddae.distributed.comm import device, is_main
-from ddae.export.model_card import write_card
+from ddae.export.model_card import is_outdated, write_card
 from ddae.method.betas import Betas
 from ddae.method.model import PretrainModel
 from ddae.report import figures
@@ -192,6 +192,8 @@ def _evaluation(folder: Path) -> str:
     results = {k: v for k, v in flatten(json.loads((folder / "results.json").read_text())).items() if v is not None}
     rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in results.items()]
     verdict = f"<p><b>{html.escape(results['verdict'])}</b></p>" if "verdict" in results else ""
+    if is_outdated(folder.parent, results):
+        verdict = "<p><b>Outdated: the run's encoder has changed since this evaluation. Repeat it.</b></p>" + verdict
     kinds = list(CAPTIONS)
     files = sorted((folder / "figures").glob("*.png"), key=lambda file: (kinds.index(_kind(file)), file.stem))
     return verdict + _figures(files, "Example") + table(("result", "value"), rows)

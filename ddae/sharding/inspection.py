@@ -64,8 +64,6 @@ def _inspect(data: bytes, resize_shorter: int, quality: int) -> Inspection:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS or len(data) > MAX_BYTES:
         return Inspection(("bomb",), None)
-    if image.mode == "F":
-        return Inspection(("unreadable",), None)  # the range of floating-point pixels is unknown
     if is_truncated(data):
         return Inspection(("truncated",), None)
     size, downscale = image.size, 0 < resize_shorter < min(image.size)

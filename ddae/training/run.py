@@ -77,7 +77,7 @@ class Run:
         Raise UserError if it evaluated another encoder than that of bind().
         """
         finished = run_dir.finished(self.config)
-        if finished.get("steps", 0) < num_steps:
+        if finished["steps"] < num_steps:
             return False
         self._check_encoder(finished)
         return True
@@ -144,13 +144,14 @@ class Run:
     def poll(self, step: int) -> None:
         """Report progress, and check for signals; called before each step, and in long work after `step` steps.
 
-        After a signal save a checkpoint and raise SystemExit with code 75.
+        After a signal save a checkpoint and raise SystemExit with code 75, or UserError if it cannot be written.
         """
         self.heartbeat(step)
         self._polls += 1
         if reason := self._stop.poll(self._polls):
             if self._saved_step != step:
                 self.save(step)
+            self.require_saved(step)
             self.loader.close()
             self._exit(reason, step)
 
@@ -183,7 +184,7 @@ class Run:
                 self._saved_step = step
 
     def require_saved(self, step: int) -> None:
-        """Try once more to write the checkpoint after the last step, if that failed. Raise UserError if it fails."""
+        """Try once more to write the checkpoint after this step, if that failed. Raise UserError if it fails again."""
         if self._saved_step != step:
             self.save(step)
 

@@ -33,7 +33,10 @@ def check(config: Experiment) -> None:
         if folder.is_symlink() and not folder.exists():
             target = os.readlink(folder)
             raise UserError(f"run_dir {folder} is a link to {target}, which does not exist. Mount or create it.")
-        existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        existing = next(parent for parent in (folder, *folder.absolute().parents) if os.path.lexists(parent))
+        if existing.is_symlink() and not existing.exists():
+            target = os.readlink(existing)
+            raise UserError(f"{existing}, above run_dir, is a link to {target}, which does not exist. Create it.")
         usable = existing.is_dir() and os.access(existing, os.W_OK)
     except OSError as error:  # such as a name that is too long
         raise UserError(
@@ -61,7 +64,7 @@ def _read_settings(config: Experiment, path: Path) -> dict[str, Any]:
     settings = read_settings(path)
     try:
         return type(config).from_dict(settings).to_dict()
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return settings
 
 
@@ -106,7 +109,7 @@ def check_history(config: Experiment) -> None:
     try:
         save_every = json.loads((folder / "config.json").read_text())["train"]["save_every"]
         last = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()[-2:-1]]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
     stopped = any((folder / name).exists() for name in (FINISHED, STOPPED))
     if not config.allow_restart and (stopped or max(last, default=0) > save_every):
@@ -135,9 +138,12 @@ def previous_decoding(config: Experiment) -> Decoding | None:
 
 
 def finished(config: Experiment) -> dict[str, Any]:
-    """Return how the run was last completed and exported: "steps" and "encoder" of set_finished(); {} if never."""
+    """Return how the run was last completed and exported: "steps" and "encoder" of set_finished(); 0 steps if never."""
     path = Path(config.folder) / FINISHED
-    return read_run_file(path) if path.exists() else {}
+    facts = read_run_file(path) if path.exists() else {"steps": 0}
+    if not isinstance(facts.get("steps"), int):
+        raise UserError(f"{path} cannot be read (it has no number of steps). Restore it, or choose another --run_dir.")
+    return facts
 
 
 def set_finished(config: Experiment, steps: int, encoder: str) -> None:

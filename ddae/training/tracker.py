@@ -308,9 +308,10 @@ def run_id_of(folder: Path) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Return the rows of a metrics.jsonl; a last line that a kill cut off is skipped."""
+    """Return the rows of a metrics.jsonl; a line that a kill cut off, or that was damaged, is skipped."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+            if isinstance(row := json.loads(line), dict):
+                rows.append(row)
     return rows

@@ -82,11 +82,11 @@ def test_too_little_shared_memory_is_reported(shards, monkeypatch):
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setenv("LOCAL_SIZE", "2")
     memory.require_shared_memory(32 << 20, 4)
-    message = r"/dev/shm needs 134 MB for the batches of data.workers 4, and has 67 MB. Start the container with --shm"
+    message = r"/dev/shm needs 134 MB for what 4 workers keep ready, and has 67 MB. Start the container with --shm"
     with pytest.raises(UserError, match=message):
         memory.require_shared_memory(64 << 20, 4)
     memory.require_shared_memory(0, 0)
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match=r"for the batches of data\.workers 2, and has 0 MB"):
+    with pytest.raises(UserError, match=r"for what 2 workers keep ready, and has 0 MB"):
         make_loader(shards, "pillow", workers=2).select_backend()
     make_loader(shards, "pillow", workers=0).select_backend()

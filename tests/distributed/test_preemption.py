@@ -1,8 +1,12 @@
 """Steps at which ranks poll for signals, with a simulated clock; test_signals.py stops whole runs."""
 
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
+import ranks
 
 from ddae.distributed import preemption
 
@@ -44,3 +48,23 @@ def test_after_a_reset_ranks_communicate_at_the_next_step(stop):
     assert stop.polled[-3:] == [101, 102, 103]
     stop._set(1)
     assert stop.poll(104) == "SIGTERM"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("closed", [True, False])
+def test_signals_at_the_very_end_do_not_change_the_exit_code(number, closed):
+    """They arrive while the interpreter shuts down, when Python's own handlers are gone."""
+    close = "stop.close()" if closed else ""
+    program = f"""
+import os, signal, subprocess, sys
+from ddae.distributed.preemption import StopSignal
+stop = StopSignal()
+{close}
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, {int(number)})
+sys.modules["last"] = Last()  # deleted after the handlers were restored
+sys.exit(75)
+"""
+    finished = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ranks.ROOT)
+    assert finished.returncode == (75 if closed else -number), finished.stderr

@@ -320,7 +320,7 @@ def test_user_errors(runs):
     errors = [line.removeprefix("ERROR ") for line in output.splitlines() if line.startswith("ERROR")]
     expected = [
         "the micro-batch has 35 images; mixup and CutMix expect an even number.",
-        "nowhere is not an export",
+        "nowhere does not exist",
         "holds no shards of",
         "augment.policy is 'rund-m9'; expected the name of a RandAugment policy of timm",
         "image_size is 60; expected a multiple of 8",

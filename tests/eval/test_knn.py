@@ -15,11 +15,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 
+from ddae.config.pretrain import ModelConfig
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.errors import UserError
-from ddae.eval.dataset import ExampleReader, batches
+from ddae.eval.baselines import untrained_encoder
+from ddae.eval.dataset import ExampleBatch, ExampleReader, batches
 from ddae.eval.features import Features, extract_features
 from ddae.eval.knn import Settings, accuracy, select_and_evaluate, vote
+from ddae.models.vit import Encoder
 
 
 def test_votes_follow_the_definition():
@@ -58,6 +61,25 @@ def test_features_that_are_not_finite_are_refused(value):
         pair[broken][2, 1] = value
         with pytest.raises(UserError, match="features are not finite, so that images cannot be ranked"):
             vote(pair[0], torch.arange(4), pair[1], k=1)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-10, 1e10, 1e25])
+def test_the_magnitude_of_features_does_not_matter(factor):
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(50, 8, generator=generator), torch.randn(9, 8, generator=generator)
+    labels = torch.arange(50) % 5
+    expected = vote(bank, labels, queries, k=5)
+    scaled = vote(bank * factor, labels, queries * factor, k=5)
+    torch.testing.assert_close(scaled.nearest, expected.nearest)
+    torch.testing.assert_close(scaled.votes, expected.votes, rtol=1e-4, atol=1e-6)
+
+
+def test_features_are_checked_before_their_rank_is_computed():
+    encoder = untrained_encoder(Encoder(ModelConfig(width=24, depth=1, heads=2, image_size=16, patch_size=8)))
+    encoder.cls_token.fill_(float("nan"))
+    batch = ExampleBatch(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), torch.zeros(2), torch.arange(2))
+    with pytest.raises(UserError, match="features are not finite"):
+        extract_features([encoder], [batch], [1])
 
 
 def test_votes_equal_scikit_learns():
@@ -153,7 +175,7 @@ def test_command(digits, encoder_folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"--encoder": "nowhere"}, "nowhere is not an export"),
+        ({"--encoder": "nowhere"}, "nowhere does not exist"),
         ({"--data": "nowhere"}, "nowhere"),
         ({"--k": 5000}, "--k is 5000; expected 1 to 1260, the images of"),
         ({"--k": 0}, "--k is 0; expected 1 to 1260, the images of"),

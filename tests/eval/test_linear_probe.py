@@ -210,6 +210,7 @@ def runs(digits, encoder_folder, tmp_path_factory):
         command(digits, encoder_folder, folder / "none", "--data.crop", "random"),
         command(digits, encoder_folder, folder / "none", "--probe.layers", "2", "9"),
         command(digits, encoder_folder, folder / "none", "--probe.micro_batch", "30"),
+        command(digits, encoder_folder, folder / "none", "--probe.micro_batch", "1"),
     ]
     resumed = folder / "resumed"
     later = [
@@ -292,6 +293,7 @@ def test_user_errors(runs):
         "data.crop is 'random'; probe.cache requires 'centre'.",
         "probe.layers is (2, 9); expected blocks from 1 to 4",
         "data.batch_size 100 is not divisible by 1 ranks x probe.micro_batch 30",
+        "batch norm needs at least two images, but a micro-batch has one. Raise --probe.micro_batch",
         "bound was started with an encoder whose weights have changed since. Choose another --run_dir, or",
         "bound_unfinished was started with an encoder whose weights have changed since.",
     ]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,10 +15,14 @@ from timm.models.vision_transformer import VisionTransformer
 
 import ddae
 from ddae.errors import UserError
+from ddae.export.encoder import encoder_hash
 from ddae.export.formats import write_beit, write_mae, write_timm
 from ddae.export.published_weights import HEADS, convert
+from ddae.export.weight_files import read_encoder_file
+from ddae.models.patches import NORMALISATIONS
 
 SHAPE = {"img_size": 64, "patch_size": 16, "embed_dim": 96, "depth": 2, "num_heads": 3, "num_classes": 0}
+PAIR = ("weight", "bias")
 REGISTERS = {"reg_tokens": 4, "no_embed_class": True}
 DINOV2 = REGISTERS | {"init_values": 0.1}
 HUGGING_FACE = (  # (pattern of timm's name, transformers' name)
@@ -262,3 +268,146 @@ def test_what_is_not_supported_is_refused_by_name(name, size, message, tmp_path)
     save_file(model_of().state_dict() | {name: torch.zeros(size)}, tmp_path / "m.safetensors")
     with pytest.raises(UserError, match=re.escape(message)):
         ddae.load_encoder(tmp_path / "m.safetensors", heads=3)
+
+
+def snapshot(folder, model, config):
+    save_file(model.state_dict(), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"model_type": "vit", "num_attention_heads": "six"}, "has a config.json with 'six' attention heads"),
+        ({"architecture": "vit_base_patch16_224", "model_args": "x"}, "has model_args = 'x'; expected an object"),
+        ({"architecture": "x", "model_args": {"act_layer": "relu"}}, "is an encoder with act_layer = 'relu'"),
+        ({"architecture": "x", "model_args": {"norm_eps": 0.01, "num_heads": 3}}, "with an epsilon of 0.01"),
+        ({"model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 0.1}, "with an epsilon of 0.1"),
+        ({"model_type": "vit", "num_attention_heads": 6}, "states 6 attention heads, but --heads is 3"),
+        (
+            {
+                "architecture": "x",
+                "model_args": {"num_heads": 3},
+                "pretrained_cfg": {"mean": [0.1] * 3, "std": [1] * 3},
+            },
+            "images normalised by mean .*expected one of half, imagenet",
+        ),
+    ],
+)
+def test_configs_that_are_refused(config, message, tmp_path):
+    snapshot(tmp_path, model_of(), config)
+    for path in (tmp_path, tmp_path / "model.safetensors"):
+        with pytest.raises(UserError, match=message):
+            ddae.load_encoder(path, heads=3)
+
+
+def test_config_beside_a_pickled_file_is_read(images, tmp_path):
+    model = model_of()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "num_attention_heads": 3}))
+    check(tmp_path / "pytorch_model.bin", model, images, heads=None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "hidden_act": "quick_gelu"}))
+    with pytest.raises(UserError, match="the activation 'quick_gelu'"):
+        ddae.load_encoder(tmp_path / "pytorch_model.bin", heads=3)
+
+
+@pytest.mark.parametrize("index", ["", "{}", '{"weight_map": {}}', '{"weight_map": 3}'])
+def test_damaged_index_of_weights(index, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "num_attention_heads": 3}))
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json (does not name|names no)"):
+        ddae.load_encoder(tmp_path)
+
+
+@pytest.mark.parametrize("normalisation", ["half", "imagenet"])
+def test_normalisation_is_kept(normalisation, tmp_path):
+    save_file(model_of().state_dict(), tmp_path / "model.safetensors")
+    encoder = ddae.load_encoder(tmp_path / "model.safetensors", heads=3, normalisation=normalisation)
+    write_timm(encoder, tmp_path / "timm")
+    assert ddae.load_encoder(tmp_path / "timm").normalisation == normalisation
+    (tmp_path / "hf").mkdir()
+    snapshot(tmp_path / "hf", model_of(), {"model_type": "vit", "num_attention_heads": 3})
+    mean, std = NORMALISATIONS[normalisation]
+    (tmp_path / "hf" / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    assert ddae.load_encoder(tmp_path / "hf").normalisation == normalisation
+
+
+@pytest.mark.parametrize("arch, heads", [("vit_small", 12), ("deit_small", 6), (None, 6)])
+def test_heads_of_small_models(arch, heads):
+    state = {"cls_token": torch.zeros(1, 1, 384)}
+    content = {"state_dict": state} | ({} if arch is None else {"arch": arch})
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(content, Path(folder) / "file.pth")
+        stated = read_encoder_file(Path(folder) / "file.pth").heads
+    assert (stated or HEADS[384, 12]) == heads
+
+
+def test_what_is_taken_of_several_is_reported(images, tmp_path):
+    model, other = model_of(), model_of()
+    torch.nn.init.zeros_(other.cls_token)
+    both = {f"model.{name}": values for name, values in model.state_dict().items()}
+    both |= {f"ema_model.{name}": values for name, values in other.state_dict().items()}
+    torch.save(both, tmp_path / "prefixes.pth")
+    check(tmp_path / "prefixes.pth", model, images)
+    beside = dict(model.state_dict()) | {"state_dict_ema": dict(other.state_dict())}
+    torch.save(beside, tmp_path / "beside.pth")
+    check(tmp_path / "beside.pth", model, images)
+    check(tmp_path / "beside.pth", other, images, key="state_dict_ema")
+    taken = [read_encoder_file(tmp_path / f"{name}.pth").source for name in ("prefixes", "beside")]
+    assert taken == [
+        "model, not ema_model (--key selects)",
+        "the top level, not state_dict_ema (--key selects)",
+    ]
+
+
+@pytest.mark.parametrize("name", ["head_token", "mem_head_tokens", "de_register", "blocks.0.mlp.fc3.weight"])
+def test_unknown_tokens_are_refused(name, tmp_path):
+    save_file(model_of().state_dict() | {name: torch.zeros(1, 2, 96)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"has {name}, which would change the features"):
+        ddae.load_encoder(tmp_path / "model.safetensors", heads=3)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s | {"dist_token": torch.zeros(1, 1, 96), "reg_token": torch.zeros(1, 2, 96)}, "and registers"),
+        (lambda s: {n: v.to(torch.int8) for n, v in s.items()}, "in int8; expected floating-point"),
+        (lambda s: s | {"cls_token": torch.zeros(96)}, "is not an encoder of this architecture"),
+        (lambda s: s | {"norm.weight": torch.zeros(95)}, "is not an encoder of this architecture"),
+        (lambda s: s | {"blocks.1.mlp.fc2.weight": torch.zeros(96, 200)}, "is not an encoder of this architecture"),
+        (
+            lambda s: s | {f"blocks.{n}.attn.{k}_norm.{p}": torch.ones(96) for n in (0, 1) for k in "qk" for p in PAIR},
+            "has norms of queries over 96 of 96 channels",
+        ),
+        (
+            lambda s: s | {f"blocks.{n}.attn.{k}_norm.{p}": torch.ones(16) for n in (0, 1) for k in "qk" for p in PAIR},
+            "has norms of queries over 16 of 96 channels",
+        ),
+    ],
+)
+def test_tensors_that_are_refused(change, message, tmp_path):
+    save_file(change(dict(model_of().state_dict())), tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        ddae.load_encoder(tmp_path / "model.safetensors", heads=3)
+
+
+@pytest.mark.parametrize(
+    "value, name", [(np.zeros(2), "numpy"), (Path("x"), "pathlib"), (re.compile("x"), "re._compile")]
+)
+def test_refused_objects_are_named(value, name, tmp_path):
+    torch.save(dict(model_of().state_dict()) | {"extra": value}, tmp_path / "file.pth")
+    with pytest.raises(UserError, match=f"holds more than tensors, which could run code: {name}"):
+        ddae.load_encoder(tmp_path / "file.pth", heads=3)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"nofile\.pth does not exist"):
+        ddae.load_encoder(tmp_path / "nofile.pth")
+
+
+def test_hash_depends_on_all_that_features_depend_on(tmp_path):
+    save_file(model_of().state_dict(), tmp_path / "model.safetensors")
+    variants = [{"heads": 3}, {"heads": 6}, {"heads": 3, "normalisation": "half"}, {"heads": 3, "image_size": 32}]
+    hashes = [encoder_hash(ddae.load_encoder(tmp_path / "model.safetensors", **options)) for options in variants]
+    assert len(set(hashes)) == len(variants)
+    assert hashes[0] == encoder_hash(ddae.load_encoder(tmp_path / "model.safetensors", heads=3))

@@ -1,6 +1,7 @@
 """Conversion of published weights: equal features in both implementations, and errors for other files."""
 
 import argparse
+import errno
 import json
 import os
 import runpy
@@ -325,6 +326,41 @@ def test_export_replaces_an_export(run_folder, tmp_path, export, capsys):
     (tmp_path / "file").write_text("")
     assert export("--encoder", run_folder, "--out", tmp_path / "file" / "out") == 2
     assert "cannot be written (File exists)" in capsys.readouterr().err
+
+
+def test_export_leaves_its_neighbours_alone(run_folder, tmp_path, export, capsys, monkeypatch):
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "mine.txt").write_text("mine")
+    assert export("--encoder", run_folder, "--form", "ddae", "--out", tmp_path / "out") == 0
+    assert (tmp_path / "out.part" / "mine.txt").read_text() == "mine"
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    assert export("--encoder", run_folder, "--form", "timm", "--out", tmp_path / "link") == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.part", "link", "run"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert export("--encoder", run_folder, "--form", "ddae", "--out", "~/at_home") == 0
+    assert (tmp_path / "at_home" / "encoder.safetensors").exists()
+
+
+def test_a_runs_own_export_is_not_replaced(run_folder, export, capsys):
+    assert export("--encoder", run_folder, "--form", "ddae", "--out", run_folder / "encoder") == 0  # not a run's yet
+    (run_folder / "environment.json").write_text("{}")
+    assert export("--encoder", run_folder, "--form", "timm", "--out", run_folder / "encoder") == 2
+    assert "is the export that the run" in capsys.readouterr().err
+    assert not (run_folder / "encoder" / "model.safetensors").exists()
+
+
+def test_files_without_permission_are_named(run_folder, export, capsys, monkeypatch):
+    def deny(file):
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    monkeypatch.setattr("ddae.distributed.checkpoint_format.sha256", deny)
+    assert export("--encoder", run_folder, "--form", "ddae", "--out", run_folder.parent / "out") == 2
+    assert "cannot be read: no permission to read rank_00000.safetensors" in capsys.readouterr().err
+    monkeypatch.setattr("ddae.export.encoder.os.access", lambda *_: False)
+    assert export("--encoder", run_folder, "--form", "ddae", "--out", run_folder.parent / "out") == 2
+    assert "checkpoints cannot be read (Permission denied)" in capsys.readouterr().err
 
 
 def test_export_command(tmp_path, export, capsys):

@@ -333,7 +333,7 @@ def test_user_errors_are_reported_once(trained):
     folder, output = trained
     errors = [line for line in output.splitlines() if line.startswith("ERROR")]
     for message in (
-        "nowhere is not an export",
+        "nowhere does not exist",
         "engine.precision is bf16, too coarse for the codebook's moving averages",
         "has 24 codes. Pass --token.codes 24",
         "vq.decoder_width is 50; expected a multiple of 4 and of vq.decoder_heads 2",

@@ -12,6 +12,7 @@ from ddae.config.pretrain import DataConfig, PretrainConfig, PretrainEngineConfi
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.errors import UserError
 from ddae.training.run_dir import check, check_history, finished, lock, previous_decoding
+from ddae.training.tracker import read_metrics
 
 
 def started(path, last, save_every=10, files=()):
@@ -34,6 +35,32 @@ def test_files_that_cannot_be_read(name, content, tmp_path):
         UserError, match=rf"{name} cannot be read \(it is .*\)\. Restore it, or choose another --run_dir"
     ):
         read(config)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [("finished.json", '{"steps": null}'), ("finished.json", "{}"), ("config.json", '{"format": 2, "data": 3}')],
+)
+def test_files_with_another_content(name, content, tmp_path):
+    config = PretrainConfig(run_dir=str(tmp_path))
+    (tmp_path / name).write_text(content)
+    read = {"config.json": check, "finished.json": finished}[name]
+    with pytest.raises(UserError, match=r"cannot be read \(it has no number|was started with "):
+        read(config)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"[1, 2]\n", b'"x"\n{"step": 3}\n'])
+def test_damaged_rows_of_metrics_are_skipped(content, tmp_path):
+    config = started(tmp_path, 3)
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    assert read_metrics(tmp_path / "metrics.jsonl") == ([{"step": 3}] if b"step" in content else [])
+    check_history(config)
+
+
+def test_a_link_above_the_run_that_dangles(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"link, above run_dir, is a link to .*gone, which does not exist"):
+        check(PretrainConfig(run_dir=str(tmp_path / "link" / "runs" / "x")))
 
 
 def test_a_dangling_link_and_a_long_name(tmp_path):
