@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from ddae.eval.embed import Photo
 
 
-def pretrain(data: str | Path | Sequence[str], out: str | Path, preset: str = "own", **settings: Any) -> Path:
+def pretrain(images: str | Path | Sequence[str], out: str | Path, preset: str = "own", **settings: Any) -> Path:
     """Pretrain an encoder without labels, on all GPUs of this machine or its CPU. Return the run's folder.
 
-    data: a folder of images, or shards (folder, pattern, URL; or several). out: the run's folder; a run that is there
-    resumes. settings: any settings of `ddae pretrain --help-all`, by section: optim={"lr": 1e-3},
+    images: a folder of images, or shards (folder, pattern, URL; or several). out: the run's folder; a run that is there
+    resumes. settings: any settings of `ddae pretrain --help`, by section: optim={"lr": 1e-3},
     train={"epochs": 30}, probe_every=1.0.
 
     Training runs in processes of its own, as `ddae pretrain` does, and prints its progress. Ctrl-C writes a checkpoint.
     Raise UserError for a mistake in the data or the settings, and if the run was stopped or failed.
     """
-    sources = [str(data)] if isinstance(data, (str, Path)) else [str(each) for each in data]
+    sources = [str(images)] if isinstance(images, (str, Path)) else [str(each) for each in images]
     args = ["--data.train", *sources, "--run_dir", str(out), "--preset", preset, *flags(settings)]
     return _run(args, Path(out))
 

@@ -46,6 +46,8 @@ CAPTIONS = {  # by the first word of a figure's file name, in the order of the p
     "examples": "Validation images with the predicted class and its probability; wrong predictions are red.",
     "neighbours": "Validation images (left) and the training images with the most similar features; images of another "
     "class are red.",
+    "similar": "Photos (left) and the photos nearest to each by the features of the trained encoder, of untrained "
+    "weights, and by raw pixels.",
     "overlays": "Validation images, true classes and predicted classes of their pixels.",
     "classes": "Intersection over union of each class on the validation images.",
     "codes": "Validation patches (framed, with their neighbours) of the most frequent codes, one row per code.",
