@@ -28,6 +28,8 @@ def main() -> None:
     from ddae.export.encoder import load_encoder
 
     embed.check_out(args.out)
+    if args.parquet:
+        embed.require_parquet()
     photos = embed.find_photos(args.photos)
     encoder = embed.on_device(load_encoder(args.encoder))
     embeddings = embed.embed(encoder, photos, args.workers, show_progress=True)

@@ -1,7 +1,9 @@
 """Export an encoder to the format of another library.
 
-python launch/export.py --encoder runs/demo --form timm --out exported
+ddae export --encoder runs/demo --form timm --out exported
     timm.create_model("local-dir:exported", num_classes=0, pretrained=True)
+ddae export --encoder runs/demo --form transformers --out exported
+    transformers.AutoModel.from_pretrained("exported"); of an MAE run also ViTMAEForPreTraining
 
 --encoder may also be a checkpoint (--part teacher for its EMA encoder), a published file of MAE, BEiT, BEiT-v2,
 BootMAE, MoCo-v3, DeiT, DINOv2 or timm, or a snapshot folder of timm or transformers. Prints which tensors of the file
@@ -14,16 +16,19 @@ from pathlib import Path
 
 from ddae.errors import UserError
 
-FORMS = ("ddae", "timm", "mae", "beit", "onnx", "torch")
-FOLDER_FORMS = ("ddae", "timm")
-EXPORTED = {"README.md", "config.json", "encoder.safetensors", "model.safetensors"}  # files of an exported folder
+FORMS = ("ddae", "timm", "transformers", "mae", "beit", "onnx", "torch")
+FOLDER_FORMS = ("ddae", "timm", "transformers")
+# Files of an exported folder.
+EXPORTED = {"README.md", "config.json", "encoder.safetensors", "model.safetensors", "preprocessor_config.json"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", required=True, help="run folder, checkpoint, export folder or published file")
     parser.add_argument("--form", choices=FORMS, default="timm", help="output format (default: timm)")
-    parser.add_argument("--out", required=True, type=Path, help="output path: a folder for ddae and timm, else a file")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="output path: a folder for ddae, timm and transformers, else a file"
+    )
     parts = ("student", "teacher")
     parser.add_argument("--part", choices=parts, default="student", help="encoder of a checkpoint (default: student)")
     parser.add_argument("--image_size", type=int, help="interpolate the positions to this image size")
@@ -34,6 +39,7 @@ def main() -> None:
     _check_out(args.out, args.form)
     from ddae.export.encoder import load_encoder  # takes seconds
     from ddae.export.formats import WRITERS
+    from ddae.export.hugging_face import load_mae_decoder, write_transformers
     from ddae.export.model_card import write_card
 
     encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part, args.heads, args.key)
@@ -42,7 +48,11 @@ def main() -> None:
     for status, names in encoder.report.items():
         listing = "" if status == "loaded" or not names else f": {', '.join(names)}"
         print(f"{status}: {len(names)} tensors{listing}")
-    WRITERS[args.form](encoder, args.out)
+    mae = load_mae_decoder(Path(args.encoder)) if args.form == "transformers" and args.part == "student" else None
+    if mae is not None and args.image_size is None:
+        write_transformers(encoder, args.out, *mae)
+    else:
+        WRITERS[args.form](encoder, args.out)
     if args.out.is_dir():
         write_card(args.out, args.form, asdict(encoder.shape), encoder.normalisation, Path(args.encoder))
     print(f"{args.out}: {args.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")

@@ -4,6 +4,7 @@ N: photos, D: encoder width, S: the encoder's image side in pixels.
 """
 
 import csv
+import importlib.util
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -195,6 +196,12 @@ def write_embeddings(
         write_json(partial / "results.json", facts)
         for name, figure in figures.items():
             figure.savefig(partial / f"{name}.png", dpi=130)
+
+
+def require_parquet() -> None:
+    """Raise UserError if pyarrow is not installed."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError("--parquet needs pyarrow, which is not installed. pip install 'ddae[parquet]'")
 
 
 def _write_parquet(file: Path, names: Sequence[str], values: np.ndarray) -> None:

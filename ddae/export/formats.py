@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ddae.errors import UserError
 from ddae.export.encoder import write_export, write_folder
+from ddae.export.hugging_face import write_transformers
 from ddae.export.published_weights import to_beit, to_mae
 from ddae.models.patches import NORMALISATIONS
 from ddae.models.vit import Encoder
@@ -87,6 +88,7 @@ def write_torch_export(encoder: Encoder, file: Path) -> None:
 WRITERS: dict[str, Callable[[Encoder, Path], None]] = {
     "ddae": write_export,
     "timm": write_timm,
+    "transformers": write_transformers,
     "mae": write_mae,
     "beit": write_beit,
     "onnx": write_onnx,

@@ -17,6 +17,10 @@ tokens = encoder(images)  # [B, 3, {size}, {size}] normalised -> [B, 1 + N, {wid
 
 encoder = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)
 tokens = encoder.forward_features(images)  # [B, 3, {size}, {size}] normalised -> [B, 1 + N, {width}], cls first""",
+    "transformers": """from transformers import AutoImageProcessor, AutoModel
+
+processor, model = AutoImageProcessor.from_pretrained("{folder}"), AutoModel.from_pretrained("{folder}")
+tokens = model(**processor(photo, return_tensors="pt")).last_hidden_state  # [1, 1 + N, {width}], cls first""",
 }
 
 
