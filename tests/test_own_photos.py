@@ -143,7 +143,7 @@ def test_in_python(run, work, monkeypatch, capfd):
     "args, message",
     [
         ((), "no images are given. Pass a folder: ddae pretrain PHOTOS"),
-        (("../photos", "--preset", "onw"), "unknown preset 'onw'; the nearest is 'own'"),
+        (("../photos", "--preset", "own1"), "unknown preset 'own1'; the nearest is 'own'"),
         (("missing",), "data.train is 'missing'"),
         (("../photos/2024-05-03",), "contains 30 images; expected at least 100"),
         (("../photos", "--val_share", "2"), "data.val_share is 2.0; expected a value from 0 to 1"),

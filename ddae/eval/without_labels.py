@@ -99,7 +99,9 @@ def _reader(data: str, size: int, num_images: int) -> _Reader:
 def _views(encoders: dict[str, Encoder], reader: ExampleReader) -> dict[str, Views]:
     """Return the mean patch token after the final norm of each encoder, and the pixels, in three crops each."""
     central = reader.boxes
-    width, height = (torch.as_tensor(each[reader.samples.numpy()].astype(np.int64)) for each in _sizes(reader))
+    samples = np.asarray(reader.samples)
+    sizes = (np.asarray(each)[samples].astype(np.int64) for each in (reader.shards.width, reader.shards.height))
+    width, height = map(torch.from_numpy, sizes)
     crops = [central]
     for stream in (1, 2):
         seeds = torch.arange(len(reader)) * 2 + stream
@@ -120,10 +122,6 @@ def _views(encoders: dict[str, Encoder], reader: ExampleReader) -> dict[str, Vie
     for each in found.values():
         require_finite_features(*each)
     return {name: Views(*each) for name, each in found.items()}
-
-
-def _sizes(reader: ExampleReader) -> tuple[np.ndarray, np.ndarray]:
-    return np.asarray(reader.shards.width), np.asarray(reader.shards.height)
 
 
 def retrieval(first: Tensor, second: Tensor) -> float:
