@@ -16,13 +16,14 @@ from ddae.distributed.failures import memory_reason
 from ddae.distributed.preemption import StopSignal
 from ddae.errors import RankError
 from ddae.eval.online_knn import OnlineProbe
-from ddae.export.encoder import export_encoder
+from ddae.export.encoder import export_encoder, newest_checkpoint
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
 from ddae.report.html import NUM_IMAGES, summary, update_model_card, write_report
 from ddae.training.collapse import collapse_risks
 from ddae.training.flops import count_model_flops
 from ddae.training.gpu_memory import explain_memory
+from ddae.training.initial import start_from, write_initial
 from ddae.training.metrics import LossMeter
 from ddae.training.nonfinite import NonFiniteGuard
 from ddae.training.optimizer import build_optimizer
@@ -72,6 +73,10 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
 
     # model, targets, resume
     model = build_model(model_config)
+    if config.init and newest_checkpoint(run.folder) is None:
+        initial = start_from(config, model.encoder)
+        if is_main():
+            write_initial(initial, config, run.folder)
     engine = Engine(model, build_optimizer(model, config.optim), run.ds_json)
     targets = build_targets(config, engine, tokenizer)
     if config.engine.compile:

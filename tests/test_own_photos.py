@@ -139,6 +139,31 @@ def test_in_python(run, work, monkeypatch, capfd):
     assert not Path("runs/wrong").exists()
 
 
+def test_further_from_given_weights(run, work):
+    from ddae.api import flags
+
+    settings = {name: TINY[name] for name in ("train", "data", "tracker")}
+    args = ("pretrain", "../photos", "--out", "runs/further", "--init", "runs/mine", *flags(settings))
+    output = command(work, *args)
+    assert "init: all " in output
+    assert "of the encoder in runs/mine; decoders and betas start anew" in output
+    config = PretrainConfig.read(work / "runs" / "further" / "config.json")
+    assert (config.model.width, config.pixel.taps) == (24, (1, 2, 3, 4))
+    initial, first = ddae.load_encoder(work / "runs" / "further" / "initial"), ddae.load_encoder(run)
+    for name, values in first.state_dict().items():
+        torch.testing.assert_close(initial.state_dict()[name], values, rtol=0, atol=0)
+    trained = ddae.load_encoder(work / "runs" / "further")
+    assert not torch.equal(trained.cls_token, initial.cls_token)
+    assert trained.initial_path == work / "runs" / "further" / "initial"
+    output = command(work, "report", "--encoder", "runs/further")
+    assert "initial weights (" in output
+    (work / "runs" / "mine").rename(work / "runs" / "elsewhere")  # a complete run needs what it started from no more
+    try:
+        assert "runs/further is complete" in command(work, *args)
+    finally:
+        (work / "runs" / "elsewhere").rename(work / "runs" / "mine")
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -146,6 +171,8 @@ def test_in_python(run, work, monkeypatch, capfd):
         (("../photos", "--preset", "own1"), "unknown preset 'own1'; the nearest is 'own'"),
         (("missing",), "data.train is 'missing'"),
         (("../photos/2024-05-03",), "contains 30 images; expected at least 100"),
+        (("../photos", "--init", "nowhere.pth"), "nowhere.pth does not exist"),
+        (("../photos", "--preset", "demo", "--init", "runs/mine"), "has model.width = 24, not 96"),
         (("../photos", "--val_share", "2"), "data.val_share is 2.0; expected a value from 0 to 1"),
     ],
 )

@@ -48,6 +48,8 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     for each in settings:
         each["train"].pop("seed")
         each.get("engine", {}).pop("device", None)  # rows of a CPU and a GPU have equal keys
+        if not each.get("init"):
+            each.pop("init", None)
         for field in ("val_share", "labels"):  # of folders of images; shards have neither
             each["data"].pop(field)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -18,7 +18,8 @@ class ModelConfig:
     heads: int = 12  # attention heads
     image_size: int = 224  # height and width of a training image in pixels
     patch_size: int = 16  # height and width of a patch in pixels
-    positions: Literal["rowfirst", "colfirst", "none"] = "rowfirst"  # sin-cos positions: what fills their first half
+    # Fixed sin-cos positions: what fills their first half; or learned ones, of an encoder of `init`.
+    positions: Literal["rowfirst", "colfirst", "learned", "none"] = "rowfirst"
     # Relative positions in attention: one table for all blocks, or one each.
     relative_positions: Literal["none", "shared", "each"] = "none"
     layer_scale: float = 0.0  # initial value of the learnable layer scale; 0: no layer scale
@@ -140,6 +141,7 @@ class PretrainConfig(Experiment):
     """The settings of a pretraining run."""
 
     preset: str = "ddae_vit_b16_100e"  # named starting point; see README
+    init: str = ""  # encoder that student and teacher start from: a run, an export, a published file, or timm:NAME
     model: ModelConfig = field(default_factory=ModelConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     pixel: PixelConfig = field(default_factory=PixelConfig)
@@ -154,7 +156,7 @@ class PretrainConfig(Experiment):
     probe_every: float = 0.0  # epochs between k-NN evaluations on split val of data.train, from step 0 on; 0: never
 
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
-        *("probe_every", "token.tokenizer", "model.init"),  # a checkpoint replaces initial weights
+        *("probe_every", "token.tokenizer", "model.init", "init"),  # a checkpoint replaces initial weights
         *("engine.tap_execution", "engine.skip_unused_tokens", "engine.decoder_activation_checkpointing"),
         *("engine.compile", "engine.teacher_stream"),
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ddae import atomic
 from ddae.data.rng import permutation
+from ddae.export.encoder import INITIAL, load_encoder
 from ddae.models.vit import Encoder, initialise
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ BOOTSTRAP_SAMPLES = 10_000
 SIGNIFICANT = 2.0  # standard errors; a smaller difference is reported as no difference
 MAX_SELECTION_IMAGES = 10_000  # training images held out to select a feature; at most a tenth of them
 RAW_SIDE = 32  # largest side of the images, in pixels, for k-NN on raw pixels
+UNTRAINED_WEIGHTS = "untrained weights"  # name of the baseline
 FORMAT = 1  # of a cached result
 
 
@@ -46,12 +48,12 @@ class Comparison(NamedTuple):
     gain: float | None  # over untrained weights, in points
     standard_error: float | None  # of the gain, in points
 
-    def results(self, metric: str) -> dict[str, Any]:
+    def results(self, metric: str, baseline: str = UNTRAINED_WEIGHTS) -> dict[str, Any]:
         """Return the entries of results.json: the fields, and `verdict`, the first line of every report.
 
-        metric: name of the accuracy in the verdict.
+        metric: name of the accuracy in the verdict. baseline: baseline_name().
         """
-        return self._asdict() | {"verdict": verdict(self, metric)}
+        return self._asdict() | {"baseline": baseline, "verdict": verdict(self, metric, baseline)}
 
 
 def compare(correct: Tensor, untrained: Tensor | None, raw_pixels: float, chance: float) -> Comparison:
@@ -77,20 +79,20 @@ def paired_standard_error(correct: Tensor, baseline: Tensor) -> float:
     return float(100 * (samples[:, 0] - samples[:, 1]).std() / len(difference))
 
 
-def verdict(comparison: Comparison, metric: str) -> str:
+def verdict(comparison: Comparison, metric: str, name: str = UNTRAINED_WEIGHTS) -> str:
     """Return a sentence with the accuracy, its baselines, and whether it differs significantly from untrained weights.
 
-    metric: name of the accuracy.
+    metric: name of the accuracy; name: of the baseline.
     """
     accuracy, baseline, raw_pixels, by_chance, gain, error = comparison
     others = f"raw pixels {raw_pixels:.1f} %, chance {by_chance:.1f} %"
     if gain is None or error is None:
-        return f"{metric} {accuracy:.1f} %; untrained weights not measured, {others}"
-    untrained = f"untrained weights {baseline:.1f} %"
+        return f"{metric} {accuracy:.1f} %; {name} not measured, {others}"
+    untrained = f"{name} {baseline:.1f} %"
     if abs(gain) <= SIGNIFICANT * error:
         difference = f"(difference {gain:+.1f} ± {error:.1f} points)"
-        return f"no difference from untrained weights: {metric} {accuracy:.1f} %, {untrained} {difference}, {others}"
-    difference = f"{abs(gain):.1f} ± {error:.1f} points {'above' if gain > 0 else 'BELOW'} untrained weights"
+        return f"no difference from {name}: {metric} {accuracy:.1f} %, {untrained} {difference}, {others}"
+    difference = f"{abs(gain):.1f} ± {error:.1f} points {'above' if gain > 0 else 'BELOW'} {name}"
     return f"{metric} {accuracy:.1f} %, {difference}; {untrained}, {others}"
 
 
@@ -102,7 +104,7 @@ def verdict_of(results: dict[str, Any]) -> str:
 
 def by_label(results: dict[str, Any]) -> dict[str, float]:
     """Return the baselines in results.json that were measured, by their labels in figures."""
-    labels = {"untrained": "untrained weights", "raw_pixels": "raw pixels", "chance": "chance"}
+    labels = {"untrained": results.get("baseline", UNTRAINED_WEIGHTS), "raw_pixels": "raw pixels", "chance": "chance"}
     return {label: results[key] for key, label in labels.items() if results.get(key) is not None}
 
 
@@ -112,11 +114,22 @@ def chance(train: Tensor, val: Tensor) -> float:
 
 
 def untrained_encoder(like: Encoder, seed: int = 0) -> Encoder:
-    """Return a frozen encoder of the same architecture and normalisation, initialised from the seed."""
+    """Return a frozen encoder of the same architecture and normalisation, initialised from the seed.
+
+    Of a run that started from given weights: the encoder of these weights, whatever the seed.
+    """
+    if like.initial_path is not None:
+        return load_encoder(like.initial_path, like.shape.image_size, like.normalisation)
     encoder = Encoder(like.shape)
     initialise(encoder, torch.Generator().manual_seed(seed), like.shape.init)
     encoder.normalisation = like.normalisation
     return encoder.eval().requires_grad_(False)
+
+
+def baseline_name(encoder: Encoder | Path) -> str:
+    """Return what untrained_encoder() is, for results. encoder: one, or the folder of a run."""
+    given = (encoder / INITIAL).is_dir() if isinstance(encoder, Path) else encoder.initial_path is not None
+    return "initial weights" if given else UNTRAINED_WEIGHTS
 
 
 def selection_mask(count: int) -> Tensor:

@@ -136,7 +136,7 @@ def _add_untrained_baseline(folder: Path, untrained: Tensor) -> None:
     if results.get("untrained") is not None or "raw_pixels" not in results:
         return
     comparison = baselines.compare(_read_correct(folder), untrained, results["raw_pixels"], results["chance"])
-    results |= comparison.results(METRIC)
+    results |= comparison.results(METRIC, baselines.baseline_name(Path(results["encoder"])))
     atomic.write_json(folder / "results.json", results)
     report.add_evaluation(folder, {})
     logger.info(results["verdict"])

@@ -157,7 +157,9 @@ def _compare_with_baselines(
     shards = ShardsConfig(train=data, workers=settings.workers)
     raw = raw_pixel_accuracy(shards, data, encoder.shape.image_size, lambda: None, settings)
     chance = baselines.chance(train[0].labels, val[0].labels)
-    results = baselines.compare(trained.correct, baseline.correct, raw, chance).results("k-NN top-1")
+    results = baselines.compare(trained.correct, baseline.correct, raw, chance).results(
+        "k-NN top-1", baselines.baseline_name(encoder)
+    )
     return (train[0], val[0]), results | {"best": trained.feature, "untrained_best": baseline.feature}
 
 

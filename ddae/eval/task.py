@@ -97,4 +97,6 @@ class ClassificationTask(SupervisedTask):
         images = {"train": len(self.labels.targets), "val": len(self.val)}
         chance = baselines.chance(self.labels.targets, self.val.labels)
         comparison = baselines.compare(correct, untrained, raw, chance)
-        return self.facts(self.labels.num_classes, images) | comparison.results(metric)
+        return self.facts(self.labels.num_classes, images) | comparison.results(
+            metric, baselines.baseline_name(self.encoder)
+        )

@@ -59,7 +59,12 @@ def evaluate(encoder_path: str, data: str, out: Path, num_images: int) -> dict[s
     encoders = {TRAINED: encoder, UNTRAINED: baselines.untrained_encoder(encoder).to(device())}
     views = _views(encoders, reader)
     results: dict[str, Any] = {"task": "report", "encoder": encoder_path, "encoder_sha256": encoder_hash(encoder)}
-    results |= {"data": data, "split": reader.shards_split, "images": len(reader)}
+    results |= {
+        "baseline": baselines.baseline_name(encoder),
+        "data": data,
+        "split": reader.shards_split,
+        "images": len(reader),
+    }
     results["features"] = {
         name: {
             "two_crop_retrieval": retrieval(each.first, each.second),
@@ -175,7 +180,7 @@ def verdict(results: dict[str, Any]) -> str:
     comparison = "above" if values[TRAINED] > max(values[UNTRAINED], values[PIXELS]) else "NOT above"
     return (
         f"the encoder finds the other crop of a photo in {values[TRAINED]:.1f} % of {results['images']:,} cases, "
-        f"{comparison} untrained weights ({values[UNTRAINED]:.1f} %) and raw pixels ({values[PIXELS]:.1f} %); "
+        f"{comparison} {results['baseline']} ({values[UNTRAINED]:.1f} %) and raw pixels ({values[PIXELS]:.1f} %); "
         f"chance {results['chance']['two_crop_retrieval']:.1f} %"
     )
 

@@ -25,6 +25,7 @@ from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
 
 ENCODER_FILE, TOKENIZER_FILE, CONFIG_FILE = "encoder.safetensors", "tokenizer.safetensors", "config.json"
+INITIAL = "initial"  # folder in a run: the encoder that it started from, if not a random one
 FORMAT = 1  # of an export
 Part = Literal["student", "teacher"]
 
@@ -105,6 +106,8 @@ def load_encoder(
     else:
         encoder = _load_export(path)
     require_finite(encoder.state_dict(), str(path))
+    folder = path.parent if path.name == "encoder" else path
+    encoder.initial_path = folder / INITIAL if (folder / INITIAL / ENCODER_FILE).exists() else None
     encoder.normalisation = normalisation or encoder.normalisation
     if image_size is not None:
         patch = encoder.shape.patch_size

@@ -23,7 +23,7 @@ from ddae.data.masking import Mask
 from ddae.method.partial_supervision import draw_taps, spread_over_taps
 from ddae.method.sequential import sequential_backward
 from ddae.models.decoder import Decoder
-from ddae.models.patches import NORMALISATIONS, cached_tensor, gather_tokens
+from ddae.models.patches import NORMALISATIONS, cached_tensor, gather_tokens, sincos_layout
 from ddae.models.vit import Encoder, LayerNorm, build_blocks, run_block
 
 
@@ -102,7 +102,7 @@ class DecoderBranch(Branch):
         self.decoder = Decoder(
             *(model.width, branch.decoder_width, branch.decoder_depth, branch.decoder_heads, out_width),
             grid=config.grid,
-            positions=model.positions,
+            positions=sincos_layout(model.positions),
             output_heads=len(branch.taps) if branch.per_tap_head else 1,
             cross_attention=branch.cross_attention,
         )

@@ -50,6 +50,11 @@ def gather_tokens(tokens: Shaped[Tensor, "B N D"], positions: Int64[Tensor, "B V
     return tokens.gather(1, positions[:, :, None].expand(-1, -1, tokens.shape[-1]))
 
 
+def sincos_layout(positions: str) -> str:
+    """Return the layout of the sin-cos table for a model's positions; learned ones begin with the first layout."""
+    return LAYOUTS[0] if positions == "learned" else positions
+
+
 def sincos_positions(grid: tuple[int, int], width: int, layout: str) -> Float[Tensor, "1 T D"]:
     """Return fixed 2-D sin-cos position embeddings in float32, T = 1 + N; row 0, for the cls token, is zero.
 

@@ -7,6 +7,7 @@ H heads, P values of a patch. Parameters have timm's and MAE's names, so that th
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm.layers.mlp as timm_mlp
@@ -22,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddae.config.pretrain import EncoderShape, ModelConfig
 from ddae.data.photo import central_crop, upright_rgb
-from ddae.models.patches import gather_tokens, normalise, patchify, sincos_positions
+from ddae.models.patches import gather_tokens, normalise, patchify, sincos_layout, sincos_positions
 
 QUERIES, KEYS_AND_VALUES = range(2)  # parts of QKVLinear
 TOKEN_STD = 0.02  # initial standard deviation of cls and mask tokens, and of BEiT's weight matrices
@@ -164,7 +165,7 @@ def run_block(
 
 
 def initialise(module: nn.Module, generator: torch.Generator, scheme: str = "bootmae") -> None:
-    """Initialise every parameter but layer scales, which keep the value they were built with.
+    """Initialise every parameter but layer scales and positions, which keep the values they were built with.
 
     Biases and relative positions are zero, norm weights 1, tokens normal with a standard deviation of 0.02. Matrices by
     scheme (ModelConfig.init):
@@ -178,6 +179,8 @@ def initialise(module: nn.Module, generator: torch.Generator, scheme: str = "boo
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             is_matrix = parameter.ndim >= 2 and not name.endswith("relative_position_bias_table")
+            if name.endswith("pos_embed"):
+                continue  # sin-cos positions, from which learned ones start
             if name.endswith(("cls_token", "reg_token", "mask_token")):
                 parameter.normal_(std=cls_std if name.endswith("cls_token") else TOKEN_STD, generator=generator)
             elif is_matrix and scheme == "beit":
@@ -247,14 +250,16 @@ class Encoder(nn.Module):
         self.shape, self.activation_checkpointing, self.drop_path = shape, False, 0.0
         self.normalisation = "half"  # of the images it was trained on, a key of NORMALISATIONS; loaders set it
         self.report: dict[str, list[str]] = {}  # of the file it came from: see ConvertedWeights
+        self.initial_path: Path | None = None  # of the encoder that its pretraining started from, if not a random one
         self.patch_embed = nn.ModuleDict({"proj": PatchProjection(shape.patch_size, shape.width)})
         self.cls_token = nn.Parameter(torch.empty(1, 1, shape.width))
         self.reg_token = nn.Parameter(torch.empty(1, shape.registers, shape.width)) if shape.registers else None
         has_positions = shape.positions != "none"
         table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], shape.width)
         if has_positions:
-            table = sincos_positions(self.grid, shape.width, shape.positions)
-        self.pos_embed = nn.Buffer(table, persistent=has_positions)
+            table = sincos_positions(self.grid, shape.width, sincos_layout(shape.positions))
+        is_learned = shape.positions == "learned"
+        self.pos_embed = nn.Parameter(table) if is_learned else nn.Buffer(table, persistent=has_positions)
         self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale, shape.qk_norm)
         self.norm = LayerNorm(shape.width)
         if shape.relative_positions == "shared":
@@ -345,7 +350,8 @@ class Encoder(nn.Module):
     def set_image_size(self, image_size: int) -> None:
         """Change the input size: resample positions bicubically, and relative positions as BEiT does."""
         old_grid, self.shape = self.grid, replace(self.shape, image_size=image_size)
-        self.pos_embed = resample_abs_pos_embed(self.pos_embed, list(self.grid), list(old_grid))
+        table = resample_abs_pos_embed(self.pos_embed.detach(), list(self.grid), list(old_grid))
+        self.pos_embed = nn.Parameter(table) if isinstance(self.pos_embed, nn.Parameter) else table
         for module in self.modules():
             if isinstance(module, RelPosBias):
                 module.set_window_size(self.grid)

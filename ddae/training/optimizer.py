@@ -32,11 +32,12 @@ class Optimizable(Protocol):
 def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW with decoupled weight decay on matrices.
 
-    Biases, norms, cls and mask tokens are exempt; mask tokens decay if config.decay_mask_tokens.
+    Biases, norms, cls and mask tokens, and learned positions are exempt; mask tokens decay if config.decay_mask_tokens.
     """
     decayed, exempt = [], []
     for name, parameter in module.named_parameters():
-        is_token = name.endswith("cls_token" if config.decay_mask_tokens else ("cls_token", "mask_token"))
+        tokens = ("cls_token", "pos_embed") if config.decay_mask_tokens else ("cls_token", "pos_embed", "mask_token")
+        is_token = name.endswith(tokens)
         (exempt if parameter.ndim <= 1 or is_token else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
