@@ -8,6 +8,7 @@ import torch
 
 from ddae.distributed.comm import gather, rank
 
+MIN_CORES = 2  # that a rank is bound to
 TOPOLOGY = Path("/sys/devices/system/cpu")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
@@ -15,21 +16,22 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 def bind_cores() -> None:
     """Bind each rank to cores of its own, close to its GPU, and let torch use as many threads. All ranks call it.
 
-    Ranks that a launcher has bound already keep their cores, as do ranks that outnumber them. Data workers, which a
-    rank starts later, inherit its cores. OMP_NUM_THREADS, if set, is the number of threads.
+    Data workers, which a rank starts later, inherit its cores. Ranks that a launcher has bound already keep their cores.
+    With fewer than MIN_CORES a rank none is bound: its main thread would wait for its workers, or for another process.
+    OMP_NUM_THREADS, if set, is the number of threads.
     """
     allowed = os.sched_getaffinity(0)
     near = allowed & cores_near_gpu() or allowed
     of_ranks = gather((os.uname().nodename, sorted(near)))
     same = [number for number, facts in enumerate(of_ranks) if facts == of_ranks[rank()]]
-    if len(same) == 1 or len(near) < len(same):
+    if len(same) == 1:
         return
     own = share(near, len(same), same.index(rank()))
-    for thread in os.listdir("/proc/self/task"):
+    for thread in os.listdir("/proc/self/task") if len(own) >= MIN_CORES else ():
         with suppress(OSError):  # it has ended meanwhile
             os.sched_setaffinity(int(thread), own)
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(own))
+        torch.set_num_threads(max(1, len(own)))
 
 
 def share(cores: set[int], parts: int, part: int) -> set[int]:

@@ -27,10 +27,17 @@ def of_ranks(count, before=""):
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
 def test_two_ranks_get_cores_of_their_own():
-    (first, threads), (second, _) = of_ranks(2, "import os; del os.environ['OMP_NUM_THREADS']\n")
+    before = "import os; del os.environ['OMP_NUM_THREADS']\nfrom ddae.distributed import cores; cores.MIN_CORES = 1\n"
+    (first, threads), (second, _) = of_ranks(2, before)
     assert set(first).isdisjoint(second)
     assert len(first) == len(second) == len(os.sched_getaffinity(0)) // 2
     assert threads == len(first)
+
+
+def test_ranks_with_few_cores_are_not_bound():
+    everything = sorted(os.sched_getaffinity(0))
+    before = "import os; del os.environ['OMP_NUM_THREADS']\nfrom ddae.distributed import cores; cores.MIN_CORES = 999\n"
+    assert of_ranks(2, before) == [(everything, max(1, len(everything) // 2))] * 2
 
 
 def test_ranks_that_are_bound_already_keep_their_cores():
