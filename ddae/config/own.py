@@ -22,7 +22,7 @@ from ddae.config.pretrain import (
 FEW_STEPS = 1000  # below, an encoder is hardly better than an untrained one
 HALF_LIFE = 1 / 8  # of the teacher, in runs
 WARMUP = 0.05  # share of the steps in which the learning rate is warmed up
-LONG_RUN = 10_000  # steps, from which on the paper's normalisation of target patches learns
+LONG_RUN = 10_000  # steps, from which on the betas keep the paper's learning rate and L2
 
 
 class Images(NamedTuple):
@@ -73,7 +73,7 @@ def own(images: Images, has_gpu: bool) -> PretrainConfig:
         preset="own",
         ds_config="zero2",
         model=ModelConfig(size.width, size.depth, size.heads, size.image_size, size.patch_size),
-        pixel=PixelConfig(**branch, norm="none" if short else "per_channel"),
+        pixel=PixelConfig(**branch, norm="joint"),
         feature=FeatureConfig(**branch),
         dynamic=DynamicConfig(lr_mult=4.0, beta_l2=0.01) if short else DynamicConfig(),
         teacher=TeacherConfig(momentum=round(0.5 ** (1 / (HALF_LIFE * steps)), 9)),

@@ -16,7 +16,7 @@ PCI_DEVICES = Path("/sys/bus/pci/devices")
 def bind_cores() -> None:
     """Bind each rank to cores of its own, close to its GPU, and let torch use as many threads. All ranks call it.
 
-    Data workers, which a rank starts later, inherit its cores. Ranks that a launcher has bound already keep their cores.
+    Data workers, which a rank starts later, inherit its cores. Ranks that a launcher has bound already keep theirs.
     With fewer than MIN_CORES a rank none is bound: its main thread would wait for its workers, or for another process.
     OMP_NUM_THREADS, if set, is the number of threads.
     """
