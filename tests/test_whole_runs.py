@@ -208,7 +208,8 @@ POISON = """
 import json, sys
 from ddae import train
 from ddae.config.cli import parse
-from ddae.distributed.comm import configure_logging, rank
+from ddae.distributed.comm import rank
+from ddae.distributed.logs import configure_logging
 from ddae.distributed.engine import stop_process_group
 configure_logging()
 class Poisoned(train.ForwardPass):

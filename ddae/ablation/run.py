@@ -30,8 +30,9 @@ from ddae.data.cache import open_cache
 from ddae.data.digits import write_digits
 from ddae.data.manifest import MANIFEST
 from ddae.data.shards import Shards, open_shards
-from ddae.distributed.comm import broadcast_from_main, configure_logging, is_main
+from ddae.distributed.comm import broadcast_from_main, is_main
 from ddae.distributed.engine import start_process_group
+from ddae.distributed.logs import configure_logging
 from ddae.distributed.preemption import EXIT_CODE, StopSignal
 from ddae.errors import UserError
 from ddae.eval.dataset import ExampleReader, val_location

@@ -86,7 +86,7 @@ def launch(experiment: ExperimentType, program: str, prepare: Prepare | None = N
 def _run(program: str, config: Any) -> None:
     if config.engine.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks for GPUs
-    from ddae.distributed.comm import configure_logging  # imports torch
+    from ddae.distributed.logs import configure_logging  # imports torch
     from ddae.distributed.preemption import StopSignal
 
     configure_logging()

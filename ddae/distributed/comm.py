@@ -1,12 +1,10 @@
-"""Ranks: who am I, collectives over all ranks, logging with time and rank."""
+"""Ranks: who am I, collectives over all ranks."""
 
 import contextlib
 import glob
-import logging
 import os
 import platform
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,28 +35,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Return whether this process is rank 0, which writes files and logs."""
     return rank() == 0
-
-
-class _Handler(logging.StreamHandler):
-    """Write INFO on rank 0 alone and warnings on every rank to the current sys.stdout, errors to sys.stderr."""
-
-    def __init__(self) -> None:
-        super().__init__(sys.stdout)
-        self.setFormatter(logging.Formatter("[%(asctime)s rank %(rank)d] %(message)s", "%H:%M:%S"))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno > logging.INFO or is_main():
-            record.rank, self.stream = rank(), sys.stderr if record.levelno >= logging.ERROR else sys.stdout
-            super().emit(record)
-
-
-def configure_logging() -> None:
-    """Log this package's messages, each with its time and rank. Calling it again changes nothing."""
-    logger = logging.getLogger("ddae")
-    if not any(isinstance(handler, _Handler) for handler in logger.handlers):
-        logger.addHandler(_Handler())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
 
 
 def device() -> torch.device:

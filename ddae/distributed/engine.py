@@ -2,7 +2,6 @@
 
 import contextlib
 import glob
-import logging
 import os
 import socket
 from datetime import timedelta
@@ -16,6 +15,7 @@ from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import barrier, device, record_collectives, sum_over_ranks, world_size
 from ddae.distributed.cores import bind_cores
 from ddae.distributed.failures import operators_may_be_built
+from ddae.distributed.logs import configure_logging
 from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
 
@@ -28,7 +28,7 @@ def start_process_group(timeout_s: float = 600.0) -> None:
     Each rank is bound to its own cores. timeout_s: seconds after which a rank that waits for another gives up. Raise
     UserError if the ranks cannot connect.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    configure_logging()  # again: DeepSpeed has been imported
     if "RANK" not in os.environ:
         if launchers := [name for name in OTHER_LAUNCHERS if int(os.environ.get(name, "1")) > 1]:
             raise UserError(

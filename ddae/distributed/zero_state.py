@@ -5,6 +5,7 @@ that lacks one is refused at start, by name.
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +18,8 @@ from ddae.distributed.comm import rank
 
 # DeepSpeed's autotuner imports mlflow if it can, which takes a second on every rank: hide it meanwhile.
 sys.modules.setdefault("mlflow", None)  # type: ignore[arg-type]
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # otherwise DeepSpeed warns that it found no GPU
 import deepspeed  # noqa: E402
 from deepspeed.utils import groups  # noqa: E402
 

@@ -17,12 +17,12 @@ from ddae.distributed.comm import (
     assert_equal_across_ranks,
     barrier,
     broadcast_from_main,
-    configure_logging,
     is_main,
     rank,
     world_size,
 )
 from ddae.distributed.engine import start_process_group, stop_process_group
+from ddae.distributed.logs import configure_logging, keep_log_of_others
 from ddae.distributed.preemption import EXIT_CODE, StopSignal
 from ddae.distributed.watchdog import FIRST_STEP_EXTRA_S, Watchdog
 from ddae.errors import UserError
@@ -101,6 +101,7 @@ class Run:
         loader.select_backend(run_dir.previous_decoding(config))
         assert_equal_across_ranks(decoding=loader.decoding, samples=loader.num_samples, **equal)
         run_dir.lock(config)
+        keep_log_of_others(self.folder / "logs")
         self._watchdog = Watchdog(self.folder, config.train.watchdog_timeout_s)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
         self._newest = self._checkpoints.newest(config.allow_restart)

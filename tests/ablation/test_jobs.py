@@ -10,7 +10,7 @@ import pytest
 
 from ddae.ablation import jobs, run
 from ddae.ablation.jobs import Job, run_jobs
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
 
 

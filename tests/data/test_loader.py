@@ -29,7 +29,7 @@ from ddae.data.reader import RankBatch, Reader
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import open_shards
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
 from ddae.sharding.check import check, mark_bad
 

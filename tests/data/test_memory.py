@@ -7,7 +7,7 @@ from test_loader import BAD, damaged_copy, equal, make_loader, read_batches
 
 from ddae.data import loader as loader_module
 from ddae.data import memory
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
 
 

@@ -11,7 +11,7 @@ from ddae import atomic
 from ddae.distributed import checkpoint_format
 from ddae.distributed.checkpoint import FORMAT, Checkpoints
 from ddae.distributed.checkpoint_format import MANIFEST
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ddae.config.pretrain import ModelConfig
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.eval import baselines
 from ddae.eval.baselines import (
     FeatureAccuracy,

@@ -14,8 +14,9 @@ from ddae.config.cli import PRETRAINING, parse
 from ddae.config.evaluation import FINETUNING, PROBING
 from ddae.config.segmentation import SEGMENTATION
 from ddae.config.tokenizer import TOKENIZING
-from ddae.distributed.comm import barrier, configure_logging, is_main
+from ddae.distributed.comm import barrier, is_main
 from ddae.distributed.engine import stop_process_group
+from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
 from ddae.eval.finetune import finetune
 from ddae.eval.linear_probe import linear_probe

@@ -71,8 +71,9 @@ def main() -> None:
     from ddae.config.cli import PRETRAINING, parse
     from ddae.config.evaluation import FINETUNING
     from ddae.data.loader import Loader
-    from ddae.distributed.comm import configure_logging, gather, is_main
+    from ddae.distributed.comm import gather, is_main
     from ddae.distributed.engine import Engine, stop_process_group
+    from ddae.distributed.logs import configure_logging
     from ddae.eval.finetune import finetune
     from ddae.train import pretrain
     from ddae.training.tracker import read_metrics

@@ -212,8 +212,8 @@ if __name__ == "__main__":
     from ddae_kernels import operators
 
     from ddae.config.cli import parse
-    from ddae.distributed.comm import configure_logging
     from ddae.distributed.engine import stop_process_group
+    from ddae.distributed.logs import configure_logging
     from ddae.train import pretrain
 
     scale_gradients, upstream_gradients = operators._scale_gradients, set()

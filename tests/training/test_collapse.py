@@ -9,7 +9,7 @@ import torch
 
 from ddae.config.presets import preset
 from ddae.data.masking import sample_mask
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.method.feature_statistics import feature_std, participation_ratio
 from ddae.training.collapse import CollapseMonitor, collapse_risks
 

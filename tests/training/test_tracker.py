@@ -17,7 +17,7 @@ import ranks
 from ddae.config.base import TrackerConfig
 from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig
-from ddae.distributed.comm import configure_logging
+from ddae.distributed.logs import configure_logging
 from ddae.training import tracker as tracking
 from ddae.training.tracker import Tracker, create_store, read_metrics, start_tracker
 
