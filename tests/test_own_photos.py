@@ -96,7 +96,7 @@ def test_report(run, work):
     assert results["split"] == "val"
     assert set(results["features"]) == {"trained", "untrained", "raw pixels"}
     assert set(results["masked_pixel_error"]) == {
-        "decoder",
+        "decoder, given mean and contrast of each masked patch",
         "mean colour of the visible patches",
         "mean colour of each masked patch",
     }

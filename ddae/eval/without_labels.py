@@ -33,7 +33,7 @@ from ddae.report.figures import image_axes, reconstruct, show_image
 from ddae.report.html import add_evaluation
 
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "raw pixels"  # what is compared, in this order
-MASKED_ERRORS = ("decoder", "mean colour of the visible patches", "mean colour of each masked patch")
+CONSTANTS = ("mean colour of the visible patches", "mean colour of each masked patch")  # that predict masked pixels
 BATCH_SIZE = 64
 CROP_SCALE = (0.1, 0.4)  # area of the two crops over the image's: they seldom show the same
 NUM_QUERIES, NUM_NEIGHBOURS = 8, 3  # in the figure
@@ -144,9 +144,9 @@ def retrieval(first: Tensor, second: Tensor) -> float:
 def masked_pixel_errors(path: Path, reader: ExampleReader) -> dict[str, Any]:
     """Return the mean squared error of the masked pixels, in [0, 1]^2, by what predicts them.
 
-    That is the last tap's decoder, the mean colour of the image's visible patches, and, knowing more than a decoder
-    can, the mean colour of each masked patch. Only runs with a pixel branch have a decoder; for others the result is
-    empty.
+    That is the last tap's decoder (if targets are normalised, with each patch's true mean and standard deviation), the
+    mean colour of the image's visible patches, and the mean colour of each masked patch. Only runs with a pixel branch
+    have a decoder; for others the result is empty.
     """
     checkpoint = newest_checkpoint(path) if (path / "config.json").exists() else None
     if checkpoint is None:
@@ -171,7 +171,8 @@ def masked_pixel_errors(path: Path, reader: ExampleReader) -> dict[str, Any]:
         constant = (each.expand(-1, true.shape[1], patch**2, -1).flatten(-2) for each in (of_image, of_patch))
         sums += torch.stack([F.mse_loss(each, true) for each in (guess, *constant)]).double().cpu() * len(true)
         count += len(true)
-    return {"masked_pixel_error": dict(zip(MASKED_ERRORS, (sums / count).tolist(), strict=True))}
+    decoder = "decoder" if config.pixel.norm == "none" else "decoder, given mean and contrast of each masked patch"
+    return {"masked_pixel_error": dict(zip((decoder, *CONSTANTS), (sums / count).tolist(), strict=True))}
 
 
 def verdict(results: dict[str, Any]) -> str:

@@ -176,10 +176,11 @@ def _run_page(config: PretrainConfig, rows: list[dict[str, float]], files: list[
     warning = "" if warned is None else f"<p><b>Warning: the features collapsed, from step {warned} on.</b></p>"
     length = f"{int(last['step'])} steps of {config.data.batch_size} images, {last['epoch']:.1f} epochs"
     body = f"""<p class="sub">{length}</p>{warning}
+{_evaluations(Path(config.folder))}
+<h2>Pretraining</h2>
 {_figures(files, images)}
 <h2>Metrics at the first and the last step</h2>{table(("metric", "first", "last"), values)}
-<details><summary>All settings</summary>{table(("field", "value"), settings)}</details>
-{_evaluations(Path(config.folder))}"""
+<details><summary>All settings</summary>{table(("field", "value"), settings)}</details>"""
     return page(config.preset, body)
 
 
