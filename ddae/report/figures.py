@@ -24,6 +24,7 @@ from ddae.models.patches import NORMALISATIONS, gather_tokens, normalise_patches
 from ddae.training.collapse import MAX_TRIVIAL_SHARE
 
 MASKED_GREY = 0.82  # value of masked patches, in [0, 1]
+BRANCHES = ("pixel", "feature", "token")
 BASELINES = ("raw_pixels", "chance")  # metrics that do not depend on the encoder
 COLOURS = ("#0b6e99", "#d1495b", "#edae49", "#66a182", "#7a5195", "#444444", "#8d6e63", "#c2185b")
 
@@ -124,7 +125,7 @@ def curves(
 ) -> Figure:
     """Draw metrics over steps, one panel per group.
 
-    groups: {panel: metric names}; a line is labelled with its metric's name after the first "/". levels: {panel:
+    groups: {panel: metric names}; a line is labelled with its label(), unless it is the only one. levels: {panel:
     {name: value}}, drawn as grey horizontal lines.
     """
     figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.2), squeeze=False, layout="tight")
@@ -134,10 +135,24 @@ def curves(
             style = {"color": colour, "linewidth": 1.4, "marker": "o" if len(points) < 3 else None}
             if name.endswith(BASELINES):
                 style |= {"color": "#777", "linewidth": 1, "linestyle": "-." if name.endswith(BASELINES[0]) else ":"}
-            axis.plot(*zip(*points, strict=True), **style, label=name.split("/", 1)[-1])
+            axis.plot(*zip(*points, strict=True), **style, label=label(name) if len(names) > 1 else None)
         axis.set_title(panel, fontsize=10)
         style_axis(axis, "step", levels=(levels or {}).get(panel, {}))
     return figure
+
+
+def label(metric: str) -> str:
+    """Return what a legend shows of a metric: "block 4, cls" for knn/tap_04/cls, else the last part of its name.
+
+    A branch is named for betas alone: losses and errors have a panel for each.
+    """
+    parts = metric.split("/")
+    taps = [part for part in parts if part.startswith("tap_")]
+    if not taps:
+        return parts[-1].replace("_", " ")
+    place = parts.index(taps[0])
+    branch = [] if parts[0] in ("loss", "error") else [part for part in parts[:place] if part in BRANCHES]
+    return ", ".join((*branch, f"block {int(taps[0].removeprefix('tap_'))}", *parts[place + 1 :]))
 
 
 def collapse_curves(rows: list[dict[str, float]]) -> Figure:
@@ -152,8 +167,8 @@ def collapse_curves(rows: list[dict[str, float]]) -> Figure:
     def draw(axis: Axes, prefix: str, labelled: bool, linestyle: str) -> None:
         for name, colour in zip(metric_names(rows, prefix), COLOURS * 3, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
-            label = f"block {int(name[-2:])}" if labelled else None
-            axis.plot(*zip(*points, strict=True), color=colour, linewidth=1.3, linestyle=linestyle, label=label)
+            style = {"color": colour, "linewidth": 1.3, "linestyle": linestyle}
+            axis.plot(*zip(*points, strict=True), **style, label=label(name) if labelled else None)
 
     for axis, (title, statistic) in zip(axes, panels.items(), strict=False):
         draw(axis, f"collapse/teacher/{statistic}/", labelled=True, linestyle="-")
@@ -178,7 +193,7 @@ def weight_by_distance(betas: dict[str, float], farthest: float, distance_norm: 
     distance = patches / patches.max() if distance_norm == "max" else patches
     for (name, beta), colour in zip(betas.items(), COLOURS * 3, strict=False):
         weight = dk.distance_weights(distance, torch.tensor([beta]))[0, 0]
-        axis.plot(patches[0], weight, color=colour, linewidth=1.6, label=f"{name}: β={beta:.2f}")
+        axis.plot(patches[0], weight, color=colour, linewidth=1.6, label=f"{label(name)}: β={beta:.2f}")
     axis.set_ylim(0, 1.05)
     style_axis(axis, "distance to the nearest visible patch, in patches", "weight")
     return figure

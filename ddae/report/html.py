@@ -56,6 +56,11 @@ CAPTIONS = {  # by the first word of a figure's file name, in the order of the p
     "locality": "Attention distance of each head by block: the mean distance between a patch and those it attends to.",
     "rates": "Learning rate, images per second, and seconds per step spent waiting for data.",
 }
+RATES = {  # panels of a figure, and the metric in each
+    "learning rate": "lr",
+    "images per second": "throughput/images_per_s",
+    "seconds a step waits for data": "time/data_wait",
+}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
 h1{margin-bottom:0}h2{margin-top:2em}img{max-width:100%}table{border-collapse:collapse;font-size:13px}
 td,th{padding:2px 10px 2px 0;text-align:left;border-bottom:1px solid #eee}.sub{color:#777;margin-top:0}
@@ -107,8 +112,7 @@ def write_report(config: PretrainConfig, model: PretrainModel, betas: Betas, pre
         drawn["probes"] = figures.curves(all_rows, {panel: names for panel, names in groups.items() if names})
     if any("collapse/warning" in row for row in rows):
         drawn["collapse"] = figures.collapse_curves(rows)
-    rates = ("lr", "throughput/images_per_s", "time/data_wait")
-    drawn["rates"] = figures.curves(rows, {name: [name] for name in rates})
+    drawn["rates"] = figures.curves(rows, {title: [metric] for title, metric in RATES.items()})
     files = _save_figures(drawn, folder)
     path = folder / "report.html"
     write_text(path, _run_page(config, rows, files, "Validation" if preview.held_out else "Training"))
