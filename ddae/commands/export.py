@@ -35,8 +35,15 @@ def main() -> None:
     parser.add_argument("--heads", type=int, help="attention heads, for a published file that does not tell")
     parser.add_argument("--key", default="", help="state dict of a published file to take, such as model_ema")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of pixels, for a file without metadata")
+    parser.add_argument("--push", metavar="REPO", help="also upload the folder to OWNER/NAME on the Hugging Face Hub")
+    parser.add_argument("--dry_run", action="store_true", help="with --push: print what would be uploaded")
     args = parser.parse_args()
+    if args.push and args.form not in FOLDER_FORMS:
+        raise UserError(f"--push uploads a folder, but --form {args.form} is a file. Pass --form {FOLDER_FORMS[1]}.")
+    if args.dry_run and not args.push:
+        raise UserError("--dry_run is for --push. Leave it out.")
     _check_out(args.out, args.form)
+    from ddae.export import hub
     from ddae.export.encoder import load_encoder  # takes seconds
     from ddae.export.formats import WRITERS
     from ddae.export.hugging_face import load_mae_decoder, write_transformers
@@ -55,6 +62,9 @@ def main() -> None:
         WRITERS[args.form](encoder, args.out)
     if args.out.is_dir():
         write_card(args.out, args.form, asdict(encoder.shape), encoder.normalisation, Path(args.encoder))
+    if args.push:
+        hub.add_metadata(args.out, args.form)
+        print(hub.describe(args.out, args.push) if args.dry_run else f"pushed: {hub.push(args.out, args.push)}")
     print(f"{args.out}: {args.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
 
 

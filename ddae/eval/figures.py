@@ -37,7 +37,7 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
     rates = rates[classes][:, classes]
     side = 2.4 + 0.26 * len(classes)
     figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="tight")
-    image = axis.imshow(rates, cmap="Blues", vmin=0, vmax=1)
+    image = axis.imshow(rates.numpy(), cmap="Blues", vmin=0, vmax=1)
     labels = [_name(names, number) for number in classes.tolist()]
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
     axis.set_yticks(range(len(labels)), labels, fontsize=7)
