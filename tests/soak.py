@@ -34,7 +34,7 @@ from ddae.training.run_dir import git
 from ddae.training.tracker import read_metrics
 
 DISK_MB = 24
-STEPS_PER_MINUTE = 100  # so that the undisturbed run takes a fraction of the time
+STEPS_PER_MINUTE = 220  # more than two ranks train between the faults, so that the run does not end before the time
 WATCHDOG_S = 10
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 HOUR, MIN_FAULTS = 60, 10  # a run of an hour must have so many faults of each kind
