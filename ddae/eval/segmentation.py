@@ -24,7 +24,14 @@ from ddae.eval.augment import seed_all
 from ddae.eval.dataset import load_samples, rank_share, val_location
 from ddae.eval.figures import bar_chart, confusion_matrix, segmentation_grid
 from ddae.eval.metrics import count_confusion, intersection_over_union, majority_class_scores, segmentation_scores
-from ddae.eval.segmentation_data import IGNORE_INDEX, SceneCrop, SceneDataset, SceneLoader, split_planes
+from ddae.eval.segmentation_data import (
+    IGNORE_INDEX,
+    SceneCrop,
+    SceneDataset,
+    SceneLoader,
+    require_several_classes,
+    split_planes,
+)
 from ddae.eval.task import SupervisedTask, deepspeed_run
 from ddae.eval.upernet import Segmenter, extend_encoder, predict_classes, write_segmenter
 from ddae.export.encoder import encoder_hash, load_encoder
@@ -59,22 +66,10 @@ def segment(config: SegmentConfig, stop: StopSignal | None = None) -> None:
         raise UserError(f"image_size is {size}, {expected}")
     source = val_location(config.data.train, config.val)
     val = SceneDataset(source, "val", size, open_cache(config.data), config.seg.classes)
-    val[0]  # raises errors that all samples have before the training starts
+    require_several_classes(val)
     crop = SceneCrop(config.seg, size, encoder.normalisation, len(val.classes))
     loader = SceneLoader(config.data, size, config.train.seed, run.rank_batch, device(), crop)
     fit(SegmentationTask(config, encoder, loader, val), run, loader)
-
-
-def _require_classes(counts: Tensor, classes: list[str]) -> None:
-    """Raise UserError if the validation masks have one class only: any prediction of it would be right.
-
-    counts: pixels by label and prediction.
-    """
-    present = [name for name, pixels in zip(classes, counts.sum(1), strict=True) if pixels]
-    if len(present) < min(2, len(classes)):
-        only = f"the class {present[0]!r} alone" if present else "no class"
-        fix = "Pixels of value 255 have no class: masks of 0 and 255 need 1 in place of 255."
-        raise UserError(f"the validation masks contain {only}, so that their mIoU would say nothing. {fix}")
 
 
 class SegmentationTask(SupervisedTask):
@@ -135,7 +130,6 @@ class SegmentationTask(SupervisedTask):
                     self._examples.append((image, labels, predicted.cpu()))
         engine.module.train()
         self.counts, self.evaluated = sum_over_ranks(counts).cpu(), True
-        _require_classes(self.counts, self.classes)
         return {f"val/{name}": value for name, value in segmentation_scores(self.counts).items()}
 
     def gather(self, heartbeat: Callable[[], None]) -> dict[str, Tensor]:

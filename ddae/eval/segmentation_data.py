@@ -130,6 +130,22 @@ class SceneDataset(SplitReader):
         return Scene(torch.from_numpy(image), torch.from_numpy(labels.astype(np.int64)))
 
 
+def require_several_classes(scenes: SceneDataset) -> None:
+    """Raise UserError if all masks have the same class: any prediction of it would be right; or if one is unusable.
+
+    Masks are read until two classes were found, which the first one has as a rule.
+    """
+    present: set[int] = set()
+    for index, sample in enumerate(scenes.samples):
+        _, labels = read_scene(scenes.shards, int(sample), scenes.masks[index], len(scenes.classes))
+        present |= set(np.unique(labels[labels != IGNORE_INDEX]).tolist())
+        if len(present) >= min(2, len(scenes.classes)):
+            return
+    only = f"the class {scenes.classes[present.pop()]!r} alone" if present else "no class"
+    fix = "Pixels of value 255 have no class: masks of 0 and 255 need 1 in place of 255."
+    raise UserError(f"the validation masks contain {only}, so that their mIoU would say nothing. {fix}")
+
+
 def class_names(named: Sequence[str], num_classes: int) -> list[str]:
     """Return a unique name per class: those of the shards, or `num_classes` numbers if the shards name none.
 

@@ -15,12 +15,12 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 from ddae.config.pretrain import ModelConfig
 from ddae.config.segmentation import SceneConfig, segment_recipe
+from ddae.data.cache import Cache
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.data.shards import Shards, open_shards
 from ddae.errors import UserError
 from ddae.eval.metrics import count_confusion, intersection_over_union, segmentation_scores
 from ddae.eval.predict import segment_images
-from ddae.eval.segmentation import _require_classes
 from ddae.eval.segmentation_data import (
     IGNORE_INDEX,
     SceneCrop,
@@ -28,6 +28,7 @@ from ddae.eval.segmentation_data import (
     class_names,
     distort_colours,
     read_scene,
+    require_several_classes,
     resize_labels,
     resized_shape,
     split_planes,
@@ -325,16 +326,32 @@ def test_miou_equals_torchmetrics():
     )
 
 
-def test_masks_with_one_class_are_refused():
-    counts = torch.zeros(2, 2, dtype=torch.int64)
-    counts[0, 0] = 100  # masks of 0 and 255: all pixels with a class have class 0
-    with pytest.raises(UserError, match=r"masks contain the class 'sky' alone.*masks of 0 and 255 need 1"):
-        _require_classes(counts, ["sky", "sea"])
-    with pytest.raises(UserError, match="masks contain no class"):
-        _require_classes(torch.zeros(1, 1, dtype=torch.int64), ["sky"])
-    counts[1, 0] = 1
-    _require_classes(counts, ["sky", "sea"])
-    _require_classes(counts[:1, :1], ["sky"])
+@pytest.mark.parametrize(
+    "values, classes, message",
+    [
+        ((0, 255), ("sky", "sea"), r"masks contain the class 'sky' alone.*masks of 0 and 255 need 1"),
+        ((255, 255), ("sky",), "masks contain no class"),
+        ((0, 1), ("sky", "sea"), ""),
+        ((0, 255), ("sky",), ""),
+    ],
+)
+def test_masks_with_one_class_are_refused(values, classes, message, tmp_path):
+    """values: of the left and right half of each mask."""
+    samples = []
+    for number in range(4):
+        mask = np.full((20, 20), values[0], np.uint8)
+        mask[:, 10:] = values[1] if number else values[0]  # the second class is not in the first mask
+        file = io.BytesIO()
+        Image.new("RGB", (20, 20), "red").save(file, "JPEG")
+        samples.append(Sample(f"s{number}", file.getvalue(), None, 20, 20, png(mask)))
+    entry = write_shard(tmp_path / "val-000000.tar", samples)
+    write_manifest(tmp_path, {"val-000000.tar": entry}, classes=list(classes))
+    scenes = SceneDataset(str(tmp_path), "val", 32, Cache(tmp_path, 1))
+    if not message:
+        require_several_classes(scenes)
+        return
+    with pytest.raises(UserError, match=message):
+        require_several_classes(scenes)
 
 
 def test_recipe_matches_the_paper():

@@ -148,7 +148,7 @@ def test_presets_are_lists_of_branches():
 
 
 def test_presets_are_experiments_only():
-    assert len(names()) == 97
+    assert len(names()) == 98
     with pytest.raises(UserError, match="unknown preset 'ddae_vit_b16_100e_literal'; the nearest is"):
         preset("ddae_vit_b16_100e_literal")
 
