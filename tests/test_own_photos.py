@@ -139,6 +139,31 @@ def test_in_python(run, work, monkeypatch, capfd):
     assert not Path("runs/wrong").exists()
 
 
+def test_probe_on_class_folders(run, work):
+    for number in range(120):
+        folder = work.parent / "classes" / ("cat", "dog", "owl")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.jpg").write_bytes(photo(number))
+    args = (
+        "probe",
+        "--encoder",
+        "runs/mine",
+        "--preset",
+        "demo",
+        "--data.train",
+        "../classes",
+        "--tracker.kind",
+        "jsonl",
+    )
+    output = command(
+        work, *args, "--train.epochs", "1", "--data.batch_size", "20", "--data.workers", "0", "--val_share", "0.3"
+    )
+    assert "chance" in output
+    results = json.loads((run / "linear_probe" / "results.json").read_text())
+    assert results["classes"] == 3
+    assert sum(results["images"].values()) == 120
+
+
 def test_further_from_given_weights(run, work):
     from ddae.api import flags
 

@@ -4,9 +4,10 @@ deepspeed launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/de
 deepspeed --hostfile hosts launch/finetune.py --ds_config ds_configs/zero1.json --encoder runs/vit_b --data.train /data
 """
 
+from ddae.commands.class_folders import class_folders
 from ddae.config.cli import launch
 from ddae.config.evaluation import FINETUNING
 
 
 def main() -> None:
-    launch(FINETUNING, "ddae.eval.finetune:finetune")
+    launch(FINETUNING, "ddae.eval.finetune:finetune", class_folders)

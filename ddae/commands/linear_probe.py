@@ -4,9 +4,10 @@ deepspeed launch/linear_probe.py --encoder runs/demo --preset demo --data.train 
 deepspeed --hostfile hosts launch/linear_probe.py --encoder runs/vit_b --data.train data/imagenet
 """
 
+from ddae.commands.class_folders import class_folders
 from ddae.config.cli import launch
 from ddae.config.evaluation import PROBING
 
 
 def main() -> None:
-    launch(PROBING, "ddae.eval.linear_probe:linear_probe")
+    launch(PROBING, "ddae.eval.linear_probe:linear_probe", class_folders)
