@@ -35,9 +35,10 @@ def run(work: Callable[..., T], tasks: list[tuple], num_workers: int, total: int
     `work` may be any callable. The progress bar counts images from `done` to `total`. The first error in a worker ends
     all workers and is raised here. Raise UserError if a worker was killed.
     """
+    global _num_done
     if not tasks:
         return
-    _num_done.value = done
+    _num_done = _FORK.Value("q", done)  # a new one: a worker that was killed may hold the lock of the last one
     with (
         ProcessPoolExecutor(max(1, min(num_workers, len(tasks))), _FORK, _init_worker, (work, os.getpid())) as pool,
         tqdm(total=total, initial=done, unit=" images", mininterval=0.3 if sys.stderr.isatty() else 10) as bar,
