@@ -11,8 +11,8 @@ def test_a_worker_that_was_killed_with_the_lock_stops_no_later_run():
     assert list(workers.run(lambda: 1, [()], 1, total=1)) == [1]
     ready = workers._FORK.Event()
 
-    def hold(lock=workers._num_done.get_lock()):
-        lock.acquire()
+    def hold():
+        workers._num_done.get_lock().acquire()
         ready.set()
         threading.Event().wait()
 
