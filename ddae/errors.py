@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from typing import TextIO
 
 
 class UserError(ValueError):
@@ -60,9 +61,14 @@ def run_command(name: str, main: Callable[[], int | None], ranks: bool = False) 
 
 def report(message: str, code: int) -> int:
     """Print an error, if there is where to print it. Return the exit code."""
-    with suppress(OSError, AttributeError, ValueError):  # closed, or on a full disk
-        print(message, file=sys.stderr, flush=True)
+    say(message, sys.stderr)
     return code
+
+
+def say(message: str, stream: TextIO | None = None) -> None:
+    """Print a message to standard output or `stream`; one that is closed or on a full disk ends nothing."""
+    with suppress(OSError, AttributeError, ValueError):
+        print(message, file=stream or sys.stdout, flush=True)
 
 
 def flush_output() -> None:

@@ -21,7 +21,7 @@ from ddae.config.own import Images, describe, own
 from ddae.config.pretrain import PretrainConfig
 from ddae.data.cache import open_cache
 from ddae.data.shards import open_shards
-from ddae.errors import UserError
+from ddae.errors import UserError, say
 from ddae.sharding.photos import is_photo_folder, scan_photos, typical_side, with_shards
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def prepare(config: PretrainConfig, parse_from: Callable[[PretrainConfig], Pretr
             encoder = load(config.init)
             config = initial.with_initial(config, encoder)
             lines.append(initial.describe(config.init, encoder, config))
-    if os.environ.get("RANK", "0") == "0" and not show:
-        print("\n".join(lines), end="\n" if lines else "", flush=True)
+    if lines and os.environ.get("RANK", "0") == "0" and not show:
+        say("\n".join(lines))
     return with_shards(config, config.model.image_size) if is_folder and not show else config
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from ddae.config.base import Experiment, ShardsConfig
 from ddae.data.cache import is_url
 from ddae.data.manifest import MANIFEST
-from ddae.errors import UserError
+from ddae.errors import UserError, say
 from ddae.sharding.archives import ARCHIVE_ENDINGS
 from ddae.sharding.index import UNLABELLED, Index, hash64
 from ddae.sharding.scan import LabelRule
@@ -140,8 +140,8 @@ def with_shards(config: T, image_size: int) -> T:
                 for folder in created:
                     folder.rmdir()
         if is_first:
-            print(summary, flush=True)
+            say(summary)
     if is_first:
         counts = ", ".join(f"{len(each):,} for {each.split}" for each in splits)
-        print(f"images of {config.data.train}: {counts}; shards: {out}", flush=True)
+        say(f"images of {config.data.train}: {counts}; shards: {out}")
     return replace(config, data=replace(config.data, train=str(out)))
