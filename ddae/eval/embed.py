@@ -36,9 +36,9 @@ FILES = ("embeddings.npz", "embeddings.parquet", "duplicates.csv", "results.json
 BATCH_SIZE = 64
 CHUNK = 1024  # photos at a time whose nearest ones are searched
 CANDIDATES = 5  # nearest photos of each that may be near-duplicates
-MIN_COSINE = 0.9  # of the embeddings of near-duplicates, relative to the mean embedding
+MIN_COSINE = 0.95  # of the embeddings of near-duplicates, relative to the mean embedding
 MIN_CORRELATION = 0.95  # of their pixels, at THUMBNAIL x THUMBNAIL
-THUMBNAIL = 8  # pixels a side of the grey pictures that confirm near-duplicates
+THUMBNAIL = 12  # pixels a side of the grey pictures that confirm near-duplicates
 
 Photo = str | Path | Image.Image
 
