@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,8 +50,8 @@ def run(work) -> Path:
 
     output = command(work, "pretrain", "../photos", "--out", "runs/mine", *flags(TINY))
     assert "130 images found = 130 written unchanged" in output
-    assert "preset own: 117 training images, a CPU, zero2" in output or "preset own: 1" in output
-    assert "warning: with fewer than 1,000 steps an encoder is hardly better than an untrained one" in output
+    assert re.search("preset own: 1[12]0 training images, a CPU, zero2", output)  # one burst of 10 or 20 is set aside
+    assert "warning: fewer than 1,000 steps" in output
     assert "runs/mine: 4 steps done" in output
     return work / "runs" / "mine"
 

@@ -35,7 +35,7 @@ def test_small_images_are_not_enlarged():
 def test_short_training_is_reported():
     images = Images(2_000, 500)
     config = parse(["--preset", "own", "--train.steps", str(FEW_STEPS - 1)], start=own(images, has_gpu=False))
-    assert "hardly better than an untrained one" in describe(config, images, has_gpu=False)
+    assert "warning: fewer than 1,000 steps" in describe(config, images, has_gpu=False)
     assert "2,000 steps of 16 images" in describe(own(images, has_gpu=False), images, has_gpu=False)
 
 

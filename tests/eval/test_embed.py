@@ -14,7 +14,6 @@ from image_archives import decode, photo, rotated
 from PIL import Image
 
 import ddae
-from ddae.cli import COMMANDS
 from ddae.commands.embed import main
 from ddae.config.pretrain import ModelConfig
 from ddae.data.decode import decode_crop
@@ -143,7 +142,3 @@ def test_few_photos_have_a_map(encoder, tmp_path, monkeypatch, capsys):
         monkeypatch, capsys, "--encoder", encoder, tmp_path / "one.jpg", "--out", tmp_path / "out", "--workers", 0
     )
     assert "1 embeddings of width 24; 0 pairs" in text
-
-
-def test_the_command_exists():
-    assert COMMANDS["embed"].module == "embed"

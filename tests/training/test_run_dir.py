@@ -45,7 +45,7 @@ def test_files_with_another_content(name, content, tmp_path):
     config = PretrainConfig(run_dir=str(tmp_path))
     (tmp_path / name).write_text(content)
     read = {"config.json": check, "finished.json": finished}[name]
-    with pytest.raises(UserError, match=r"cannot be read \(it has no number|was started with "):
+    with pytest.raises(UserError, match=r"cannot be read \(steps is missing or|was started with "):
         read(config)
 
 
