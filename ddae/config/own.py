@@ -95,5 +95,5 @@ def describe(config: PretrainConfig, images: Images, has_gpu: bool) -> str:
         f"training: {steps:,} steps of {config.data.batch_size} images, {epochs:,.1f} epochs",
     ]
     if steps < FEW_STEPS:
-        lines.append(f"warning: fewer than {FEW_STEPS:,} steps, the shortest training that was evaluated (docs/results.md)")
+        lines.append(f"warning: fewer than {FEW_STEPS:,} steps; shorter training was not evaluated (docs/results.md)")
     return "\n".join(lines)

@@ -142,7 +142,8 @@ def finished(config: Experiment) -> dict[str, Any]:
     path = Path(config.folder) / FINISHED
     facts = read_run_file(path) if path.exists() else {"steps": 0}
     if not isinstance(facts.get("steps"), int):
-        raise UserError(f"{path} cannot be read (steps is missing or not an integer). Restore it, or choose another --run_dir.")
+        reason = "steps is missing or not an integer"
+        raise UserError(f"{path} cannot be read ({reason}). Restore it, or choose another --run_dir.")
     return facts
 
 
