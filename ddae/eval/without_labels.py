@@ -178,7 +178,7 @@ def masked_pixel_errors(path: Path, reader: ExampleReader) -> dict[str, Any]:
 def verdict(results: dict[str, Any]) -> str:
     """Return a sentence that compares the encoder with its baselines."""
     values = {name: row["two_crop_retrieval"] for name, row in results["features"].items()}
-    comparison = "above" if values[TRAINED] > max(values[UNTRAINED], values[PIXELS]) else "NOT above"
+    comparison = "above" if values[TRAINED] > max(values[UNTRAINED], values[PIXELS]) else "NOT above both"
     return (
         f"the encoder finds the other crop of a photo in {values[TRAINED]:.1f} % of {results['images']:,} cases, "
         f"{comparison} {results['baseline']} ({values[UNTRAINED]:.1f} %) and raw pixels ({values[PIXELS]:.1f} %); "
