@@ -133,7 +133,7 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
                 row = {"step": done, "epoch": now.epoch, **meter.read(betas), "lr": now.lr}
                 row |= {"grad/norm": engine.grad_norm(), **forward.metrics(now, row)}
                 betas.warn_if_clamped()
-                run.log_step(num_steps, row)
+                run.log_step(row)
             if is_due(config.train.save_every, done, num_steps):
                 run.save(done)
             collector.collect_if_due(done)

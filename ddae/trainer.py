@@ -119,7 +119,7 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
             done = step + 1
             if done == 1 or is_due(config.train.log_every, done, num_steps):
                 row = {"step": done, "epoch": step * batch_size / epoch_samples, **meter.read(), "lr": lr}
-                run.log_step(num_steps, row)
+                run.log_step(row)
             if is_due(config.train.save_every, done, num_steps):
                 run.save(done)
             collector.collect_if_due(done)

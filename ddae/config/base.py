@@ -19,7 +19,7 @@ FORMAT = 2  # of a run's config.json; 0.1 wrote none
 
 @dataclass(frozen=True)
 class ShardsConfig:
-    # Training images: a folder of images; or shards: a folder, a pattern such as data/train-{000000..000099}.tar, or a
+    # training images: a folder of images; or shards: a folder, a pattern such as data/train-{000000..000099}.tar, or a
     # URL; or several of these.
     train: str | tuple[str, ...] = ""
     val_share: float = 0.05  # of a folder of images: share that is set aside for validation
@@ -30,7 +30,7 @@ class ShardsConfig:
     remainder: Literal["carry_over", "drop"] = "carry_over"
     backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # image decoder; auto: the faster one here
     in_memory: bool = False  # decode a small data set once, with Pillow, and keep its images in memory
-    workers: int = 4  # a rank: Pillow's worker processes (0: the training process itself), or DALI's threads
+    workers: int = 4  # Pillow's worker processes of a rank (0: the training process itself), or DALI's threads
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI gives to a GPU's hardware decoder
     cache: str = "data/cache"  # folder for shards downloaded from URLs
     cache_gib: float = 500.0  # largest size of that folder, in GiB
@@ -48,7 +48,7 @@ class OptimConfig:
     lr: float | None = None  # peak learning rate; None: base_lr x batch_size / 256
     base_lr: float = 1.5e-4  # peak learning rate at batch size 256
     min_lr: float = 1e-4  # learning rate at the end of the cosine
-    warmup_epochs: float = 20.0  # linear warm-up
+    warmup_epochs: float = 20.0  # linear warm-up of the learning rate, in epochs
     weight_decay: float = 0.05  # decoupled; biases, norms, cls and mask tokens are exempt
     decay_mask_tokens: bool = False  # apply weight decay to mask tokens (BootMAE)
     adam_betas: tuple[float, float] = (0.9, 0.95)  # AdamW's averaging factors
@@ -57,9 +57,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    epochs: float = 100.0  # length of training
+    epochs: float = 100.0  # length of training in epochs
     steps: int | None = None  # length of training in steps, instead of epochs
-    seed: int = 0  # of weights, order, crops, masks
+    seed: int = 0  # seed of weights, order, crops and masks
     log_every: int = 20  # steps between rows of metrics
     save_every: int = 1000  # steps between checkpoints
     keep: int = 3  # number of newest checkpoints to keep

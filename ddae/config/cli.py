@@ -23,6 +23,7 @@ from typing import Any
 import tyro
 
 from ddae.config.base import ExperimentType
+from ddae.config.help import short_help
 from ddae.config.presets import preset
 from ddae.config.pretrain import PretrainConfig, check
 from ddae.errors import RankError, UserError, expand_home, flush_output, report
@@ -51,8 +52,8 @@ def launch(experiment: ExperimentType, program: str, prepare: Prepare | None = N
     try:
         take_slurm_ranks()
         args = normalise(sys.argv[1:])
-        if {"--help", "-h"} & set(args):
-            print_help(experiment)
+        if {"--help", "-h", "--help_all"} & set(args):
+            print_help(args, experiment)
         given, show = [arg for arg in args if arg != "--show"], "--show" in args
         config = parse(given, experiment)
         if prepare is not None:
@@ -148,11 +149,19 @@ def take_slurm_ranks() -> None:
         )
 
 
-def print_help(experiment: ExperimentType) -> None:
-    """Print all flags with their help and defaults, on rank 0, and exit."""
+def print_help(args: list[str], experiment: ExperimentType) -> None:
+    """Print the common flags with the values of the preset in `args`, or all flags, on rank 0, and exit."""
+    start = experiment.preset(take_preset(args, experiment.config.preset)[0])
     with contextlib.redirect_stdout(sys.stdout if _rank() == 0 else io.StringIO()):
-        start = experiment.preset(experiment.config.preset)
-        tyro.cli(experiment.config, default=start, args=["--help"], use_underscores=True)
+        if "--help_all" in args:
+            tyro.cli(experiment.config, default=start, args=["--help"], use_underscores=True)
+        print(short_help(experiment, start, program_name()), end="")
+    sys.exit()
+
+
+def program_name() -> str:
+    """Return how the user started this program, without its folder: ddae pretrain, launch/pretrain.py."""
+    return sys.argv[0] if sys.argv[0].startswith("ddae ") else os.path.relpath(sys.argv[0])
 
 
 def parse(args: list[str], experiment: ExperimentType = PRETRAINING, start: Any = None) -> Any:
@@ -167,7 +176,7 @@ def parse(args: list[str], experiment: ExperimentType = PRETRAINING, start: Any 
     for arg in args:
         flag = arg.split("=")[0]
         if flag.startswith("--") and flag not in known:
-            raise UserError(f"unknown flag {flag}; the nearest is {_nearest(flag, known)}. --help lists all flags.")
+            raise UserError(f"unknown flag {flag}; the nearest is {_nearest(flag, known)}. --help-all lists all flags.")
         if flag.removeprefix("--").replace(".no_", ".") in experiment.config.UNUSED:
             raise UserError(f"{flag} has no effect here. Leave it out.")
     given = {arg.split("=")[0] for arg in args}
@@ -235,4 +244,4 @@ def _first_sentence(report: str) -> str:
     """Return tyro's boxed report as one line, without the help text that it quotes."""
     text = re.split(r"Argument helptext|For full helptext", report)[0]
     text = re.sub(r"[─│╭╮╰╯┌┐└┘]+|-{5,}", " ", text)
-    return re.sub(r"\s+", " ", text).strip() or "the flags cannot be read. --help lists them."
+    return re.sub(r"\s+", " ", text).strip() or "the flags cannot be read. --help-all lists them."

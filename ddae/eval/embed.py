@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from ddae.atomic import new_folder, write_json
 from ddae.data.loader import ignore_signals
@@ -29,6 +28,7 @@ from ddae.eval.dataset import PREFETCH
 from ddae.eval.features import require_finite_features
 from ddae.models.patches import normalise
 from ddae.models.vit import Encoder
+from ddae.progress import ImageProgress
 from ddae.sharding.inspection import IMAGE_ENDINGS
 from ddae.sharding.scan import LabelRule, Scan
 
@@ -131,9 +131,8 @@ def _batches(
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": ignore_signals, "batch_size": None}
     stream = enumerate(DataLoader(_Photos(photos, size), **options))
     positions, crops = [], []
-    with tqdm(total=len(photos), unit=" images", disable=not show_progress) as bar:
-        for position, crop in stream:
-            bar.update()
+    with ImageProgress(len(photos), enabled=show_progress) as progress:
+        for position, crop in progress.track(stream):
             if isinstance(crop, str):
                 unreadable[position] = crop
                 continue

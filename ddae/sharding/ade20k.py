@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,13 +19,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ddae import atomic
 from ddae.data.decode import encode_image
 from ddae.data.manifest import MANIFEST
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
 from ddae.errors import UserError, one_line
+from ddae.progress import ImageProgress
 from ddae.sharding.archives import zip_member_path
 from ddae.sharding.inspection import MAX_BYTES, Inspection, inspect
 
@@ -212,8 +211,8 @@ def _write(archive: zipfile.ZipFile, out: Path, layout: Layout, pairs: list[Pair
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        with tqdm(pairs, unit=" images", mininterval=0.1 if sys.stderr.isatty() else 10) as bar:
-            for split, of_split in itertools.groupby(bar, key=lambda pair: pair.split):
+        with ImageProgress(len(pairs)) as progress:
+            for split, of_split in itertools.groupby(progress.track(pairs), key=lambda pair: pair.split):
                 samples = _samples(archive, of_split, layout, report)
                 for number, first in enumerate(samples):  # each shard takes its other samples from the same iterator
                     path = partial / f"{split}-{number:06d}.tar"

@@ -4,20 +4,15 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from tqdm import tqdm
-
 from ddae.errors import UserError
+from ddae.progress import ImageProgress
 
 T = TypeVar("T")
-tqdm.set_lock(threading.RLock())  # the default lock is shared between processes: a killed worker would never release it
-tqdm.monitor_interval = 0  # a monitor thread could have that lock acquired while workers are forked
 _FORK = multiprocessing.get_context("fork")  # workers inherit the task function and its state, without pickling
 _num_done = _FORK.Value("q", 0)  # images
 _work: Callable[..., Any]
@@ -41,13 +36,13 @@ def run(work: Callable[..., T], tasks: list[tuple], num_workers: int, total: int
     _num_done = _FORK.Value("q", done)  # a new one: a worker that was killed may hold the lock of the last one
     with (
         ProcessPoolExecutor(max(1, min(num_workers, len(tasks))), _FORK, _init_worker, (work, os.getpid())) as pool,
-        tqdm(total=total, initial=done, unit=" images", mininterval=0.3 if sys.stderr.isatty() else 10) as bar,
+        ImageProgress(total, done) as progress,
     ):
         try:
             pending = {pool.submit(_call, *task) for task in tasks}
             while pending:
                 finished, pending = wait(pending, timeout=0.3, return_when=FIRST_COMPLETED)
-                bar.update(_num_done.get_obj().value - bar.n)  # not locked: a killed worker never releases the lock
+                progress.update(_num_done.get_obj().value)  # not locked: a killed worker never releases the lock
                 for future in finished:
                     yield future.result()
         except BrokenProcessPool:

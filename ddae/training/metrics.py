@@ -1,7 +1,6 @@
-"""Metrics of a run: losses over the global batch, spikes, step times, system load, the progress line."""
+"""Metrics of a run: losses over the global batch, spikes, step times, system load."""
 
 import contextlib
-import logging
 import math
 import os
 import platform
@@ -21,7 +20,6 @@ from ddae.method.betas import Betas
 SPIKE = 8.0  # median absolute deviations above the median
 MIN_LOSSES = 20  # before a loss can be a spike
 MEGABYTE = 10**6
-logger = logging.getLogger(__name__)
 
 
 class LossMeter:
@@ -143,16 +141,3 @@ def _system_metrics_of_this_rank() -> dict[str, float]:
             values[f"gpu_{local}_utilization_percentage"] = torch.cuda.utilization()
             values[f"gpu_{local}_power_usage_watts"] = torch.cuda.power_draw() / 1000
     return {f"system/{platform.node()}/{name}": float(value) for name, value in values.items()}
-
-
-def log_progress(row: dict[str, float], num_steps: int) -> None:
-    """Log one line: step, loss, images/s, MFU, share of time spent waiting for data, time left."""
-    left = int((num_steps - row["step"]) * row["time/step"])
-    wait = row["time/data_wait"] / row["time/step"]
-    mfu = f"  MFU {row['throughput/mfu']:.0%}" if "throughput/mfu" in row else ""
-    logger.info(
-        f"step {int(row['step'])}/{num_steps}  loss {row['loss/total']:.4f}  "
-        f"{row['throughput/images_per_s']:.0f} images/s{mfu}  data wait {wait:.0%}  "
-        f"left {left // 3600}:{left % 3600 // 60:02d}:{left % 60:02d}{'  SPIKE' if row['loss/spike'] else ''}"
-        f"{'  COLLAPSE' if row.get('collapse/warning') else ''}"
-    )

@@ -28,7 +28,8 @@ from ddae.distributed.watchdog import FIRST_STEP_EXTRA_S, Watchdog
 from ddae.errors import UserError
 from ddae.training import run_dir
 from ddae.training.flops import Flops
-from ddae.training.metrics import SpikeDetector, StepTimer, log_progress, system_metrics
+from ddae.training.metrics import SpikeDetector, StepTimer, system_metrics
+from ddae.training.progress import TrainingProgress
 from ddae.training.tracker import Tracker, read_metrics, start_tracker
 
 EVALUATION_METRICS = ("val/", "features/")  # prefixes of metrics that a PeriodicEvaluation logs
@@ -137,6 +138,7 @@ class Run:
     def describe(self, start: int, num_steps: int, more: str) -> None:
         """Log what is about to be trained."""
         batch = self.rank_batch
+        self._progress = TrainingProgress(start, num_steps)
         logger.info(
             f"{self.folder}: steps {start} to {num_steps} of {batch.batch_size} images on {batch.world_size} ranks "
             f"({batch.grad_accum_steps} x {batch.micro_batch} each), {self.loader.describe()}, {more}"
@@ -163,6 +165,7 @@ class Run:
     def step_done(self, step: int) -> None:
         """Count a step; log how long the first one took, with compilation and the first batch."""
         self.timer.count_step()
+        self._progress.step_done(step + 1)
         if self._first_step:
             logger.info("first step done after %.1f s", self.timer.seconds)
             self._watchdog.first_step_done()
@@ -194,7 +197,7 @@ class Run:
         if self.tracker is not None:
             self.tracker.log(row)
 
-    def log_step(self, num_steps: int, row: dict[str, float]) -> None:
+    def log_step(self, row: dict[str, float]) -> None:
         """Complete a training step's row with spike, throughput and system load; write it and log the progress."""
         row["loss/spike"] = float(self._spikes.is_spike(row["loss/total"]))
         row |= self.timer.read(self.rank_batch.batch_size) | self.loader.read_stats() | system_metrics()
@@ -204,7 +207,7 @@ class Run:
         if self._flops is not None:
             rate = row["throughput/images_per_s"] / world_size()
             row |= self._flops.utilisation(rate, self.config.engine.precision)
-        log_progress(row, num_steps)
+        self._progress.log(row)
         self.log(row)
 
     def rows(self) -> list[dict[str, float]]:
@@ -214,6 +217,7 @@ class Run:
     def finish(self, num_steps: int, files: list[Path]) -> None:
         """End a complete run. files: what the tracker shall keep."""
         self._watchdog.stop()
+        self._progress.close()
         if self.tracker is not None:
             self.tracker.finish(files)
         if is_main():
@@ -221,10 +225,12 @@ class Run:
 
     def fail(self) -> None:
         """End the tracker's run as failed; the caller raises the error."""
+        self._progress.close()
         if self.tracker is not None:
             self.tracker.finish([], "FAILED", timeout_s=3)
 
     def _exit(self, reason: str, step: int) -> NoReturn:
+        self._progress.close()
         if is_main():
             try:
                 run_dir.set_stopped(self.config, reason, step)

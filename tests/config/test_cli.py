@@ -13,10 +13,13 @@ import torch
 from ddae_kernels import implementation
 
 from ddae.config.base import flatten
-from ddae.config.cli import parse, take_slurm_ranks
+from ddae.config.cli import PRETRAINING, parse, take_slurm_ranks
 from ddae.config.evaluation import FINETUNING, PROBING, FinetuneConfig, ProbeConfig
+from ddae.config.help import field_helps, short_help
+from ddae.config.presets import preset
 from ddae.config.pretrain import PretrainConfig
 from ddae.config.segmentation import SEGMENTATION, SegmentConfig
+from ddae.config.tokenizer import TOKENIZING
 from ddae.errors import UserError
 from ddae.training.step import resolve_loss_backend
 
@@ -158,11 +161,32 @@ def test_show_prints_the_config_and_leaves(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_rank_prints_the_help(tmp_path):
-    (help_text, _, code), (silence, errors, other) = pretrain(tmp_path, "--help", world=2)
+def test_one_rank_prints_the_help_of_the_preset(tmp_path):
+    (text, _, code), (silence, errors, other) = pretrain(tmp_path, "--preset", "demo", "--help", world=2)
     assert (code, other) == (0, 0), errors
-    assert "--optim.lr" in help_text
     assert silence == ""
+    assert re.search(r"--optim.lr +0.003 ", text)
+    assert "--optim.adam_betas" not in text
+    ((text, _, code),) = pretrain(tmp_path, "--preset", "demo", "--help-all")
+    assert code == 0
+    assert "--optim.adam_betas" in text
+    assert re.search(r"peak learning rate;[^-]*\(default: 0.003\)", text)
+
+
+@pytest.mark.parametrize("experiment", [PRETRAINING, FINETUNING, PROBING, SEGMENTATION, TOKENIZING])
+def test_every_field_has_a_help_text(experiment):
+    start = experiment.preset(experiment.config.preset)
+    assert flatten(start.to_dict()).keys() == field_helps(experiment.config).keys()
+    text = short_help(experiment, start, "program")
+    assert all(f"--{name} " not in text for name in experiment.config.UNUSED)
+    assert 15 <= len(re.findall(r"^--\w", text, re.MULTILINE)) <= 30
+
+
+def test_help_of_preset_own_marks_what_follows_from_the_data():
+    text = short_help(PRETRAINING, preset("own"), "ddae pretrain")
+    assert "usage: ddae pretrain PHOTOS --out DIR" in text
+    assert re.search(r"--train.steps +by the data", text)
+    assert re.search(r"--mask.ratio +0.75", text)
 
 
 @pytest.mark.parametrize(
