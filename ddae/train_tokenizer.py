@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ddae.config.base import ImageSize, canonical_size, height_width
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.data.loader import Batch, Loader
 from ddae.distributed.checkpoint_format import Checkpointable, FrozenModule
@@ -41,7 +42,7 @@ def train_tokenizer(config: TokenizerConfig, stop: StopSignal | None = None) -> 
     Raise SystemExit with code 75 if a signal stops the run. Raise UserError if the teacher or the shards cannot be read
     or do not fit the model.
     """
-    teacher = FeatureTeacher(config.vq.teacher, config.model.image_size // config.model.patch_size)
+    teacher = FeatureTeacher(config.vq.teacher, config.model.grid)
     run, size = deepspeed_run(config, stop), config.model.image_size
     loader = Loader(config.data, size, config.train.seed, run.rank_batch, device())
     val = validation_reader(config, size, labelled=False)
@@ -53,16 +54,19 @@ def train_tokenizer(config: TokenizerConfig, stop: StopSignal | None = None) -> 
 class FeatureTeacher:
     """A frozen encoder that gives patch features: a run, an export, a published file, or a timm model."""
 
-    def __init__(self, name: str, grid_side: int):
-        """Load the encoder. grid_side: patches a side, as in the tokenizer. Raise UserError if it cannot be loaded."""
+    def __init__(self, name: str, grid: tuple[int, int]):
+        """Load the encoder. grid: rows and columns of patches, as in the tokenizer.
+
+        Raise UserError if it cannot be loaded.
+        """
         if name.startswith(TIMM):
-            self.model, self.size, self.width = _load_timm(name.removeprefix(TIMM), grid_side)
+            self.model, self.size, self.width = _load_timm(name.removeprefix(TIMM), grid)
             self.num_prefix_tokens, settings = self.model.num_prefix_tokens, self.model.pretrained_cfg  # type: ignore[union-attr]
             mean_std = torch.tensor([settings["mean"], settings["std"]], device=device())  # type: ignore[index]
             self.mean_std: Tensor | None = mean_std[..., None, None]
         else:
             encoder = load_encoder(name)
-            self.size, self.width = grid_side * encoder.shape.patch_size, encoder.shape.width
+            self.size, self.width = image_size_of(grid, encoder.shape.patch_size), encoder.shape.width
             if encoder.shape.image_size != self.size:
                 encoder.set_image_size(self.size)
             self.model, self.num_prefix_tokens, self.mean_std = encoder, 1, None
@@ -70,9 +74,9 @@ class FeatureTeacher:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return patch features [B, N, F] of uint8 [B, 3, S, S], resized to the teacher's image size if it differs."""
-        if images.shape[-1] != self.size:
-            resized = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True)
+        """Return patch features [B, N, F] of uint8 [B, 3, H, W], resized to the teacher's image size if it differs."""
+        if images.shape[-2:] != height_width(self.size):
+            resized = F.interpolate(images.float(), height_width(self.size), mode="bicubic", antialias=True)
             images = resized.round().clamp(0, 255).to(torch.uint8)
         if self.mean_std is None:
             return self.model(normalise(images, self.model.normalisation, torch.float32))[:, 1:]  # type: ignore[arg-type]
@@ -80,15 +84,20 @@ class FeatureTeacher:
         return self.model.forward_features((images / 255 - mean) / std)[:, self.num_prefix_tokens :]  # type: ignore[operator]
 
 
-def _load_timm(name: str, grid_side: int) -> tuple[nn.Module, int, int]:
-    """Return timm's model, its image side in pixels for grid_side patches a side, and the width of its features."""
+def image_size_of(grid: tuple[int, int], patch: int) -> ImageSize:
+    """Return the size in pixels of an image of so many rows and columns of patches."""
+    return canonical_size((grid[0] * patch, grid[1] * patch))
+
+
+def _load_timm(name: str, grid: tuple[int, int]) -> tuple[nn.Module, ImageSize, int]:
+    """Return timm's model, its image size for this grid of patches, and the width of its features."""
     try:
-        patch = timm.create_model(name, num_classes=0).patch_embed.patch_size[0]  # type: ignore[union-attr, index]
-        size = grid_side * patch
+        untrained: Any = timm.create_model(name, num_classes=0)
+        size = image_size_of(grid, untrained.patch_embed.patch_size[0])
         model = timm.create_model(name, pretrained=True, num_classes=0, img_size=size)
         with torch.no_grad():
-            tokens = model.eval().forward_features(torch.zeros(1, 3, size, size))  # type: ignore[operator]
-        expected = (1, int(model.num_prefix_tokens) + grid_side**2, int(model.num_features))  # type: ignore[arg-type]
+            tokens = model.eval().forward_features(torch.zeros(1, 3, *height_width(size)))  # type: ignore[operator]
+        expected = (1, int(model.num_prefix_tokens) + grid[0] * grid[1], int(model.num_features))  # type: ignore[arg-type]
         if tokens.shape != expected:
             raise ValueError(f"its features have shape {list(tokens.shape)}, expected {list(expected)}")
     except Exception as error:  # unknown name, a model without patches, or weights that cannot be downloaded

@@ -14,6 +14,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from ddae.config.base import describe_size
 from ddae.errors import UserError
 
 FORMS = ("ddae", "timm", "transformers", "mae", "beit", "onnx", "torch")
@@ -31,7 +32,8 @@ def main() -> None:
     )
     parts = ("student", "teacher")
     parser.add_argument("--part", choices=parts, default="student", help="encoder of a checkpoint (default: student)")
-    parser.add_argument("--image_size", type=int, help="interpolate the positions to this image size")
+    size_help = "interpolate the positions to this image size: one number, or height and width"
+    parser.add_argument("--image_size", type=int, nargs="+", help=size_help)
     parser.add_argument("--heads", type=int, help="attention heads, for a published file that does not tell")
     parser.add_argument("--key", default="", help="state dict of a published file to take, such as model_ema")
     parser.add_argument("--normalisation", choices=("half", "imagenet"), help="of pixels, for a file without metadata")
@@ -42,6 +44,9 @@ def main() -> None:
         raise UserError(f"--push uploads a folder, but --form {args.form} is a file. Pass --form {FOLDER_FORMS[1]}.")
     if args.dry_run and not args.push:
         raise UserError("--dry_run is for --push. Leave it out.")
+    if args.image_size and len(args.image_size) > 2:
+        raise UserError("--image_size has more than two numbers; expected one, or height and width.")
+    size = None if args.image_size is None else (args.image_size[0], args.image_size[-1])
     _check_out(args.out, args.form)
     from ddae.export import hub
     from ddae.export.encoder import load_encoder  # takes seconds
@@ -49,7 +54,7 @@ def main() -> None:
     from ddae.export.hugging_face import load_mae_decoder, write_transformers
     from ddae.export.model_card import write_card
 
-    encoder = load_encoder(args.encoder, args.image_size, args.normalisation, args.part, args.heads, args.key)
+    encoder = load_encoder(args.encoder, size, args.normalisation, args.part, args.heads, args.key)
     for source in encoder.report.pop("taken", ()):
         print(f"taken: {source}")
     for status, names in encoder.report.items():
@@ -65,7 +70,8 @@ def main() -> None:
     if args.push:
         hub.add_metadata(args.out, args.form)
         print(hub.describe(args.out, args.push) if args.dry_run else f"pushed: {hub.push(args.out, args.push)}")
-    print(f"{args.out}: {args.form}, images of {encoder.shape.image_size} pixels, {encoder.normalisation}")
+    pixels = describe_size(encoder.shape.image_size)
+    print(f"{args.out}: {args.form}, images of {pixels} pixels, {encoder.normalisation}")
 
 
 def _check_out(out: Path, form: str) -> None:

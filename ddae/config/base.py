@@ -15,6 +15,33 @@ from ddae import atomic
 from ddae.errors import UserError, redact_url
 
 FORMAT = 2  # of a run's config.json; 0.1 wrote none
+ImageSize = int | tuple[int, int]  # pixels: the side of a square, or height and width
+
+
+def height_width(size: ImageSize) -> tuple[int, int]:
+    """Return an image size as height and width."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+def canonical_size(size: ImageSize) -> ImageSize:
+    """Return an image size as a tuple, or as one number if height and width are equal. JSON has lists for tuples."""
+    height, width = height_width(size)
+    return height if height == width else (height, width)
+
+
+def check_image_size(name: str, size: ImageSize, patch_size: int) -> None:
+    """Raise UserError if an image of this size cannot be divided into patches."""
+    if any(side % patch_size for side in height_width(size)):
+        height, width = (max(1, side // patch_size) * patch_size for side in height_width(size))
+        raise UserError(
+            f"{name} is {describe_size(size)}; expected a multiple of the patch size {patch_size}. "
+            f"Pass --{name} {describe_size(canonical_size((height, width)))}, or another patch size."
+        )
+
+
+def describe_size(size: ImageSize) -> str:
+    """Return an image size as its flag is written: 224, or 224 160."""
+    return str(size) if isinstance(size, int) else f"{size[0]} {size[1]}"
 
 
 @dataclass(frozen=True)
@@ -167,7 +194,7 @@ class Experiment:
     def from_dict(cls, tree: dict[str, Any]) -> Self:
         """Return what to_dict() was called on."""
         sections = {each.name: each.type for each in dataclasses.fields(cls) if dataclasses.is_dataclass(each.type)}
-        built: dict[str, Any] = dict(tree)
+        built: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in tree.items()}
         for name, section in sections.items():
             values = {key: tuple(value) if isinstance(value, list) else value for key, value in tree[name].items()}
             built[name] = section(**values)  # type: ignore[operator]

@@ -17,6 +17,7 @@ from ddae.config.base import (
     OptimConfig,
     ShardsConfig,
     TrainConfig,
+    canonical_size,
     check_ranges,
 )
 from ddae.errors import UserError
@@ -53,11 +54,15 @@ class Evaluation(Experiment):
     preset: str = "paper"  # recipe
     encoder: str = ""  # a run directory, an export, a checkpoint, or a published file
     normalisation: Literal["", "half", "imagenet"] = ""  # of pixels; empty: as in the encoder's training
-    image_size: int | None = None  # height and width in pixels; None: the encoder's
+    image_size: int | tuple[int, int] | None = None  # pixels: a square's side, or height and width; None: the encoder's
     val: str = ""  # validation shards; empty: split val of the folder data.train
 
     TASK: ClassVar[str]  # name of its folder
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {"val", "encoder"}  # a checkpoint holds the encoder's weights
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None:
+            object.__setattr__(self, "image_size", canonical_size(self.image_size))
 
     @property
     def folder(self) -> str:

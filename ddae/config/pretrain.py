@@ -7,7 +7,18 @@ number.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ddae.config.base import ANY, RANGES, TINY, EngineConfig, Experiment, ShardsConfig, check_ranges
+from ddae.config.base import (
+    ANY,
+    RANGES,
+    TINY,
+    EngineConfig,
+    Experiment,
+    ShardsConfig,
+    canonical_size,
+    check_image_size,
+    check_ranges,
+    height_width,
+)
 from ddae.errors import UserError
 
 
@@ -16,7 +27,7 @@ class ModelConfig:
     width: int = 768  # encoder width D
     depth: int = 12  # encoder blocks
     heads: int = 12  # attention heads
-    image_size: int = 224  # height and width of a training image in pixels
+    image_size: int | tuple[int, int] = 224  # pixels of a training image: the side of a square, or height and width
     patch_size: int = 16  # height and width of a patch in pixels
     # Fixed sin-cos positions: what fills their first half; or learned ones, of an encoder of `init`.
     positions: Literal["rowfirst", "colfirst", "learned", "none"] = "rowfirst"
@@ -26,6 +37,20 @@ class ModelConfig:
     # Initial weights: Xavier-uniform with queries, keys and values as three matrices (BootMAE, MoCo v3) or as one
     # (MAE), or a truncated normal whose residual layers shrink with depth (BEiT).
     init: Literal["bootmae", "mae", "beit"] = "bootmae"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", canonical_size(self.image_size))
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Height and width of an image in pixels."""
+        return height_width(self.image_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        height, width = self.height_width
+        return height // self.patch_size, width // self.patch_size
 
 
 @dataclass(frozen=True)
@@ -164,8 +189,7 @@ class PretrainConfig(Experiment):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        side = self.model.image_size // self.model.patch_size
-        return side, side
+        return self.model.grid
 
     @property
     def branches(self) -> dict[str, BranchConfig]:
@@ -192,12 +216,7 @@ def check(config: PretrainConfig) -> None:
     """Raise UserError if a field is out of range or fields contradict each other."""
     check_ranges(config, PRETRAINING_RANGES)
     model = config.model
-    if model.image_size % model.patch_size:
-        nearest = max(1, model.image_size // model.patch_size) * model.patch_size
-        raise UserError(
-            f"model.image_size is {model.image_size}; expected a multiple of model.patch_size {model.patch_size}. "
-            f"Pass --model.image_size {nearest}, or another patch size."
-        )
+    check_image_size("model.image_size", model.image_size, model.patch_size)
     if model.width % model.heads or model.width % 4:
         raise UserError(f"model.width is {model.width}; expected a multiple of 4 and of model.heads {model.heads}.")
     if not config.mask.use_mask_token and (model.positions == "none" or model.relative_positions != "none"):

@@ -16,6 +16,7 @@ from ddae.config.base import (
     OptimConfig,
     ShardsConfig,
     TrainConfig,
+    check_image_size,
     check_ranges,
 )
 from ddae.config.evaluation import named
@@ -104,10 +105,7 @@ def check_tokenizer(config: TokenizerConfig) -> None:
     """Raise UserError if a field is out of range or fields contradict each other."""
     check_ranges(config, TOKENIZER_RANGES)
     model = config.model
-    if model.image_size % model.patch_size:
-        raise UserError(
-            f"model.image_size is {model.image_size}; expected a multiple of model.patch_size {model.patch_size}."
-        )
+    check_image_size("model.image_size", model.image_size, model.patch_size)
     sizes = {"model.": (model.width, model.heads), "vq.decoder_": (config.vq.decoder_width, config.vq.decoder_heads)}
     for name, (width, heads) in sizes.items():
         if width % heads or width % 4:

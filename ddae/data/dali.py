@@ -17,6 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from torch import Tensor
 
+from ddae.config.base import ImageSize, height_width
 from ddae.data.decode import resize
 
 PROBE_TIMEOUT_S = 120.0  # after which the probe process counts as hung
@@ -28,11 +29,11 @@ os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pipeline_def(exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
-def crop_graph(size: int | None, device: str, region: bool, hw_decoder_load: float):
-    """Build the graph from (bytes, top-left corner, shape, flip) to uint8 [3, size, size] on `device` ("cpu", "gpu").
+def crop_graph(size: ImageSize | None, device: str, region: bool, hw_decoder_load: float):
+    """Build the graph from (bytes, top-left corner, shape, flip) to uint8 [3, H, W] on `device` ("cpu", "gpu").
 
     region: decode the box alone; otherwise decode the whole image, then crop. size None: the box without resizing,
-    uint8 [H, W, 3]. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
+    uint8 [h, w, 3]. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
     """
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
@@ -49,20 +50,20 @@ def crop_graph(size: int | None, device: str, region: bool, hw_decoder_load: flo
     if size is None:
         return images
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
-    images = fn.resize(images, size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True)
+    images = fn.resize(images, size=list(height_width(size)), interp_type=types.INTERP_CUBIC, antialias=True)
     return fn.transpose(fn.flip(images, horizontal=flip), perm=[2, 0, 1])
 
 
 class DaliDecoder:
     """Decodes and resizes batches of a fixed size.
 
-    size: pixels a side; threads: CPU threads; region and hw_decoder_load: see crop_graph().
+    threads: CPU threads; region and hw_decoder_load: see crop_graph().
     resize_in_dali: resize in DALI's graph, which a GPU always does; otherwise torch resizes in `threads` threads.
     """
 
     def __init__(
         self,
-        size: int,
+        size: ImageSize,
         batch_size: int,
         threads: int,
         device: torch.device,
@@ -83,7 +84,7 @@ class DaliDecoder:
     def decode(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> Tensor:
         """Decode files (uint8 arrays), boxes int64 [B, 4] (left, top, width, height), flips bool [B].
 
-        Return uint8 [B, 3, S, S]. Raise RuntimeError if an image cannot be decoded; the decoder is unusable afterwards.
+        Return uint8 [B, 3, H, W]. Raise RuntimeError if an image cannot be decoded; the decoder is unusable afterwards.
         """
         left, top, width, height = boxes.int().unbind(1)
         self.pipeline.feed_input("encoded", encoded)
@@ -102,13 +103,16 @@ class DaliDecoder:
 
         assert self.stream is not None
         with torch.cuda.stream(self.stream):
-            batch = torch.empty(len(images), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+            shape = len(images), 3, *height_width(self.size)
+            batch = torch.empty(shape, dtype=torch.uint8, device=self.device)
             feed_ndarray(images.as_tensor(), batch, cuda_stream=self.stream)
         self.stream.synchronize()
         return batch
 
 
-def region_decoding_works(files: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, load: float) -> bool:
+def region_decoding_works(
+    files: list[np.ndarray], boxes: Tensor, size: ImageSize, device: torch.device, load: float
+) -> bool:
     """Return whether region decoding gives the pixels of whole-image decoding. Runs in a process, which may crash.
 
     load: as hw_decoder_load of DaliDecoder.
@@ -124,7 +128,7 @@ def region_decoding_works(files: list[np.ndarray], boxes: Tensor, size: int, dev
     return child.exitcode == 0
 
 
-def _probe_region_decoding(files: list[np.ndarray], boxes: Tensor, size: int, device: torch.device, load: float):
+def _probe_region_decoding(files: list[np.ndarray], boxes: Tensor, size: ImageSize, device: torch.device, load: float):
     flips = torch.zeros(len(boxes), dtype=torch.bool)
     by_region, whole = (
         DaliDecoder(size, len(boxes), 2, device, region, load).decode(files, boxes, flips).float()

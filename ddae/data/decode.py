@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from ddae.config.base import ImageSize, height_width
+
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"  # JPEG markers: start and end of image
 SOS = 0xDA  # start of scan: entropy-coded data follows, which cannot contain EOI
 STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a segment
@@ -13,16 +15,16 @@ SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # frame headers of files that code each row of
 TAIL_BYTES = 1024  # where EOI is searched first: it is nearly always among the last bytes of the file
 
 
-def resize(crop: np.ndarray, flip: bool, size: int) -> np.ndarray:
+def resize(crop: np.ndarray, flip: bool, size: ImageSize) -> np.ndarray:
     """Resize with antialiased bicubic interpolation, as torchvision does, and flip horizontally if `flip`.
 
-    uint8 [H, W, 3] -> uint8 [3, size, size].
+    uint8 [h, w, 3] -> uint8 [3, H, W]; H and W are those of `size`.
     """
     import torch  # here: sharding uses this module and needs no torch
     from torch.nn import functional as F
 
     planes = torch.from_numpy(crop).permute(2, 0, 1)[None]  # channels-last strides, which torch resizes faster
-    resized = F.interpolate(planes, (size, size), mode="bicubic", antialias=True)[0]
+    resized = F.interpolate(planes, height_width(size), mode="bicubic", antialias=True)[0]
     return (resized.flip(-1) if flip else resized).numpy()
 
 
@@ -91,8 +93,8 @@ def _segment_length(file: bytes | memoryview, offset: int) -> int:
     return 2 if marker in STANDALONE else 2 + int.from_bytes(file[offset + 2 : offset + 4], "big")
 
 
-def decode_crop(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: int) -> np.ndarray:
-    """Decode a box (left, top, width, height) of an image file and resize() it: uint8 [3, size, size].
+def decode_crop(encoded: bytes, box: tuple[int, int, int, int], flip: bool, size: ImageSize) -> np.ndarray:
+    """Decode a box (left, top, width, height) of an image file and resize() it: uint8 [3, H, W].
 
     Rows below the box are not decoded. Raise ValueError for a box outside the image, and whatever Pillow raises for a
     file that it cannot decode.

@@ -8,6 +8,7 @@ data set; too many of them end the run.
 import atexit
 import itertools
 import logging
+import math
 import signal
 import threading
 from collections import deque
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ddae.config.base import ShardsConfig
+from ddae.config.base import ImageSize, ShardsConfig, height_width
 from ddae.data.backend import Decoding, can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
 from ddae.data.dali_fallback import FallbackDecoder
@@ -73,7 +74,7 @@ class Loader:
     def __init__(
         self,
         config: ShardsConfig,
-        size: int,
+        size: ImageSize,
         seed: int,
         rank_batch: RankBatch,
         device: torch.device,
@@ -82,7 +83,7 @@ class Loader:
     ):
         """Open the shards. Raise UserError if there are fewer images than ranks, or less than a batch to drop from.
 
-        size: pixels a side. augment: applied to each cropped image in Pillow's worker processes; rules DALI out.
+        augment: applied to each cropped image in Pillow's worker processes; rules DALI out.
         sample_masks: draws the masks of a micro-batch from its seeds, ahead of its use.
         """
         self.config, self.rank_batch, self.device, self.size = config, rank_batch, device, size
@@ -131,7 +132,7 @@ class Loader:
             choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, before))
             self.backend, self.backend_reason = choice
         if self.backend != "dali" and self.shards is not None:
-            batch = self.rank_batch.micro_batch * self.PLANES * self.size * self.size
+            batch = self.rank_batch.micro_batch * self.PLANES * math.prod(height_width(self.size))
             require_shared_memory(self.config.workers * PREFETCH_BATCHES * batch, self.config.workers)
         if self.backend == "dali":
             works = all(gather(can_decode_regions(reader, self.config, self.device)))
@@ -224,8 +225,8 @@ class Loader:
     def _reader(self) -> Reader:
         if self.shards is None:
             return SyntheticReader(self.order, self.rank_batch, self.size)
-        crop, decodes = crop_policy(self.config.crop, self.config.crop_scale), self.backend == "pillow"
-        options = crop, decodes, self.augment, self._decoded
+        crop = crop_policy(self.config.crop, self.config.crop_scale, self.size)
+        options = crop, self.backend == "pillow", self.augment, self._decoded
         return self.READER(self.shards, self.order, self.rank_batch, self.size, *options)
 
     def read_files(self, first: int) -> Generator[RawBatch, None, None]:

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ddae.config.base import ImageSize
 from ddae.data.decode import resize
 from ddae.errors import UserError, one_line
 
@@ -61,12 +62,13 @@ def orientation(image: Image.Image) -> int:
     return value if value in range(2, 9) else 1
 
 
-def central_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the crop of evaluations (sampling.central_crops) of an RGB image: uint8 [3, size, size]."""
+def central_crop(image: Image.Image, size: ImageSize) -> np.ndarray:
+    """Return the crop of evaluations (sampling.central_crops) of an RGB image, resized: uint8 [3, H, W]."""
     import torch  # here: sharding uses this module and needs no torch
 
-    from ddae.data.sampling import central_crops
+    from ddae.data.sampling import aspect_of, central_crops
 
     width, height = torch.tensor([image.width]), torch.tensor([image.height])
-    left, top, side, _ = central_crops(torch.zeros(0), width, height, (1.0, 1.0)).boxes[0].tolist()
-    return resize(np.array(image.crop((left, top, left + side, top + side))), False, size)
+    crops = central_crops(torch.zeros(0), width, height, (1.0, 1.0), aspect_of(size))
+    left, top, wide, tall = crops.boxes[0].tolist()
+    return resize(np.array(image.crop((left, top, left + wide, top + tall))), False, size)

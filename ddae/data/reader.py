@@ -2,7 +2,7 @@
 
 Micro-batch j of step s on rank r covers fixed positions of the run (sampling.py), so its content does not depend on the
 back end, workers or restarts, and the ranks together see the same global batches whatever their number.
-B: images of a micro-batch; S: pixels a side.
+B: images of a micro-batch; H, W: pixels.
 """
 
 import time
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ddae.config.base import ImageSize, height_width
 from ddae.data.decode import decode_crop, is_truncated, resize
 from ddae.data.masking import Mask
 from ddae.data.memory import DecodedImages
@@ -24,7 +25,7 @@ from ddae.errors import UserError
 T = TypeVar("T")
 Load = Callable[[int, int, list[int], bool], T]  # (row of the micro-batch, sample, box, flip) -> loaded value
 MaskSampler = Callable[[Tensor], Mask]  # seeds int64 [B] -> masks
-Augment = Callable[[np.ndarray, int], np.ndarray]  # uint8 [3, S, S], the sample's seed -> uint8 [3, S, S]
+Augment = Callable[[np.ndarray, int], np.ndarray]  # uint8 [3, H, W], the sample's seed -> uint8 [3, H, W]
 MAX_CONSECUTIVE_BAD = 100  # unreadable samples in a row after which the data set counts as broken
 
 
@@ -60,7 +61,7 @@ class SamplePlan(NamedTuple):
 class RawBatch(NamedTuple):
     """A micro-batch as a reader produces it."""
 
-    images: Tensor  # uint8 [B, 3, S, S]; for DALI the encoded files, concatenated: uint8 [sum(lengths)]
+    images: Tensor  # uint8 [B, 3, H, W]; for DALI the encoded files, concatenated: uint8 [sum(lengths)]
     lengths: Tensor  # int64 [B]: of the encoded files, in bytes; zeros if a reader decoded them
     plan: SamplePlan
     bad: list[tuple[int, str]]  # samples that could not be used, with reasons; others replace them
@@ -77,7 +78,7 @@ class Reader(Dataset):
         shards: Shards,
         order: EpochOrder,
         rank_batch: RankBatch,
-        size: int,
+        size: ImageSize,
         crop: CropFn,
         decodes: bool = True,
         augment: Augment | None = None,
@@ -160,7 +161,7 @@ class Reader(Dataset):
         return loaded, bad
 
     def decode(self, row: int, sample: int, box: list[int], flip: bool) -> np.ndarray:
-        """Return a sample's crop, decoded with Pillow: uint8 [3, S, S]."""
+        """Return a sample's crop, decoded with Pillow: uint8 [3, H, W]."""
         pixels = None if self.decoded is None else self.decoded[sample]
         if pixels is not None:
             left, top, width, height = box
@@ -179,9 +180,9 @@ def raise_if_truncated(file: bytes | memoryview) -> None:
 class SyntheticReader(Reader):
     """Reader of noise images without shards, to measure everything but data loading."""
 
-    def __init__(self, order: EpochOrder, rank_batch: RankBatch, size: int):
+    def __init__(self, order: EpochOrder, rank_batch: RankBatch, size: ImageSize):
         self.order, self.rank_batch, self.size = order, rank_batch, size
-        shape, generator = (rank_batch.micro_batch, 3, size, size), torch.Generator().manual_seed(0)
+        shape, generator = (rank_batch.micro_batch, 3, *height_width(size)), torch.Generator().manual_seed(0)
         self.images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     def __getitem__(self, number: int) -> RawBatch:

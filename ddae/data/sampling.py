@@ -7,18 +7,21 @@ many of them as fill whole batches. The order does not depend on ranks or worker
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from math import gcd
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddae.config.base import ImageSize, height_width
 from ddae.data.rng import fold, permutation, uniform
 
 SHUFFLE_WINDOW = 16  # shards whose samples are shuffled together; bounds the number of files that are read at a time
 MAX_ATTEMPTS = 10  # random boxes tried before the central one is taken
-ASPECT_RANGE = (3 / 4, 4 / 3)  # width over height of a crop
-CENTRE_FRACTION = 0.875  # side of central_crops over the shorter side of the image
+ASPECT_RANGE = (3 / 4, 4 / 3)  # width over height of a crop, over that of the encoder's images
+CENTRE_FRACTION = 0.875  # size of central_crops over that of the largest box of the same aspect
+SQUARE = (1, 1)  # aspect of the encoder's images: height and width, without a common divisor
 CROP_STREAM, FLIP_STREAM = 1000, 1001  # random streams of a sample's seed; masks use those below 1000
 
 
@@ -107,63 +110,94 @@ class EpochOrder:
         return fold(self.seed, epochs, samples)
 
 
-def random_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
+def random_crops(
+    seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float], aspect: tuple[int, int] = SQUARE
+) -> Crops:
     """Sample the boxes of torchvision's RandomResizedCrop, and flips with probability 0.5.
 
-    seeds, width and height: int64 [B]; scale: range of the box's area over the image's. If no box of MAX_ATTEMPTS fits,
-    the largest central one of an allowed aspect is taken.
+    seeds, width and height: int64 [B]; scale: range of the box's area over the image's; aspect: of the encoder's
+    images, which the boxes have up to ASPECT_RANGE. If no box of MAX_ATTEMPTS fits, the largest central one of an
+    allowed aspect is taken.
     """
     draws = uniform(seeds, MAX_ATTEMPTS * 4, CROP_STREAM).view(-1, MAX_ATTEMPTS, 4)
-    boxes = _random_boxes(draws, width[:, None], height[:, None], scale)
+    boxes = _random_boxes(draws, width[:, None], height[:, None], scale, aspect)
     wide, tall = boxes[..., 2], boxes[..., 3]
     fits = (wide >= 1) & (tall >= 1) & (wide <= width[:, None]) & (tall <= height[:, None])
     first_fit = fits.to(torch.uint8).argmax(1, keepdim=True)
     boxes = boxes.gather(1, first_fit[..., None].expand(-1, -1, 4))[:, 0]
-    boxes = torch.where(fits.any(1, keepdim=True), boxes, _largest_central_boxes(width, height))
+    boxes = torch.where(fits.any(1, keepdim=True), boxes, _largest_central_boxes(width, height, aspect))
     return Crops(boxes, uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
 
 
-def clamped_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
+def clamped_crops(
+    seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float], aspect: tuple[int, int] = SQUARE
+) -> Crops:
     """Sample boxes as random_crops() does, but once each and clamped to the image (MAE's linear probe); same flips."""
-    boxes = _random_boxes(uniform(seeds, 4, CROP_STREAM), width, height, scale, clamp=True)
+    boxes = _random_boxes(uniform(seeds, 4, CROP_STREAM), width, height, scale, aspect, clamp=True)
     return Crops(boxes, uniform(seeds, 1, FLIP_STREAM)[:, 0] < 0.5)
 
 
-def central_crops(seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float]) -> Crops:
-    """Return the central square of 7/8 of the shorter side (224 of 256), not flipped: the crop of evaluations."""
-    side = (CENTRE_FRACTION * torch.minimum(width, height)).round().long().clamp(min=1)
-    boxes = torch.stack([(width - side) // 2, (height - side) // 2, side, side], -1)
-    return Crops(boxes, torch.zeros_like(side, dtype=torch.bool))
+def central_crops(
+    seeds: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float], aspect: tuple[int, int] = SQUARE
+) -> Crops:
+    """Return the central box of 7/8 of the largest one of this aspect, not flipped: the crop of evaluations.
+
+    For a square it is 7/8 of the shorter side, 224 of 256.
+    """
+    rows, columns = aspect
+    largest = CENTRE_FRACTION * torch.minimum(width * rows, height * columns)  # width x rows of the box
+    wide, tall = ((largest / each).round().long().clamp(min=1) for each in (rows, columns))
+    boxes = torch.stack([(width - wide) // 2, (height - tall) // 2, wide, tall], -1)
+    return Crops(boxes, torch.zeros_like(wide, dtype=torch.bool))
 
 
 CropFn = Callable[[Tensor, Tensor, Tensor], Crops]  # seeds, widths, heights: int64 [B]
 CROP_FNS = {"random": random_crops, "clamped": clamped_crops, "centre": central_crops}  # by data.crop
 
 
-def crop_policy(kind: str, scale: tuple[float, float]) -> CropFn:
-    """Return the crop function for data.crop and data.crop_scale."""
-    return partial(CROP_FNS[kind], scale=scale)
+def crop_policy(kind: str, scale: tuple[float, float], size: ImageSize = 1) -> CropFn:
+    """Return the crop function for data.crop, data.crop_scale and the encoder's image size."""
+    return partial(CROP_FNS[kind], scale=scale, aspect=aspect_of(size))
+
+
+def aspect_of(size: ImageSize) -> tuple[int, int]:
+    """Return height and width without a common divisor."""
+    height, width = height_width(size)
+    divisor = gcd(height, width)
+    return height // divisor, width // divisor
 
 
 def _random_boxes(
-    draws: Tensor, width: Tensor, height: Tensor, scale: tuple[float, float], clamp: bool = False
+    draws: Tensor,
+    width: Tensor,
+    height: Tensor,
+    scale: tuple[float, float],
+    aspect: tuple[int, int],
+    clamp: bool = False,
 ) -> Tensor:
     """Return boxes of a random area, aspect and position, clamped to the image or not: [..., 4] -> int64 [..., 4].
 
     draws: uniform in [0, 1).
     """
     area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[..., 0])
-    low, high = np.log(ASPECT_RANGE)
-    aspect = (low + (high - low) * draws[..., 1]).exp()
-    wide, tall = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+    low, high = np.log(_aspect_range(aspect))
+    wide_over_tall = (low + (high - low) * draws[..., 1]).exp()
+    wide, tall = (area * wide_over_tall).sqrt().round().long(), (area / wide_over_tall).sqrt().round().long()
     if clamp:
         wide, tall = torch.minimum(wide.clamp(min=1), width), torch.minimum(tall.clamp(min=1), height)
     left, top = (draws[..., 2] * (width - wide + 1)).long(), (draws[..., 3] * (height - tall + 1)).long()
     return torch.stack([left, top, wide, tall], -1)
 
 
-def _largest_central_boxes(width: Tensor, height: Tensor) -> Tensor:
+def _aspect_range(aspect: tuple[int, int]) -> tuple[float, float]:
+    """Return the smallest and largest width over height of a crop for images of an aspect."""
+    rows, columns = aspect
+    return ASPECT_RANGE[0] * columns / rows, ASPECT_RANGE[1] * columns / rows
+
+
+def _largest_central_boxes(width: Tensor, height: Tensor, aspect: tuple[int, int]) -> Tensor:
     """Return the largest central box of an allowed aspect: int64 [B, 4]."""
-    wide = torch.minimum(width, (height * ASPECT_RANGE[1]).round().long()).clamp(min=1)
-    tall = torch.minimum(height, (width / ASPECT_RANGE[0]).round().long()).clamp(min=1)
+    low, high = _aspect_range(aspect)
+    wide = torch.minimum(width, (height * high).round().long()).clamp(min=1)
+    tall = torch.minimum(height, (width / low).round().long()).clamp(min=1)
     return torch.stack([(width - wide) // 2, (height - tall) // 2, wide, tall], -1)

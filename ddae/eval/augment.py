@@ -14,6 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.nn import functional as F
 
+from ddae.config.base import ImageSize, height_width
 from ddae.config.evaluation import AugmentConfig
 from ddae.errors import UserError
 from ddae.models.patches import NORMALISATIONS
@@ -24,10 +25,10 @@ MAX_TRANSLATION = 0.45  # of the image side, as in timm's training transforms
 class RandAugment:
     """RandAugment of one image; runs in the loader's worker processes."""
 
-    def __init__(self, policy: str, size: int, normalisation: str):
-        """policy: timm's name of it. size: image side in pixels. Raise UserError if timm rejects the policy."""
+    def __init__(self, policy: str, size: ImageSize, normalisation: str):
+        """policy: timm's name of it. Raise UserError if timm rejects the policy."""
         mean = tuple(min(255, round(255 * value)) for value in NORMALISATIONS[normalisation][0])
-        options = {"translate_const": int(size * MAX_TRANSLATION), "img_mean": mean}
+        options = {"translate_const": int(min(height_width(size)) * MAX_TRANSLATION), "img_mean": mean}
         options |= {"interpolation": Image.Resampling.BICUBIC}
         try:
             self._transform = rand_augment_transform(policy, options)
@@ -43,7 +44,7 @@ class RandAugment:
                 operation.aug_fn = posterize
 
     def __call__(self, image: np.ndarray, seed: int) -> np.ndarray:
-        """Augment an image: uint8 [3, S, S] -> uint8 [3, S, S]."""
+        """Augment an image: uint8 [3, H, W] -> uint8 [3, H, W]."""
         seed_all(seed)
         augmented = self._transform(Image.fromarray(image.transpose(1, 2, 0)))
         return np.ascontiguousarray(np.asarray(augmented).transpose(2, 0, 1))

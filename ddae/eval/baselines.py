@@ -140,16 +140,16 @@ def selection_mask(count: int) -> Tensor:
 
 
 def pixel_features(images: Tensor) -> Tensor:
-    """Average images down to at most RAW_SIDE pixels a side: uint8 [B, 3, S, S] -> float32 [B, 3 * side * side].
+    """Average images down to at most RAW_SIDE pixels a side: uint8 [B, 3, H, W] -> float32 [B, 3 * h * w].
 
     Subtract the mean image of the bank before computing cosine similarities.
     """
-    side = min(RAW_SIDE, images.shape[-1])
-    return F.adaptive_avg_pool2d(images.float(), side).flatten(1)
+    height, width = images.shape[-2:]
+    return F.adaptive_avg_pool2d(images.float(), (min(RAW_SIDE, height), min(RAW_SIDE, width))).flatten(1)
 
 
 def to_grey(images: Tensor) -> Tensor:
-    """Convert images to grey with mean 128 and standard deviation 64 each: uint8 [B, 3, S, S], same shape.
+    """Convert images to grey with mean 128 and standard deviation 64 each: uint8 [B, 3, H, W], same shape.
 
     Colour, brightness and contrast then carry no information about the class.
     """

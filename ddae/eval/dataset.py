@@ -4,6 +4,7 @@ B: batch size, N: number of samples, S: image side in pixels.
 """
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ddae.config.base import ShardsConfig
+from ddae.config.base import ImageSize, ShardsConfig, height_width
 from ddae.config.evaluation import Evaluation
 from ddae.config.tokenizer import TokenizerConfig
 from ddae.data.cache import Cache, open_cache
 from ddae.data.decode import decode_crop
 from ddae.data.loader import Loader, ignore_signals
 from ddae.data.memory import require_shared_memory
-from ddae.data.sampling import central_crops
+from ddae.data.sampling import aspect_of, central_crops
 from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import is_main, rank, world_size
 from ddae.errors import UserError
@@ -65,13 +66,13 @@ class SplitReader(Dataset):
 
 
 class ExampleReader(SplitReader):
-    """A split's images, uint8 [3, S, S], and classes, int."""
+    """A split's images, uint8 [3, H, W], and classes, int."""
 
     def __init__(
         self,
         source: str | tuple[str, ...],
         split: str,
-        size: int,
+        size: ImageSize,
         cache: Cache | None = None,
         labelled: bool = True,
         max_images: int = 0,
@@ -79,12 +80,12 @@ class ExampleReader(SplitReader):
     ):
         """Open the shards and read the classes.
 
-        source: as data.train. size: image side in pixels. max_images: number of samples to use, spread evenly over the
+        source: as data.train. max_images: number of samples to use, spread evenly over the
         split; 0: all. samples: int64 [N], use these alone. Raise UserError if the shards have no classes and `labelled`
         is set; otherwise `labels` is empty and every class is 0.
         """
         self.shards, self.size = open_shards(source, cache or open_cache(ShardsConfig()), split), size
-        self.sample_bytes = 3 * size * size
+        self.sample_bytes = 3 * math.prod(height_width(size))
         count = min(max_images or len(self.shards), len(self.shards))
         self.samples = torch.arange(count) * len(self.shards) // count if samples is None else samples
         self.labels = torch.empty(0, dtype=torch.int64)
@@ -97,7 +98,7 @@ class ExampleReader(SplitReader):
             torch.from_numpy(each[self.samples.numpy()].astype(np.int64))
             for each in (self.shards.width, self.shards.height)
         )
-        self.boxes = central_crops(torch.zeros(0), width, height, (1.0, 1.0)).boxes
+        self.boxes = central_crops(torch.zeros(0), width, height, (1.0, 1.0), aspect_of(size)).boxes
 
     def decode(self, index: int, sample: int) -> tuple[np.ndarray, int]:
         image = decode_crop(self.shards.read(sample), tuple(self.boxes[index].tolist()), False, self.size)
@@ -119,8 +120,8 @@ def val_location(train: str | tuple[str, ...], val: str = "") -> str:
     return val or train
 
 
-def validation_reader(config: Evaluation | TokenizerConfig, size: int, labelled: bool = True) -> ExampleReader:
-    """Open the validation shards of an experiment. size: image side in pixels; labelled: see ExampleReader."""
+def validation_reader(config: Evaluation | TokenizerConfig, size: ImageSize, labelled: bool = True) -> ExampleReader:
+    """Open the validation shards of an experiment. labelled: see ExampleReader."""
     source = val_location(config.data.train, config.val)
     return ExampleReader(source, "val", size, open_cache(config.data), labelled)
 

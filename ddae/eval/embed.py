@@ -6,6 +6,7 @@ N: photos, D: encoder width, S: the encoder's image side in pixels.
 import csv
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddae.atomic import new_folder, write_json
+from ddae.config.base import ImageSize, height_width
 from ddae.data.loader import ignore_signals
 from ddae.data.memory import require_shared_memory
 from ddae.data.photo import central_crop, load_rgb, upright_rgb
@@ -64,7 +66,7 @@ class Duplicate(NamedTuple):
 class _Photos(Dataset):
     """Crops of the photos, uint8 [3, S, S]; the error's text for one that cannot be read."""
 
-    def __init__(self, photos: Sequence[Photo], size: int):
+    def __init__(self, photos: Sequence[Photo], size: ImageSize):
         self.photos, self.size = photos, size
 
     def __len__(self) -> int:
@@ -123,11 +125,11 @@ def embed(encoder: Encoder, photos: Sequence[Photo], workers: int = 0, show_prog
 
 
 def _batches(
-    photos: Sequence[Photo], size: int, workers: int, show_progress: bool, unreadable: dict[int, str]
+    photos: Sequence[Photo], size: ImageSize, workers: int, show_progress: bool, unreadable: dict[int, str]
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield positions and crops, uint8 [B, 3, S, S]; add those that cannot be read to `unreadable`."""
+    """Yield positions and crops, uint8 [B, 3, H, W]; add those that cannot be read to `unreadable`."""
     if workers:
-        require_shared_memory(workers * PREFETCH * 3 * size * size, workers)
+        require_shared_memory(workers * PREFETCH * 3 * math.prod(height_width(size)), workers)
     options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": ignore_signals, "batch_size": None}
     stream = enumerate(DataLoader(_Photos(photos, size), **options))
     positions, crops = [], []

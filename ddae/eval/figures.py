@@ -74,7 +74,7 @@ def patches_by_code(images: Tensor, codes: Tensor, patch: int) -> Figure:
     images: uint8 [B, 3, H, W]; codes: int64 [B, N]; patch: pixels a side. Each example is the patch, framed, with its
     eight neighbours.
     """
-    side = images.shape[-1] // patch
+    columns = images.shape[-1] // patch
     counts = codes.flatten().bincount()
     frequent = counts.argsort(descending=True)[: min(MAX_CODES, int((counts > 0).sum()))]
     padded = torch.nn.functional.pad(images, (patch,) * 4, value=255)
@@ -84,7 +84,7 @@ def patches_by_code(images: Tensor, codes: Tensor, patch: int) -> Figure:
         positions = (codes == code).nonzero()
         positions = positions[torch.randperm(len(positions), generator=generator)[:PATCHES_PER_CODE]]
         for axis, (image, position) in zip(row, positions.tolist(), strict=False):
-            top, left = position // side * patch, position % side * patch
+            top, left = position // columns * patch, position % columns * patch
             show_image(axis, padded[image, :, top : top + 3 * patch, left : left + 3 * patch])
             corner = (patch - 0.5, patch - 0.5)
             axis.add_patch(Rectangle(corner, patch, patch, fill=False, edgecolor=COLOURS[1], linewidth=1))

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddae import atomic
-from ddae.config.base import ShardsConfig, TrackerConfig
+from ddae.config.base import ImageSize, ShardsConfig, TrackerConfig
 from ddae.data.cache import open_cache
 from ddae.distributed.comm import broadcast_from_main, device
 from ddae.errors import UserError
@@ -210,7 +210,7 @@ def _figures(
 
 
 def raw_pixel_accuracy(
-    data: ShardsConfig, val: str, size: int, poll: Callable[[], None], settings: Settings | None = None
+    data: ShardsConfig, val: str, size: ImageSize, poll: Callable[[], None], settings: Settings | None = None
 ) -> float:
     """Return the k-NN accuracy, in per cent, of raw pixels, with MAX_RAW_BANK training images as the bank.
 

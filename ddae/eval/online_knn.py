@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ddae.config.base import ImageSize
 from ddae.config.pretrain import DataConfig, tap_name
 from ddae.data.cache import open_cache
 from ddae.distributed.comm import is_main
@@ -26,7 +27,7 @@ K = 20
 class OnlineProbe:
     """Evaluates an encoder on the splits train and val in the folder data.train; all ranks share the images."""
 
-    def __init__(self, config: DataConfig, image_size: int):
+    def __init__(self, config: DataConfig, image_size: ImageSize):
         """Raise UserError if there is no split val."""
         try:
             source, cache = val_location(config.train), open_cache(config)

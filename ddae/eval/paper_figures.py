@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ddae.atomic import write_json
-from ddae.config.base import ShardsConfig
+from ddae.config.base import ShardsConfig, describe_size
 from ddae.config.pretrain import PretrainConfig
 from ddae.data.cache import open_cache
 from ddae.data.masking import MASK_KINDS, sample_mask
+from ddae.data.sampling import aspect_of
 from ddae.distributed.checkpoint_format import load_weights
 from ddae.distributed.comm import device
 from ddae.errors import UserError
@@ -135,7 +136,7 @@ def _load(named: str) -> NamedEncoder:
 
 
 def _image_batches(data: str, encoder: Encoder, count: int) -> Iterator[Tensor]:
-    """Return batches uint8 [B, 3, S, S] of `count` validation images, or of training images if there are no others.
+    """Return batches uint8 [B, 3, H, W] of `count` validation images, or of training images if there are no others.
 
     The images have the encoder's size and are drawn with a fixed seed.
     """
@@ -165,14 +166,15 @@ def _reconstructions(named: NamedEncoder, data: str, count: int) -> Figure:
 
 def _foreground_iou(named: NamedEncoder, settings: FigureSettings) -> float:
     """Return the mean IoU of the cls token's attention with the foreground: all but an image's most frequent class."""
-    encoder, side = named.encoder, named.encoder.shape.image_size
+    encoder = named.encoder
+    height, width = encoder.shape.height_width
     try:
-        dataset = SceneDataset(settings.masks, "val", side, open_cache(ShardsConfig()), settings.classes)
+        dataset = SceneDataset(settings.masks, "val", max(height, width), open_cache(ShardsConfig()), settings.classes)
     except UserError as error:
         raise UserError(f"--masks: {error}") from None
     ious = []
     for scene in load_samples(dataset, range(0, len(dataset), max(1, len(dataset) // settings.num_images)), 0):
-        image = torch.from_numpy(resize_image(scene.image.numpy(), side, side))[None].to(device())
+        image = torch.from_numpy(resize_image(scene.image.numpy(), height, width))[None].to(device())
         labels = torch.from_numpy(resize_labels(scene.labels.numpy(), *encoder.grid))
         valid = labels[labels != IGNORE_INDEX]
         background = valid.mode().values if valid.numel() else IGNORE_INDEX
@@ -182,7 +184,7 @@ def _foreground_iou(named: NamedEncoder, settings: FigureSettings) -> float:
 
 
 def _cls_attention(encoder: Encoder, images: Tensor, block: int) -> Tensor:
-    """Return the cls_attention() of images uint8 [B, 3, S, S] in a block: float [B, h, w] on the CPU."""
+    """Return the cls_attention() of images uint8 [B, 3, H, W] in a block: float [B, h, w] on the CPU."""
     pixels = normalise(images, encoder.normalisation, torch.float32)
     return cls_attention(attention_maps(encoder, pixels, [block])[block], encoder.grid).cpu()
 
@@ -217,6 +219,9 @@ def attention_grid(encoders: Sequence[NamedEncoder], data: str, settings: Figure
             raise UserError(f"--block is {settings.block}; expected 1 to {depth}, the blocks of {each.name}.")
         images.append(torch.cat(list(_image_batches(data, each.encoder, settings.num_shown))))
         maps[each.name] = _cls_attention(each.encoder, images[-1], settings.block)
+    if len({aspect_of(each.encoder.shape.image_size) for each in encoders}) > 1:
+        sizes = ", ".join(f"{each.name}: {describe_size(each.encoder.shape.image_size)}" for each in encoders)
+        raise UserError(f"the encoders have images of different aspect ({sizes}). Draw them one at a time.")
     largest = max(images, key=lambda of_encoder: of_encoder.shape[2])
     figure, axes = image_axes(1 + len(maps), len(largest), 1.5, 1.55)
     for axis, image in zip(axes[0], largest, strict=True):

@@ -63,7 +63,7 @@ def segment_images(folder: Path, photos: list[Path], out: Path) -> dict[Path, li
     colours, predictions = class_colours(len(names)), {}
     for photo, output in zip(photos, outputs, strict=True):
         image = np.asarray(load_rgb(photo))
-        shape = resized_shape(image.shape[:2], segmenter.encoder.shape.image_size)
+        shape = resized_shape(image.shape[:2], segmenter.encoder.shape.height_width[0])
         resized = torch.from_numpy(resize_image(image.transpose(2, 0, 1), *shape)).to(device())
         pixels = normalise(resized, segmenter.encoder.normalisation, torch.float32)
         labels = predict_classes(segmenter, pixels, stride, image.shape[:2]).cpu()

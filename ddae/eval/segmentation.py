@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from ddae.config.base import describe_size
 from ddae.config.segmentation import SegmentConfig
 from ddae.data.cache import open_cache
 from ddae.data.loader import Batch
@@ -61,6 +62,8 @@ def segment(config: SegmentConfig, stop: StopSignal | None = None) -> None:
             "train_micro_batch_size_per_gpu in the DeepSpeed JSON."
         )
     size, patch = encoder.shape.image_size, encoder.shape.patch_size
+    if not isinstance(size, int):
+        raise UserError(f"image_size is {describe_size(size)}; segmentation expects a square. Pass --image_size 512.")
     if size < 2 * patch:
         expected = f"a single patch; expected {2 * patch} or more. Pass a larger --image_size."
         raise UserError(f"image_size is {size}, {expected}")

@@ -102,8 +102,7 @@ class Segmenter(nn.Module):
         return losses.mean()  # over all pixels, as in the mmsegmentation version that BootMAE used
 
     def _upsample(self, logits: Tensor) -> Tensor:
-        side = self.encoder.shape.image_size
-        return F.interpolate(logits.float(), (side, side), mode="bilinear", align_corners=False)
+        return F.interpolate(logits.float(), self.encoder.shape.height_width, mode="bilinear", align_corners=False)
 
 
 def init_convolutions(module: nn.Module, generator: torch.Generator) -> None:
@@ -144,7 +143,7 @@ def predict_classes(segmenter: Segmenter, pixels: Tensor, stride: float, size: t
 
     pixels: normalised [3, h, w]; stride: distance between windows as a fraction of the window's side.
     """
-    logits = sliding_window_logits(segmenter, pixels, max(1, int(stride * segmenter.encoder.shape.image_size)))
+    logits = sliding_window_logits(segmenter, pixels, max(1, int(stride * segmenter.encoder.shape.height_width[0])))
     best, labels = logits.new_full(size, -torch.inf), torch.zeros(size, dtype=torch.int64, device=logits.device)
     for first in range(0, len(logits), CLASS_CHUNK):  # all classes of a large photograph may exceed the memory
         chunk = logits[None, first : first + CLASS_CHUNK]
@@ -159,7 +158,7 @@ def sliding_window_logits(segmenter: Segmenter, pixels: Tensor, stride: int) -> 
 
     The windows have the size of a training crop, are `stride` pixels apart and form one batch.
     """
-    side = segmenter.encoder.shape.image_size
+    side, _ = segmenter.encoder.shape.height_width  # equal: see segmentation.py
     height, width = pixels.shape[1:]
     padded = F.pad(pixels, (0, max(0, side - width), 0, max(0, side - height)))
     tops, lefts = (window_starts(length, side, stride) for length in padded.shape[1:])

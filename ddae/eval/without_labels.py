@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ddae import atomic
+from ddae.config.base import ImageSize
 from ddae.config.pretrain import PretrainConfig
 from ddae.data.cache import Cache
 from ddae.data.masking import sample_mask
-from ddae.data.sampling import random_crops
+from ddae.data.sampling import aspect_of, random_crops
 from ddae.distributed.checkpoint_format import load_weights
 from ddae.distributed.comm import device
 from ddae.errors import UserError
@@ -88,7 +89,7 @@ class _Reader(ExampleReader):
     shards_split: str
 
 
-def _reader(data: str, size: int, num_images: int) -> _Reader:
+def _reader(data: str, size: ImageSize, num_images: int) -> _Reader:
     cache = Cache(Path("data/cache"), 1 << 40)
     try:
         reader, split = _Reader(data, "val", size, cache, labelled=False, max_images=num_images), "val"
@@ -110,7 +111,7 @@ def _views(encoders: dict[str, Encoder], reader: ExampleReader) -> dict[str, Vie
     crops = [central]
     for stream in (1, 2):
         seeds = torch.arange(len(reader)) * 2 + stream
-        crops.append(random_crops(seeds, width, height, CROP_SCALE).boxes)
+        crops.append(random_crops(seeds, width, height, CROP_SCALE, aspect_of(reader.size)).boxes)
     found: dict[str, list[Tensor]] = {name: [] for name in (*encoders, PIXELS)}
     for boxes in crops:
         reader.boxes = boxes

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ddae.atomic import new_folder, write_json
+from ddae.config.base import ImageSize, check_image_size
 from ddae.config.pretrain import EncoderShape, PretrainConfig
 from ddae.distributed.checkpoint_format import MANIFEST, NOT_PERMITTED, find_damage, load_weights, weights_hash
 from ddae.errors import UserError, one_line
@@ -67,7 +68,7 @@ def require_finite(weights: dict[str, Tensor], source: str) -> None:
 
 def load_encoder(
     path: str | Path,
-    image_size: int | None = None,
+    image_size: ImageSize | None = None,
     normalisation: str | None = None,
     part: Part = "student",
     heads: int | None = None,
@@ -110,9 +111,7 @@ def load_encoder(
     encoder.initial_path = folder / INITIAL if (folder / INITIAL / ENCODER_FILE).exists() else None
     encoder.normalisation = normalisation or encoder.normalisation
     if image_size is not None:
-        patch = encoder.shape.patch_size
-        if image_size < patch or image_size % patch:
-            raise UserError(f"image_size is {image_size}; expected a multiple of {patch}, the patch size. Pass one.")
+        check_image_size("image_size", image_size, encoder.shape.patch_size)
         encoder.set_image_size(image_size)
     return encoder.eval().requires_grad_(False)
 

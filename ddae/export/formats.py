@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddae.data.sampling import CENTRE_FRACTION
 from ddae.errors import UserError
 from ddae.export.encoder import write_export, write_folder
 from ddae.export.hugging_face import write_transformers
@@ -33,8 +34,17 @@ def write_timm(
     Without a head, num_classes=0 gives features.
     """
     shape, state = encoder.shape, encoder.state_dict() | (head or {})
-    size = shape.image_size
-    model_args = {"img_size": size, "patch_size": shape.patch_size, "embed_dim": shape.width, "depth": shape.depth}
+    if shape.relative_positions != "none" and shape.grid[0] != shape.grid[1]:  # timm would resample the tables
+        raise UserError(
+            "the encoder has relative positions on a grid that is not square, which timm does not read. "
+            "Export it with --form beit."
+        )
+    model_args = {
+        "img_size": shape.image_size,
+        "patch_size": shape.patch_size,
+        "embed_dim": shape.width,
+        "depth": shape.depth,
+    }
     model_args |= {"num_heads": shape.heads, "init_values": shape.layer_scale or None, "global_pool": pool}
     if shape.registers:  # in timm, too, they follow the cls token; here none of both has a position of its own
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
@@ -47,7 +57,8 @@ def write_timm(
         model_args |= {"use_abs_pos_emb": shape.positions != "none"}
         model_args |= {option: shape.relative_positions == value for option, value in TIMM_BIAS_OPTIONS.items()}
     mean, std = NORMALISATIONS[encoder.normalisation]
-    data = {"input_size": [3, size, size], "num_classes": len(classes), "interpolation": "bicubic", "crop_pct": 0.875}
+    data = {"input_size": [3, *shape.height_width], "num_classes": len(classes), "interpolation": "bicubic"}
+    data |= {"crop_pct": CENTRE_FRACTION}
     data |= {"mean": mean, "std": std, "first_conv": "patch_embed.proj", "classifier": "head"}
     config = {"architecture": architecture, "num_classes": len(classes), "label_names": list(classes)}
     write_folder(folder, "model.safetensors", state, config | {"model_args": model_args, "pretrained_cfg": data})
@@ -55,12 +66,18 @@ def write_timm(
 
 def write_mae(encoder: Encoder, file: Path) -> None:
     """Write a file for MAE's own code. Raise UserError if the encoder has parts that MAE's lacks."""
-    torch.save({"model": to_mae(encoder.state_dict()), "heads": encoder.shape.heads}, file)
+    torch.save({"model": to_mae(encoder.state_dict()), **_facts(encoder)}, file)
 
 
 def write_beit(encoder: Encoder, file: Path) -> None:
     """Write a file for BEiT's own code. Raise UserError if the encoder has parts that BEiT's lacks."""
-    torch.save({"model": to_beit(encoder.state_dict()), "heads": encoder.shape.heads}, file)
+    torch.save({"model": to_beit(encoder.state_dict()), **_facts(encoder)}, file)
+
+
+def _facts(encoder: Encoder) -> dict[str, Any]:
+    """Return what an encoder's tensors do not show."""
+    size = encoder.shape.image_size
+    return {"heads": encoder.shape.heads} | ({} if isinstance(size, int) else {"image_size": size})
 
 
 def write_onnx(encoder: Encoder, file: Path) -> None:
@@ -68,7 +85,7 @@ def write_onnx(encoder: Encoder, file: Path) -> None:
 
     Raise UserError if onnx is not installed.
     """
-    example = torch.zeros(2, 3, encoder.shape.image_size, encoder.shape.image_size)
+    example = torch.zeros(2, 3, *encoder.shape.height_width)
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["tokens"]}
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # the exporter prints its progress
@@ -81,7 +98,7 @@ def write_onnx(encoder: Encoder, file: Path) -> None:
 
 def write_torch_export(encoder: Encoder, file: Path) -> None:
     """Write a program for torch.export.load: images [B, 3, H, W] -> tokens [B, 1 + N, D], any B."""
-    example = torch.zeros(2, 3, encoder.shape.image_size, encoder.shape.image_size)
+    example = torch.zeros(2, 3, *encoder.shape.height_width)
     torch.export.save(torch.export.export(encoder, (example,), dynamic_shapes=DYNAMIC_BATCH), file)
 
 

@@ -58,14 +58,18 @@ def write_transformers(
 
 
 def load_mae_decoder(run: Path) -> tuple[Decoder, PretrainConfig] | None:
-    """Return the decoder and settings of a run of MAE, as transformers' ViTMAE has them; None for any other path."""
+    """Return the decoder and settings of a run of MAE, as transformers' ViTMAE has them; None for any other path.
+
+    ViTMAE takes square images only.
+    """
     checkpoint = newest_checkpoint(run) if (run / "config.json").exists() and (run / "checkpoints").is_dir() else None
     if checkpoint is None:
         return None
     config = PretrainConfig.read(run / "config.json")
     pixel = config.pixel
     is_last = pixel.taps == (config.model.depth,) and list(config.branches) == ["pixel"]
-    if not is_last or pixel.cross_attention or pixel.decoder_positions != "all" or pixel.per_tap_norm:
+    is_square = isinstance(config.model.image_size, int)
+    if not is_last or not is_square or pixel.cross_attention or pixel.decoder_positions != "all" or pixel.per_tap_norm:
         return None
     model: PretrainModel = build_uninitialised_model(config)
     load_weights(checkpoint, "weight", model)
@@ -82,17 +86,17 @@ def _shape(encoder: Encoder) -> dict[str, Any]:
 
 
 def _processor(encoder: Encoder) -> dict[str, Any]:
-    """Return the settings of an image processor whose crop is that of evaluations."""
+    """Return the settings of an image processor whose crop is that of evaluations, if the images are square."""
     mean, std = NORMALISATIONS[encoder.normalisation]
-    size = encoder.shape.image_size
+    height, width = encoder.shape.height_width
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": round(size / CENTRE_FRACTION)},
+        "size": {"shortest_edge": round(max(height, width) / CENTRE_FRACTION)},
         "resample": BICUBIC,
         "do_center_crop": True,
-        "crop_size": {"height": size, "width": size},
+        "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,

@@ -6,21 +6,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ddae.config.base import height_width
 from ddae.models.patches import NORMALISATIONS
 
 USAGE = {
     "ddae": """import ddae
 
 encoder = ddae.load_encoder("{folder}")
-tokens = encoder(images)  # [B, 3, {size}, {size}] normalised -> [B, 1 + N, {width}], cls first""",
+tokens = encoder(images)  # [B, 3, {height}, {width}] normalised -> [B, 1 + N, {features}], cls first""",
     "timm": """import timm
 
 encoder = timm.create_model("local-dir:{folder}", pretrained=True, num_classes=0)
-tokens = encoder.forward_features(images)  # [B, 3, {size}, {size}] normalised -> [B, 1 + N, {width}], cls first""",
+tokens = encoder.forward_features(images)  # [B, 3, {height}, {width}] -> [B, 1 + N, {features}], cls first""",
     "transformers": """from transformers import AutoImageProcessor, AutoModel
 
 processor, model = AutoImageProcessor.from_pretrained("{folder}"), AutoModel.from_pretrained("{folder}")
-tokens = model(**processor(photo, return_tensors="pt")).last_hidden_state  # [1, 1 + N, {width}], cls first""",
+tokens = model(**processor(photo, return_tensors="pt")).last_hidden_state  # [1, 1 + N, {features}], cls first""",
 }
 
 
@@ -31,10 +32,10 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     loaded from. The card lists the evaluations in the run folder; facts that the run did not record are left out.
     """
     mean, std = NORMALISATIONS[normalisation]
-    size, width = shape["image_size"], shape["width"]
+    (height, width), features, patch = height_width(shape["image_size"]), shape["width"], shape["patch_size"]
     rows = {
-        "architecture": f"Vision Transformer, {shape['depth']} blocks of width {width}, {shape['heads']} heads",
-        "input": f"{size} x {size} pixels in patches of {shape['patch_size']} x {shape['patch_size']}",
+        "architecture": f"Vision Transformer, {shape['depth']} blocks of width {features}, {shape['heads']} heads",
+        "input": f"{height} x {width} pixels (height x width) in patches of {patch} x {patch}",
         "normalisation": f"{normalisation}: mean {mean}, std {std}, of pixels in [0, 1]",
     }
     config, environment = _read_json(source / "config.json"), _read_json(source / "environment.json")
@@ -57,7 +58,8 @@ def write_card(folder: Path, form: str, shape: dict[str, Any], normalisation: st
     if evaluations := _evaluations(source):
         head = ("task", "metric", "result", "untrained weights", "raw pixels", "chance")
         lines += ["", "## Evaluation", "", *_table(head, evaluations)]
-    usage = USAGE.get(form, USAGE["ddae"]).format(folder=folder.name, size=size, width=width)
+    sizes = {"height": height, "width": width, "features": features}
+    usage = USAGE.get(form, USAGE["ddae"]).format(folder=folder.name, **sizes)
     lines += ["", "## Usage", "", "```python", usage, "```", ""]
     (folder / "README.md").write_text("\n".join(lines))
 

@@ -17,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddae.config.base import height_width
 from ddae.config.pretrain import EncoderShape
 from ddae.errors import UserError
-from ddae.export.weight_files import read_encoder_file, read_state_dict
+from ddae.export.weight_files import EncoderFile, read_encoder_file, read_state_dict
 from ddae.models.patches import NORMALISATIONS
 
 SCALED_LAYERS = {"ls1.gamma": "attn.proj", "ls2.gamma": "mlp.fc2"}  # layer scale -> the layer whose output it scales
@@ -50,6 +51,8 @@ TOKENIZER_NAMES = {  # name in BEiT-v2's tokenizer files -> this project's, enco
     "quantize.embedding.weight": "codebook",
 }
 TOKENIZER_FIX = "Pass a run of launch/train_tokenizer.py, or a published file of BEiT-v2."  # of an error message
+PROJECTIONS = ("patch_embed.proj.weight", "patch_embeddings.projection.weight")  # endings of published names
+Grid = tuple[int, int]  # rows and columns of patches
 BLOCK_LAYERS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
 QK_NORMS = ("attn.q_norm", "attn.k_norm")
 ENCODER_NAMES = re.compile(
@@ -93,7 +96,7 @@ def read_encoder(path: Path, heads: int | None = None, key: str = "") -> Convert
     file = read_encoder_file(path, key)
     if heads and file.heads and heads != file.heads:
         raise UserError(f"{path} states {file.heads} attention heads, but --heads is {heads}. Leave out --heads.")
-    converted = convert(file.state, path, heads or file.heads)
+    converted = convert(file.state, path, heads or file.heads, _stated_grid(file))
     if file.normalisation not in (None, *NORMALISATIONS):
         problem = f"was trained on images normalised by {file.normalisation}"
         raise UserError(f"{path} {problem}; expected one of {', '.join(NORMALISATIONS)}. Pass another.")
@@ -121,8 +124,22 @@ def read_tokenizer(path: Path) -> ConvertedWeights:
     return converted._replace(weights=weights, report=_report(state, loaded))
 
 
-def convert(state: dict[str, Tensor], path: Path | str, heads: int | None = None) -> ConvertedWeights:
+def _stated_grid(file: EncoderFile) -> Grid | None:
+    """Return rows and columns of patches, if the file states its image size."""
+    names = [name for name in file.state if name.endswith(PROJECTIONS)]
+    if file.image_size is None or not names:
+        return None
+    patch = file.state[names[0]].shape[-1]
+    height, width = height_width(file.image_size)
+    return height // patch, width // patch
+
+
+def convert(
+    state: dict[str, Tensor], path: Path | str, heads: int | None = None, grid: Grid | None = None
+) -> ConvertedWeights:
     """Rename an encoder's tensors from any of the published forms. path: for error messages.
+
+    grid: rows and columns of patches, if they are known; otherwise, or if they do not fit, the grid is a square.
 
     Raise UserError if the encoder is incomplete, has tensors that would change its function, or if its number of
     attention heads is neither given nor known.
@@ -153,8 +170,8 @@ def convert(state: dict[str, Tensor], path: Path | str, heads: int | None = None
         others = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
         problem = f"has {unknown[0]}{others}, which would change the features and is not supported"
         raise UserError(f"{path} {problem}. Pass another file, or remove what is not part of its encoder.")
-    _resolve_prefix_tokens(weights, path)
-    return ConvertedWeights(weights, _infer_shape(weights, path, heads), "imagenet", _report(state, loaded))
+    _resolve_prefix_tokens(weights, path, grid)
+    return ConvertedWeights(weights, _infer_shape(weights, path, heads, grid), "imagenet", _report(state, loaded))
 
 
 def _own_name(name: str, state: dict[str, Tensor]) -> str:
@@ -166,7 +183,7 @@ def _own_name(name: str, state: dict[str, Tensor]) -> str:
     return name
 
 
-def _resolve_prefix_tokens(weights: dict[str, Tensor], path: Path | str) -> None:
+def _resolve_prefix_tokens(weights: dict[str, Tensor], path: Path | str, grid: Grid | None) -> None:
     """Give the cls token a position, and the registers (with a distillation token) none: it is added to them."""
     distillation = weights.pop("dist_token", None)
     if distillation is not None and "reg_token" in weights:
@@ -176,7 +193,7 @@ def _resolve_prefix_tokens(weights: dict[str, Tensor], path: Path | str) -> None
     if positions is not None:
         num_registers = 0 if registers is None else registers.shape[1]
         for prefix in dict.fromkeys((1, 0, 1 + num_registers)):  # tokens with a position
-            if math.isqrt(positions.shape[1] - prefix) ** 2 == positions.shape[1] - prefix:
+            if _grid_of(positions.shape[1] - prefix, grid) is not None:
                 break
         else:
             raise UserError(f"{path} has {positions.shape[1]} positions, not a square grid. Pass another file.")
@@ -187,6 +204,22 @@ def _resolve_prefix_tokens(weights: dict[str, Tensor], path: Path | str) -> None
             weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, prefix:]], 1)
     if registers is not None:
         weights["reg_token"] = registers
+
+
+def _grid_of(patches: int, stated: Grid | None) -> Grid | None:
+    """Return rows and columns of so many patches: those stated if they fit, else of a square; None if it is none."""
+    if stated is not None and math.prod(stated) == patches:
+        return stated
+    side = math.isqrt(patches)
+    return (side, side) if side**2 == patches else None
+
+
+def _grid_of_table(offsets: int, stated: Grid | None) -> Grid | None:
+    """Return rows and columns of patches of a table with (2 rows - 1) x (2 columns - 1) relative positions."""
+    if stated is not None and (2 * stated[0] - 1) * (2 * stated[1] - 1) == offsets:
+        return stated
+    side = (math.isqrt(offsets) + 1) // 2
+    return (side, side) if (2 * side - 1) ** 2 == offsets else None
 
 
 def to_mae(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -234,7 +267,9 @@ def _report(state: dict[str, Tensor], loaded: list[str]) -> dict[str, list[str]]
     return {"loaded": loaded, "left out": sorted(set(state) - set(loaded))}
 
 
-def _infer_shape(weights: dict[str, Tensor], path: Path | str, heads: int | None) -> EncoderShape:
+def _infer_shape(
+    weights: dict[str, Tensor], path: Path | str, heads: int | None, stated: Grid | None = None
+) -> EncoderShape:
     """Infer the shape of an encoder from its tensors.
 
     Raise UserError if a tensor is missing, if one has an unsupported shape, or if the number of heads is unknown.
@@ -262,13 +297,13 @@ def _infer_shape(weights: dict[str, Tensor], path: Path | str, heads: int | None
     if hidden != 4 * width:
         raise UserError(f"{path} has MLPs of width {hidden}; expected 4 x {width}. Pass another file.")
     if "pos_embed" in weights:
-        positions, patches = "rowfirst", weights["pos_embed"].shape[1] - 1
-        side = math.isqrt(patches)
-    else:  # a table has (2 side - 1)^2 offsets, and 3 rows of the cls token
-        positions, side = "none", (math.isqrt(len(weights[tables[0]]) - 3) + 1) // 2
-        patches = side**2
-    if side**2 != patches:
-        raise UserError(f"{path} has {patches} patches; expected a square grid. Pass another file.")
+        positions, count = "rowfirst", weights["pos_embed"].shape[1] - 1
+        grid = _grid_of(count, stated)
+    else:  # a table also has 3 rows of the cls token
+        positions, count = "none", len(weights[tables[0]]) - 3
+        grid = _grid_of_table(count, stated)
+    if grid is None:
+        raise UserError(f"{path} has {count} positions, not those of a square grid. Pass another file.")
     if tables:
         heads = weights[tables[0]].shape[1]
     elif has_qk_norm:
@@ -286,5 +321,5 @@ def _infer_shape(weights: dict[str, Tensor], path: Path | str, heads: int | None
         raise UserError(f"{path} has the width {width}, no multiple of {heads} attention heads. Correct --heads.")
     init = "beit" if tables else "mae"  # of the untrained encoder that evaluations compare with
     layer_scale, registers = 1.0 if has_layer_scale else 0.0, weights.get("reg_token")
-    model = (width, depth, heads, side * patch, patch, positions, relative, layer_scale, init)
+    model = (width, depth, heads, (grid[0] * patch, grid[1] * patch), patch, positions, relative, layer_scale, init)
     return EncoderShape(*model, registers=0 if registers is None else registers.shape[1], qk_norm=has_qk_norm)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ddae.config.base import ImageSize
 from ddae.errors import UserError, one_line
 from ddae.models.patches import NORMALISATIONS
 
@@ -74,6 +75,7 @@ class EncoderFile(NamedTuple):
     state: dict[str, Tensor]
     heads: int | None  # attention heads, if the file or the snapshot states them
     normalisation: str | None  # of the images, if the snapshot states it
+    image_size: ImageSize | None  # if the file or the snapshot states it
     source: str  # which of several state dicts was taken, "" if there is one
 
 
@@ -99,7 +101,8 @@ def read_encoder_file(path: Path, key: str = "") -> EncoderFile:
         is_moco = isinstance(content, dict) and content.get("arch") == "vit_small"  # MoCo-v3's ViT-S has 12 heads
         stated = MOCO_HEADS if is_moco or "base_encoder" in prefix else _heads(config, path)
     source = f"{taken}, not {', '.join(others)} (--key selects)" if others else ""
-    return EncoderFile(state, stated, _normalisation(config, path), source)
+    image_size = _image_size(content.get("image_size") if isinstance(content, dict) else None, config)
+    return EncoderFile(state, stated, _normalisation(config, path), image_size, source)
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -194,6 +197,17 @@ def _heads(config: dict[str, Any], path: Path) -> int | None:
         except Exception as error:  # timm raises many types for architectures that it does not know or that are no ViT
             problem = f"is a {architecture}, which timm does not build as a Vision Transformer ({one_line(error)})"
             raise UserError(f"{path} {problem}. Pass a file of a ViT encoder.") from None
+    return None
+
+
+def _image_size(stated: Any, config: dict[str, Any]) -> ImageSize | None:
+    """Return the image size that a file or a snapshot's config states: of this project, transformers or timm."""
+    options, data = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    of_input = (data.get("input_size") or [0])[1:]
+    for each in (stated, config.get("image_size"), options.get("img_size"), of_input):
+        sides = [each, each] if isinstance(each, int) else each
+        if isinstance(sides, (list, tuple)) and len(sides) == 2 and all(isinstance(side, int) for side in sides):
+            return int(sides[0]), int(sides[1])
     return None
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from ddae.config.base import ImageSize
 from ddae.config.pretrain import EncoderShape, ModelConfig
 from ddae.data.photo import central_crop, upright_rgb
 from ddae.models.patches import gather_tokens, normalise, patchify, sincos_layout, sincos_positions
@@ -228,11 +229,11 @@ class PatchProjection(nn.Module):
 class Transform(NamedTuple):
     """From a PIL image of any mode to an encoder's input."""
 
-    image_size: int
+    image_size: ImageSize
     normalisation: str
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "3 H W"]:
-        """Return the crop of evaluations, the central square of 7/8 of the shorter side, resized and normalised."""
+        """Return the crop of evaluations (sampling.central_crops), resized and normalised."""
         return normalise(
             torch.from_numpy(central_crop(upright_rgb(image), self.image_size)), self.normalisation, torch.float32
         )
@@ -271,8 +272,7 @@ class Encoder(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches in an image."""
-        side = self.shape.image_size // self.shape.patch_size
-        return side, side
+        return self.shape.grid
 
     def forward(
         self,
@@ -294,14 +294,16 @@ class Encoder(nn.Module):
         Raise ValueError if the image size is not the encoder's, or if an encoder with relative positions gets visible
         patches only.
         """
-        side = self.shape.image_size
+        expected = (3, *self.shape.height_width)
         if images.ndim == 3 and visible is not None:
             patches = images
-        elif images.ndim == 4 and tuple(images.shape[1:]) == (3, side, side):
+        elif images.ndim == 4 and tuple(images.shape[1:]) == expected:
             patches = patchify(images, self.shape.patch_size)
         else:
-            wrong, expected = f"images have shape {list(images.shape)}", f"this encoder expects [B, 3, {side}, {side}]"
-            raise ValueError(f"{wrong}; {expected}. Resize them, or load the encoder with this image_size.")
+            shapes = (
+                f"images have shape {list(images.shape)}; this encoder expects [B, {', '.join(map(str, expected))}]"
+            )
+            raise ValueError(f"{shapes}. Resize them, or load the encoder with this image_size.")
         table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
         positions = table[:, 1:]
         if visible is not None and mask_token is None:
@@ -347,7 +349,7 @@ class Encoder(nn.Module):
             raise ValueError(f"layers are {list(layers)}; expected one or more blocks from 1 to {len(self.blocks)}.")
         return self(images, layers=tuple(layers))
 
-    def set_image_size(self, image_size: int) -> None:
+    def set_image_size(self, image_size: ImageSize) -> None:
         """Change the input size: resample positions bicubically, and relative positions as BEiT does."""
         old_grid, self.shape = self.grid, replace(self.shape, image_size=image_size)
         table = resample_abs_pos_embed(self.pos_embed.detach(), list(self.grid), list(old_grid))

@@ -11,7 +11,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from ddae.config.base import Experiment, ShardsConfig
+from ddae.config.base import Experiment, ImageSize, ShardsConfig, height_width
 from ddae.data.cache import is_url
 from ddae.data.manifest import MANIFEST
 from ddae.errors import UserError, say
@@ -110,7 +110,7 @@ def typical_side(index: Index) -> int:
     return int(np.median(sides)) if sides else 0
 
 
-def with_shards(config: T, image_size: int) -> T:
+def with_shards(config: T, image_size: ImageSize) -> T:
     """Return the config with data.train replaced by the shards of the folder of images that it names.
 
     They are made unless the cache holds them. All ranks may call it; one on each machine makes them. Progress is
@@ -118,7 +118,7 @@ def with_shards(config: T, image_size: int) -> T:
     """
     photos = scan_photos(config.data)
     splits = [each for each in photos if each is not None]
-    shorter = max(MIN_SHORTER, ceil(SIZE_FACTOR * image_size / 16) * 16)
+    shorter = max(MIN_SHORTER, ceil(SIZE_FACTOR * max(height_width(image_size)) / 16) * 16)
     identity = "".join(each.fingerprint() for each in splits) + str(shorter)
     cache = Path(config.data.cache)
     out = cache / f"photos-{hash64(identity) % 2**64:016x}"

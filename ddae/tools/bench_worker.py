@@ -207,7 +207,7 @@ def batches(config: PretrainConfig, plain: bool = False) -> Iterator[Batch]:
         loader = pretraining.build_loader(config, RankBatch(count, count, 0, 1))
         loader.select_backend()
         yield from loader.batches(0)
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device())
+    images = torch.randint(0, 256, (count, 3, *config.model.height_width), dtype=torch.uint8, device=device())
     numbers = torch.arange(count)
     mask = pretraining.mask_sampler(config)(numbers)  # in advance, as the loader's workers do
     while True:

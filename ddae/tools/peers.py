@@ -40,7 +40,7 @@ class TransformersMAE(nn.Module):
             num_attention_heads=model.heads,
             intermediate_size=4 * model.width,
             layer_norm_eps=1e-6,
-            image_size=model.image_size,
+            image_size=model.image_size,  # a square's side: the scales are squares
             patch_size=model.patch_size,
             decoder_hidden_size=decoder.decoder_width,
             decoder_num_hidden_layers=decoder.decoder_depth,

@@ -88,7 +88,7 @@ def _count(config: PretrainConfig, images: int) -> Flops:
         pretrain_model = build_uninitialised_model(config)
         visible, masked = (torch.zeros(images, n, dtype=torch.int64) for n in (num_patches - num_masked, num_masked))
         inputs = Inputs(
-            images=torch.zeros(images, 3, model.image_size, model.image_size, dtype=torch.uint8),
+            images=torch.zeros(images, 3, *model.height_width, dtype=torch.uint8),
             mask=Mask(visible, masked),
             distance=torch.ones(images, num_masked),
             betas=torch.zeros(2 * model.depth),
@@ -118,7 +118,7 @@ def _count(config: PretrainConfig, images: int) -> Flops:
         def run_teacher(taps: tuple[int, ...]) -> None:
             teacher, short = Encoder(model), num_masked if config.engine.skip_unused_tokens else None
             if config.token.enabled:  # a tokenizer as large as the encoder
-                teacher(torch.zeros(images, 3, model.image_size, model.image_size))
+                teacher(torch.zeros(images, 3, *model.height_width))
             elif config.feature.enabled:
                 order = torch.zeros(images, num_patches, dtype=torch.int64)
                 teacher(inputs.patches, taps, order, num_outputs=short)

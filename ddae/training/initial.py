@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ddae.config.base import describe_size
 from ddae.config.pretrain import PretrainConfig
 from ddae.errors import UserError, one_line
 from ddae.export.encoder import INITIAL, load_encoder, write_export
@@ -56,7 +57,7 @@ def describe(name: str, encoder: Encoder, config: PretrainConfig) -> str:
     text += f"; left out: {', '.join(left_out)}" if left_out else ""
     size, target = encoder.shape.image_size, config.model.image_size
     if size != target:
-        text += f"; positions of {size} pixels are resampled to {target}"
+        text += f"; positions of {describe_size(size)} pixels are resampled to {describe_size(target)}"
     return f"{text}; decoders and betas start anew"
 
 
@@ -86,12 +87,12 @@ def _load_timm(name: str) -> Encoder:
 
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
-        heads = int(model.blocks[0].attn.num_heads)
+        heads, grid = int(model.blocks[0].attn.num_heads), tuple(model.patch_embed.grid_size)
         settings = model.pretrained_cfg
     except Exception as error:  # unknown name, not a ViT, or weights that cannot be downloaded
         problem = f"cannot be loaded ({one_line(error)})"
         raise UserError(f"--init {TIMM}{name} {problem}. Pass a ViT of timm, or a file of weights.") from None
-    converted = convert(dict(model.state_dict()), f"{TIMM}{name}", heads)
+    converted = convert(dict(model.state_dict()), f"{TIMM}{name}", heads, grid)
     encoder = Encoder(converted.model)
     encoder.load_state_dict(converted.weights)
     encoder.report = converted.report

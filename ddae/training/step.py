@@ -9,6 +9,7 @@ import torch
 from ddae_kernels.implementation import resolve_impl
 from torch import Tensor
 
+from ddae.config.base import describe_size
 from ddae.config.pretrain import PretrainConfig
 from ddae.data.loader import Batch, Loader
 from ddae.data.masking import Mask, sample_mask, to_device
@@ -182,8 +183,8 @@ def build_tokenizer(config: PretrainConfig) -> Tokenizer:
         )
     if (shape.image_size, shape.patch_size) != (model.image_size, model.patch_size):
         raise UserError(
-            f"{path} expects images of {shape.image_size} pixels in patches of {shape.patch_size}, but the model has "
-            f"{model.image_size} and {model.patch_size}. Use the same for both."
+            f"{path} expects images of {describe_size(shape.image_size)} pixels in patches of {shape.patch_size}, but "
+            f"the model has {describe_size(model.image_size)} and {model.patch_size}. Use the same for both."
         )
     return tokenizer
 

@@ -185,7 +185,7 @@ def step_share(preset: str, batch: int) -> str:
     config = presets.preset(preset)
     model, teacher = build_model(config).to(DEVICE, torch.bfloat16), Encoder(config.model).to(DEVICE, torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=CUDA)
-    images = torch.randint(0, 256, (batch, 3, *[config.model.image_size] * 2), dtype=torch.uint8, device=DEVICE)
+    images = torch.randint(0, 256, (batch, 3, *config.model.height_width), dtype=torch.uint8, device=DEVICE)
     mask = sample_mask(config.mask.kind, torch.arange(batch), config.grid, config.num_masked).to(DEVICE)
     betas = torch.full((len(config.pixel.taps),), -0.5, device=DEVICE, requires_grad=True)
     one = torch.ones((), device=DEVICE)

@@ -30,8 +30,8 @@ def step(config, dtype=torch.float64, images=3, feature_weight=1.0, first_beta=0
     """Run a forward pass on random images; return the model, its inputs and its losses."""
     model = build_model(config).to(dtype)
     generator = torch.Generator().manual_seed(1)
-    size = config.model.image_size
-    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    size = images, 3, *config.model.height_width
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     mask = sample_mask(config.mask.kind, torch.arange(images), config.grid, config.num_masked)
     distance = masked_distance(mask, config.grid).to(dtype)
     width, taps = config.model.width, len(config.feature.taps)
@@ -66,9 +66,11 @@ def exact_terms(config, model, pixels, mask, distance, betas, teacher):
 
 LAST_TAP = [arg for b in ("pixel", "feature") for arg in (f"--{b}.taps", "8", f"--{b}.tap_weights", "1")]
 
+NOT_SQUARE = ("--model.image_size", "64", "40")
+
 
 @pytest.mark.parametrize("kind", ["bootmae_block", "random"])
-@pytest.mark.parametrize("args", [(), LAST_TAP, ("--dynamic.no_shared",), ("--pixel.no_dynamic",)])
+@pytest.mark.parametrize("args", [(), LAST_TAP, ("--dynamic.no_shared",), ("--pixel.no_dynamic",), NOT_SQUARE])
 @pytest.mark.parametrize("first_beta", range(4))
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-10)])
 def test_ddae_equals_eqs_3_5_and_6(kind, args, first_beta, dtype, tolerance):

@@ -53,8 +53,8 @@ def losses_of(config, taps=None, subset=None, images=2):
     """Return the loss, its gradients and the components of the taps, in float64; taps: indices that are drawn."""
     model = build_model(config).double()
     generator = torch.Generator().manual_seed(1)
-    size = config.model.image_size
-    pixels = torch.randint(0, 256, (images, 3, size, size), dtype=torch.uint8, generator=generator)
+    size = images, 3, *config.model.height_width
+    pixels = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
     mask = sample_mask(config.mask.kind, torch.arange(images), config.grid, config.num_masked)
     teacher = torch.randn(4, images, config.num_masked, config.model.width, generator=generator).double()
     betas = torch.linspace(-1, 0.3, len(beta_names(config))).double().requires_grad_()

@@ -33,10 +33,8 @@ def storages() -> dict[int, int]:
 
 def batch_of(config, images: int) -> Batch:
     """Return random images uint8 [B, 3, H, W] with seeds and sample numbers 0 to B - 1."""
-    side = config.model.image_size
-    return Batch(
-        torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8), torch.arange(images), torch.arange(images)
-    )
+    pixels = torch.randint(0, 256, (images, 3, *config.model.height_width), dtype=torch.uint8)
+    return Batch(pixels, torch.arange(images), torch.arange(images))
 
 
 def measure(args: list[str]) -> dict[str, int]:
