@@ -11,7 +11,8 @@ ORDER = (  # modules and folders of ddae/, bottom up: each imports only from tho
 ).split()
 HEAVY = {  # package -> the only modules or folders that may import it
     "deepspeed": ("ddae.distributed",),
-    "mlflow": ("ddae.training.tracker",),
+    "mlflow": ("ddae.training.mlflow_tracker",),
+    "wandb": ("ddae.training.wandb_tracker",),
     "nvidia": ("ddae.data.dali",),
     "tyro": ("ddae.config.cli",),
     "webdataset": ("ddae.data.shard_writer",),

@@ -41,7 +41,8 @@ from ddae.eval.linear_probe import linear_probe
 from ddae.export.encoder import load_tokenizer
 from ddae.train import pretrain
 from ddae.train_tokenizer import train_tokenizer
-from ddae.training.tracker import Tracker, run_id_of, start_tracker
+from ddae.training.tracker import Tracker, run_id_of
+from ddae.training.tracking import check_installed, start_tracker
 
 logger = logging.getLogger(__name__)
 JUDGED = {  # what the rows are compared by
@@ -126,6 +127,7 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
 def _check(rows: list[Row], settings: AblationSettings) -> None:
     """Raise UserError if the settings contradict each other, name a row that does not exist, or data without classes
     or without the splits train and val."""
+    check_installed(TrackerConfig(kind=settings.tracker))  # type: ignore[arg-type]
     image_size = rows[0].config.model.image_size
     names, scale = [row.name for row in rows], settings.scale
     for flag, value in {"steps": settings.steps, "parallel": settings.parallel}.items():

@@ -10,6 +10,9 @@ to all but the last, which writes the table.
 
 import argparse
 from pathlib import Path
+from typing import get_args
+
+from ddae.config.base import TrackerKind
 
 
 def main() -> None:
@@ -26,7 +29,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time on this machine (default: 1)")
     parser.add_argument("--no_table", action="store_true", help="train and evaluate, but write no table")
     parser.add_argument("--ds_config", default="zero1", help="DeepSpeed JSON (default: zero1)")
-    parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="default: mlflow")
+    parser.add_argument("--tracker", choices=get_args(TrackerKind), default="mlflow", help="default: mlflow")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # added by the deepspeed launcher
     args = parser.parse_args()
     from ddae.ablation.format import to_markdown  # takes seconds

@@ -9,6 +9,9 @@ the run's folder, and adds them to its report.html.
 
 import argparse
 from pathlib import Path
+from typing import get_args
+
+from ddae.config.base import TrackerKind
 
 
 def main() -> None:
@@ -19,7 +22,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.07, help="of the neighbours' weights (default: 0.07)")
     parser.add_argument("--batch", type=int, default=256, help="images per forward pass (default: 256)")
     parser.add_argument("--workers", type=int, default=4, help="decoding processes (default: 4)")
-    parser.add_argument("--tracker", choices=("mlflow", "jsonl"), default="mlflow", help="default: mlflow")
+    parser.add_argument("--tracker", choices=get_args(TrackerKind), default="mlflow", help="default: mlflow")
     parser.add_argument("--out", type=Path, help="output folder (default: knn/ in the encoder's run)")
     parser.add_argument("--grey", action="store_true", help="convert images to grey with equal mean and contrast")
     parser.add_argument("--untrained_seed", type=int, default=0, help="seed of the untrained encoder (default: 0)")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 from ddae import atomic
 from ddae.errors import UserError, redact_url
 
+TrackerKind = Literal["mlflow", "tensorboard", "wandb", "jsonl"]
 FORMAT = 2  # of a run's config.json; 0.1 wrote none
 ImageSize = int | tuple[int, int]  # pixels: the side of a square, or height and width
 
@@ -106,8 +107,8 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TrackerConfig:
-    kind: Literal["mlflow", "jsonl"] = "mlflow"  # where metrics go besides metrics.jsonl
-    experiment: str = "ddae"  # MLflow experiment
+    kind: TrackerKind = "mlflow"  # where metrics go besides metrics.jsonl
+    experiment: str = "ddae"  # MLflow's experiment, or the project of Weights & Biases
     parent: str = ""  # MLflow run that this one is nested under
 
 

@@ -34,7 +34,8 @@ from ddae.export.encoder import encoder_hash, load_encoder
 from ddae.method.feature_statistics import effective_rank, feature_std
 from ddae.models.vit import Encoder
 from ddae.report import html as report
-from ddae.training.tracker import run_id_of, start_tracker
+from ddae.training.tracker import run_id_of
+from ddae.training.tracking import check_installed, start_tracker
 
 CHUNK = 1024  # queries at a time, which bounds the similarity matrix to [CHUNK, N]
 MAX_RAW_BANK = 20_000  # training images in the bank of raw pixels
@@ -110,6 +111,8 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     read, or if k is larger than the bank.
     """
     _check(settings)
+    config = TrackerConfig(kind=tracker)  # type: ignore[arg-type]
+    check_installed(config)
     encoder = load_encoder(encoder_path).to(device())
     readers = {s: ExampleReader(data, s, encoder.shape.image_size, labelled=False) for s in ("train", "val")}
     labelled = all(len(reader.labels) for reader in readers.values())
@@ -132,7 +135,7 @@ def evaluate(encoder_path: str, data: str, out: Path, settings: Settings, tracke
     out.mkdir(parents=True, exist_ok=True)
     atomic.write_json(out / "results.json", results)
     files = report.add_evaluation(out, _figures(results, train, val, readers, settings))
-    log = start_tracker(TrackerConfig(kind=tracker), out, -1, params, parent=run_id_of(Path(encoder_path)))  # type: ignore[arg-type]
+    log = start_tracker(config, out, -1, params, parent=run_id_of(Path(encoder_path)))
     accuracies = {name: float(results[name]) for name in baselines.Comparison._fields if results[name] is not None}
     by_feature = {f"{metric}/{name.replace(' ', '_')}": v for name, row in metrics.items() for metric, v in row.items()}
     log.log({"step": 0.0} | accuracies | by_feature)

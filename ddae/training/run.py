@@ -30,7 +30,8 @@ from ddae.training import run_dir
 from ddae.training.flops import Flops
 from ddae.training.metrics import SpikeDetector, StepTimer, system_metrics
 from ddae.training.progress import TrainingProgress
-from ddae.training.tracker import Tracker, read_metrics, start_tracker
+from ddae.training.tracker import Tracker, read_metrics
+from ddae.training.tracking import check_installed, start_tracker
 
 EVALUATION_METRICS = ("val/", "features/")  # prefixes of metrics that a PeriodicEvaluation logs
 BASELINE_METRICS = ("raw_pixels", "chance")  # endings of metrics that do not depend on the encoder
@@ -50,6 +51,7 @@ class Run:
     def __init__(self, config: Experiment, stop: StopSignal | None, ds_json: dict[str, Any], micro_batch: int):
         """Raise UserError if the run directory is not writable, or was started with other settings."""
         configure_logging()
+        check_installed(config.tracker)
         run_dir.check(config)
         self.config, self.ds_json, self.folder = config, ds_json, Path(config.folder)
         self.rank_batch = RankBatch(config.data.batch_size, micro_batch, rank(), world_size())

@@ -18,8 +18,10 @@ from ddae.config.base import TrackerConfig
 from ddae.config.cli import parse
 from ddae.config.pretrain import PretrainConfig
 from ddae.distributed.logs import configure_logging
-from ddae.training import tracker as tracking
-from ddae.training.tracker import Tracker, create_store, read_metrics, start_tracker
+from ddae.training import mlflow_tracker as tracking
+from ddae.training.mlflow_tracker import create_store
+from ddae.training.tracker import Tracker, read_metrics
+from ddae.training.tracking import start_tracker
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +113,7 @@ def test_a_run_that_raises_has_status_failed(tmp_path):
 
     program = (
         "import time; from pathlib import Path; from ddae.config.base import TrackerConfig\n"
-        "from ddae.training.tracker import start_tracker\n"
+        "from ddae.training.tracking import start_tracker\n"
         "tracker = start_tracker(TrackerConfig(), Path('.'), 0, {})\n"
         "while not tracker.run_id: time.sleep(0.1)\n"
         "tracker.log({'step': 1, 'loss/total': 1.0}); raise RuntimeError('broken')"
@@ -249,7 +251,7 @@ OPEN_STORE = """
 import sys, time
 from pathlib import Path
 from ddae.config.base import TrackerConfig
-from ddae.training.tracker import start_tracker
+from ddae.training.tracking import start_tracker
 tracker = start_tracker(TrackerConfig("mlflow", "x"), Path(sys.argv[1]), 0, {"a": 1})
 tracker.log({"step": 1, "loss": 2.0})
 tracker.finish([], timeout_s=120)
