@@ -65,11 +65,11 @@ class ImageProgress(AbstractContextManager):
             self._bar = Bar(sys.stderr, self._total, self.done)
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if self._bar is not None:
             self._bar.update(self.done, self._text())
             self._bar.close()
-        elif self._enabled:
+        elif self._enabled and kind is None:
             say(self._text(), sys.stderr)
 
     def update(self, done: int) -> None:

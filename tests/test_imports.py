@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ORDER = (  # modules and folders of ddae/, bottom up: each imports only from those before it, and from its own folder
-    "__version__ errors atomic progress distributed config data models sharding method export training report "
+    "__version__ errors atomic progress pages distributed config data models sharding method export training report "
     "trainer eval train train_tokenizer tools ablation commands api cli __main__"
 ).split()
 HEAVY = {  # package -> the only modules or folders that may import it

@@ -1,13 +1,12 @@
 """A table's results as Markdown, HTML and a figure, and which row is best."""
 
-from html import escape
 from statistics import mean, stdev
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from ddae.report import html
+from ddae.pages import render
 from ddae.report.figures import COLOURS, style_axis
 
 MIN_STANDARD_ERRORS = 2.0  # of a difference; a smaller difference between two rows counts as noise
@@ -49,8 +48,8 @@ def to_markdown(results: dict[str, Any]) -> str:
 def to_html(results: dict[str, Any]) -> str:
     """Return the table and its best row as a page."""
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}"
-    figure = '<p><img src="table.png" alt="k-NN accuracy against images seen"></p>' if has_curves(results) else ""
-    return html.page(title, f"{html.table(HEAD, _lines(results))}<p>Best: {escape(results['best'])}.</p>{figure}")
+    figure = "table.png" if has_curves(results) else ""
+    return render("table", title=title, head=HEAD, rows=_lines(results), best=results["best"], figure=figure)
 
 
 def _lines(results: dict[str, Any]) -> list[list[str]]:

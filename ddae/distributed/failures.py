@@ -1,13 +1,17 @@
 """Failures of a rank that end in a sentence: a lost rank, a full GPU or disk, an operator that cannot be compiled."""
 
 import errno
+import logging
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import cpp_extension
 
 from ddae.distributed.watchdog import EXIT_CODE
 from ddae.errors import RankError, UserError, one_line
@@ -16,6 +20,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # full, over the quota,
 GLOO = "gloo/transport"  # in the messages of gloo's connections
 BUILD_ERRORS = ("Error building extension", "Ninja is required", "Error compiling objects")  # torch's
 BUILD_ERRORS += ("Unable to JIT load",)  # DeepSpeed's, if a library is missing
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -51,6 +56,8 @@ def operators_may_be_built() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     if in_main_thread:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    load = cpp_extension.load
+    cpp_extension.load = _announced(load)
     try:
         yield
     except RuntimeError as error:
@@ -61,5 +68,18 @@ def operators_may_be_built() -> Iterator[None]:
         fix = "Install g++ and ninja; python launch/doctor.py tries it again."
         raise UserError(f"an operator of DeepSpeed cannot be compiled ({one_line(error, 300)}). {fix}") from None
     finally:
+        cpp_extension.load = load
         if in_main_thread:
             signal.signal(signal.SIGINT, before)
+
+
+def _announced(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return torch's function that loads an operator, announcing one that it has to build first."""
+
+    def announce_and_load(name: str, *args: Any, **options: Any) -> Any:
+        folder = options.get("build_directory") or cpp_extension._get_build_directory(name, False)
+        if not os.path.exists(os.path.join(folder, f"{name}.so")):
+            logger.info("building DeepSpeed's operator %s for this machine, once", name)
+        return load(name, *args, **options)
+
+    return announce_and_load

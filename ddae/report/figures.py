@@ -78,7 +78,7 @@ def draw_reconstructions(
     maps: dict[str, tuple[np.ndarray, float | None]] = {"distance": (scatter_to_grid(distance, mask, grid), None)}
     for tap, beta in betas.items():
         weight = dk.distance_weights(distance, torch.tensor([beta], device=distance.device))[0]
-        maps[f"weight {tap}, β={beta:.2f}"] = scatter_to_grid(weight, mask, grid), 1
+        maps[f"weight, block {tap}\nβ = {beta:.2f}"] = scatter_to_grid(weight, mask, grid), 1
     figure, axes = image_axes(len(images), len(pictures) + len(maps), 1.45, 1.52)
     for row, (kind, axis_row) in enumerate(zip(kinds, axes, strict=True)):
         at = {"rotation": 90, "va": "center", "ha": "center", "transform": axis_row[0].transAxes}
@@ -88,6 +88,13 @@ def draw_reconstructions(
         for axis, (title, (values, largest)) in zip(axis_row[len(pictures) :], maps.items(), strict=True):
             limits = {"vmin": 0, "vmax": largest or float(np.nanmax(values))}
             show_image(axis, values[row], title if row == 0 else "", cmap="viridis", **limits)
+    unit = "patches" if config.dynamic.distance_norm == "none" else "of the largest"
+    bars = {unit: axes[:, len(pictures) : len(pictures) + 1], "weight in the loss": axes[:, len(pictures) + 1 :]}
+    for text, columns in bars.items():
+        if columns.size:
+            bar = figure.colorbar(columns[0, 0].images[0], ax=columns, location="bottom", aspect=12, pad=0.01)
+            bar.set_label(text, fontsize=7)
+            bar.ax.tick_params(labelsize=6)
     return figure
 
 
@@ -193,7 +200,7 @@ def weight_by_distance(betas: dict[str, float], farthest: float, distance_norm: 
     distance = patches / patches.max() if distance_norm == "max" else patches
     for (name, beta), colour in zip(betas.items(), COLOURS * 3, strict=False):
         weight = dk.distance_weights(distance, torch.tensor([beta]))[0, 0]
-        axis.plot(patches[0], weight, color=colour, linewidth=1.6, label=f"{label(name)}: β={beta:.2f}")
+        axis.plot(patches[0], weight, color=colour, linewidth=1.6, label=f"{label(name)}: β = {beta:.2f}")
     axis.set_ylim(0, 1.05)
     style_axis(axis, "distance to the nearest visible patch, in patches", "weight")
     return figure

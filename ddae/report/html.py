@@ -1,15 +1,14 @@
 """The report of a run: figures/ and report.html, one page with all figures embedded."""
 
-import base64
-import html
 import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ddae.atomic import write_text
@@ -20,6 +19,7 @@ from ddae.distributed.comm import device, is_main
 from ddae.export.model_card import is_outdated, write_card
 from ddae.method.betas import Betas
 from ddae.method.model import PretrainModel
+from ddae.pages import Picture, picture, render
 from ddae.report import figures
 from ddae.training.tracker import read_metrics
 
@@ -61,27 +61,7 @@ RATES = {  # panels of a figure, and the metric in each
     "images per second": "throughput/images_per_s",
     "seconds a step waits for data": "time/data_wait",
 }
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;color:#222;max-width:1180px;margin:2em auto;padding:0 1em}
-h1{margin-bottom:0}h2{margin-top:2em}img{max-width:100%}table{border-collapse:collapse;font-size:13px}
-td,th{padding:2px 10px 2px 0;text-align:left;border-bottom:1px solid #eee}.sub{color:#777;margin-top:0}
-details{margin:1em 0}figure{margin:1em 0}figcaption{color:#555;font-size:13px}"""
 START, END = "<!-- evaluations -->", "<!-- end of evaluations -->"  # enclose what add_evaluation() replaces
-
-
-def page(title: str, body: str) -> str:
-    """Return a self-contained HTML document. title: plain text; body: HTML."""
-    title = html.escape(title)
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n'
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return an HTML table of plain-text cells."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(head, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
 def write_report(config: PretrainConfig, model: PretrainModel, betas: Betas, preview: Preview) -> list[Path]:
@@ -125,7 +105,7 @@ def add_evaluation(folder: Path, drawn: dict[str, Figure]) -> list[Path]:
     files = _save_figures(drawn, folder)
     path = report_page(folder)
     if path.parent == folder:
-        text = page(str(folder), _evaluation(folder))
+        text = render("evaluation", title=str(folder), evaluation=_evaluation(folder))
     else:
         before, start, after = path.read_text().partition(START)
         _, end, after = after.partition(END)
@@ -176,34 +156,40 @@ def _run_page(config: PretrainConfig, rows: list[dict[str, float]], files: list[
     names = [name for name in last if name in first and name.startswith(("loss/", "error/", "beta/"))]
     values = [(name, f"{first[name]:.4f}", f"{last[name]:.4f}") for name in names]
     settings = [(key, json.dumps(value)) for key, value in flatten(config.to_dict()).items()]
-    warned = next((int(row["step"]) for row in rows if row.get("collapse/warning")), None)
-    warning = "" if warned is None else f"<p><b>Warning: the features collapsed, from step {warned} on.</b></p>"
+    collapsed_at = next((int(row["step"]) for row in rows if row.get("collapse/warning")), None)
     length = f"{int(last['step'])} steps of {config.data.batch_size} images, {last['epoch']:.1f} epochs"
-    body = f"""<p class="sub">{length}</p>{warning}
-{_evaluations(Path(config.folder))}
-<h2>Pretraining</h2>
-{_figures(files, images)}
-<h2>Metrics at the first and the last step</h2>{table(("metric", "first", "last"), values)}
-<details><summary>All settings</summary>{table(("field", "value"), settings)}</details>"""
-    return page(config.preset, body)
+    return render(
+        "run",
+        title=config.preset,
+        length=length,
+        collapsed_at=collapsed_at,
+        evaluations=Markup(_evaluations(Path(config.folder))),
+        pictures=_pictures(files, images),
+        metrics=values,
+        settings=settings,
+    )
 
 
 def _evaluations(run: Path) -> str:
     """Return the HTML of all evaluations in a run's folder, enclosed by START and END."""
     folders = sorted(file.parent for file in run.glob("*/results.json"))
-    return START + "".join(f"<h2>{html.escape(each.name)}</h2>{_evaluation(each)}" for each in folders) + END
+    evaluations = [_evaluation(each) for each in folders]
+    return render("evaluations", evaluations=evaluations, start=Markup(START), end=Markup(END))
 
 
-def _evaluation(folder: Path) -> str:
-    """Return the HTML of an evaluation: verdict, figures and results.json."""
+def _evaluation(folder: Path) -> dict[str, Any]:
+    """Return what a page shows of an evaluation: verdict, figures and results.json."""
     results = {k: v for k, v in flatten(json.loads((folder / "results.json").read_text())).items() if v is not None}
-    rows = [(key, f"{value:.4g}" if isinstance(value, float) else str(value)) for key, value in results.items()]
-    verdict = f"<p><b>{html.escape(results['verdict'])}</b></p>" if "verdict" in results else ""
-    if is_outdated(folder.parent, results):
-        verdict = "<p><b>Outdated: the run's encoder has changed since this evaluation. Repeat it.</b></p>" + verdict
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else str(value) for key, value in results.items()}
     kinds = list(CAPTIONS)
     files = sorted((folder / "figures").glob("*.png"), key=lambda file: (kinds.index(_kind(file)), file.stem))
-    return verdict + _figures(files, "Example") + table(("result", "value"), rows)
+    return {
+        "name": folder.name,
+        "verdict": results.get("verdict"),
+        "outdated": is_outdated(folder.parent, results),
+        "pictures": _pictures(files, "Example"),
+        "results": list(shown.items()),
+    }
 
 
 def _kind(file: Path) -> str:
@@ -211,10 +197,6 @@ def _kind(file: Path) -> str:
     return file.stem.split("_")[0]
 
 
-def _figures(files: list[Path], images: str) -> str:
-    """Return the HTML of figures, embedded with their captions. images: what the images are, for the captions."""
-    return "".join(
-        f'<figure><img alt="{file.stem}" src="data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(CAPTIONS[_kind(file)].format(images=images))}</figcaption></figure>\n"
-        for file in files
-    )
+def _pictures(files: list[Path], images: str) -> list[Picture]:
+    """Return figures with their captions. images: what the images are, for the captions."""
+    return [picture(file, CAPTIONS[_kind(file)].format(images=images)) for file in files]

@@ -1,7 +1,5 @@
 """Report of a sharder run: report.json (for programs), report.txt (a table) and report.html (with thumbnails)."""
 
-import base64
-import html
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ddae import atomic
+from ddae.pages import data_url, render
 from ddae.sharding.accounting import Accounting, Reasons
 
 
@@ -30,11 +29,6 @@ class Content(NamedTuple):
     images: Callable[[], Iterable[ReportedImage]]
     thumbnails: list[tuple[ReportedImage, bytes]]  # of some images, as JPEGs
     other_files: Reasons  # files that are not images
-
-
-STYLE = """body{font:14px/1.4 system-ui,sans-serif;color:#222;margin:2em}h1{font-size:20px}
-div{display:flex;flex-wrap:wrap;gap:14px}figure{width:150px;margin:0}table{margin:1em 0}td{padding-right:1em}
-img{width:128px;height:128px;object-fit:contain;background:#eee}figcaption{font-size:11px;overflow-wrap:anywhere}"""
 
 
 def write_report(out: Path, content: Content) -> None:
@@ -90,18 +84,14 @@ def _rows(content: Content) -> Iterator[tuple[str, str, str, str]]:
 
 def _page(content: Content) -> str:
     """Return a self-contained HTML page."""
-    counts = "".join(f"<tr><td>{count}</td><td>{kind}</td></tr>" for kind, count in content.kinds.most_common())
-    figures = [
-        f'<figure><img alt="" src="data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}">'
-        f"<figcaption><b>{', '.join(image.kinds)}</b>, {image.action}<br>"
-        f"{html.escape(image.source)}{f'<br>same bytes as {html.escape(image.same_as)}' if image.same_as else ''}"
-        "</figcaption></figure>"
+    images = [
+        {
+            "picture": data_url(jpeg, "jpeg"),
+            "kinds": ", ".join(image.kinds),
+            "action": image.action,
+            "source": image.source,
+            "same_as": image.same_as,
+        }
         for image, jpeg in content.thumbnails
     ]
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>shards</title><style>{STYLE}</style></head>'
-        f"<body><h1>{html.escape(str(content.accounting))}</h1><table>{counts}</table>"
-        f"<p>{len(figures)} images that are not plain RGB JPEGs or are duplicates, after conversion; report.txt lists "
-        "all.</p>"
-        f"<div>{''.join(figures)}</div></body></html>\n"
-    )
+    return render("shards", title=str(content.accounting), kinds=content.kinds.most_common(), images=images)

@@ -160,7 +160,7 @@ def test_no_row_is_best_within_noise():
 
 
 def ablate(out, *more):
-    args = ["--table", "3", "--scale", "nano", "--out", str(out), *more, "--tracker", "jsonl"]
+    args = ["--table", "3", "--scale", "nano", "--steps", "28", "--out", str(out), *more, "--tracker", "jsonl"]
     return ranks.run_command("launch/ablate.py", *args)
 
 
@@ -193,16 +193,16 @@ def test_a_table_runs_and_resumes(tmp_path):
     assert "<td>DDS-MAE</td>" in page
     assert 'src="table.png"' in page
     assert (tmp_path / "t" / "table.png").exists()
-    assert [images for images, _ in again[3]["knn_curves"]["0"]] == [480 * quarter for quarter in range(5)]
-    more = "--seeds 1 2 --parallel 2 --steps 30 --only MAE".split()
+    assert [images for images, _ in again[3]["knn_curves"]["0"]] == [224 * quarter for quarter in range(5)]
+    more = "--seeds 1 2 --parallel 2 --steps 12 --only MAE".split()
     code, output = ablate(tmp_path / "t", *more)
     assert code == 0, output[-2000:]
     shorter = json.loads((tmp_path / "t" / "results.json").read_text())
     assert [list(row["seeds"]) for row in shorter["rows"]] == [["1", "2"], [], [], []]
-    assert shorter["left_out"] == ["DDS-MAE, seed 0, 60 steps", "MAE, seed 0, 60 steps"]
-    assert "Left out because of other settings or other data: DDS-MAE, seed 0, 60 steps" in output
+    assert shorter["left_out"] == ["DDS-MAE, seed 0, 28 steps", "MAE, seed 0, 28 steps"]
+    assert "Left out because of other settings or other data: DDS-MAE, seed 0, 28 steps" in output
     assert shorter["rows"][0]["deviation"] > 0
-    assert "step 30/30" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
+    assert "step 12/12" in (tmp_path / "t" / "row_0_seed_1.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_flags_override_the_preset():
         ("--pixel.taps 0 6 9 12", "expected encoder blocks from 1 to 12"),
         ("--pixel.taps 6 3 9 12", "ascending"),
         ("--feature.taps 6 12", "feature.tap_weights has 4 numbers; expected 2"),
-        ("--model.image_size 225", "expected a multiple of model.patch_size 16. Pass --model.image_size 224"),
+        ("--model.image_size 225", "expected a multiple of the patch size 16. Pass --model.image_size 224"),
         ("--model.heads 7", "model.heads 7"),
         ("--pixel.decoder_heads 7", "pixel.decoder_heads 7"),
         ("--mask.ratio 1", "mask.ratio is 1.0"),

@@ -59,7 +59,6 @@ def test_precision(precision, blocks):
         ({"fp16": {"enabled": True}}, 1, "fp16 is unsupported: it needs loss scaling"),
         ({"zero_optimization": {"cpu_offload": True}}, 1, "cpu_offload, which is outdated"),
         ({"zero_force_ds_cpu_optimizer": True}, 1, "zero_force_ds_cpu_optimizer would replace the config's AdamW"),
-        ({"wandb": {"enabled": True}}, 1, "enables wandb, which is not installed"),
         ({"comet": {"enabled": True}}, 1, "enables comet_ml, which is not installed"),
         ({"zero_optimization": {"cpu_offload_params": True}}, 1, "cpu_offload_params, which is outdated"),
         ({"train_micro_batch_size_per_gpu": "auto"}, 1, "'auto'; expected a whole number. Remove it"),

@@ -9,10 +9,12 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
+from torch.utils import cpp_extension
 
 from ddae.config.deepspeed import load
 from ddae.config.presets import preset
 from ddae.distributed.failures import explained, operators_may_be_built
+from ddae.distributed.logs import configure_logging
 from ddae.errors import RankError, UserError
 from ddae.training.gpu_memory import GIB, explain_memory
 
@@ -82,6 +84,19 @@ def test_a_failed_compilation_is_a_sentence():
         raise RuntimeError("Error building extension 'cpu_adam': ninja: build stopped: interrupted by user.")
     with pytest.raises(KeyboardInterrupt), operators_may_be_built():
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("is_built", [False, True])
+def test_a_compilation_is_announced(is_built, tmp_path, monkeypatch, capsys):
+    configure_logging()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(cpp_extension, "load", lambda name, sources: f"{name} of {sources}")
+    if is_built:
+        (tmp_path / "cpu_adam").mkdir()
+        (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    with operators_may_be_built():
+        assert cpp_extension.load("cpu_adam", sources="a.cpp") == "cpu_adam of a.cpp"
+    assert ("building DeepSpeed's operator cpu_adam for this machine, once" in capsys.readouterr().out) != is_built
 
 
 @pytest.mark.faults

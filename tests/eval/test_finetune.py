@@ -323,7 +323,7 @@ def test_user_errors(runs):
         "nowhere does not exist",
         "holds no shards of",
         "augment.policy is 'rund-m9'; expected the name of a RandAugment policy of timm",
-        "image_size is 60; expected a multiple of 8",
+        "image_size is 60; expected a multiple of the patch size 8",
         "a list of shards; without --val a folder with splits train and val is expected.",
     ]
     assert len(errors) == len(expected)

@@ -256,7 +256,7 @@ def test_positions_are_resampled(tmp_path):
     state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], square.flatten(2).transpose(1, 2)], 1)
     model.load_state_dict(state)
     assert_same_features(encoder, model, torch.randn(1, 3, 96, 96))
-    with pytest.raises(UserError, match="image_size is 100; expected a multiple of 16"):
+    with pytest.raises(UserError, match="image_size is 100; expected a multiple of the patch size 16"):
         ddae.load_encoder(tmp_path / "vit.safetensors", image_size=100, heads=2)
 
 

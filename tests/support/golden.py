@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 STEPS, BF16_STEPS, DEMO_STEPS = 20, 5, 50
-STAGES, RANKS = (0, 2, 3), (1, 2)
+STAGES = {1: (0, 2, 3), 2: (0, 2, 3)}  # of ZeRO, by number of ranks
+QUICK_STAGES = {1: (0, 2), 2: (0, 3)}
 # Largest |measured - recorded| / (1 + |recorded|). Curves recorded with AVX-512 and one thread deviated by 5.6e-7
 # (bf16: 2.9e-2) with ATEN_CPU_CAPABILITY=default and one thread, and by 4.9e-7 with avx2 and DDAE_TEST_THREADS=2.
 TOLERANCE, BF16_TOLERANCE = 5e-6, 6e-2

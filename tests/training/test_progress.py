@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from ddae.distributed.logs import configure_logging
 from ddae.progress import ImageProgress, clock
 from ddae.training.progress import TrainingProgress, describe
 
@@ -58,14 +59,14 @@ def test_durations(seconds, shown):
     assert clock(seconds) == shown
 
 
-def test_lines_without_a_terminal(caplog, monkeypatch):
-    monkeypatch.setattr("ddae.training.progress.logger.parent.propagate", True)
-    caplog.set_level("INFO", logger="ddae")
+def test_lines_without_a_terminal(capsys):
+    configure_logging()
     progress = TrainingProgress(0, 8200)
     progress.step_done(1)
     progress.log(ROW)
     progress.log(ROW)
-    assert [record.getMessage() for record in caplog.records] == [SHOWN, SHOWN + "  left 1:00:00"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("] ")[2] for line in lines] == [SHOWN, SHOWN + "  left 1:00:00"]
 
 
 def test_a_bar_on_a_terminal():
