@@ -10,7 +10,7 @@ CONSTRAINTS := --constraint constraints.txt --constraint constraints-$(CUDA).txt
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
-.PHONY: venv demo test test-slow test-faults soak lint bench-kernels bench-loader bench-step gpu-check simd clean
+.PHONY: venv demo test test-slow test-faults soak lint docs bench-kernels bench-loader bench-step gpu-check simd clean
 
 # make venv CUDA=cu12
 venv: $(READY)
@@ -47,6 +47,10 @@ test-faults: $(READY)
 MINUTES ?= 60
 soak: $(READY)
 	PYTHONPATH=.:kernels:tests:tests/support $(PY) tests/soak.py --minutes $(MINUTES) --out docs/results/soak.json
+
+# The documentation site, in site/: open site/index.html.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 lint: $(READY)
 	$(BIN)/ruff check .
