@@ -2,11 +2,16 @@
 
 PYTHON ?= python3
 VENV := .venv
-# CUDA of torch and DALI, cu13 or cu12 (for drivers older than 580); default: that of the environment, else cu13.
+# CUDA of torch and DALI: cu13, cu12 (for drivers older than 580), or cpu; default: that of the environment, else cu13.
 CUDA ?= $(or $(patsubst $(VENV)/.ready-%,%,$(firstword $(wildcard $(VENV)/.ready-*))),cu13)
 READY := $(VENV)/.ready-$(CUDA)
+DEV := $(VENV)/.dev-$(CUDA)
 FOR_OTHER_CUDA := $(filter-out $(READY),$(wildcard $(VENV)/.ready-*))
 CONSTRAINTS := --constraint constraints.txt --constraint constraints-$(CUDA).txt
+# torch without CUDA's libraries is on an index of its own.
+ifeq ($(CUDA),cpu)
+CONSTRAINTS += --extra-index-url https://download.pytorch.org/whl/cpu
+endif
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 
@@ -19,6 +24,11 @@ venv: $(READY)
 $(READY): pyproject.toml constraints.txt constraints-$(CUDA).txt
 	$(if $(FOR_OTHER_CUDA),$(PYTHON) -m venv --clear $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
 	$(BIN)/pip install --quiet $(CONSTRAINTS) torch torchvision setuptools wheel
+	$(BIN)/pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable '.[$(CUDA)]'
+	touch $@
+
+# What the tests, the checks and the documentation need in addition.
+$(DEV): $(READY)
 	$(BIN)/pip install --quiet $(CONSTRAINTS) --no-build-isolation --editable '.[$(CUDA),dev]'
 	touch $@
 
@@ -31,28 +41,28 @@ demo: $(READY) data/demo/manifest.json
 	$(BIN)/python launch/knn.py --encoder runs/demo --data data/demo --grey --workers 2
 
 # Two test modules at a time.
-test: $(READY)
+test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The golden curves in bf16, measured FLOPs of ViT-B, benchmarks.
-test-slow: $(READY)
+test-slow: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 # Long tests of failures: kills, damaged files, signals, many ranks, two hosts. Their results make docs/reliability.md.
-test-faults: $(READY)
+test-faults: $(DEV)
 	$(BIN)/python -m pytest -m 'faults or reliability' -o junit_family=xunit1 --junitxml .faults.xml; failed=$$?; \
 		$(BIN)/python tests/support/reliability.py .faults.xml docs/reliability.md; exit $$failed
 
 # Two ranks suffer random faults for an hour; the result goes into docs/reliability.md. It needs root: make soak MINUTES=60
 MINUTES ?= 60
-soak: $(READY)
+soak: $(DEV)
 	PYTHONPATH=.:kernels:tests:tests/support $(PY) tests/soak.py --minutes $(MINUTES) --out docs/results/soak.json
 
 # The documentation site, in site/: open site/index.html.
-docs: $(READY)
+docs: $(DEV)
 	$(BIN)/mkdocs build --strict
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell

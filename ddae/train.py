@@ -19,8 +19,10 @@ from ddae.eval.online_knn import OnlineProbe
 from ddae.export.encoder import export_encoder, newest_checkpoint
 from ddae.method.betas import Betas
 from ddae.method.model import build_model
+from ddae.progress import clock
 from ddae.report.html import NUM_IMAGES, summary, update_model_card, write_report
 from ddae.training.collapse import collapse_risks
+from ddae.training.duration import expected_seconds
 from ddae.training.flops import count_model_flops
 from ddae.training.gpu_memory import explain_memory
 from ddae.training.initial import start_from, write_initial
@@ -87,6 +89,8 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
     start = run.restore(state, loss_backend=loss_backend)
     run.describe(start, num_steps, f"{config.engine.precision}, ZeRO {engine.stage}, loss backend {loss_backend}")
     if is_main():
+        expected = expected_seconds(config, num_steps - start, run.rank_batch)
+        logger.info("expected time: about %s, without evaluations", clock(expected))
         for risk in collapse_risks(config, num_steps):
             logger.warning("%s", risk)
     run.count_flops = partial(count_model_flops, config)

@@ -24,7 +24,10 @@ from ddae.config.tokenizer import TOKENIZING
 DOCS = ranks.ROOT / "docs"
 PAGES = [ranks.ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 EXPERIMENTS = {
-    "pretrain": PRETRAINING, "finetune": FINETUNING, "linear_probe": PROBING, "segment": SEGMENTATION,
+    "pretrain": PRETRAINING,
+    "finetune": FINETUNING,
+    "linear_probe": PROBING,
+    "segment": SEGMENTATION,
     "train_tokenizer": TOKENIZING,
 }
 SCRIPTS = {"shard_imagenet": "shard"}  # names of scripts that differ from their modules in ddae/commands
