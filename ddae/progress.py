@@ -90,7 +90,8 @@ class ImageProgress(AbstractContextManager):
     def _text(self) -> str:
         seconds, done = time.monotonic() - self._start, self.done - self._first
         text = f"{self.done:,} of {self._total:,} images  {done / max(seconds, 1e-3):,.0f} images/s"
-        return text + (f"  {clock((self._total - self.done) * seconds / done)} left" if done else "")
+        is_running = 0 < done < self._total - self._first
+        return text + (f"  {clock((self._total - self.done) * seconds / done)} left" if is_running else "")
 
 
 def is_terminal(stream: TextIO | None) -> bool:

@@ -24,6 +24,7 @@ from ddae.models.patches import NORMALISATIONS, gather_tokens, normalise_patches
 from ddae.training.collapse import MAX_TRIVIAL_SHARE
 
 MASKED_GREY = 0.82  # value of masked patches, in [0, 1]
+MASK_LABELS = {"bootmae_block": "block mask", "beit_block": "BEiT block mask", "random": "random mask"}
 BRANCHES = ("pixel", "feature", "token")
 BASELINES = ("raw_pixels", "chance")  # metrics that do not depend on the encoder
 COLOURS = ("#0b6e99", "#d1495b", "#edae49", "#66a182", "#7a5195", "#444444", "#8d6e63", "#c2185b")
@@ -82,7 +83,7 @@ def draw_reconstructions(
     figure, axes = image_axes(len(images), len(pictures) + len(maps), 1.45, 1.52)
     for row, (kind, axis_row) in enumerate(zip(kinds, axes, strict=True)):
         at = {"rotation": 90, "va": "center", "ha": "center", "transform": axis_row[0].transAxes}
-        axis_row[0].text(-0.08, 0.5, kind, size=7, **at)
+        axis_row[0].text(-0.08, 0.5, MASK_LABELS[kind], size=7, **at)
         for axis, (title, picture) in zip(axis_row, pictures.items(), strict=False):
             show_image(axis, picture[row], title if row == 0 else "")
         for axis, (title, (values, largest)) in zip(axis_row[len(pictures) :], maps.items(), strict=True):
@@ -92,7 +93,8 @@ def draw_reconstructions(
     bars = {unit: axes[:, len(pictures) : len(pictures) + 1], "weight in the loss": axes[:, len(pictures) + 1 :]}
     for text, columns in bars.items():
         if columns.size:
-            bar = figure.colorbar(columns[0, 0].images[0], ax=columns, location="bottom", aspect=12, pad=0.01)
+            bar_shape = {"aspect": 12 * columns.shape[1], "fraction": 0.03}
+            bar = figure.colorbar(columns[0, 0].images[0], ax=columns, location="bottom", pad=0.01, **bar_shape)
             bar.set_label(text, fontsize=7)
             bar.ax.tick_params(labelsize=6)
     return figure
