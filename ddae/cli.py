@@ -5,6 +5,7 @@ import os
 import sys
 from typing import NamedTuple
 
+from ddae.commands.gpus import num_gpus
 from ddae.errors import UserError, run_command
 
 
@@ -14,11 +15,14 @@ class Command(NamedTuple):
     module: str
     help: str
     is_distributed: bool = False  # uses all GPUs of the machine
+    may_have_ranks: bool = False  # may be started by a launcher, as distributed ones may
     function: str = "main"
 
 
 COMMANDS = {
-    "pretrain": Command("pretrain", "train an encoder on a folder of photos, or on shards", True, "own_photos"),
+    "pretrain": Command(
+        "pretrain", "train an encoder on a folder of photos, or on shards", True, function="own_photos"
+    ),
     "embed": Command("embed", "write an embedding of each photo, a map of all, and near-duplicates"),
     "report": Command("report", "compare an encoder with untrained weights and raw pixels, without labels"),
     "export": Command("export", "convert an encoder to the format of another library"),
@@ -31,10 +35,10 @@ COMMANDS = {
     "predict": Command("predict", "classify or segment images with a fine-tuned model"),
     "figures": Command("figures", "draw the paper's figures of encoders"),
     "plan": Command("plan", "estimate memory, FLOPs, traffic and days of a run"),
-    "doctor": Command("doctor", "check that training can run here"),
+    "doctor": Command("doctor", "check that training can run here", may_have_ranks=True),
     "tokenizer": Command("train_tokenizer", "train the codebook of the presets beitv2", is_distributed=True),
-    "ablate": Command("ablate", "run a table of the paper"),
-    "benchmark": Command("benchmark", "measure the speed of a step, a loader or an evaluation"),
+    "ablate": Command("ablate", "run a table of the paper", may_have_ranks=True),
+    "benchmark": Command("benchmark", "measure the speed of a step, a loader or an evaluation", may_have_ranks=True),
     "replay": Command("replay", "replay a step with non-finite gradients"),
     "ade20k": Command("prepare_ade20k", "convert ADE20K to shards with masks"),
 }
@@ -49,7 +53,7 @@ def main() -> None:
         from ddae import __version__
 
         run_command("ddae", lambda: print(__version__))
-    may_have_ranks = name in COMMANDS and (COMMANDS[name].is_distributed or name in ("ablate", "doctor", "benchmark"))
+    may_have_ranks = name in COMMANDS and (COMMANDS[name].is_distributed or COMMANDS[name].may_have_ranks)
     run_command("ddae", lambda: _run(name, args), may_have_ranks)
 
 
@@ -61,20 +65,11 @@ def _run(name: str, args: list[str]) -> int | None:
         raise UserError(f"there is no command {name!r}; the nearest is {nearest}. ddae --help lists all.")
     command = COMMANDS[name]
     if command.is_distributed and "RANK" not in os.environ and not {"--help", "-h", "--show"} & set(args):
-        gpus = _num_gpus()
+        gpus = num_gpus()
         if gpus > 1:
             _start_ranks(gpus, [name, *args])
     sys.argv = [f"ddae {name}", *args]
     return getattr(importlib.import_module(f"ddae.commands.{command.module}"), command.function)()
-
-
-def _num_gpus() -> int:
-    """Return the number of GPUs that this process may use."""
-    if not any(name.startswith("nvidia") and name[6:].isdigit() for name in os.listdir("/dev")):
-        return 0
-    import torch  # takes seconds
-
-    return torch.cuda.device_count()
 
 
 def _start_ranks(gpus: int, args: list[str]) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ddae.commands.gpus import num_gpus
 from ddae.config.cli import PRETRAINING, launch
 from ddae.config.own import Images, describe, own
 from ddae.config.pretrain import PretrainConfig
@@ -115,8 +116,4 @@ def load(init: str) -> "Encoder":
 
 def uses_gpu(config: PretrainConfig) -> bool:
     """Return whether training will use a GPU."""
-    if config.engine.device == "cpu" or not any(name.startswith("nvidia") for name in os.listdir("/dev")):
-        return False
-    import torch  # takes seconds
-
-    return torch.cuda.is_available()
+    return config.engine.device != "cpu" and num_gpus() > 0
