@@ -145,7 +145,7 @@ def segmentation_grid(examples: Sequence[tuple[Tensor, Tensor, Tensor]], names: 
 
 
 def bar_chart(values: dict[str, float], xlabel: str) -> Figure:
-    """Draw one bar per name, the longest first; of more than 2 * MAX_CLASSES only the longest and the shortest."""
+    """Draw one bar of 0 to 100 per name, the longest first; of more than 2 * MAX_CLASSES only the longest and the shortest."""
     ordered = sorted(values.items(), key=lambda pair: pair[1])
     if len(ordered) > 2 * MAX_CLASSES:
         ordered = ordered[:MAX_CLASSES] + ordered[-MAX_CLASSES:]
@@ -155,6 +155,7 @@ def bar_chart(values: dict[str, float], xlabel: str) -> Figure:
     if len(ordered) < len(values):
         axis.set_title(f"the {MAX_CLASSES} best and the {MAX_CLASSES} worst of {len(values)} classes", fontsize=9)
     axis.set_ylim(-0.6, len(ordered) - 0.4)
+    axis.set_xlim(0, 100)
     style_axis(axis, xlabel)
     return figure
 
@@ -170,10 +171,10 @@ def class_colours(count: int) -> np.ndarray:
 
 
 def blend_classes(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.65) -> np.ndarray:
-    """Return the image uint8 [H, W, 3] blended with the colours of its classes; pixels of no class are blended grey."""
+    """Return the image uint8 [H, W, 3] in grey, blended with the colours of its classes; pixels of no class stay grey."""
     valid = labels < len(colours)
     overlay = np.where(valid[..., None], colours[np.where(valid, labels, 0)], 128)
-    return (image * (1 - alpha) + overlay * alpha).astype(np.uint8)
+    return (image.mean(-1, keepdims=True) * (1 - alpha) + overlay * alpha).astype(np.uint8)
 
 
 def add_legend(picture: np.ndarray, names: Sequence[str], colours: Sequence[Sequence[int]]) -> Image.Image:

@@ -267,7 +267,7 @@ class Finetune(ClassificationTask):
         accuracies, title = [name for name in rows[-1] if name.endswith("top1")], "validation top-1 in %"
         shown = torch.randperm(len(self._examples[0]), generator=torch.Generator().manual_seed(0))[:EXAMPLES_SHOWN]
         images, labels, logits = (each[shown] for each in self._examples)
-        panels = {"loss": ["loss/total"], title: accuracies, "lr": ["lr"]}
+        panels = {"loss": ["loss/total"], title: accuracies, "learning rate": ["lr"]}
         return {
             "curves": curves(rows, panels, {title: baselines.by_label(results)}),
             "confusion": confusion_matrix(self.counts, self.labels.names),

@@ -158,7 +158,11 @@ class SegmentationTask(SupervisedTask):
         }
 
     def figures(self, rows: list[dict[str, float]], results: dict[str, Any]) -> dict[str, Figure]:
-        groups = {"loss": ["loss/total"], "validation, in %": [f"val/{name}" for name in METRICS], "lr": ["lr"]}
+        groups = {
+            "loss": ["loss/total"],
+            "validation, in %": [f"val/{name}" for name in METRICS],
+            "learning rate": ["lr"],
+        }
         return {
             "curves": curves(rows, groups),
             "overlays": segmentation_grid(self._examples, self.classes),

@@ -158,7 +158,7 @@ def label(metric: str) -> str:
     parts = metric.split("/")
     taps = [part for part in parts if part.startswith("tap_")]
     if not taps:
-        return parts[-1].replace("_", " ")
+        return parts[-1].replace("_", " ").replace("miou", "mIoU")
     place = parts.index(taps[0])
     branch = [] if parts[0] in ("loss", "error") else [part for part in parts[:place] if part in BRANCHES]
     return ", ".join((*branch, f"block {int(taps[0].removeprefix('tap_'))}", *parts[place + 1 :]))
