@@ -145,7 +145,7 @@ def segmentation_grid(examples: Sequence[tuple[Tensor, Tensor, Tensor]], names: 
 
 
 def bar_chart(values: dict[str, float], xlabel: str) -> Figure:
-    """Draw one bar of 0 to 100 per name, the longest first; of more than 2 * MAX_CLASSES only the longest and the shortest."""
+    """Draw one bar of 0 to 100 per name, the longest first; of more than 2 * MAX_CLASSES the longest and shortest."""
     ordered = sorted(values.items(), key=lambda pair: pair[1])
     if len(ordered) > 2 * MAX_CLASSES:
         ordered = ordered[:MAX_CLASSES] + ordered[-MAX_CLASSES:]
@@ -171,7 +171,7 @@ def class_colours(count: int) -> np.ndarray:
 
 
 def blend_classes(image: np.ndarray, labels: np.ndarray, colours: np.ndarray, alpha: float = 0.65) -> np.ndarray:
-    """Return the image uint8 [H, W, 3] in grey, blended with the colours of its classes; pixels of no class stay grey."""
+    """Return the image uint8 [H, W, 3] in grey, blended with its classes' colours; pixels of no class stay grey."""
     valid = labels < len(colours)
     overlay = np.where(valid[..., None], colours[np.where(valid, labels, 0)], 128)
     return (image.mean(-1, keepdims=True) * (1 - alpha) + overlay * alpha).astype(np.uint8)
