@@ -42,11 +42,11 @@ demo: $(READY) data/demo/manifest.json
 
 # Two test modules at a time.
 test: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The golden curves in bf16, measured FLOPs of ViT-B, benchmarks.
 test-slow: $(DEV)
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 # Long tests of failures: kills, damaged files, signals, many ranks, two hosts. Their results make docs/reliability.md.
 test-faults: $(DEV)

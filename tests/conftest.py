@@ -30,7 +30,10 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # under nohup ranks would
     signal.signal(signal.SIGHUP, lambda *_: None)
 
 
-LONGEST = ("test_whole_runs", "test_golden", "test_tables")
+LONGEST = (
+    *("test_whole_runs", "test_golden", "test_tables", "test_own_photos", "test_triton", "test_plan", "test_site"),
+    *("test_crashes", "test_finetune", "test_launcher", "test_nothing_is_lost", "test_knn", "test_linear_probe"),
+)
 
 
 def pytest_addoption(parser):
@@ -38,7 +41,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Start with the longest modules: two run at a time, and the last one would run alone."""
+    """Start with the longest modules: two run at a time (without xdist's own order), and the last would run alone."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
