@@ -89,7 +89,8 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
     start = run.restore(state, loss_backend=loss_backend)
     run.describe(start, num_steps, f"{config.engine.precision}, ZeRO {engine.stage}, loss backend {loss_backend}")
     if is_main():
-        expected = expected_seconds(config, num_steps - start, run.rank_batch)
+        with run.timer.measure("evaluate"):  # its time is not the first step's
+            expected = expected_seconds(config, num_steps - start, run.rank_batch)
         logger.info("expected time: about %s, without evaluations", clock(expected))
         for risk in collapse_risks(config, num_steps):
             logger.warning("%s", risk)
