@@ -47,7 +47,8 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     settings = [row.config.to_dict(), evaluation.to_dict()]
     for each in settings:
         each["train"].pop("seed")
-        each.get("engine", {}).pop("device", None)  # rows of a CPU and a GPU have equal keys
+        for field in ("device", "direct_calls", "lean_reduction"):  # which change the speed alone
+            each.get("engine", {}).pop(field, None)
         if not each.get("init"):
             each.pop("init", None)
         for field in ("val_share", "labels"):  # of folders of images; shards have neither

@@ -156,6 +156,8 @@ class PretrainEngineConfig(EngineConfig):
     # Taps are decoded as one batch, or one by one for less memory; auto: sequential on a CPU if they are large.
     tap_execution: Literal["auto", "batched", "sequential"] = "auto"
     skip_unused_tokens: bool = True  # do not compute outputs that no loss reads
+    direct_calls: bool = True  # call the functions of a block's layers, without their modules' hooks; not at ZeRO-3
+    lean_reduction: bool = True  # copy gradients into buckets in one launch, and wait for their sums on the device only
     decoder_activation_checkpointing: bool = False  # activation checkpointing of the decoders alone
     compile: bool = False  # torch.compile encoder, decoders and teacher
     teacher_stream: bool = False  # run the teacher on its own CUDA stream, beside the student
@@ -183,7 +185,7 @@ class PretrainConfig(Experiment):
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
         *("probe_every", "token.tokenizer", "model.init", "init"),  # a checkpoint replaces initial weights
         *("engine.tap_execution", "engine.skip_unused_tokens", "engine.decoder_activation_checkpointing"),
-        *("engine.compile", "engine.teacher_stream"),
+        *("engine.compile", "engine.teacher_stream", "engine.direct_calls", "engine.lean_reduction"),
     }
 
     @property

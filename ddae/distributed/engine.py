@@ -15,6 +15,7 @@ from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import barrier, device, record_collectives, sum_over_ranks, world_size
 from ddae.distributed.cores import bind_cores
 from ddae.distributed.failures import operators_may_be_built
+from ddae.distributed.gradient_reduction import install_reduction
 from ddae.distributed.logs import configure_logging
 from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
@@ -101,8 +102,10 @@ class Engine:
     here on the device instead: AdamW's fused kernel takes `found_inf` and `grad_scale`, as GradScaler uses them.
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW, ds_json: dict[str, Any]):
-        """Raise UserError if DeepSpeed rejects the JSON."""
+    def __init__(
+        self, module: nn.Module, optimizer: torch.optim.AdamW, ds_json: dict[str, Any], lean_reduction: bool = True
+    ):
+        """Raise UserError if DeepSpeed rejects the JSON. lean_reduction: see gradient_reduction.py."""
         try:
             deepspeed.DeepSpeedConfig(ds_json)
         except Exception as error:  # pydantic's, DeepSpeed's own, assertions
@@ -117,6 +120,8 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=ds_json, dist_init_required=False
             )
+        if lean_reduction:
+            install_reduction(self.deepspeed, ds_json)
         self.adam = optimizer
         self.zero = ZeroState(self.deepspeed, optimizer)
         self.stage = self.zero.stage
@@ -176,8 +181,7 @@ class Engine:
 
     def _check_and_clip(self) -> None:
         """Tell AdamW, on the device, whether to skip this step and what to divide the gradients by."""
-        norms = torch._foreach_norm(self.zero.gradients(), dtype=torch.float32)
-        squares = torch.stack(list(norms)).square().sum()
+        squares = self.zero.gradient_norms().square().sum()
         if self.sharded:
             sum_over_ranks(squares)  # at stage 0 all ranks have the same gradients
         norm = squares.sqrt()

@@ -37,6 +37,7 @@ REQUIRED = {  # ZeRO stage -> attributes of DeepSpeed's optimizer (ours itself a
     ),
 }
 REQUIRED_OF_PARAMETERS = {0: (), 1: ("_hp_mapping",), 2: ("_hp_mapping",), 3: ("ds_numel", "ds_shape", "ds_tensor")}
+NORM_ROW = 4096  # numbers of a flat gradient whose norm is taken at a time: a CPU rounds longer sums visibly
 AVERAGES = ("exp_avg", "exp_avg_sq")  # Adam's, beside "weight" for the master weights
 
 
@@ -77,13 +78,20 @@ class ZeroState:
         parameters: list[nn.Parameter] = list(self.module.parameters())
         return [by_parameter.get(parameter, parameter) for parameter in parameters]
 
-    def gradients(self) -> list[Tensor]:
-        """Return this rank's averaged gradients before a step, at stages 0 to 2."""
+    def gradient_norms(self) -> Tensor:
+        """Return the norms of parts of this rank's averaged gradients before a step, at stages 0 to 2: float32 [n]."""
         if self.stage == 0:
-            found = [parameter.grad for parameter in self.module.parameters()]
-        else:
-            found = [gradient for group in self.optimizer.averaged_gradients.values() for gradient in group]
-        return [gradient for gradient in found if gradient is not None]
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            return torch.stack(torch._foreach_norm(gradients, dtype=torch.float32))
+        norms: list[Tensor] = []
+        for group in self.optimizer.averaged_gradients.values():
+            if (flat := getattr(group, "flat_partition", None)) is None:
+                norms += torch._foreach_norm(group, dtype=torch.float32)
+                continue
+            rows, rest = flat.split([flat.numel() // NORM_ROW * NORM_ROW, flat.numel() % NORM_ROW])
+            norms.append(torch.linalg.vector_norm(rows.view(-1, NORM_ROW), dim=1, dtype=torch.float32))
+            norms.append(torch.linalg.vector_norm(rest, dtype=torch.float32))
+        return torch.cat([norm.view(-1) for norm in norms])
 
     def shards(self, module: nn.Module, kind: str) -> list[TensorShard]:
         """Return this rank's slices of a module's master weights (kind "weight") or of an average of Adam's: views."""

@@ -15,7 +15,7 @@ from ddae.config.pretrain import PretrainConfig, beta_names, tap_name
 from ddae.method.branches import Branch, ClsBranch, FeatureBranch, Inputs, PixelBranch, TokenBranch, Tokens
 from ddae.models.decoder import Decoder
 from ddae.models.patches import normalise
-from ddae.models.vit import Encoder, Mlp, initialise
+from ddae.models.vit import Block, Encoder, Mlp, initialise
 
 
 class Losses(NamedTuple):
@@ -113,6 +113,7 @@ def build_uninitialised_model(config: PretrainConfig) -> PretrainModel:
 def _apply_engine_settings(model: PretrainModel, config: PretrainConfig) -> None:
     """Apply the settings that change speed and memory, not the results."""
     engine = config.engine
+    set_direct_calls(model, engine.direct_calls)
     for module in model.modules():
         if isinstance(module, Encoder | Decoder | ClsBranch):
             of_decoders = isinstance(module, Decoder) and engine.decoder_activation_checkpointing
@@ -120,3 +121,10 @@ def _apply_engine_settings(model: PretrainModel, config: PretrainConfig) -> None
             for mlp in (each for each in module.modules() if isinstance(each, Mlp)):
                 # Its hooks would replace those of activation checkpointing.
                 mlp.save_gelu_output = module.activation_checkpointing or engine.tap_execution != "sequential"
+
+
+def set_direct_calls(model: nn.Module, direct: bool) -> None:
+    """Let transformer blocks call the functions of their submodules, not the submodules with their hooks."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.direct_calls = direct

@@ -94,9 +94,18 @@ class Mlp(timm_mlp.Mlp):
         with saved_tensors_hooks(pack, unpack):
             return self.fc2(activated)
 
+    def call_functions(self, tokens: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Compute forward() by functions of the weights; saves GELU's output."""
+        fc1, fc2 = self.fc1, self.fc2
+        return F.linear(F.gelu(F.linear(tokens, fc1.weight, fc1.bias)), fc2.weight, fc2.bias)
+
 
 class Block(timm_vit.Block):
     """timm's pre-norm transformer block, which can skip computing unused output tokens."""
+
+    # Call functions with the weights of the submodules, not the submodules: equal outputs with less work for the host.
+    # Hooks of the submodules, by which ZeRO-3 gathers weights, are ignored; so is stochastic depth.
+    direct_calls = False
 
     def __init__(self, width: int, heads: int, **options):
         shared: dict[str, Any] = {"mlp_ratio": 4, "qkv_bias": True, "norm_layer": LayerNorm, "mlp_layer": Mlp}
@@ -117,9 +126,30 @@ class Block(timm_vit.Block):
         options equal the plain computation up to rounding, and exclude bias and stochastic depth.
         """
         if num_outputs is None and mask_tokens is None:
-            return super().forward(tokens, bias)
+            return self._call_functions(tokens, bias) if self.direct_calls else super().forward(tokens, bias)
         tokens = self.attend(tokens, num_outputs, mask_tokens)
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))
+
+    def _call_functions(
+        self, tokens: Float[Tensor, "B T D"], bias: Float[Tensor, "1 H T T"] | None
+    ) -> Float[Tensor, "B T D"]:
+        """Compute forward() without options by functions of the weights."""
+        attn: Any = self.attn
+        norm1, norm2, qkv, proj, mlp = self.norm1, self.norm2, attn.qkv, attn.proj, self.mlp
+        batch, length, width = tokens.shape
+        normed = F.layer_norm(tokens, norm1.normalized_shape, norm1.weight, norm1.bias, norm1.eps)
+        heads = F.linear(normed, qkv.weight, qkv.bias).view(batch, length, 3, attn.num_heads, -1)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        if not isinstance(attn.q_norm, nn.Identity):  # of some published encoders
+            query, key = attn.q_norm(query), attn.k_norm(key)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+        update = F.linear(attended.transpose(1, 2).reshape(batch, length, width), proj.weight, proj.bias)
+        if has_layer_scale := not isinstance(self.ls1, nn.Identity):
+            update = self.ls1(update)
+        tokens = tokens + update
+        normed = F.layer_norm(tokens, norm2.normalized_shape, norm2.weight, norm2.bias, norm2.eps)
+        update = mlp.call_functions(normed) if mlp.save_gelu_output else mlp(normed)
+        return tokens + (self.ls2(update) if has_layer_scale else update)
 
     def attend(
         self, tokens: Float[Tensor, "B T D"], num_outputs: int | None, mask_tokens: MaskTokens | None

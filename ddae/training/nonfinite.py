@@ -143,6 +143,9 @@ class LayerMaxima(AbstractContextManager):
         self._hooks: list = []
 
     def __enter__(self) -> "LayerMaxima":
+        self._direct = [module for module in self.module.modules() if getattr(module, "direct_calls", False)]
+        for module in self._direct:
+            module.direct_calls = False  # which ignore hooks
         for path, module in self.module.named_modules():
             name = path or type(module).__name__
             lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
@@ -154,6 +157,8 @@ class LayerMaxima(AbstractContextManager):
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for module in self._direct:
+            module.direct_calls = True
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return {"encoder.blocks.0": {"output": 3.1, "gradient": 0.2}}, in the order in which the layers ran."""

@@ -23,7 +23,7 @@ from ddae.export.encoder import load_tokenizer
 from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance, neighbour_weight
-from ddae.method.model import Losses, PretrainModel
+from ddae.method.model import Losses, PretrainModel, set_direct_calls
 from ddae.method.partial_supervision import draw_subset, draw_taps
 from ddae.method.teacher import Teacher
 from ddae.models.decoder import Decoder
@@ -61,7 +61,8 @@ def resolve_auto(config: PretrainConfig, ds_json: dict[str, Any]) -> PretrainCon
     if execution == "auto":
         sequential = device().type == "cpu" and not is_stage_3 and _largest_activation(config, micro_batch) > LARGE
         execution = "sequential" if sequential else "batched"
-    return replace(config, engine=replace(config.engine, tap_execution=execution))
+    direct_calls = config.engine.direct_calls and not is_stage_3  # whose hooks gather the weights
+    return replace(config, engine=replace(config.engine, tap_execution=execution, direct_calls=direct_calls))
 
 
 def _largest_activation(config: PretrainConfig, images: int) -> int:
@@ -165,6 +166,7 @@ def build_teacher(config: PretrainConfig, engine: Engine) -> Teacher | None:
 def configure_teacher(teacher: Teacher, config: PretrainConfig) -> None:
     """Apply the settings that change the teacher's speed, not its targets."""
     teacher.skip_unused_tokens = config.engine.skip_unused_tokens
+    set_direct_calls(teacher.module, config.engine.direct_calls)  # it is no part of the engine, at ZeRO-3 neither
     teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
 
 

@@ -11,7 +11,7 @@ COUNTS = [2, *(pytest.param(count, marks=pytest.mark.faults) for count in (1, 4)
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
-    """Return a function errors(count) -> {(stage, micro-batches a step): errors} of tests/support/numerics.py.
+    """Return a function errors(count) -> {(stage, micro-batches a step, precision): errors} of support/numerics.py.
 
     count: number of ranks.
     """
@@ -19,14 +19,17 @@ def errors(tmp_path_factory):
 
     @functools.cache
     def errors(count):
-        cases = [(stage, micro_batches) for stage in range(4) for micro_batches in (1, 2)]
+        cases = [(stage, micro_batches, "fp32") for stage in range(4) for micro_batches in (1, 2)]
+        cases.append((2, 2, "bf16"))
         runs = []
-        for stage, micro_batches in cases:
+        for stage, micro_batches, precision in cases:
             ds_json = json.loads((ranks.ROOT / "ds_configs" / f"zero{stage}.json").read_text())
             ds_json["train_micro_batch_size_per_gpu"] = 16 // (count * micro_batches)
-            file = folder / f"{count}_{stage}_{micro_batches}.json"
+            if precision == "bf16":  # several buckets
+                ds_json["zero_optimization"]["reduce_bucket_size"] = 20000
+            file = folder / f"{count}_{stage}_{micro_batches}_{precision}.json"
             file.write_text(json.dumps(ds_json))
-            options = ("--engine.precision", "fp32", "--ds_config", str(file))
+            options = ("--engine.precision", precision, "--ds_config", str(file))
             runs.append(ranks.arguments("none", "none", stage, *options))
         lines = ranks.run_program(count, ["tests/support/numerics.py"], runs).splitlines()
         results = [json.loads(line.removeprefix("ERRORS ")) for line in lines if line.startswith("ERRORS")]
@@ -38,12 +41,18 @@ def errors(tmp_path_factory):
 @pytest.mark.parametrize("count", COUNTS)
 def test_gradients_equal_plain_autograd(count, errors, record_result):
     """Gradients of all parameters and betas against plain autograd, ZeRO 0 to 3, one and two micro-batches a step."""
-    results = errors(count)
+    results = {case: result for case, result in errors(count).items() if case[-1] == "fp32"}
     for case, result in results.items():
         assert result["parameters"] < 1e-6, case
         assert result["betas"] < 1e-6, case
     worst = max(max(result["parameters"], result["betas"]) for result in results.values())
     record_result(f"largest difference {worst:.1e} of the layer's largest gradient")
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_reduced_gradients_are_those_of_deepspeed(count, errors):
+    """Averaged gradients of gradient_reduction.py and of DeepSpeed's own hooks, to the bit, also in bf16."""
+    assert {case: result["reduction"] for case, result in errors(count).items() if result["reduction"]} == {}
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -4,6 +4,7 @@ Reads command-line arguments from standard input, one JSON list a line. For each
 JSON after the word ERRORS, the largest of all ranks.
 """
 
+import copy
 import json
 import sys
 
@@ -31,13 +32,13 @@ from ddae.training.step import ForwardPass, TeacherTargets, build_targets
 def compare(args: list[str]) -> dict[str, float]:
     """Return the relative errors of the parameters' gradients, the betas' gradients and the EMA teacher.
 
-    An error of parameters is relative to the largest gradient of their layer.
+    An error of parameters is relative to the largest gradient of their layer. "reduction" is the largest difference
+    between gradients that this project and DeepSpeed have reduced.
     """
     config = parse(args)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     accumulation = config.data.batch_size // (resolved.micro_batch * world_size())
-    model = build_model(config)
-    engine = Engine(model, build_optimizer(model, config.optim), resolved.json)
+    engine = Engine(*with_optimizer(config), copy.deepcopy(resolved.json))
     targets = build_targets(config, engine)
     assert isinstance(targets, TeacherTargets)
     teacher = targets.teacher
@@ -50,7 +51,7 @@ def compare(args: list[str]) -> dict[str, float]:
         batches.append(Batch(batch.images, batch.seeds + first + number * resolved.micro_batch, batch.samples))
 
     share = (1 / accumulation, "reference")
-    plain = EagerEngine(build_model(config), "fp32")
+    plain = EagerEngine(build_model(config), config.engine.precision)
     plain_betas = new_betas()
     for batch in batches:
         plain_forward = ForwardPass(config, plain, TeacherTargets(config, plain, teacher), plain_betas, *share)
@@ -61,15 +62,21 @@ def compare(args: list[str]) -> dict[str, float]:
         dist.all_reduce(gradient)
         expected[name] = gradient / world_size()
 
-    betas = new_betas()
-    for batch in batches:
-        losses = ForwardPass(config, engine, targets, betas, *share)(batch, 0.5)
-        engine.backward(losses.total)
-        if batch is not batches[-1]:
-            engine.step(0.0)
+    other = Engine(*with_optimizer(config), copy.deepcopy(resolved.json), lean_reduction=False)
+    betas, other_betas = new_betas(), new_betas()
+    for each, of_betas in ((other, other_betas), (engine, betas)):
+        for batch in batches:
+            losses = ForwardPass(config, each, targets, of_betas, *share)(batch, 0.5)
+            each.backward(losses.total)
+            if batch is not batches[-1]:
+                each.step(0.0)
+    reduction = max(
+        float((full_gradient(engine, ours).float() - full_gradient(other, theirs).view(-1)).abs().max())
+        for ours, theirs in zip(engine.module.parameters(), other.module.parameters(), strict=True)
+    )
     layers: dict[str, list[tuple[float, float]]] = {}
     for name, parameter in engine.module.named_parameters():
-        gradient = safe_get_full_grad(parameter).view_as(expected[name])
+        gradient = full_gradient(engine, parameter).view_as(expected[name])
         error = float((gradient - expected[name]).abs().max())
         layers.setdefault(name.rsplit(".", 2)[0], []).append((error, float(expected[name].abs().max())))
     worst = max(max(e for e, _ in of_layer) / max(m for _, m in of_layer) for of_layer in layers.values())
@@ -85,7 +92,28 @@ def compare(args: list[str]) -> dict[str, float]:
     dist.all_reduce(loss_gradient)
     expected_betas = loss_gradient / world_size() + values.grad
     betas_error = float((betas.gradient - expected_betas).abs().max() / expected_betas.abs().max())
-    return {"parameters": worst, "betas": betas_error, "teacher": teacher_error(engine, teacher)}
+    errors = {"parameters": worst, "betas": betas_error, "reduction": reduction}
+    return errors | {"teacher": teacher_error(engine, teacher)}
+
+
+def with_optimizer(config) -> tuple[torch.nn.Module, torch.optim.AdamW]:
+    """Return a new model and its optimizer."""
+    model = build_model(config)
+    return model, build_optimizer(model, config.optim)
+
+
+def full_gradient(engine: Engine, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the averaged gradient of a parameter, from the partitions of all ranks."""
+    averaged = getattr(engine.deepspeed.optimizer, "averaged_gradients", {})
+    if not any(hasattr(of_group, "flat_partition") for of_group in averaged.values()):
+        return safe_get_full_grad(parameter).flatten()
+    whole, mapping = torch.zeros(parameter.numel()), parameter._hp_mapping
+    if mapping is not None:
+        address, start = mapping.get_hp_fragment_address(), mapping.lp_fragment_address.start
+        flat = averaged[mapping.param_group_index].flat_partition
+        whole[start : start + address.numel] = flat.narrow(0, address.start, address.numel)
+    dist.all_reduce(whole)
+    return whole
 
 
 def teacher_error(engine: Engine, teacher) -> float:
