@@ -1,6 +1,7 @@
 """Decoded images in memory: a small data set is decoded once, not in every epoch."""
 
 import logging
+import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,8 @@ def require_shared_memory(needed: int, workers: int) -> None:
         return
     if needed > free:
         sizes = f"{needed / 1e6:.0f} MB for what {workers} workers keep ready, and has {free / 1e6:.0f} MB"
-        fix = "Start the container with --shm-size=8g, or pass fewer workers or a smaller batch."
+        size = max(8, math.ceil(needed / 1e9))
+        fix = f"Start the container with --shm-size={size}g, or pass fewer --data.workers or a smaller batch."
         raise UserError(f"{SHARED_MEMORY} needs {sizes}. {fix}")
 
 

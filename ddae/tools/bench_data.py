@@ -123,7 +123,7 @@ def undecoded_batches(data: str, workers: int) -> Generator[torch.Tensor, None, 
     """Yield the file lengths of batches that the reader threads have read but not decoded: int64 [B]."""
     config = ShardsConfig(train=data, batch_size=4 * BATCH, workers=workers, backend="dali")
     loader = Loader(config, SIZE, 0, RankBatch(4 * BATCH, 4 * BATCH, 0, 1), torch.device("cpu"))
-    for micro in loader.read_files(0):
+    for micro in loader.raw_batches(0):
         yield micro.lengths
 
 

@@ -169,7 +169,7 @@ def test_ranks_together_read_each_sample_once_per_epoch(shards, world_size, rema
     assert {loader.epoch_samples for loader in loaders} == {100 if remainder == "carry_over" else 96}
     per_rank = []
     for loader in loaders:
-        files = loader.read_files(0)
+        files = loader.raw_batches(0)
         per_rank.append([raw.plan.samples for raw in itertools.islice(files, 25)])  # six epochs of 100
         files.close()
     steps = [torch.cat(step) for step in zip(*per_rank, strict=True)]
@@ -180,7 +180,7 @@ def test_ranks_together_read_each_sample_once_per_epoch(shards, world_size, rema
     if remainder == "drop":
         dropped = {tuple(set(range(100)) - set(samples.tolist())) for samples in epochs}
         assert len(dropped) > 1  # not the same samples in every epoch
-    one_rank = make_loader(shards, "dali", RankBatch(24, 24, 0, 1), remainder=remainder).read_files(0)
+    one_rank = make_loader(shards, "dali", RankBatch(24, 24, 0, 1), remainder=remainder).raw_batches(0)
     for step in steps:
         assert torch.equal(step, next(one_rank).plan.samples)
     one_rank.close()
@@ -297,13 +297,17 @@ def test_bad_samples_are_replaced_logged_and_counted(shards, tmp_path, monkeypat
 
 def test_out_of_memory_is_not_taken_for_a_bad_image(shards):
     class OutOfMemoryDecoder:
-        def decode(self, *_):
+        def submit(self, *_):
+            pass
+
+        def result(self):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     order, crop = EpochOrder(np.array([0, 100]), 0), crop_policy("random", (1, 1))
     reader = Reader(open_shards(str(shards), Cache(shards, 0)), order, RankBatch(4, 4, 0, 1), 32, crop, decodes=False)
+    decoder = FallbackDecoder(reader, lambda batch_size, queue: OutOfMemoryDecoder())
     with pytest.raises(torch.OutOfMemoryError):
-        FallbackDecoder(reader, lambda batch_size: OutOfMemoryDecoder()).decode(reader[0])
+        decoder.decode_next(map(reader.__getitem__, itertools.count()))
 
 
 @pytest.mark.parametrize("backend", ["pillow", "dali"])
