@@ -23,6 +23,7 @@ from ddae.config.base import ImageSize, height_width
 from ddae.data.decode import resize
 
 PROBE_TIMEOUT_S = 120.0  # after which the probe process counts as hung
+RESIZE = "resize"  # prefix of the names of the threads that resize
 MAX_PROBE_DIFFERENCE = 2.0  # largest mean difference, of 255, between region and whole-image decoding on a GPU
 
 # A forked process lacks the threads of its parent's pipelines, and finalising such a pipeline there (garbage in a
@@ -79,7 +80,7 @@ class DaliDecoder:
     ):
         self.size, self.device, on_gpu = size, device, device.type == "cuda"
         self.resize_in_dali = resize_in_dali or on_gpu
-        self.num_threads, self.threads = threads, ThreadPoolExecutor(threads)  # starts its threads on first use
+        self.num_threads, self.threads = threads, ThreadPoolExecutor(threads, RESIZE)  # starts its threads on first use
         # A separate stream: synchronising the trainer's stream would wait for the steps queued on it.
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         graph_size, graph_device = size if self.resize_in_dali else None, "gpu" if on_gpu else "cpu"
@@ -98,7 +99,7 @@ class DaliDecoder:
     def submit(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> None:
         """Queue a batch: files (uint8 arrays), boxes int64 [B, 4] (left, top, width, height), flips bool [B]."""
         left, top, width, height = boxes.int().unbind(1)
-        # Kept until the result is there: otherwise DALI's threads would drop the last reference to each array, for which
+        # Kept until the result is there: otherwise DALI's threads would drop the last reference to each file, for which
         # they would have to wait for Python's lock.
         files = [TensorCPU(file) for file in encoded]
         self.pipeline.feed_input("encoded", files)

@@ -60,9 +60,7 @@ class FallbackDecoder:
         return self.new_decoder(self.reader.rank_batch.micro_batch, DALI_QUEUE)
 
     def _submit(self, batch: RawBatch) -> None:
-        data, ends = batch.images.numpy(), batch.lengths.cumsum(0).tolist()
-        files = [data[start:end] for start, end in pairwise([0, *ends])]  # faster than split()
-        self.batch_decoder.submit(files, batch.plan.crops.boxes, batch.plan.crops.flips)
+        self.batch_decoder.submit(split_files(batch), batch.plan.crops.boxes, batch.plan.crops.flips)
 
     def _decode_one(self, row: int, sample: int, box: list[int], flip: bool) -> Tensor:
         self.reader.decode(row, sample, box, flip)  # fails first on most bad files, which spares a new DALI pipeline
@@ -75,6 +73,12 @@ class FallbackDecoder:
             self.single_decoder = None
             lines = [line for line in str(error).splitlines() if not line.startswith("Stacktrace")]
             raise ValueError(f"DALI cannot decode it: {one_line(' '.join(lines))}") from None
+
+
+def split_files(batch: RawBatch) -> list[np.ndarray]:
+    """Return the encoded files of a micro-batch, as views: uint8 arrays. Faster than split() of torch or NumPy."""
+    data, ends = batch.images.numpy(), batch.lengths.cumsum(0).tolist()
+    return [data[start:end] for start, end in pairwise([0, *ends])]
 
 
 def _raise_if_device_error(error: RuntimeError) -> None:

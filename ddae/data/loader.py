@@ -22,15 +22,15 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ddae.config.base import ImageSize, ShardsConfig, height_width
 from ddae.data.backend import Decoding, can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
-from ddae.data.dali_fallback import FallbackDecoder
+from ddae.data.dali_fallback import DALI_QUEUE, FallbackDecoder
 from ddae.data.file_io import raise_open_file_limit
 from ddae.data.masking import Mask
-from ddae.data.memory import DecodedImages, decode_all, require_shared_memory
+from ddae.data.memory import DecodedImages, SharedBuffers, decode_all, require_shared_memory
 from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader, add_masks
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
@@ -44,6 +44,7 @@ T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the synthetic data set
 DALI_PREFETCH = 2  # decoded micro-batches that are kept ready, besides those in DALI's queue
 PREFETCH_BATCHES = 2  # micro-batches that each worker process keeps ready
+BUFFER_SPARE = 1.5  # size of a buffer for encoded files over that of an average micro-batch
 MAX_BAD_FRACTION = 0.001  # of the data set; with more bad samples the run ends
 MAX_NAMES_SHOWN = 20  # bad samples listed in an error
 
@@ -134,11 +135,9 @@ class Loader:
             before = None if previous is None else previous.backend
             choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, before))
             self.backend, self.backend_reason = choice
-        if self.shards is not None:
-            pixels = self.PLANES * math.prod(height_width(self.size))
-            image = self.shards.length.mean() if self.backend == "dali" else pixels  # bytes that a worker sends
-            batches = self.workers * PREFETCH_BATCHES
-            require_shared_memory(int(batches * self.rank_batch.micro_batch * image), self.workers)
+        if self.shards is not None and self.backend != "dali":  # whose files are sent in SharedBuffers
+            batch = self.rank_batch.micro_batch * self.PLANES * math.prod(height_width(self.size))
+            require_shared_memory(self.workers * PREFETCH_BATCHES * batch, self.workers)
         if self.backend == "dali":
             works = all(gather(can_decode_regions(reader, self.config, self.device)))
             was_whole = previous is not None and previous.backend == "dali" and not previous.regions
@@ -207,9 +206,9 @@ class Loader:
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         closed, position = threading.Event(), [step * self.rank_batch.batch_size]
+        files = self.raw_batches(step * self.rank_batch.grad_accum_steps)  # starts processes, so before any thread
         if self.shards is not None and is_url(self.shards.paths[0]):
             threading.Thread(target=self._prefetch_shards, args=(self.shards, position, closed), daemon=True).start()
-        files = self.raw_batches(step * self.rank_batch.grad_accum_steps)
         stream = self._dali_batches(files) if self.backend == "dali" else files
         try:
             for raw in stream:
@@ -243,9 +242,12 @@ class Loader:
         Its worker processes are started here, not at the first batch.
         """
         workers = 0 if self.shards is None else self.workers
-        options = {"prefetch_factor": PREFETCH_BATCHES} if workers else {}
-        options["pin_memory"] = self.device.type == "cuda" and self.backend != "dali"  # DALI copies files to the GPU
-        return RawBatches(self._reader(), first, self.sample_masks, num_workers=workers, **options)
+        reads = _TaskReader(self._reader(), self.sample_masks)
+        if workers and self.shards is not None and self.backend == "dali":
+            count = workers * PREFETCH_BATCHES + DALI_QUEUE + 1  # ready, in DALI's queue, and the last one of it
+            size = BUFFER_SPARE * self.rank_batch.micro_batch * self.shards.length.mean()
+            reads.buffers = SharedBuffers(count, math.ceil(size))
+        return RawBatches(reads, first, workers, self.device.type == "cuda" and self.backend == "pillow")
 
     def _record(self, batch: RawBatch) -> None:
         """Log bad samples that are new, and count decoded images and the time they took."""
@@ -280,30 +282,71 @@ class Loader:
             fetched = near
 
 
+class Task(NamedTuple):
+    """What a worker process is asked for."""
+
+    number: int  # of the micro-batch
+    buffer: int | None  # number of the buffer for its encoded files, if one is free
+
+
+class _TaskReader(Dataset):
+    """Reads micro-batches in a worker process. `buffers`, if set, take the encoded files to the training process."""
+
+    def __init__(self, reader: Reader, sample_masks: MaskSampler | None):
+        self.reader, self.sample_masks = reader, sample_masks
+        self.buffers: SharedBuffers | None = None
+
+    def __getitem__(self, task: Task) -> tuple[RawBatch, int | None]:
+        """Return the micro-batch and the task's buffer. `images` is empty if the buffer has them."""
+        batch = add_masks(self.sample_masks, self.reader[task.number])
+        if self.buffers is not None:
+            files = batch.images.numpy()
+            is_written = task.buffer is not None and self.buffers.write(task.buffer, files)
+            # An array is sent by value: /dev/shm may be small.
+            batch = batch._replace(images=torch.empty(0) if is_written else files)  # type: ignore[arg-type]
+        return batch, task.buffer
+
+
 class RawBatches(Iterator[RawBatch]):
     """Endless stream of micro-batches as the worker processes send them; without workers this process reads them."""
 
-    def __init__(self, reader: Reader, first: int, sample_masks: MaskSampler | None, **options: Any):
-        """first: number of the first micro-batch. options: of torch's DataLoader."""
+    def __init__(self, reads: _TaskReader, first: int, workers: int, pin_memory: bool):
+        """first: number of the first micro-batch."""
+        self._buffers = reads.buffers
         loader = DataLoader(
-            reader,
+            reads,
             batch_size=None,
-            collate_fn=partial(add_masks, sample_masks),  # type: ignore[arg-type]
-            sampler=itertools.count(first),  # type: ignore[arg-type]
+            collate_fn=_unchanged,
+            sampler=map(self._task, itertools.count(first)),  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=PREFETCH_BATCHES if workers else None,
+            pin_memory=pin_memory,
             worker_init_fn=ignore_signals,
             generator=torch.Generator(),  # it draws a seed that nothing uses; not from the global generator
-            **options,
         )
         self._stream: Any = iter(loader)  # starts the worker processes
 
+    def _task(self, number: int) -> Task:
+        return Task(number, None if self._buffers is None else self._buffers.take())
+
     def __next__(self) -> RawBatch:
-        return next(self._stream)
+        batch, buffer = next(self._stream)
+        if buffer is None or self._buffers is None:
+            return batch
+        if len(batch.images):  # too large for it, or an error
+            self._buffers.release(buffer)
+            return batch
+        return batch._replace(images=torch.from_numpy(self._buffers.read(buffer, int(batch.lengths.sum()))))
 
     def close(self) -> None:
         """End the worker processes."""
         # Explicitly: a traceback may keep the stream alive, and exit would wait for the workers.
         if hasattr(self._stream, "_shutdown_workers"):
             self._stream._shutdown_workers()
+
+
+def _unchanged(batch: T) -> T:
+    return batch
 
 
 def run_ahead(task: Callable[[], T], ahead: int) -> Generator[T, None, None]:

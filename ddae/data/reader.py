@@ -70,14 +70,13 @@ class RawBatch(NamedTuple):
     mask: Mask | None = None  # if the loader was given a mask sampler
 
     def __reduce__(self):
-        """Send all tensors but `images` by value: each one in shared memory costs the receiving process 0.3 ms."""
-        rest = (_convert(each, Tensor, Tensor.numpy) for each in self[1:])
-        return _from_arrays, (self.images, *rest)
+        """Pickle all tensors but `images` by value: each one in /dev/shm costs the receiving process 0.3 ms."""
+        return _from_arrays, (self.images, *(_convert(each, Tensor, Tensor.numpy) for each in self[1:]))
 
 
-def _from_arrays(images: Tensor, *rest: Any) -> RawBatch:
-    """Return the micro-batch whose other tensors are NumPy arrays here."""
-    return RawBatch(images, *(_convert(each, np.ndarray, torch.from_numpy) for each in rest))
+def _from_arrays(*fields: Any) -> RawBatch:
+    """Return the micro-batch with tensors instead of NumPy arrays."""
+    return RawBatch(*(_convert(each, np.ndarray, torch.from_numpy) for each in fields))
 
 
 def _convert(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
