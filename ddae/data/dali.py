@@ -98,13 +98,12 @@ class DaliDecoder:
 
     def submit(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> None:
         """Queue a batch: files (uint8 arrays), boxes int64 [B, 4] (left, top, width, height), flips bool [B]."""
-        left, top, width, height = boxes.int().unbind(1)
         # Kept until the result is there: otherwise DALI's threads would drop the last reference to each file, for which
         # they would have to wait for Python's lock.
         files = [TensorCPU(file) for file in encoded]
         self.pipeline.feed_input("encoded", files)
-        self.pipeline.feed_input("corner", torch.stack([top, left], 1).numpy())
-        self.pipeline.feed_input("shape", torch.stack([height, width], 1).numpy())
+        for name, columns in (("corner", [1, 0]), ("shape", [3, 2])):  # vertical, horizontal
+            self.pipeline.feed_input(name, np.ascontiguousarray(boxes.numpy()[:, columns], np.int32))
         if self.resize_in_dali:
             self.pipeline.feed_input("flip", flips.int().numpy())
         self._queued.append((files, flips))

@@ -302,8 +302,8 @@ class _TaskReader(Dataset):
         if self.buffers is not None:
             files = batch.images.numpy()
             is_written = task.buffer is not None and self.buffers.write(task.buffer, files)
-            # An array is sent by value: /dev/shm may be small.
-            batch = batch._replace(images=torch.empty(0) if is_written else files)  # type: ignore[arg-type]
+            # Arrays are sent by value: /dev/shm may be small.
+            batch = batch._replace(images=files[:0] if is_written else files)  # type: ignore[arg-type]
         return batch, task.buffer
 
 
