@@ -352,6 +352,22 @@ def test_out_of_memory_is_not_taken_for_a_bad_image(shards):
         decoder.decode_next(map(reader.__getitem__, itertools.count()))
 
 
+def test_only_the_batch_with_a_bad_image_is_decoded_image_by_image(shards, tmp_path):
+    """A new pipeline decodes those that were in the queue behind it."""
+    dali, made = pytest.importorskip("ddae.data.dali"), []
+    folder = damaged_copy(shards, tmp_path / "bad", {4: "garbage"})
+    reader = make_loader(folder, "dali", RankBatch(10, 10, 0, 1))._reader()
+
+    def new_decoder(batch, queue):
+        made.append(batch)
+        return dali.DaliDecoder(32, batch, 1, CPU, queue=queue)
+
+    decoder, files = FallbackDecoder(reader, new_decoder), map(reader.__getitem__, range(12))
+    bad = [sample for _ in range(10) for sample, _ in decoder.decode_next(files).bad]
+    assert bad == [4]
+    assert made == [10, 10, 1]
+
+
 def test_files_are_decoded_before_an_error_of_the_reader_after_them(shards):
     """The error arrives in its place, although DALI's queue was never full."""
     dali = pytest.importorskip("ddae.data.dali")
