@@ -51,6 +51,8 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
             each.get("engine", {}).pop(field, None)
         if not each.get("init"):
             each.pop("init", None)
+        if each["data"]["workers"] is None:
+            each["data"]["workers"] = 4  # the default of version 0.2, whose rows keep their keys
         for field in ("val_share", "labels"):  # of folders of images; shards have neither
             each["data"].pop(field)
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

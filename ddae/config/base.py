@@ -58,7 +58,7 @@ class ShardsConfig:
     remainder: Literal["carry_over", "drop"] = "carry_over"
     backend: Literal["auto", "dali", "pillow", "synthetic"] = "auto"  # image decoder; auto: the faster one here
     in_memory: bool = False  # decode a small data set once, with Pillow, and keep its images in memory
-    workers: int = 4  # Pillow's worker processes of a rank (0: the training process itself), or DALI's threads
+    workers: int | None = None  # a rank's worker processes and DALI's threads; None: its cores; 0: no processes
     hw_decoder_load: float = 0.65  # share of JPEGs that DALI gives to a GPU's hardware decoder
     cache: str = "data/cache"  # folder for shards downloaded from URLs
     cache_gib: float = 500.0  # largest size of that folder, in GiB

@@ -77,7 +77,7 @@ def own(images: Images, has_gpu: bool) -> PretrainConfig:
         feature=FeatureConfig(**branch),
         dynamic=DynamicConfig(lr_mult=4.0, beta_l2=0.01) if short else DynamicConfig(),
         teacher=TeacherConfig(momentum=round(0.5 ** (1 / (HALF_LIFE * steps)), 9)),
-        data=DataConfig(batch_size=size.batch_size, workers=4 if has_gpu else 1),
+        data=DataConfig(batch_size=size.batch_size, workers=None if has_gpu else 1),
         optim=OptimConfig(lr=size.lr, min_lr=size.lr / 30, warmup_epochs=round(WARMUP * steps / epoch_steps, 3)),
         train=TrainConfig(steps=steps, log_every=20, save_every=max(100, min(1000, steps // 4))),
         engine=PretrainEngineConfig(precision="bf16" if has_gpu else "fp32"),

@@ -12,6 +12,7 @@ import torch
 from ddae.config.base import ShardsConfig
 from ddae.data.decode import decode_crop
 from ddae.data.reader import Reader, SamplePlan
+from ddae.distributed.cores import num_workers
 from ddae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def measure(reader: Reader, config: ShardsConfig, device: torch.device) -> dict[
     from ddae.data.dali import DaliDecoder
 
     files, plan = first_files(reader, NUM_TIMED_IMAGES)
-    cores = min(max(1, config.workers), len(os.sched_getaffinity(0)))
+    cores = min(max(1, num_workers(config.workers)), len(os.sched_getaffinity(0)))
     decoder = DaliDecoder(reader.size, len(files), cores, device, hw_decoder_load=config.hw_decoder_load)
     seconds: dict[str, list[float]] = {"pillow": [], "dali": []}
     for _ in range(3):

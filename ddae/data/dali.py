@@ -7,20 +7,23 @@ DALI receives the bytes, crop box and flip of each image; all random numbers are
 # (DALI adds its operators at import time; its stubs do not list them.)
 
 import gc
-import itertools
 import multiprocessing
 import os
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.tensors import TensorCPU
 from torch import Tensor
 
 from ddae.config.base import ImageSize, height_width
 from ddae.data.decode import resize
 
 PROBE_TIMEOUT_S = 120.0  # after which the probe process counts as hung
+RESIZE = "resize"  # prefix of the names of the threads that resize
 MAX_PROBE_DIFFERENCE = 2.0  # largest mean difference, of 255, between region and whole-image decoding on a GPU
 
 # A forked process lacks the threads of its parent's pipelines, and finalising such a pipeline there (garbage in a
@@ -28,14 +31,15 @@ MAX_PROBE_DIFFERENCE = 2.0  # largest mean difference, of 255, between region an
 os.register_at_fork(after_in_child=gc.freeze)
 
 
-@pipeline_def(exec_async=False, exec_pipelined=False, prefetch_queue_depth=1)
+@pipeline_def
 def crop_graph(size: ImageSize | None, device: str, region: bool, hw_decoder_load: float):
     """Build the graph from (bytes, top-left corner, shape, flip) to uint8 [3, H, W] on `device` ("cpu", "gpu").
 
     region: decode the box alone; otherwise decode the whole image, then crop. size None: the box without resizing,
     uint8 [h, w, 3]. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
     """
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+    # no_copy: submit() says how long the files are kept.
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
     corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
     box = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
@@ -55,7 +59,9 @@ def crop_graph(size: ImageSize | None, device: str, region: bool, hw_decoder_loa
 
 
 class DaliDecoder:
-    """Decodes and resizes batches of a fixed size.
+    """Decodes and resizes batches of a fixed size, `queue` of them ahead, in threads without Python's lock.
+
+    submit() as many batches as the queue holds, then alternate result() and submit().
 
     threads: CPU threads; region and hw_decoder_load: see crop_graph().
     resize_in_dali: resize in DALI's graph, which a GPU always does; otherwise torch resizes in `threads` threads.
@@ -70,33 +76,68 @@ class DaliDecoder:
         region: bool = True,
         hw_decoder_load: float = 0,
         resize_in_dali: bool = False,
+        queue: int = 1,
     ):
         self.size, self.device, on_gpu = size, device, device.type == "cuda"
         self.resize_in_dali = resize_in_dali or on_gpu
-        self.threads = ThreadPoolExecutor(threads)  # starts its threads on first use
+        self.num_threads, self.threads = threads, ThreadPoolExecutor(threads, RESIZE)  # starts its threads on first use
         # A separate stream: synchronising the trainer's stream would wait for the steps queued on it.
         self.stream = torch.cuda.Stream(device) if on_gpu else None
         graph_size, graph_device = size if self.resize_in_dali else None, "gpu" if on_gpu else "cpu"
         options = {"batch_size": batch_size, "num_threads": threads, "device_id": device.index if on_gpu else None}
+        options["prefetch_queue_depth"] = queue
         self.pipeline = crop_graph(graph_size, graph_device, region, hw_decoder_load, **options)
         self.pipeline.build()
+        self.queue, self._submitted = queue, 0
+        self._queued: deque[tuple[list[TensorCPU], Tensor]] = deque()  # files and flips of each batch
 
     def decode(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> Tensor:
-        """Decode files (uint8 arrays), boxes int64 [B, 4] (left, top, width, height), flips bool [B].
+        """Return result() of this batch alone, for a queue of 1."""
+        self.submit(encoded, boxes, flips)
+        return self.result()
 
-        Return uint8 [B, 3, H, W]. Raise RuntimeError if an image cannot be decoded; the decoder is unusable afterwards.
-        """
-        left, top, width, height = boxes.int().unbind(1)
-        self.pipeline.feed_input("encoded", encoded)
-        self.pipeline.feed_input("corner", torch.stack([top, left], 1).numpy())
-        self.pipeline.feed_input("shape", torch.stack([height, width], 1).numpy())
+    def submit(self, encoded: list[np.ndarray], boxes: Tensor, flips: Tensor) -> None:
+        """Queue a batch: files (uint8 arrays), boxes int64 [B, 4] (left, top, width, height), flips bool [B]."""
+        # Kept until the result is there: otherwise DALI's threads would drop the last reference to each file, for which
+        # they would have to wait for Python's lock.
+        files = [TensorCPU(file) for file in encoded]
+        self.pipeline.feed_input("encoded", files)
+        for name, columns in (("corner", [1, 0]), ("shape", [3, 2])):  # vertical, horizontal
+            self.pipeline.feed_input(name, np.ascontiguousarray(boxes.numpy()[:, columns], np.int32))
         if self.resize_in_dali:
             self.pipeline.feed_input("flip", flips.int().numpy())
-        (images,) = self.pipeline.run()
-        if not self.resize_in_dali:
-            crops = [np.asarray(image) for image in images]  # views of DALI's memory, valid until the next run
-            resized = self.threads.map(resize, crops, flips.tolist(), itertools.repeat(self.size))
-            return torch.from_numpy(np.stack(list(resized)))
+        self._queued.append((files, flips))
+        self._submitted += 1
+        if self._submitted >= self.queue:  # the first call starts as many batches as the queue holds
+            self.pipeline.schedule_run()
+
+    def result(self) -> Tensor:
+        """Wait for the oldest batch of the queue. Return uint8 [B, 3, H, W].
+
+        Raise RuntimeError if an image cannot be decoded, or if the queue has never been full; the decoder is unusable
+        afterwards.
+        """
+        if self._submitted < self.queue:
+            raise RuntimeError(f"{self._submitted} batches were submitted to a queue of {self.queue}")
+        (images,) = self.pipeline.share_outputs()
+        _, flips = self._queued.popleft()
+        batch = self._copy(images) if self.resize_in_dali else self._resize(images, flips.tolist())
+        self.pipeline.release_outputs()
+        return batch
+
+    def _resize(self, images: Any, flips: list[bool]) -> Tensor:
+        batch = torch.empty(len(images), 3, *height_width(self.size), dtype=torch.uint8)
+        rows = iter(range(len(images)))  # that the threads share
+
+        def resize_rows() -> None:
+            for row in rows:
+                batch[row] = torch.from_numpy(resize(np.asarray(images[row]), flips[row], self.size))
+
+        for future in [self.threads.submit(resize_rows) for _ in range(self.num_threads)]:
+            future.result()
+        return batch
+
+    def _copy(self, images: Any) -> Tensor:
         if self.device.type != "cuda":
             return torch.from_numpy(np.array(images.as_tensor()))
         from nvidia.dali.plugin.pytorch import feed_ndarray

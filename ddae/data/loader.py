@@ -1,8 +1,9 @@
 """The data loader: an endless stream of micro-batches that can start at any step, with any back end.
 
-With Pillow, worker processes read and decode. With DALI, threads of the training process read, decode and (on a CPU)
-resize, without holding Python's GIL. A sample that cannot be decoded is logged, counted and replaced by the next of the
-data set; too many of them end the run.
+Worker processes plan crops, read the files and sample the masks, which leaves the interpreter lock of the training
+process to training. With Pillow they decode, too. With DALI the training process receives the files of whole
+micro-batches, and one of its threads passes them to DALI, which decodes in threads of its own. A sample that cannot be
+decoded is logged, counted and replaced by the next of the data set; too many of them end the run.
 """
 
 import atexit
@@ -16,32 +17,34 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from ddae.config.base import ImageSize, ShardsConfig, height_width
 from ddae.data.backend import Decoding, can_decode_regions, check_installed, choose_backend
 from ddae.data.cache import is_url, open_cache
-from ddae.data.dali_fallback import FallbackDecoder
+from ddae.data.dali_fallback import DALI_QUEUE, FallbackDecoder
 from ddae.data.file_io import raise_open_file_limit
 from ddae.data.masking import Mask
-from ddae.data.memory import DecodedImages, decode_all, require_shared_memory
-from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader
+from ddae.data.memory import DecodedImages, SharedBuffers, decode_all, require_shared_memory
+from ddae.data.reader import Augment, MaskSampler, RankBatch, RawBatch, Reader, SyntheticReader, add_masks
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import broadcast_from_main, gather, is_main
+from ddae.distributed.cores import num_workers
 from ddae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SYNTHETIC_SAMPLES = 65536  # size of the synthetic data set
-DALI_PREFETCH = 2  # micro-batches that DALI decodes ahead
-PREFETCH_BATCHES = 4  # micro-batches that each worker process keeps ready
+DALI_PREFETCH = 2  # decoded micro-batches that are kept ready, besides those in DALI's queue
+PREFETCH_BATCHES = 2  # micro-batches that each worker process keeps ready
+BUFFER_SPARE = 1.5  # size of a buffer for encoded files over that of an average micro-batch
 MAX_BAD_FRACTION = 0.001  # of the data set; with more bad samples the run ends
 MAX_NAMES_SHOWN = 20  # bad samples listed in an error
 
@@ -69,7 +72,7 @@ class Loader:
     """The training data of a run and its stream of micro-batches."""
 
     READER: type[Reader] = Reader
-    PLANES = 3  # bytes of a pixel that worker processes send
+    PLANES = 3  # bytes of a pixel that Pillow's worker processes send
 
     def __init__(
         self,
@@ -84,10 +87,11 @@ class Loader:
         """Open the shards. Raise UserError if there are fewer images than ranks, or less than a batch to drop from.
 
         augment: applied to each cropped image in Pillow's worker processes; rules DALI out.
-        sample_masks: draws the masks of a micro-batch from its seeds, ahead of its use.
+        sample_masks: draws the masks of a micro-batch from its seeds, in the worker processes.
         """
         self.config, self.rank_batch, self.device, self.size = config, rank_batch, device, size
         self.augment, self.sample_masks = augment, sample_masks
+        self.workers = num_workers(config.workers)
         if config.in_memory and config.backend not in ("auto", "pillow"):
             problem = f"data.in_memory is set, but data.backend is {config.backend}; expected pillow"
             raise UserError(f"{problem}. Leave out --data.backend or --data.in_memory.")
@@ -131,15 +135,15 @@ class Loader:
             before = None if previous is None else previous.backend
             choice = broadcast_from_main(lambda: choose_backend(reader, self.config, self.device, before))
             self.backend, self.backend_reason = choice
-        if self.backend != "dali" and self.shards is not None:
+        if self.shards is not None and self.backend != "dali":  # whose files are sent in SharedBuffers
             batch = self.rank_batch.micro_batch * self.PLANES * math.prod(height_width(self.size))
-            require_shared_memory(self.config.workers * PREFETCH_BATCHES * batch, self.config.workers)
+            require_shared_memory(self.workers * PREFETCH_BATCHES * batch, self.workers)
         if self.backend == "dali":
             works = all(gather(can_decode_regions(reader, self.config, self.device)))
             was_whole = previous is not None and previous.backend == "dali" and not previous.regions
             self._decode_regions = works and not was_whole
         if self.config.in_memory and self.shards is not None and not self._selected:
-            self._decoded = decode_all(self.shards, max(1, self.config.workers))
+            self._decoded = decode_all(self.shards, max(1, self.workers))
         self._selected = True
 
     @property
@@ -148,9 +152,11 @@ class Loader:
         return Decoding(self.backend, self._decode_regions)
 
     def describe(self) -> str:
-        """Return the number of images, the back end and the handling of an epoch's last batch, for the log."""
+        """Return the number of images, the back end, the workers and the handling of a last batch, for the log."""
         text = f"{self.num_samples} images from {self.backend}"
         text += f" ({self.backend_reason})" if self.backend_reason else ""
+        if self.shards is not None:
+            text += f", {self.workers} worker{'' if self.workers == 1 else 's'}"
         if self.shards is not None and self.shards.num_bad:
             text += f", {self.shards.num_bad} more are listed as bad"
         if self.config.weights:
@@ -200,10 +206,10 @@ class Loader:
 
     def _batches(self, step: int) -> Generator[Batch, None, None]:
         closed, position = threading.Event(), [step * self.rank_batch.batch_size]
+        files = self.raw_batches(step * self.rank_batch.grad_accum_steps)  # starts processes, so before any thread
         if self.shards is not None and is_url(self.shards.paths[0]):
             threading.Thread(target=self._prefetch_shards, args=(self.shards, position, closed), daemon=True).start()
-        first = step * self.rank_batch.grad_accum_steps
-        stream = self._dali_batches(self.read_files(first)) if self.backend == "dali" else self._worker_batches(first)
+        stream = self._dali_batches(files) if self.backend == "dali" else files
         try:
             for raw in stream:
                 if raw.error:
@@ -221,6 +227,7 @@ class Loader:
         finally:
             closed.set()
             stream.close()
+            files.close()
 
     def _reader(self) -> Reader:
         if self.shards is None:
@@ -229,31 +236,18 @@ class Loader:
         options = crop, self.backend == "pillow", self.augment, self._decoded
         return self.READER(self.shards, self.order, self.rank_batch, self.size, *options)
 
-    def read_files(self, first: int) -> Generator[RawBatch, None, None]:
-        """Yield micro-batches of encoded files, read by threads, from number `first` on."""
-        reader, threads = self._reader(), max(1, self.config.workers)
-        tasks = (partial(reader.__getitem__, number) for number in itertools.count(first))
-        return ordered_thread_map(tasks, threads, 2 * threads)
+    def raw_batches(self, first: int) -> "RawBatches":
+        """Return the stream of micro-batches with masks from number `first` on, decoded only with Pillow.
 
-    def _worker_batches(self, first: int) -> Generator[RawBatch, None, None]:
-        """Yield micro-batches, read and decoded by worker processes, from number `first` on."""
-        workers = 0 if self.shards is None else self.config.workers
-        loader = DataLoader(
-            self._reader(),
-            batch_size=None,
-            collate_fn=partial(add_masks, self.sample_masks),  # type: ignore[arg-type]
-            sampler=itertools.count(first),  # type: ignore[arg-type]
-            num_workers=workers,
-            prefetch_factor=PREFETCH_BATCHES if workers else None,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
-        stream = iter(loader)
-        try:
-            yield from stream
-        finally:
-            if workers:  # explicitly: a traceback may keep the iterator alive, and exit would wait for the workers
-                stream._shutdown_workers()  # type: ignore[attr-defined]
+        Its worker processes are started here, not at the first batch.
+        """
+        workers = 0 if self.shards is None else self.workers
+        reads = _TaskReader(self._reader(), self.sample_masks)
+        if workers and self.shards is not None and self.backend == "dali":
+            count = workers * PREFETCH_BATCHES + DALI_QUEUE + 1  # ready, in DALI's queue, and the last one of it
+            size = BUFFER_SPARE * self.rank_batch.micro_batch * self.shards.length.mean()
+            reads.buffers = SharedBuffers(count, math.ceil(size))
+        return RawBatches(reads, first, workers, self.device.type == "cuda" and self.backend == "pillow")
 
     def _record(self, batch: RawBatch) -> None:
         """Log bad samples that are new, and count decoded images and the time they took."""
@@ -262,25 +256,18 @@ class Loader:
                 self.bad[sample] = reason
                 logger.warning("skipping %s: %s", self.sample_name(sample), reason)
         self._num_decoded += len(batch.lengths)
-        self._decode_seconds += batch.seconds / (max(1, self.config.workers) if self.backend == "pillow" else 1)
+        self._decode_seconds += batch.seconds / (max(1, self.workers) if self.backend == "pillow" else 1)
 
-    def _dali_batches(self, files: Generator[RawBatch, None, None]) -> Generator[RawBatch, None, None]:
-        """Yield micro-batches decoded by DALI, DALI_PREFETCH ahead."""
+    def _dali_batches(self, files: "RawBatches") -> Generator[RawBatch, None, None]:
+        """Yield the micro-batches decoded by DALI, DALI_PREFETCH ahead of their use."""
         from ddae.data.dali import DaliDecoder
 
-        def new_decoder(batch_size: int) -> DaliDecoder:
-            threads, load = max(1, self.config.workers), self.config.hw_decoder_load
-            return DaliDecoder(self.size, batch_size, threads, self.device, self._decode_regions, load)
+        def new_decoder(batch_size: int, queue: int) -> DaliDecoder:
+            threads, load = max(1, self.workers), self.config.hw_decoder_load
+            return DaliDecoder(self.size, batch_size, threads, self.device, self._decode_regions, load, queue=queue)
 
-        decoder = FallbackDecoder(self._reader(), new_decoder)
-
-        def decode() -> RawBatch:
-            return add_masks(self.sample_masks, decoder.decode(next(files)))
-
-        try:
-            yield from ordered_thread_map(itertools.repeat(decode), 1, DALI_PREFETCH)
-        finally:
-            files.close()
+        decoder = FallbackDecoder(self._reader(), new_decoder, self.sample_masks)
+        return run_ahead(partial(decoder.decode_next, files), DALI_PREFETCH)
 
     def _prefetch_shards(self, shards: Shards, position: list[int], closed: threading.Event) -> None:
         """Download the shards of the current and the next shuffle window before a reader needs them."""
@@ -295,22 +282,84 @@ class Loader:
             fetched = near
 
 
-def ordered_thread_map(tasks: Iterator[Callable[[], T]], num_threads: int, prefetch: int) -> Generator[T, None, None]:
-    """Yield the results of the tasks in order; threads run up to `prefetch` of them ahead."""
-    with ThreadPoolExecutor(num_threads) as threads:
-        futures = deque(threads.submit(task) for task in itertools.islice(tasks, prefetch))
+class Task(NamedTuple):
+    """What a worker process is asked for."""
+
+    number: int  # of the micro-batch
+    buffer: int | None  # number of the buffer for its encoded files, if one is free
+
+
+class _TaskReader(Dataset):
+    """Reads micro-batches in a worker process. `buffers`, if set, take the encoded files to the training process."""
+
+    def __init__(self, reader: Reader, sample_masks: MaskSampler | None):
+        self.reader, self.sample_masks = reader, sample_masks
+        self.buffers: SharedBuffers | None = None
+
+    def __getitem__(self, task: Task) -> tuple[RawBatch, int | None]:
+        """Return the micro-batch and the task's buffer. `images` is empty if the buffer has them."""
+        batch = add_masks(self.sample_masks, self.reader[task.number])
+        if self.buffers is not None:
+            files = batch.images.numpy()
+            is_written = task.buffer is not None and self.buffers.write(task.buffer, files)
+            # Arrays are sent by value: /dev/shm may be small.
+            batch = batch._replace(images=files[:0] if is_written else files)  # type: ignore[arg-type]
+        return batch, task.buffer
+
+
+class RawBatches(Iterator[RawBatch]):
+    """Endless stream of micro-batches as the worker processes send them; without workers this process reads them."""
+
+    def __init__(self, reads: _TaskReader, first: int, workers: int, pin_memory: bool):
+        """first: number of the first micro-batch."""
+        self._buffers = reads.buffers
+        loader = DataLoader(
+            reads,
+            batch_size=None,
+            collate_fn=_unchanged,
+            sampler=map(self._task, itertools.count(first)),  # type: ignore[arg-type]
+            num_workers=workers,
+            prefetch_factor=PREFETCH_BATCHES if workers else None,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+            generator=torch.Generator(),  # it draws a seed that nothing uses; not from the global generator
+        )
+        self._stream: Any = iter(loader)  # starts the worker processes
+
+    def _task(self, number: int) -> Task:
+        return Task(number, None if self._buffers is None else self._buffers.take())
+
+    def __next__(self) -> RawBatch:
+        batch, buffer = next(self._stream)
+        if buffer is None or self._buffers is None:
+            return batch
+        if len(batch.images):  # too large for it, or an error
+            self._buffers.release(buffer)
+            return batch
+        return batch._replace(images=torch.from_numpy(self._buffers.read(buffer, int(batch.lengths.sum()))))
+
+    def close(self) -> None:
+        """End the worker processes."""
+        # Explicitly: a traceback may keep the stream alive, and exit would wait for the workers.
+        if hasattr(self._stream, "_shutdown_workers"):
+            self._stream._shutdown_workers()
+
+
+def _unchanged(batch: T) -> T:
+    return batch
+
+
+def run_ahead(task: Callable[[], T], ahead: int) -> Generator[T, None, None]:
+    """Yield the results of one call of the task after the other; a thread calls it up to `ahead` times in advance."""
+    with ThreadPoolExecutor(1) as thread:
+        futures = deque(thread.submit(task) for _ in range(ahead))
         try:
             while True:
                 result = futures.popleft().result()
-                futures.append(threads.submit(next(tasks)))
+                futures.append(thread.submit(task))
                 yield result
         finally:
-            threads.shutdown(cancel_futures=True)
-
-
-def add_masks(sample_masks: MaskSampler | None, batch: RawBatch) -> RawBatch:
-    """Return the micro-batch with masks, if there is a mask sampler."""
-    return batch if sample_masks is None else batch._replace(mask=sample_masks(batch.plan.seeds))
+            thread.shutdown(cancel_futures=True)
 
 
 def ignore_signals(worker: int) -> None:

@@ -1,8 +1,12 @@
 """Decoded images in memory: a small data set is decoded once, not in every epoch."""
 
 import logging
+import math
+import mmap
 import os
 import shutil
+import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,8 +43,43 @@ def require_shared_memory(needed: int, workers: int) -> None:
         return
     if needed > free:
         sizes = f"{needed / 1e6:.0f} MB for what {workers} workers keep ready, and has {free / 1e6:.0f} MB"
-        fix = "Start the container with --shm-size=8g, or pass fewer workers or a smaller batch."
+        size = max(8, math.ceil(needed / 1e9))
+        fix = f"Start the container with --shm-size={size}g, or pass fewer --data.workers or a smaller batch."
         raise UserError(f"{SHARED_MEMORY} needs {sizes}. {fix}")
+
+
+class SharedBuffers:
+    """Buffers that forked processes share and use again and again: a worker process writes one, its parent reads it.
+
+    A new tensor in /dev/shm for each batch would be slower to receive: it is mapped, and its pages are freed. These
+    buffers are outside /dev/shm, whose size containers limit.
+    """
+
+    def __init__(self, count: int, size: int):
+        """Allocate `count` buffers of `size` bytes. Their pages take no memory before they are first written."""
+        self._memory = np.frombuffer(mmap.mmap(-1, count * size), np.uint8).reshape(count, size)
+        self._free = deque(range(count))
+
+    def take(self) -> int | None:
+        """Return the number of a free buffer, which is then in use; None if there is none."""
+        return self._free.popleft() if self._free else None
+
+    def release(self, number: int) -> None:
+        """Make a buffer free again."""
+        self._free.append(number)
+
+    def write(self, number: int, data: np.ndarray) -> bool:
+        """Copy uint8 [n] into a buffer. Return whether it fits."""
+        if data.size > self._memory.shape[1]:
+            return False
+        self._memory[number, : data.size] = data
+        return True
+
+    def read(self, number: int, length: int) -> np.ndarray:
+        """Return the first bytes of a buffer without copying. It is free again when nothing refers to the array."""
+        data = self._memory[number, :length]
+        weakref.finalize(data, self.release, number)
+        return data
 
 
 class DecodedImages:

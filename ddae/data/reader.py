@@ -7,7 +7,7 @@ B: images of a micro-batch; H, W: pixels.
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -68,6 +68,27 @@ class RawBatch(NamedTuple):
     seconds: float  # time spent on it
     error: str = ""  # message of a UserError: worker processes cannot raise it unchanged
     mask: Mask | None = None  # if the loader was given a mask sampler
+
+    def __reduce__(self):
+        """Pickle all tensors but `images` by value: each one in /dev/shm costs the receiving process 0.3 ms."""
+        return _from_arrays, (self.images, *(_convert(each, Tensor, Tensor.numpy) for each in self[1:]))
+
+
+def _from_arrays(*fields: Any) -> RawBatch:
+    """Return the micro-batch with tensors instead of NumPy arrays."""
+    return RawBatch(*(_convert(each, np.ndarray, torch.from_numpy) for each in fields))
+
+
+def _convert(value: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """Apply `convert` to a value of this type, and to those within named tuples."""
+    if isinstance(value, kind):
+        return convert(value)
+    return value._make(_convert(each, kind, convert) for each in value) if hasattr(value, "_make") else value
+
+
+def add_masks(sample_masks: MaskSampler | None, batch: RawBatch) -> RawBatch:
+    """Return the micro-batch with masks, if there is a mask sampler."""
+    return batch if sample_masks is None else batch._replace(mask=sample_masks(batch.plan.seeds))
 
 
 class Reader(Dataset):

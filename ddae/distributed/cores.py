@@ -13,6 +13,19 @@ TOPOLOGY = Path("/sys/devices/system/cpu")
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 
 
+_own_cores: int | None = None  # of this rank, once bind_cores() was called
+
+
+def num_workers(setting: int | None) -> int:
+    """Return how many worker processes this rank starts: the setting, or with None one for each of its cores.
+
+    A rank's cores are those it is bound to; of cores that several ranks use, each has its share.
+    """
+    if setting is not None:
+        return setting
+    return len(os.sched_getaffinity(0)) if _own_cores is None else _own_cores
+
+
 def bind_cores() -> None:
     """Bind each rank to cores of its own, close to its GPU, and let torch use as many threads. All ranks call it.
 
@@ -20,10 +33,12 @@ def bind_cores() -> None:
     With fewer than MIN_CORES a rank none is bound: its main thread would wait for its workers, or for another process.
     OMP_NUM_THREADS, if set, is the number of threads.
     """
+    global _own_cores
     allowed = os.sched_getaffinity(0)
     near = allowed & cores_near_gpu() or allowed
     of_ranks = gather((os.uname().nodename, sorted(near)))
     same = [number for number, facts in enumerate(of_ranks) if facts == of_ranks[rank()]]
+    _own_cores = max(1, len(near) // len(same))
     if len(same) == 1:
         return
     own = share(near, len(same), same.index(rank()))

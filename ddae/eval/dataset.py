@@ -23,6 +23,7 @@ from ddae.data.memory import require_shared_memory
 from ddae.data.sampling import aspect_of, central_crops
 from ddae.data.shards import Shards, open_shards
 from ddae.distributed.comm import is_main, rank, world_size
+from ddae.distributed.cores import num_workers
 from ddae.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -157,7 +158,11 @@ def training_labels(loader: Loader, val: ExampleReader) -> Labels:
 
 
 def batches(
-    reader: ExampleReader, batch_size: int, workers: int, device: torch.device, indices: Sequence[int] | None = None
+    reader: ExampleReader,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+    indices: Sequence[int] | None = None,
 ) -> Iterator[ExampleBatch]:
     """Yield all samples in order, or those at the indices, on the device; the last batch may be smaller.
 
@@ -179,7 +184,7 @@ def rank_share(count: int) -> range:
 
 
 def batches_of_rank(
-    reader: ExampleReader, batch_size: int, workers: int, device: torch.device
+    reader: ExampleReader, batch_size: int, workers: int | None, device: torch.device
 ) -> Iterator[ExampleBatch]:
     """Yield this rank's samples, see rank_share(); the same number of batches on every rank. Padding has label -1."""
     for batch in batches(reader, batch_size, workers, device, rank_share(len(reader))):
@@ -187,13 +192,14 @@ def batches_of_rank(
 
 
 def load_samples(
-    reader: SplitReader, indices: Sequence[int] | Sequence[list[int]], workers: int, pin_memory: bool = False
+    reader: SplitReader, indices: Sequence[int] | Sequence[list[int]], workers: int | None, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """Yield the samples of a data set at these indices, in order, read by `workers` processes.
+    """Yield the samples of a data set at these indices, in order, read by num_workers(workers) processes.
 
     indices: for each list of indices, images uint8 [B, 3, S, S] and labels int64 [B] are yielded. Indices from
     len(reader) on count from the first sample again. Raise UserError if the data set raises one, in whichever process.
     """
+    workers = num_workers(workers)
     if workers and len(indices):
         samples = 1 if isinstance(indices[0], int) else len(indices[0])  # that travel together; the last may be fewer
         require_shared_memory(workers * PREFETCH * samples * reader.sample_bytes, workers)

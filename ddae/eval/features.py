@@ -77,7 +77,7 @@ def require_finite_features(*features: Tensor) -> None:
 
 @torch.no_grad()
 def map_images(
-    reader: ExampleReader, workers: int, compute: Callable[[Tensor], dict[str, Tensor]], poll: Callable[[], None]
+    reader: ExampleReader, workers: int | None, compute: Callable[[Tensor], dict[str, Tensor]], poll: Callable[[], None]
 ) -> dict[str, Tensor]:
     """Apply a function to all images of a reader, split over the ranks. Return the results on every rank, on the CPU.
 

@@ -32,6 +32,27 @@ def report_rates(rates: dict[str, list[float]], baseline: str, title: str, out: 
         draw_bars({"": ratios}, baseline, title, Path(out).with_suffix(".png"))
 
 
+def report_cpu_times(times: dict[str, list[dict[str, float]]], baseline: str, title: str, out: str) -> None:
+    """Print a table of CPU times in ms, medians over rounds; if `out` is not empty, append its rows to OUT_cpu.csv.
+
+    times: by loader; one {kind of thread: ms} a round. A ratio is the median over rounds of training and loading
+    threads together, divided by the baseline's in the same round.
+    """
+    print(f"\n{title}: CPU time of the training process for 64 images in ms, median of {len(times[baseline])} rounds")
+    in_python = {name: [each["training"] + each["loading"] for each in rounds] for name, rounds in times.items()}
+    rows = []
+    for name, rounds in times.items():
+        medians = {kind: statistics.median(each[kind] for each in rounds) for kind in rounds[0]}
+        ratios = [ms / base for ms, base in zip(in_python[name], in_python[baseline], strict=True)]
+        text = "   ".join(f"{kind} {ms:6.2f}" for kind, ms in medians.items())
+        ratio, span = statistics.median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"
+        print(f"{name:18s} {text}   training + loading: {ratio:.2f} x {baseline} ({span})")
+        row = {"about": title, "way": name, "rounds": len(rounds)} | {f"{k}_ms": f"{v:.2f}" for k, v in medians.items()}
+        rows.append(row | {"ratio": f"{ratio:.2f}", "over": baseline})
+    if out:
+        append_csv(rows, Path(f"{out}_cpu.csv"))
+
+
 def append_csv(rows: list[dict[str, Any]], path: Path) -> None:
     """Append rows to a CSV file; a new file gets a header."""
     is_new = not path.exists()

@@ -46,6 +46,23 @@ def test_crops_match_pillow(subsampling, size, resize_in_dali):
         assert np.abs(expected.astype(int) - actual.numpy().astype(int)).mean() <= 0.5
 
 
+@pytest.mark.parametrize("resize_in_dali", [False, True])
+def test_queue_gives_the_batches_in_order(resize_in_dali):
+    """Each with its own boxes and flips."""
+    files, sizes = jpegs(24)
+    crops = crops_of(sizes)
+    batches = [(files[i : i + 6], crops.boxes[i : i + 6], crops.flips[i : i + 6]) for i in range(0, 24, 6)]
+    single = dali.DaliDecoder(48, 6, 2, CPU, resize_in_dali=resize_in_dali)
+    queued = dali.DaliDecoder(48, 6, 2, CPU, resize_in_dali=resize_in_dali, queue=2)
+    queued.submit(*batches[0])
+    with pytest.raises(RuntimeError, match="1 batches were submitted to a queue of 2"):
+        queued.result()
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        if following is not None:
+            queued.submit(*following)
+        assert torch.equal(queued.result(), single.decode(*batch))
+
+
 def test_region_and_whole_image_decoding_agree():
     files, sizes = jpegs(20)
     crops = crops_of(sizes)

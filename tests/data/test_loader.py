@@ -2,6 +2,7 @@ import contextlib
 import io
 import itertools
 import json
+import os
 import re
 import shutil
 import threading
@@ -9,6 +10,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import picture, sample
@@ -28,7 +30,7 @@ from ddae.data.preview import preview_images
 from ddae.data.reader import RankBatch, Reader
 from ddae.data.sampling import EpochOrder, crop_policy
 from ddae.data.shard_writer import Sample, write_manifest, write_shard
-from ddae.data.shards import open_shards
+from ddae.data.shards import Shards, open_shards
 from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
 from ddae.sharding.check import check, mark_bad
@@ -64,13 +66,51 @@ def equal(one, other):
 def test_batches_do_not_depend_on_workers_or_first_step(shards, backend):
     """Images, seeds, samples and masks are bit-identical, also across the end of an epoch."""
     expected = read_batches(shards, backend, count=8)
-    for other in (
-        read_batches(shards, backend, count=8, workers=2),
-        [*[None] * 5, *read_batches(shards, backend, step=5, count=3, workers=3)],
-    ):
-        for batch, actual in zip(expected, other, strict=True):
-            if actual is not None:
-                assert equal(batch, actual)
+    for workers, step in ((1, 0), (2, 0), (3, 5), (0, 7)):
+        actual = read_batches(shards, backend, step, 8 - step, workers=workers)
+        assert all(map(equal, expected[step:], actual))
+
+
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_only_worker_processes_read_and_sample_masks(shards, backend, workers, monkeypatch):
+    """Calls in a worker process do not reach the lists of this one."""
+    reads, plans, masks = [], [], []
+    read_into, plan = Shards.read_into, Reader.plan
+    monkeypatch.setattr(Shards, "read_into", lambda self, *args: reads.append(args) or read_into(self, *args))
+    monkeypatch.setattr(Reader, "plan", lambda self, *args: plans.append(args) or plan(self, *args))
+    loader = make_loader(shards, backend, workers=workers)
+    loader.sample_masks = lambda seeds: masks.append(seeds) or SAMPLE_MASKS(seeds)
+    batches = list(itertools.islice(loader.batches(0), 4))
+    loader.close()
+    assert [len(each) > 0 for each in (reads, plans, masks)] == [workers == 0] * 3
+    assert all(map(equal, batches, read_batches(shards, backend)))
+
+
+@pytest.mark.parametrize("backend", ["pillow", "dali"])
+def test_closing_ends_the_worker_processes(shards, backend):
+    before = set(psutil.Process().children())
+    loader = make_loader(shards, backend, workers=2)
+    next(loader.batches(0))
+    workers = set(psutil.Process().children()) - before
+    assert len(workers) == 2
+    loader.close()
+    assert not any(worker.is_running() for worker in workers)
+    loader.raw_batches(0).close()  # a stream that was never read
+    assert set(psutil.Process().children()) <= before
+
+
+def test_encoded_files_stay_as_they_are_while_they_are_referred_to(shards, monkeypatch):
+    """Also beyond the number of shared buffers, and if they do not fit into one."""
+    expected = list(itertools.islice(make_loader(shards, "dali").raw_batches(0), 20))
+    for spare in (loader_module.BUFFER_SPARE, 1.0, 0.01):  # the second holds only some of the micro-batches
+        monkeypatch.setattr(loader_module, "BUFFER_SPARE", spare)
+        files = make_loader(shards, "dali", workers=2).raw_batches(0)
+        actual = list(itertools.islice(files, 20))
+        files.close()
+        for one, other in zip(expected, actual, strict=True):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.lengths, other.lengths)
 
 
 def test_ranks_together_read_the_global_batch(shards):
@@ -169,7 +209,7 @@ def test_ranks_together_read_each_sample_once_per_epoch(shards, world_size, rema
     assert {loader.epoch_samples for loader in loaders} == {100 if remainder == "carry_over" else 96}
     per_rank = []
     for loader in loaders:
-        files = loader.read_files(0)
+        files = loader.raw_batches(0)
         per_rank.append([raw.plan.samples for raw in itertools.islice(files, 25)])  # six epochs of 100
         files.close()
     steps = [torch.cat(step) for step in zip(*per_rank, strict=True)]
@@ -180,13 +220,15 @@ def test_ranks_together_read_each_sample_once_per_epoch(shards, world_size, rema
     if remainder == "drop":
         dropped = {tuple(set(range(100)) - set(samples.tolist())) for samples in epochs}
         assert len(dropped) > 1  # not the same samples in every epoch
-    one_rank = make_loader(shards, "dali", RankBatch(24, 24, 0, 1), remainder=remainder).read_files(0)
+    one_rank = make_loader(shards, "dali", RankBatch(24, 24, 0, 1), remainder=remainder).raw_batches(0)
     for step in steps:
         assert torch.equal(step, next(one_rank).plan.samples)
     one_rank.close()
 
 
-def test_describe_states_the_handling_of_the_remainder(shards):
+def test_describe_states_workers_and_the_handling_of_the_remainder(shards):
+    assert "100 images from pillow, 3 workers," in make_loader(shards, "pillow", workers=3).describe()
+    assert f"{len(os.sched_getaffinity(0))} worker" in make_loader(shards, "pillow", workers=None).describe()
     assert "the last 4 of an epoch are carried over to the next" in make_loader(shards, "pillow").describe()
     assert "the last 4 of an epoch are dropped" in make_loader(shards, "pillow", remainder="drop").describe()
     assert "epoch" not in make_loader(shards, "pillow", RankBatch(20, 20, 0, 1)).describe()
@@ -297,13 +339,44 @@ def test_bad_samples_are_replaced_logged_and_counted(shards, tmp_path, monkeypat
 
 def test_out_of_memory_is_not_taken_for_a_bad_image(shards):
     class OutOfMemoryDecoder:
-        def decode(self, *_):
+        def submit(self, *_):
+            pass
+
+        def result(self):
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     order, crop = EpochOrder(np.array([0, 100]), 0), crop_policy("random", (1, 1))
     reader = Reader(open_shards(str(shards), Cache(shards, 0)), order, RankBatch(4, 4, 0, 1), 32, crop, decodes=False)
+    decoder = FallbackDecoder(reader, lambda batch_size, queue: OutOfMemoryDecoder())
     with pytest.raises(torch.OutOfMemoryError):
-        FallbackDecoder(reader, lambda batch_size: OutOfMemoryDecoder()).decode(reader[0])
+        decoder.decode_next(map(reader.__getitem__, itertools.count()))
+
+
+def test_only_the_batch_with_a_bad_image_is_decoded_image_by_image(shards, tmp_path):
+    """A new pipeline decodes those that were in the queue behind it."""
+    dali, made = pytest.importorskip("ddae.data.dali"), []
+    folder = damaged_copy(shards, tmp_path / "bad", {4: "garbage"})
+    reader = make_loader(folder, "dali", RankBatch(10, 10, 0, 1))._reader()
+
+    def new_decoder(batch, queue):
+        made.append(batch)
+        return dali.DaliDecoder(32, batch, 1, CPU, queue=queue)
+
+    decoder, files = FallbackDecoder(reader, new_decoder), map(reader.__getitem__, range(12))
+    bad = [sample for _ in range(10) for sample, _ in decoder.decode_next(files).bad]
+    assert bad == [4]
+    assert made == [10, 10, 1]
+
+
+def test_files_are_decoded_before_an_error_of_the_reader_after_them(shards):
+    """The error arrives in its place, although DALI's queue was never full."""
+    dali = pytest.importorskip("ddae.data.dali")
+    reader = make_loader(shards, "dali", RankBatch(4, 4, 0, 1))._reader()
+    files = iter([reader[0], reader[1]._replace(error="the disk is gone")])
+    decoder = FallbackDecoder(reader, lambda batch, queue: dali.DaliDecoder(32, batch, 1, CPU, queue=queue))
+    (expected,) = read_batches(shards, "dali", rank_batch=RankBatch(4, 4, 0, 1), count=1)
+    assert torch.equal(decoder.decode_next(files).images, expected.images)
+    assert decoder.decode_next(files).error == "the disk is gone"
 
 
 @pytest.mark.parametrize("backend", ["pillow", "dali"])

@@ -1,6 +1,8 @@
 import itertools
+import multiprocessing
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_loader import BAD, damaged_copy, equal, make_loader, read_batches
@@ -78,6 +80,27 @@ def test_decoded_pixels_are_those_of_the_files(shards):
         reader.decoded = decoded
 
 
+def test_shared_buffers_are_reused_when_nothing_refers_to_them():
+    buffers = memory.SharedBuffers(2, 10)
+    first, second = buffers.take(), buffers.take()
+    assert buffers.take() is None
+    child = multiprocessing.get_context("fork").Process(
+        target=buffers.write, args=(first, np.arange(7, dtype=np.uint8))
+    )
+    child.start()
+    child.join()
+    assert not buffers.write(second, np.zeros(11, np.uint8))
+    data = torch.from_numpy(buffers.read(first, 7))
+    part = data.numpy()[2:4]
+    del data
+    assert buffers.take() is None
+    assert part.tolist() == [2, 3]
+    del part
+    assert buffers.take() == first
+    buffers.release(second)
+    assert buffers.take() == second
+
+
 def test_too_little_shared_memory_is_reported(shards, monkeypatch):
     monkeypatch.setattr(memory.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     monkeypatch.setenv("LOCAL_SIZE", "2")
@@ -90,3 +113,4 @@ def test_too_little_shared_memory_is_reported(shards, monkeypatch):
     with pytest.raises(UserError, match=r"for what 2 workers keep ready, and has 0 MB"):
         make_loader(shards, "pillow", workers=2).select_backend()
     make_loader(shards, "pillow", workers=0).select_backend()
+    make_loader(shards, "dali", workers=2).select_backend()  # sends no images
