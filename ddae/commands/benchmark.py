@@ -36,6 +36,7 @@ def main() -> None:
     step.add_argument("--batch", type=int, nargs="+", default=[], help="images a step (default: 16; on a GPU 256)")
     step.add_argument("--precision", default="", help="default: fp32; on a GPU bf16")
     step.add_argument("--variants", nargs="+", default=[], help="variants to measure, by name (default: all)")
+    step.add_argument("--launches", action="store_true", help="count operator launches and host time by phase instead")
     step.add_argument("--profile", default="", help="write a profiler trace of the last variant's step to this file")
     args, pretrain_args = parser.parse_known_args()
     if args.what not in ("step", "peers") and pretrain_args:
@@ -43,7 +44,11 @@ def main() -> None:
     if args.what in ("loader", "sharding") and not args.data:
         raise UserError(f"--data is missing; {args.what} needs images. Pass --data with shards or an archive.")
     # Imported here because they take seconds.
-    if args.what == "step":
+    if args.what == "step" and args.launches:
+        from ddae.tools.bench_launches import benchmark_launches
+
+        benchmark_launches(args, pretrain_args)
+    elif args.what == "step":
         from ddae.tools.bench_step import benchmark_step
 
         benchmark_step(args, pretrain_args)

@@ -135,7 +135,7 @@ class GradientReduction:
         with torch.cuda.stream(self._stream):
             self._average(buffer[:size])
             self._accumulate(layout.own, layout.partition)
-            self._free[dtype, turn] = self._stream.record_event()
+            self._free[dtype, turn] = self._stream.record_event()  # type: ignore[assignment]
 
     def _average(self, bucket: Tensor) -> None:
         bucket.div_(world_size())

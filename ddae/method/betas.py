@@ -45,10 +45,11 @@ class Betas:
     def accumulate_norm(self, distance: Float[Tensor, "B M"]) -> None:
         """Add a micro-batch's squared norm of the weights and its slope to the step's sums."""
         if self.names:
-            mean_square = dk.weight_norm(distance, self.clamped()).square()
-            (slope,) = torch.autograd.grad(mean_square.sum(), self.values)
-            self._squares += mean_square.detach()
-            self._slopes += slope
+            low, high = self.config.clamp
+            values = self.values.detach()
+            square, slope = dk.weight_norm_and_slope(distance, values.clamp(low, high))
+            self._squares += square
+            self._slopes += slope * ((values >= low) & (values <= high))  # clamped exponents have no gradient
         self._micro_batches += 1
 
     def step(self, lr: float, applied: Float[Tensor, ""]) -> None:

@@ -134,8 +134,9 @@ class Block(timm_vit.Block):
         self, tokens: Float[Tensor, "B T D"], bias: Float[Tensor, "1 H T T"] | None
     ) -> Float[Tensor, "B T D"]:
         """Compute forward() without options by functions of the weights."""
-        attn: Any = self.attn
-        norm1, norm2, qkv, proj, mlp = self.norm1, self.norm2, attn.qkv, attn.proj, self.mlp
+        block: Any = self  # type checkers know no submodules
+        norm1, norm2, attn, mlp = block.norm1, block.norm2, block.attn, block.mlp
+        qkv, proj = attn.qkv, attn.proj
         batch, length, width = tokens.shape
         normed = F.layer_norm(tokens, norm1.normalized_shape, norm1.weight, norm1.bias, norm1.eps)
         heads = F.linear(normed, qkv.weight, qkv.bias).view(batch, length, 3, attn.num_heads, -1)

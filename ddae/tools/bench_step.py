@@ -44,6 +44,15 @@ AT_SCALE = [Variant("plain loop", "plain", ()), Variant("pretraining", "ddae", (
 PLAIN = ("--engine.loss_backend", "reference", "--engine.tap_execution", "batched")
 
 
+OWN_MODULES = "--engine.no_direct_calls"
+OWN_REDUCTION = "--engine.no_lean_reduction"
+LAUNCH_VARIANTS = [  # with --launches: the step without its savings of host time first, the step of pretraining last
+    Variant("modules, DeepSpeed", "ddae", (OWN_MODULES, OWN_REDUCTION)),
+    Variant("direct calls", "ddae", (OWN_REDUCTION,)),
+    Variant("lean reduction", "ddae", ()),
+]
+
+
 def variants(gpu: bool) -> list[Variant]:
     """Return the variants for a GPU or a CPU. Each one but the first adds one optimisation to the one before it."""
     found = [
@@ -90,21 +99,30 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
         rows += of_preset
         panels[f"{preset}, batch {batch}"] = {row["variant"]: row["ratio"] for row in of_preset}
         if flags.json:  # rewritten after every preset, so that an interrupted benchmark keeps its rows
-            Path(flags.json).write_text(json.dumps(rows, indent=1) + "\n")
+            write_json(rows, Path(flags.json))
         if flags.out:
             append_csv(of_preset, Path(flags.out).with_suffix(".csv"))
             title = f"{rows[0]['hardware']}, {rows[0]['precision']}"
             draw_bars(panels, chosen[0].name, title, Path(flags.out).with_suffix(".png"))
 
 
+def write_json(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write the rows of a benchmark."""
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 class VariantProcess:
     """A process that runs one variant and answers requests (bench_worker.py)."""
 
-    def __init__(self, variant: Variant, scale: str, args: Sequence[str], num_steps: int = 0):
+    def __init__(self, variant: Variant, scale: str, args: Sequence[str], num_steps: int = 0, fake_ranks: bool = False):
+        """fake_ranks: count launches as bench_launches.py does, as one of many ranks."""
         self.variant = variant
         args = [*args, *variant.args]
-        task = json.dumps({"kind": variant.kind, "num_steps": num_steps, "scale": scale, "args": args})
+        task = {"kind": variant.kind, "num_steps": num_steps, "scale": scale, "args": args, "fake_ranks": fake_ranks}
+        task = json.dumps(task)
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(variant.huge_pages)), "DDAE_CHECK": "0"}
+        if fake_ranks and not torch.cuda.is_available():
+            environment |= {"TRITON_INTERPRET": "1"}  # so that Triton's kernels can be imported
         command = [sys.executable, "-m", "ddae.tools.bench_worker", task]
         self._process = Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT)
         self._output: list[str] = []

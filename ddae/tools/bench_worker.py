@@ -5,6 +5,8 @@ Each request is a line of standard input, each result a line "RESULT" with JSON 
     build N      build the model and run N steps; must come first
     time N       seconds of each of N steps
     peak         peak memory of a step in bytes: allocated on the GPU, or resident on a CPU
+    host N       CPU time of the training thread in ms by phase of a step (bench_launches.py)
+    launches     operators that a step launches, by phase
     count        floating-point operations an image, and host syncs a step
     profile F    write a profiler trace of a step to file F; the result is a table of operators by time
     knn          k-NN accuracy in per cent of the mean patch after the last block, and its baselines
@@ -32,7 +34,7 @@ from ddae.config.scales import WARMUP_FRACTION, at_scale
 from ddae.data.loader import Batch
 from ddae.data.masking import Mask
 from ddae.data.reader import RankBatch
-from ddae.distributed.comm import device
+from ddae.distributed.comm import device, world_size
 from ddae.distributed.engine import Engine, plain_deepspeed, start_process_group
 from ddae.eval.dataset import ExampleReader
 from ddae.method.betas import Betas
@@ -41,6 +43,7 @@ from ddae.method.distance import masked_distance
 from ddae.method.model import build_model
 from ddae.method.naive import NaiveEncoder, NaiveMethod, ema_update, to_pixels
 from ddae.method.teacher import MovingAverage
+from ddae.tools.launch_count import host_ms, launches, replace_kernels, start_fake_process_group
 from ddae.tools.peers import PEERS, PeerStep, measure_knn
 from ddae.training import step as pretraining
 from ddae.training.optimizer import build_optimizer
@@ -187,7 +190,7 @@ def build_step(kind: str, config: PretrainConfig, num_steps: int = 0) -> Callabl
         return PeerStep(kind, config, lr)
     if kind == "plain":
         return PlainStep(config)
-    ds_json = ds_config.resolve(ds_config.load(config.ds_config), config, 1).json
+    ds_json = ds_config.resolve(ds_config.load(config.ds_config), config, world_size()).json
     return PretrainStep(config, ds_json, lr) if kind == "ddae" else NaiveStep(config, ds_json, kind == "engine")
 
 
@@ -314,10 +317,15 @@ def main() -> None:
         request, _, argument = line.strip().partition(" ")
         result: object = None
         if request == "build":
-            start_process_group()
+            if task["fake_ranks"]:
+                start_fake_process_group()
+                replace_kernels()
+            else:
+                start_process_group()
             torch.manual_seed(0)
             train_step = build_step(task["kind"], config, task["num_steps"])
-            stream = batches(config, task["kind"] == "plain")
+            own = replace(config, data=replace(config.data, batch_size=config.data.batch_size // world_size()))
+            stream = batches(own, task["kind"] == "plain")
             step = lambda train_step=train_step, stream=stream: train_step(next(stream))  # noqa: E731
             step_seconds(step, int(argument))
         elif request == "time":
@@ -326,6 +334,10 @@ def main() -> None:
             result = peak_bytes(step)
         elif request == "count":
             result = {"flops": measure_flops(step) / config.data.batch_size, "host_syncs": count_host_syncs(step)}
+        elif request == "host":
+            result = host_ms(train_step, next(stream), int(argument))
+        elif request == "launches":
+            result = launches(train_step, next(stream))
         elif request == "knn":
             result = measure_knn(train_step, config)
         else:

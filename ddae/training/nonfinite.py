@@ -145,7 +145,7 @@ class LayerMaxima(AbstractContextManager):
     def __enter__(self) -> "LayerMaxima":
         self._direct = [module for module in self.module.modules() if getattr(module, "direct_calls", False)]
         for module in self._direct:
-            module.direct_calls = False  # which ignore hooks
+            module.direct_calls = False  # type: ignore[assignment]  # which ignore hooks
         for path, module in self.module.named_modules():
             name = path or type(module).__name__
             lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]
@@ -158,7 +158,7 @@ class LayerMaxima(AbstractContextManager):
         for hook in self._hooks:
             hook.remove()
         for module in self._direct:
-            module.direct_calls = True
+            module.direct_calls = True  # type: ignore[assignment]
 
     def by_layer(self) -> dict[str, dict[str, float]]:
         """Return {"encoder.blocks.0": {"output": 3.1, "gradient": 0.2}}, in the order in which the layers ran."""

@@ -9,6 +9,7 @@ from ddae_kernels.dynamic import (
     dynamic_mse,
     dynamic_pixel_mse,
     weight_norm,
+    weight_norm_and_slope,
 )
 
 __all__ = [
@@ -20,4 +21,5 @@ __all__ = [
     "dynamic_pixel_mse",
     "patch_distance",
     "weight_norm",
+    "weight_norm_and_slope",
 ]

@@ -58,6 +58,18 @@ def weight_norm(distance: Float[Tensor, "B M"], beta: Float[Tensor, " K"], ref_b
     return reference.weight_norm(distance, beta, ref_batch)
 
 
+def weight_norm_and_slope(
+    distance: Float[Tensor, "B M"], beta: Float[Tensor, " K"]
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
+    """Return the square of weight_norm() for ref_batch = 1, and its derivative by beta, in closed form: [K], [K].
+
+    Neither is differentiable. Raise ValueError if an argument is invalid.
+    """
+    _check_weights(distance, beta)
+    with torch.no_grad():
+        return reference.mean_square_and_slope(distance, beta)
+
+
 def dynamic_mse(
     pred: Float[Tensor, "K B S D"],
     target: Float[Tensor, "B M D"] | Float[Tensor, "K B M D"],

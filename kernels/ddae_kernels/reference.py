@@ -66,6 +66,19 @@ def weight_norm(distance: Tensor, beta: Tensor, ref_batch: float) -> Tensor:
     return (ref_batch * weight.square().sum(-1).mean(-1)).sqrt()
 
 
+def mean_square_and_slope(distance: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean_b sum_i w_kbi^2, the square of the norm above for a batch of 1, and its derivative by beta: [K], [K].
+
+    With p = d^beta, p' = p log d:  dw_i/dbeta = w_i (p'_i - sum_j w_j p'_j).
+    """
+    power = distance_powers(distance, beta)
+    weight = torch.softmax(power, -1)
+    slope = power * distance.to(power.dtype).log()
+    square = weight.square()
+    centred = slope - (weight * slope).sum(-1, keepdim=True)
+    return square.sum(-1).mean(-1), 2 * (square * centred).sum(-1).mean(-1)
+
+
 def weighted_mse(pred: Tensor, target: Tensor, *weights: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Return `weighted_error` of the squared errors of pred [K, B, S, D]. weights: the other arguments of that call."""
     dtype = compute_dtype(pred, target)

@@ -131,6 +131,9 @@ def test_weights_and_weight_norm(beta):
     np.testing.assert_allclose(norm.detach(), equations.weight_norm(exact, [beta, beta / 2]), rtol=1e-10)
     np.testing.assert_allclose(betas.grad, equations.weight_norm_slope(exact, [beta, beta / 2]), rtol=1e-8, atol=1e-15)
     np.testing.assert_allclose(dk.weight_norm(distance, betas, 256).detach(), 16 * norm.detach(), rtol=1e-10)
+    square, slope = dk.weight_norm_and_slope(distance, betas)
+    np.testing.assert_allclose(square.detach(), norm.detach().square(), rtol=1e-10)
+    np.testing.assert_allclose(slope.detach(), 2 * norm.detach() * betas.grad, rtol=1e-8, atol=1e-15)
 
 
 def test_dynamic_mse_hand_computed():

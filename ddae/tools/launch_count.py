@@ -1,0 +1,150 @@
+"""Counts the operators that a training step launches, and the host time that it takes, by phase."""
+
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ddae_kernels import operators
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ddae.distributed.zero_state import deepspeed, set_world_group, skip_shared_memory_op
+
+RANKS = 64  # of the fake process group
+NOT_LAUNCHED = (  # operators that compute nothing: views, allocations, bookkeeping
+    *(
+        "view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "narrow",
+        "detach",
+    ),
+    *("as_strided", "unsqueeze", "squeeze", "unbind", "chunk", "alias", "_unsafe_view", "_reshape_alias", "empty"),
+    *("new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "is_same_size"),
+    *("_record_function_enter_new", "_record_function_exit"),
+)
+
+
+class LaunchCounter(TorchDispatchMode):
+    """Counts the operators that would launch a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._schema.name.partition("::")[2] not in NOT_LAUNCHED
+        return func(*args, **(kwargs or {}))
+
+
+class Phases:
+    """Attributes a running total to the phases of a PretrainStep: its methods are wrapped within the context.
+
+    total: returns the sum so far, of seconds or of launches.
+    """
+
+    def __init__(self, step: Any, total: Callable[[], float]):
+        self.step, self.total = step, total
+        self.by_phase: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Wrap the methods; add what is in none of the phases to `rest`."""
+        step = self.step
+        wrapped = {
+            "teacher": [(step.forward, "targets")],
+            "student": [(step.forward, "engine")],
+            "backward": [(step.engine, "backward")],
+            "optimizer": [(step.engine, "step")],
+            "betas": [(step.betas, "accumulate_norm"), (step.betas, "step")],
+            "EMA update": [(step.targets, "update")],
+        }
+        with ExitStack() as stack:
+            for phase, methods in wrapped.items():
+                for owner, name in methods:
+                    stack.enter_context(self._wrapped(owner, name, phase))
+            start = self.total()
+            yield
+            self.by_phase["rest"] += self.total() - start - sum(self.by_phase.values())
+
+    @contextmanager
+    def _wrapped(self, owner: Any, name: str, phase: str) -> Iterator[None]:
+        original, phases = getattr(owner, name), self
+
+        class Measured:
+            def __getattr__(self, attribute: str) -> Any:
+                return getattr(original, attribute)
+
+            def __call__(self, *args: Any, **options: Any) -> Any:
+                start = phases.total()
+                try:
+                    return original(*args, **options)
+                finally:
+                    phases.by_phase[phase] += phases.total() - start
+
+        own = name in vars(owner)
+        setattr(owner, name, Measured())
+        try:
+            yield
+        finally:
+            setattr(owner, name, original) if own else delattr(owner, name)
+
+
+def host_ms(step: Any, batch: Any, count: int) -> dict[str, float]:
+    """Return the CPU time of the training thread in ms by phase: the median of `count` steps."""
+    rows = []
+    for _ in range(count):
+        phases = Phases(step, time.thread_time)
+        with phases.measured():
+            step(batch)
+        rows.append(phases.by_phase)
+    return {phase: 1000 * median(row[phase] for row in rows) for phase in rows[0]}
+
+
+def launches(step: Any, batch: Any) -> dict[str, int]:
+    """Return the operators that one step launches, by phase."""
+    with LaunchCounter() as counter:
+        phases = Phases(step, lambda: counter.count)
+        with phases.measured():
+            step(batch)
+    return {phase: int(count) for phase, count in phases.by_phase.items()}
+
+
+def start_fake_process_group() -> None:
+    """Make this process rank 0 of RANKS ranks, of which the others do not exist."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS)}
+    skip_shared_memory_op()
+    dist.init_process_group("fake", rank=0, world_size=RANKS, store=FakeStore())
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    set_world_group(dist.new_group())
+
+
+def replace_kernels() -> None:
+    """Without a GPU: let Triton kernels do nothing, and fill the losses' outputs with zeros by one launch."""
+    if torch.cuda.is_available():
+        return
+
+    class Empty:
+        triton = operators.kernels.triton
+
+        def __getattr__(self, name: str) -> Any:
+            return self
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **options: None
+
+    outputs = operators._empty_outputs
+    operators.kernels = Empty()
+    operators._empty_outputs = lambda *args, **options: tuple(map(torch.zeros_like, outputs(*args, **options)))  # type: ignore[assignment]
