@@ -1,7 +1,7 @@
 """DeepSpeed's internals: where each ZeRO stage keeps fp32 master weights, Adam's averages and gradients.
 
-Beside gradient_reduction.py the only module that reads attributes which DeepSpeed does not document. REQUIRED lists them by ZeRO stage; a DeepSpeed
-that lacks one is refused at start, by name.
+Beside gradient_reduction.py the only module that reads attributes which DeepSpeed does not document. REQUIRED lists them
+by ZeRO stage; a DeepSpeed that lacks one is refused at start, by name.
 """
 
 import importlib
