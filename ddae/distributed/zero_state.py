@@ -1,6 +1,6 @@
 """DeepSpeed's internals: where each ZeRO stage keeps fp32 master weights, Adam's averages and gradients.
 
-Beside gradient_reduction.py the only module that reads attributes which DeepSpeed does not document. REQUIRED lists them
+Beside gradient_reduction.py the only module that reads undocumented attributes of DeepSpeed. REQUIRED lists them
 by ZeRO stage; a DeepSpeed that lacks one is refused at start, by name.
 """
 
