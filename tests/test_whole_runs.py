@@ -160,7 +160,7 @@ def test_logged_betas_are_adam_applied_to_logged_gradients(runs):
     for tap in ("tap_01", "tap_02"):
         value, first, second = rows[0][f"beta/{tap}"], 0.0, 0.0
         for step, row in enumerate(rows, 1):
-            assert row[f"beta/{tap}"] == pytest.approx(value, abs=1e-6)
+            assert row[f"beta/{tap}"] == pytest.approx(value, abs=3e-6)  # fp32 over 200 steps
             gradient = row[f"grad/beta/{tap}"]
             first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
             lr = 4 * row["lr"]

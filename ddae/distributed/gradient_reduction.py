@@ -164,6 +164,7 @@ class GradientReduction:
                 self._reduce(dtype)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        self._buffers, self._layouts, self._free = {}, {}, {}  # their memory serves the next forward pass
         self._first = self._optimizer.is_gradient_accumulation_boundary()
         if self._first:
             for group in range(len(self._optimizer.bit16_groups)):
