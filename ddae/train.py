@@ -79,7 +79,7 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
         initial = start_from(config, model.encoder)
         if is_main():
             write_initial(initial, config, run.folder)
-    engine = Engine(model, build_optimizer(model, config.optim), run.ds_json, config.engine.lean_reduction)
+    engine = Engine(model, build_optimizer(model, config.optim), run.ds_json, config.engine.gradient_reduction)
     targets = build_targets(config, engine, tokenizer)
     if config.engine.compile:
         compile_modules(engine.module, targets)

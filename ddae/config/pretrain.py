@@ -157,7 +157,9 @@ class PretrainEngineConfig(EngineConfig):
     tap_execution: Literal["auto", "batched", "sequential"] = "auto"
     skip_unused_tokens: bool = True  # do not compute outputs that no loss reads
     direct_calls: bool = True  # call the functions of a block's layers, without their modules' hooks; not at ZeRO-3
-    lean_reduction: bool = True  # copy gradients into buckets in one launch, and wait for their sums on the device only
+    # At ZeRO 1 and 2: lean fills a bucket of gradients by one launch and waits for its sum on the device; deepspeed is
+    # DeepSpeed's own. auto: lean on a CPU, deepspeed on a GPU, where lean is not measured yet.
+    gradient_reduction: Literal["auto", "lean", "deepspeed"] = "auto"
     decoder_activation_checkpointing: bool = False  # activation checkpointing of the decoders alone
     compile: bool = False  # torch.compile encoder, decoders and teacher
     teacher_stream: bool = False  # run the teacher on its own CUDA stream, beside the student
@@ -185,7 +187,7 @@ class PretrainConfig(Experiment):
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
         *("probe_every", "token.tokenizer", "model.init", "init"),  # a checkpoint replaces initial weights
         *("engine.tap_execution", "engine.skip_unused_tokens", "engine.decoder_activation_checkpointing"),
-        *("engine.compile", "engine.teacher_stream", "engine.direct_calls", "engine.lean_reduction"),
+        *("engine.compile", "engine.teacher_stream", "engine.direct_calls", "engine.gradient_reduction"),
     }
 
     @property

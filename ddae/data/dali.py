@@ -39,7 +39,7 @@ def crop_graph(size: ImageSize | None, device: str, region: bool, hw_decoder_loa
     uint8 [h, w, 3]. hw_decoder_load: share of JPEGs for the GPU's hardware decoder.
     """
     # no_copy: submit() says how long the files are kept.
-    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+    encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=device == "cpu")
     corner = fn.external_source(name="corner", dtype=types.INT32, ndim=1)
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)
     box = {"axis_names": "HW", "normalized_anchor": False, "normalized_shape": False}
@@ -86,6 +86,8 @@ class DaliDecoder:
         graph_size, graph_device = size if self.resize_in_dali else None, "gpu" if on_gpu else "cpu"
         options = {"batch_size": batch_size, "num_threads": threads, "device_id": device.index if on_gpu else None}
         options["prefetch_queue_depth"] = queue
+        if on_gpu:  # the queue is not measured there yet
+            options |= {"exec_async": False, "exec_pipelined": False}
         self.pipeline = crop_graph(graph_size, graph_device, region, hw_decoder_load, **options)
         self.pipeline.build()
         self.queue, self._submitted = queue, 0

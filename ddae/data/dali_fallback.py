@@ -22,9 +22,15 @@ DALI_QUEUE = 2  # micro-batches in DALI's queue: one is decoded while the previo
 class FallbackDecoder:
     """Decodes micro-batches with DALI; if one fails, decodes it image by image with replacements for bad samples."""
 
-    def __init__(self, reader: Reader, new_decoder: Callable[[int, int], Any], sample_masks: MaskSampler | None = None):
+    def __init__(
+        self,
+        reader: Reader,
+        new_decoder: Callable[[int, int], Any],
+        sample_masks: MaskSampler | None = None,
+        queue: int = DALI_QUEUE,
+    ):
         """new_decoder(batch_size, queue) makes a DaliDecoder. sample_masks: for replacements, with other seeds."""
-        self.reader, self.new_decoder, self.sample_masks = reader, new_decoder, sample_masks
+        self.reader, self.new_decoder, self.sample_masks, self.queue = reader, new_decoder, sample_masks, queue
         self.batch_decoder = self._new_batch_decoder()
         self.single_decoder: Any = None
         self._queued: deque[RawBatch] = deque()
@@ -34,7 +40,7 @@ class FallbackDecoder:
 
         Those after it are taken from `files` as far as DALI's queue holds them, up to the first with an error.
         """
-        while len(self._queued) < DALI_QUEUE and not (self._queued and self._queued[-1].error):
+        while len(self._queued) < self.queue and not (self._queued and self._queued[-1].error):
             batch = next(files)
             if not batch.error:
                 self._submit(batch)
@@ -57,7 +63,7 @@ class FallbackDecoder:
         return batch._replace(seconds=time.perf_counter() - start)
 
     def _new_batch_decoder(self) -> Any:
-        return self.new_decoder(self.reader.rank_batch.micro_batch, DALI_QUEUE)
+        return self.new_decoder(self.reader.rank_batch.micro_batch, self.queue)
 
     def _submit(self, batch: RawBatch) -> None:
         self.batch_decoder.submit(split_files(batch), batch.plan.crops.boxes, batch.plan.crops.flips)

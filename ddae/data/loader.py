@@ -266,7 +266,8 @@ class Loader:
             threads, load = max(1, self.workers), self.config.hw_decoder_load
             return DaliDecoder(self.size, batch_size, threads, self.device, self._decode_regions, load, queue=queue)
 
-        decoder = FallbackDecoder(self._reader(), new_decoder, self.sample_masks)
+        queue = 1 if self.device.type == "cuda" else DALI_QUEUE
+        decoder = FallbackDecoder(self._reader(), new_decoder, self.sample_masks, queue)
         return run_ahead(partial(decoder.decode_next, files), DALI_PREFETCH)
 
     def _prefetch_shards(self, shards: Shards, position: list[int], closed: threading.Event) -> None:

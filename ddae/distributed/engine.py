@@ -15,7 +15,7 @@ from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import barrier, device, record_collectives, sum_over_ranks, world_size
 from ddae.distributed.cores import bind_cores
 from ddae.distributed.failures import operators_may_be_built
-from ddae.distributed.gradient_reduction import install_reduction
+from ddae.distributed.gradient_reduction import replace_reduction
 from ddae.distributed.logs import configure_logging
 from ddae.distributed.zero_state import AVERAGES, ZeroState, deepspeed, set_world_group, skip_shared_memory_op
 from ddae.errors import UserError, one_line
@@ -103,9 +103,9 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, optimizer: torch.optim.AdamW, ds_json: dict[str, Any], lean_reduction: bool = True
+        self, module: nn.Module, optimizer: torch.optim.AdamW, ds_json: dict[str, Any], gradient_reduction: str = "auto"
     ):
-        """Raise UserError if DeepSpeed rejects the JSON. lean_reduction: see gradient_reduction.py."""
+        """Raise UserError if DeepSpeed rejects the JSON. gradient_reduction: as in PretrainEngineConfig."""
         try:
             deepspeed.DeepSpeedConfig(ds_json)
         except Exception as error:  # pydantic's, DeepSpeed's own, assertions
@@ -120,8 +120,8 @@ class Engine:
             self.deepspeed, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=ds_json, dist_init_required=False
             )
-        if lean_reduction:
-            install_reduction(self.deepspeed, ds_json)
+        if gradient_reduction == "lean" or (gradient_reduction == "auto" and device().type == "cpu"):
+            replace_reduction(self.deepspeed.optimizer, zero)
         self.adam = optimizer
         self.zero = ZeroState(self.deepspeed, optimizer)
         self.stage = self.zero.stage

@@ -3,7 +3,7 @@
 DeepSpeed's own hooks copy every gradient by a launch of its own, copy each bucket once more to reduce it, and
 synchronise the device after the backward pass. Here a bucket is filled by one launch when enough gradients are ready,
 reduced in place on a stream of its own, and added to the partition by one launch; streams wait for each other on the
-device. The numbers are the same, in the same order.
+device. The averaged gradients are equal to the bit. The path with a second stream has not run on a GPU yet.
 
 Reads attributes of DeepSpeed that REQUIRED lists; a DeepSpeed that lacks one keeps its own reduction, with a warning.
 """
@@ -47,14 +47,6 @@ class Slice(NamedTuple):
     length: int
 
 
-class Layout(NamedTuple):
-    """Where the gradients of a full bucket are, and where this rank's part of them goes: views, in equal order."""
-
-    bucket: list[Tensor]  # one per parameter, with its shape
-    own: list[Tensor]  # parts of the bucket in this rank's partition
-    partition: list[Slice]
-
-
 class GradientReduction:
     """Replaces the gradient hooks of a DeepSpeed optimizer of stage 1 or 2."""
 
@@ -70,7 +62,6 @@ class GradientReduction:
         self._buffers: dict[tuple[torch.dtype, int], Tensor] = {}
         self._turns = dict.fromkeys(self._pending, 0)  # which of the two buffers comes next
         self._free: dict[tuple[torch.dtype, int], torch.cuda.Event] = {}  # when a buffer may be filled again
-        self._layouts: dict[tuple[int, ...], Layout] = {}
         self._partitions: dict[int, Tensor] = {}  # this step's gradients by group
         self._first = True  # whether no micro-batch of this step has been reduced yet
         self._producers: set[torch.cuda.Stream] = set()  # streams on which pending gradients were computed
@@ -112,42 +103,44 @@ class GradientReduction:
         for parameter in parameters:
             parameter.grad = None
         if world_size() == 1:
-            flat = [gradient.reshape(-1) for gradient in gradients]
-            self._accumulate(flat, [self._slices[id(parameter)] for parameter in parameters])  # type: ignore[misc]
+            slices: list[Slice] = [self._slices[id(parameter)] for parameter in parameters]  # type: ignore[misc]
+            self._accumulate([(each.reshape(-1), s) for each, s in zip(gradients, slices, strict=True)])
             return
-        turn = self._turns[dtype]
-        self._turns[dtype] = 1 - turn if self._stream is not None else turn
-        buffer = self._buffer(dtype, turn, size)
-        layout = self._layout(parameters, buffer, turn)
+        bucket, key = self._next_buffer(dtype, size)
+        parts = bucket.split([parameter.numel() for parameter in parameters])
+        shaped = [part.view(parameter.shape) for part, parameter in zip(parts, parameters, strict=True)]
+        pairs = zip(parts, (self._slices[id(parameter)] for parameter in parameters), strict=True)
+        own = [(part.narrow(0, s.start_in_parameter, s.length), s) for part, s in pairs if s is not None]
         if self._stream is None:
-            torch._foreach_copy_(layout.bucket, gradients)
-            self._average(buffer[:size])
-            self._accumulate(layout.own, layout.partition)
+            torch._foreach_copy_(shaped, gradients)
+            self._average(bucket, own)
             return
         current = torch.cuda.current_stream(self._device)
         for producer in self._producers - {current}:
             current.wait_stream(producer)
         self._producers.clear()
-        if (free := self._free.get((dtype, turn))) is not None:
-            current.wait_event(free)
-        torch._foreach_copy_(layout.bucket, gradients)
+        if key in self._free:
+            current.wait_event(self._free[key])
+        torch._foreach_copy_(shaped, gradients)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            self._average(buffer[:size])
-            self._accumulate(layout.own, layout.partition)
-            self._free[dtype, turn] = self._stream.record_event()  # type: ignore[assignment]
+            self._average(bucket, own)
+            self._free[key] = self._stream.record_event()  # type: ignore[assignment]
 
-    def _average(self, bucket: Tensor) -> None:
+    def _average(self, bucket: Tensor, own: list[tuple[Tensor, Slice]]) -> None:
+        """Average a bucket over the ranks in place, and add this rank's parts of it to its partition."""
         bucket.div_(world_size())
         collectives.all_reduce(bucket, group=self._optimizer.dp_process_group)
+        self._accumulate(own)
 
-    def _accumulate(self, parts: list[Tensor], slices: list[Slice]) -> None:
+    def _accumulate(self, own: list[tuple[Tensor, Slice]]) -> None:
         """Add flat parts of gradients to the partition, which is zero before the first micro-batch of a step."""
-        if not parts:
+        if not own:
             return
-        for group in sorted({each.group for each in slices} - self._partitions.keys()):
+        for group in sorted({each.group for _, each in own} - self._partitions.keys()):
             self._partitions[group] = self._new_partition(group)
-        places = [self._partitions[s.group].narrow(0, s.start_in_partition, s.length) for s in slices]
+        parts = [part for part, _ in own]
+        places = [self._partitions[s.group].narrow(0, s.start_in_partition, s.length) for _, s in own]
         if self._first:
             torch._foreach_copy_(places, parts)
         else:
@@ -164,7 +157,7 @@ class GradientReduction:
                 self._reduce(dtype)
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
-        self._buffers, self._layouts, self._free = {}, {}, {}  # their memory serves the next forward pass
+        self._buffers, self._free = {}, {}  # the next forward pass needs their memory
         self._first = self._optimizer.is_gradient_accumulation_boundary()
         if self._first:
             for group in range(len(self._optimizer.bit16_groups)):
@@ -172,43 +165,33 @@ class GradientReduction:
                 gradients = Gradients(self._new_partition(group) if flat is None else flat)
                 self._optimizer.averaged_gradients[group] = gradients
 
-    def _buffer(self, dtype: torch.dtype, turn: int, size: int) -> Tensor:
-        """Return a buffer of at least `size` numbers; it is enlarged when a bucket does not fit."""
-        buffer = self._buffers.get((dtype, turn))
-        if buffer is None or buffer.numel() < size:
-            self._layouts = {}  # views of the old buffer
-            buffer = self._buffers[dtype, turn] = torch.empty(size, dtype=dtype, device=self._device)
-        return buffer
-
-    def _layout(self, parameters: list[nn.Parameter], buffer: Tensor, turn: int) -> Layout:
-        key = (turn, *map(id, parameters))
-        if key not in self._layouts:
-            parts = buffer.narrow(0, 0, sum(p.numel() for p in parameters)).split([p.numel() for p in parameters])
-            slices = [(part, self._slices[id(p)]) for part, p in zip(parts, parameters, strict=True)]
-            own = [(part.narrow(0, s.start_in_parameter, s.length), s) for part, s in slices if s is not None]
-            shaped = [part.view(p.shape) for part, p in zip(parts, parameters, strict=True)]
-            self._layouts[key] = Layout(shaped, [part for part, _ in own], [each for _, each in own])
-        return self._layouts[key]
+    def _next_buffer(self, dtype: torch.dtype, size: int) -> tuple[Tensor, tuple[torch.dtype, int]]:
+        """Return a buffer of `size` numbers, and its key. With a stream two of them alternate."""
+        turn = self._turns[dtype]
+        self._turns[dtype] = 1 - turn if self._stream is not None else turn
+        key = dtype, turn
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=self._device)
+        return self._buffers[key][:size], key
 
 
-def install_reduction(engine: Any, ds_json: dict[str, Any]) -> GradientReduction | None:
-    """Replace the gradient reduction of a DeepSpeed engine where that is supported: stages 1 and 2 without offload.
+def replace_reduction(optimizer: Any, zero: dict[str, Any]) -> None:
+    """Replace the gradient reduction of DeepSpeed's optimizer where that is supported: stages 1 and 2 without offload.
 
-    Stage 1 with accumulation in another dtype than the gradients', and gradients that are not contiguous, keep
-    DeepSpeed's.
+    zero: the block zero_optimization of the JSON. Stage 1 with accumulation in another dtype than the gradients', and
+    gradients that are not contiguous, keep DeepSpeed's.
     """
-    optimizer, zero = engine.optimizer, ds_json.get("zero_optimization", {})
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if zero.get("stage", 0) not in (1, 2) or offload or not zero.get("contiguous_gradients", True):
-        return None
+        return
     if missing := [name for name in REQUIRED if not hasattr(optimizer, name)]:
         logger.warning("DeepSpeed %s has no %s: its own gradient reduction is used", deepspeed.__version__, missing[0])
-        return None
+        return
     if optimizer.use_grad_accum_attribute or not zero.get("reduce_scatter", True):
-        return None
+        return
     if _weights_are_views(optimizer):
         optimizer._update_model_bit16_weights = lambda group: None
-    return GradientReduction(optimizer, bool(zero.get("overlap_comm", False)))
+    GradientReduction(optimizer, bool(zero.get("overlap_comm", False)))  # which the optimizer's hooks refer to
 
 
 def _weights_are_views(optimizer: Any) -> bool:

@@ -103,8 +103,8 @@ class Mlp(timm_mlp.Mlp):
 class Block(timm_vit.Block):
     """timm's pre-norm transformer block, which can skip computing unused output tokens."""
 
-    # Call functions with the weights of the submodules, not the submodules: equal outputs with less work for the host.
-    # Hooks of the submodules, by which ZeRO-3 gathers weights, are ignored; so is stochastic depth.
+    # Compute with the weights of the submodules without calling these: equal outputs with less work for the host. Hooks
+    # of the submodules do not run, among them those by which ZeRO-3 gathers weights; nor does stochastic depth.
     direct_calls = False
 
     def __init__(self, width: int, heads: int, **options):

@@ -30,7 +30,7 @@ def narrow_arguments(name: str) -> list[str]:
 
 
 def benchmark_launches(flags: Namespace, args: Sequence[str]) -> None:
-    """Measure today's step and each improvement, alternating, and print and save the rows. args: of pretraining."""
+    """Measure LAUNCH_VARIANTS, alternating, and print and save the rows. args: further ones of launch/pretrain.py."""
     for name in flags.preset or ["ddae_vit_b16_100e"]:
         if name in ("demo", "own"):
             raise UserError(f"--launches cannot narrow the preset {name}. Choose one such as ddae_vit_b16_100e.")

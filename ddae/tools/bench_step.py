@@ -42,14 +42,11 @@ class Variant(NamedTuple):
 
 AT_SCALE = [Variant("plain loop", "plain", ()), Variant("pretraining", "ddae", ())]  # with --scale
 PLAIN = ("--engine.loss_backend", "reference", "--engine.tap_execution", "batched")
-
-
-OWN_MODULES = "--engine.no_direct_calls"
-OWN_REDUCTION = "--engine.no_lean_reduction"
-LAUNCH_VARIANTS = [  # with --launches: the step without its savings of host time first, the step of pretraining last
-    Variant("modules, DeepSpeed", "ddae", (OWN_MODULES, OWN_REDUCTION)),
-    Variant("direct calls", "ddae", (OWN_REDUCTION,)),
-    Variant("lean reduction", "ddae", ()),
+DEEPSPEED = ("--engine.gradient_reduction", "deepspeed")
+LAUNCH_VARIANTS = [  # with --launches; each one but the first adds one saving of host time to the one before it
+    Variant("modules", "ddae", ("--engine.no_direct_calls", *DEEPSPEED)),
+    Variant("direct calls", "ddae", DEEPSPEED),
+    Variant("lean reduction", "ddae", ("--engine.gradient_reduction", "lean")),
 ]
 
 
@@ -119,11 +116,10 @@ class VariantProcess:
         self.variant = variant
         args = [*args, *variant.args]
         task = {"kind": variant.kind, "num_steps": num_steps, "scale": scale, "args": args, "fake_ranks": fake_ranks}
-        task = json.dumps(task)
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(variant.huge_pages)), "DDAE_CHECK": "0"}
         if fake_ranks and not torch.cuda.is_available():
             environment |= {"TRITON_INTERPRET": "1"}  # so that Triton's kernels can be imported
-        command = [sys.executable, "-m", "ddae.tools.bench_worker", task]
+        command = [sys.executable, "-m", "ddae.tools.bench_worker", json.dumps(task)]
         self._process = Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT)
         self._output: list[str] = []
 

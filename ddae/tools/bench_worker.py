@@ -63,7 +63,7 @@ class PretrainStep:
     def __init__(self, config: PretrainConfig, ds_json: dict[str, Any], lr: Callable[[int], float]):
         resolved, backend = pretraining.resolve_auto(config, ds_json), pretraining.resolve_loss_backend(config)
         model = build_model(resolved)
-        self.engine = Engine(model, build_optimizer(model, config.optim), ds_json, config.engine.lean_reduction)
+        self.engine = Engine(model, build_optimizer(model, config.optim), ds_json, config.engine.gradient_reduction)
         self.targets = pretraining.build_targets(resolved, self.engine)
         if config.engine.compile:
             pretraining.compile_modules(self.engine.module, self.targets)

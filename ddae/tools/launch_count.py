@@ -17,23 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ddae.distributed.zero_state import deepspeed, set_world_group, skip_shared_memory_op
 
 RANKS = 64  # of the fake process group
-NOT_LAUNCHED = (  # operators that compute nothing: views, allocations, bookkeeping
-    *(
-        "view",
-        "t",
-        "transpose",
-        "permute",
-        "expand",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "narrow",
-        "detach",
-    ),
-    *("as_strided", "unsqueeze", "squeeze", "unbind", "chunk", "alias", "_unsafe_view", "_reshape_alias", "empty"),
-    *("new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "is_same_size"),
-    *("_record_function_enter_new", "_record_function_exit"),
+NOT_LAUNCHED = set(  # operators that compute nothing: views, allocations, bookkeeping
+    "view t transpose permute expand slice select split split_with_sizes narrow detach as_strided unsqueeze squeeze "
+    "unbind chunk alias _unsafe_view _reshape_alias empty new_empty empty_like new_empty_strided empty_strided "
+    "lift_fresh is_same_size _record_function_enter_new _record_function_exit".split()
 )
 
 

@@ -145,7 +145,7 @@ class LayerMaxima(AbstractContextManager):
     def __enter__(self) -> "LayerMaxima":
         self._direct = [module for module in self.module.modules() if getattr(module, "direct_calls", False)]
         for module in self._direct:
-            module.direct_calls = False  # type: ignore[assignment]  # which ignore hooks
+            module.direct_calls = False  # type: ignore[assignment]  # so that the hooks of their submodules run
         for path, module in self.module.named_modules():
             name = path or type(module).__name__
             lists = [child for child in module.children() if isinstance(child, nn.ParameterList)]

@@ -166,7 +166,7 @@ def build_teacher(config: PretrainConfig, engine: Engine) -> Teacher | None:
 def configure_teacher(teacher: Teacher, config: PretrainConfig) -> None:
     """Apply the settings that change the teacher's speed, not its targets."""
     teacher.skip_unused_tokens = config.engine.skip_unused_tokens
-    set_direct_calls(teacher.module, config.engine.direct_calls)  # it is no part of the engine, at ZeRO-3 neither
+    set_direct_calls(teacher.module, config.engine.direct_calls)  # at ZeRO-3, too: its weights are not sharded
     teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
 
 

@@ -172,6 +172,42 @@ def test_a_signal_during_an_evaluation(digits, tmp_path, record_result):
     record_result(f"checkpoint, stopped.json, exit code 75 ({seconds:.0f} s with start-up); evaluation was repeated")
 
 
+SMALL_SHARED_MEMORY = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$0" launch/pretrain.py "$@"'
+
+
+@pytest.mark.faults
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a file system")
+def test_64_mb_of_shared_memory(shards, tmp_path, record_result):
+    """A real /dev/shm of 64 MB, as in Docker: refused where data workers need more; otherwise SIGTERM stops the run."""
+    env = os.environ | {"PYTHONPATH": f"{ranks.ROOT}:{ranks.ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+
+    def start(name, *more):
+        args = ranks.arguments(shards, tmp_path / name, 2, "--engine.precision", "fp32", *more)
+        command = ["unshare", "--mount", "sh", "-c", SMALL_SHARED_MEMORY, sys.executable, *args]
+        return subprocess.Popen(command, env=env, cwd=ranks.ROOT, text=True, stdout=-1, stderr=subprocess.STDOUT)
+
+    since = time.monotonic()
+    refused = start("refused", "--data.workers", "16", "--data.batch_size", "1024")
+    output = refused.communicate(timeout=120)[0]
+    seconds = time.monotonic() - since
+    assert refused.returncode == 2, output
+    assert "/dev/shm needs 101 MB for what 16 workers keep ready, and has 67 MB" in output
+
+    stopped = start("stopped", "--data.workers", "2", "--train.steps", "100000")
+    deadline = time.monotonic() + 120
+    while len(read_metrics(tmp_path / "stopped" / "metrics.jsonl")) < 5:
+        assert stopped.poll() is None, stopped.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == 75, output
+    assert json.loads((tmp_path / "stopped" / "stopped.json").read_text())["reason"] == "SIGTERM"
+    record_result(
+        f"refused with exit code 2 after {seconds:.0f} s; with 2 workers SIGTERM left a checkpoint, exit code 75"
+    )
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("launcher", ["deepspeed", "torchrun"])
 def test_a_dead_rank_ends_the_job(launcher, shards, tmp_path, record_result):

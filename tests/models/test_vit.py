@@ -15,7 +15,7 @@ from ddae.method.model import build_model
 from ddae.method.teacher import Teacher
 from ddae.models.decoder import Decoder
 from ddae.models.patches import gather_tokens, patchify, sincos_positions, unpatchify
-from ddae.models.vit import Encoder, Mlp, initialise
+from ddae.models.vit import Encoder, Mlp, build_blocks, initialise
 
 
 def build(**changes):
@@ -106,6 +106,26 @@ def test_encoder_equals_timm_vit():
     theirs.load_state_dict(ours.state_dict())
     images = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(theirs.forward_features(images), ours(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_scale": 0.1}, {"qk_norm": True}])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_direct_calls_equal_the_modules(options, with_bias):
+    """Outputs and gradients to the bit, with layer scale, q/k norms and relative positions, too."""
+    torch.manual_seed(0)
+    (block,) = build_blocks(24, 1, 4, **options)
+    tokens, bias = torch.randn(2, 5, 24, requires_grad=True), torch.randn(1, 4, 5, 5) if with_bias else None
+
+    def run(direct):
+        block.direct_calls = direct
+        output = block(tokens, bias)
+        return [output, *torch.autograd.grad(output.square().sum(), [tokens, *block.parameters()])]
+
+    calls = []
+    block.mlp.register_forward_hook(lambda *_: calls.append("mlp"))
+    by_modules, directly = run(False), run(True)
+    assert calls == ["mlp"]  # direct calls do not call the submodules
+    assert all(torch.equal(a, b) for a, b in zip(by_modules, directly, strict=True))
 
 
 def test_decoder_outputs_follow_the_order_of_masked_positions():

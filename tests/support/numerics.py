@@ -38,7 +38,7 @@ def compare(args: list[str]) -> dict[str, float]:
     config = parse(args)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
     accumulation = config.data.batch_size // (resolved.micro_batch * world_size())
-    engine = Engine(*with_optimizer(config), copy.deepcopy(resolved.json))
+    engine = Engine(*with_optimizer(config), copy.deepcopy(resolved.json), "lean")
     targets = build_targets(config, engine)
     assert isinstance(targets, TeacherTargets)
     teacher = targets.teacher
@@ -62,7 +62,7 @@ def compare(args: list[str]) -> dict[str, float]:
         dist.all_reduce(gradient)
         expected[name] = gradient / world_size()
 
-    other = Engine(*with_optimizer(config), copy.deepcopy(resolved.json), lean_reduction=False)
+    other = Engine(*with_optimizer(config), copy.deepcopy(resolved.json), "deepspeed")
     betas, other_betas = new_betas(), new_betas()
     for each, of_betas in ((other, other_betas), (engine, betas)):
         for batch in batches:

@@ -49,6 +49,7 @@ DS_MAE += "--model.patch_size 8 --pixel.decoder_depth 3 --pixel.decoder_width 32
 SETTINGS = {
     "one batch": ["--engine.no_skip_unused_tokens", "--engine.tap_execution", "batched"],
     "shortcuts": ["--engine.tap_execution", "batched"],
+    "modules": ["--engine.tap_execution", "batched", "--engine.no_direct_calls"],
     "tap by tap": ["--engine.tap_execution", "sequential"],
     "recomputed": ["--engine.tap_execution", "batched", "--engine.decoder_activation_checkpointing"],
     "all of it": ["--engine.tap_execution", "sequential", "--engine.activation_checkpointing"],
