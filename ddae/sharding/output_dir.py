@@ -8,16 +8,18 @@
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddae import atomic
 from ddae.data.manifest import MANIFEST
 from ddae.errors import UserError
 
 PROGRESS = ".progress"
+LOCK_TIMEOUT_S = 3.0  # within which the workers of a killed process end
 
 
 def is_complete(out: Path, identity: dict[str, Any]) -> bool:
@@ -64,10 +66,8 @@ def locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}). Pass another folder.") from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"--out {out} is in use by another process. Wait until that ends.") from None
+        if not _lock_within(lock, LOCK_TIMEOUT_S):
+            raise UserError(f"--out {out} is in use by another process. Wait until that ends.")
         remove_partial_files(out)
         atomic.write_text_durably(out / PROGRESS / "plan.json", json.dumps(identity))
         try:
@@ -81,6 +81,19 @@ def locked(out: Path, identity: dict[str, Any]) -> Iterator[None]:
         finally:
             if out.exists():
                 remove_partial_files(out)
+
+
+def _lock_within(file: IO, seconds: float) -> bool:
+    """Lock a file, for which the workers of a killed process may need a moment. Return whether that succeeded."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.05)
 
 
 def remove_partial_files(out: Path) -> None:

@@ -478,6 +478,18 @@ def test_second_process_is_rejected(tmp_path, capsys):
 # --- full disk
 
 
+def test_a_lock_that_is_released_at_once_is_waited_for(tmp_path):
+    """The workers of a killed run hold its lock for a moment."""
+    source = write_folder(tmp_path / "in", {"a/1.jpg": photo(1)})
+    (tmp_path / "out" / ".progress").mkdir(parents=True)
+    holder = 'import fcntl, sys, time; file = open(sys.argv[1], "w"); fcntl.flock(file, fcntl.LOCK_EX)'
+    holder += '; print("locked", flush=True); time.sleep(0.5)'
+    command = [sys.executable, "-c", holder, str(tmp_path / "out" / ".progress" / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"locked\n"
+        assert shard_imagenet("--train", source, "--out", tmp_path / "out") == 0
+
+
 def test_disk_space_is_checked_first(tmp_path, monkeypatch, capsys):
     source = write_folder(tmp_path / "in", FEW)
     before = contents(tmp_path)
