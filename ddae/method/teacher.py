@@ -15,8 +15,7 @@ from torch.nn.utils import vector_to_parameters
 
 from ddae.data.masking import Mask
 from ddae.distributed.checkpoint_format import TensorShard
-from ddae.distributed.comm import sum_over_ranks
-from ddae.models.vit import Encoder
+from ddae.distributed.shard_gather import ShardGather
 
 CHUNK_SIZE = 2**22  # values updated at a time: limits temporary memory, and stays in a CPU's cache
 
@@ -32,14 +31,16 @@ class MovingAverage:
 
         sharded: whether each element belongs to one rank only.
         """
-        self.module, self.sharded = module.eval().requires_grad_(False), sharded
+        self._module, self.sharded = module.eval().requires_grad_(False), sharded
         self._shards, self._student = shards, [shard.values for shard in shards]
         parameters = dict(module.named_parameters())
-        self._flat = next(module.parameters()).new_zeros(sum(p.numel() for p in parameters.values()))
-        vector_to_parameters(self._flat, parameters.values())  # the module's weights become views of one flat tensor
-        self._model_slices = [parameters[s.name].flatten()[s.start : s.start + len(s.values)] for s in shards]
+        flat = next(module.parameters()).new_zeros(sum(p.numel() for p in parameters.values()))
+        vector_to_parameters(flat, parameters.values())  # the module's weights become views of one flat tensor
+        whole = {name: parameter.flatten() for name, parameter in parameters.items()}
+        self._gather = ShardGather(whole, shards) if sharded else None
+        self._model_slices = [whole[s.name][s.start : s.start + len(s.values)] for s in shards]
         # Without sharding, rounding and offloading the model weights are the master weights.
-        kind = self._flat.dtype, self._flat.device
+        kind = flat.dtype, flat.device
         same = not sharded and all((values.dtype, values.device) == kind for values in self._student)
         self.masters = self._model_slices if same else [torch.empty_like(values) for values in self._student]
         for master, shard in zip(self.masters, shards, strict=True):
@@ -47,6 +48,14 @@ class MovingAverage:
         self.compensation = [torch.zeros_like(master) for master in self.masters]  # rounding errors of past additions
         self._chunks = list(_chunks([master.numel() for master in self.masters]))
         self.sync_model_weights()
+
+    @property
+    @torch.no_grad()
+    def module(self) -> nn.Module:
+        """The average that runs forward. Waits for the weights of the other ranks, which update() asks for."""
+        if self._gather is not None:
+            self._gather.finish()
+        return self._module
 
     @torch.no_grad()
     def update(self, momentum: float, applied: Float[Tensor, ""] | None = None) -> None:
@@ -65,12 +74,10 @@ class MovingAverage:
     @torch.no_grad()
     def sync_model_weights(self) -> None:
         """Copy the master weights into the module that runs forward. All ranks call it."""
-        if self.sharded:
-            self._flat.zero_()
-        if self.masters and self.masters is not self._model_slices:
+        if self._gather is not None:
+            self._gather.start(self.masters)
+        elif self.masters is not self._model_slices:
             torch._foreach_copy_(self._model_slices, self.masters)
-        if self.sharded:
-            sum_over_ranks(self._flat)  # exact: each element is zero on all ranks but one
 
     def local_shards(self) -> dict[str, list[TensorShard]]:
         """Return this rank's slices of the master weights and of the compensation: views."""
@@ -105,8 +112,6 @@ def _kahan_update(student: list[Tensor], masters: list[Tensor], compensation: li
 
 class Teacher(MovingAverage):
     """EMA encoder, whose tokens are the feature branch's targets."""
-
-    module: Encoder
 
     skip_unused_tokens = True  # the last block outputs masked patches only: equal targets with less computation
     stream: torch.cuda.Stream | None = None  # side stream of start_targets()

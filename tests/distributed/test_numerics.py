@@ -56,6 +56,12 @@ def test_reduced_gradients_are_those_of_deepspeed(count, errors):
 
 
 @pytest.mark.parametrize("count", COUNTS)
+def test_weights_of_the_teacher_are_gathered(count, errors):
+    """The teacher's weights that run forward are the master weights of all ranks, to the bit, also in bf16."""
+    assert {case: result["gather"] for case, result in errors(count).items() if result["gather"]} == {}
+
+
+@pytest.mark.parametrize("count", COUNTS)
 def test_teacher_at_its_highest_momentum(count, errors, record_result):
     """EMA teacher: 1,000 steps at m = 0.99999 towards weights 1 % away, ZeRO 0 to 3, against float64."""
     results = errors(count)

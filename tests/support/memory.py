@@ -72,7 +72,7 @@ def measure(args: list[str]) -> dict[str, int]:
         "weights": [*parameters, *partitions],
         "gradients": gradients,
         "optimizer": [*engine.zero.masters(), *averages],
-        "teacher": [*teacher.masters, *teacher.compensation, teacher._flat],
+        "teacher": [*teacher.masters, *teacher.compensation, *teacher.module.parameters()],
     }
     sizes = {}
     for name, tensors in parts.items():

@@ -33,7 +33,8 @@ def compare(args: list[str]) -> dict[str, float]:
     """Return the relative errors of the parameters' gradients, the betas' gradients and the EMA teacher.
 
     An error of parameters is relative to the largest gradient of their layer. "reduction" is the largest difference
-    between gradients that this project and DeepSpeed have reduced.
+    between gradients that this project and DeepSpeed have reduced, "gather" between the teacher's weights that run
+    forward and the master weights of all ranks.
     """
     config = parse(args)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
@@ -93,7 +94,8 @@ def compare(args: list[str]) -> dict[str, float]:
     expected_betas = loss_gradient / world_size() + values.grad
     betas_error = float((betas.gradient - expected_betas).abs().max() / expected_betas.abs().max())
     errors = {"parameters": worst, "betas": betas_error, "reduction": reduction}
-    return errors | {"teacher": teacher_error(engine, teacher)}
+    errors["teacher"] = teacher_error(engine, teacher)
+    return errors | {"gather": gather_error(teacher)}
 
 
 def with_optimizer(config) -> tuple[torch.nn.Module, torch.optim.AdamW]:
@@ -136,6 +138,20 @@ def teacher_error(engine: Engine, teacher) -> float:
         change += float((exact - start).square().sum())
     totals = gather((error, change))
     return (sum(each[0] for each in totals) / sum(each[1] for each in totals)) ** 0.5
+
+
+def gather_error(teacher) -> float:
+    """Return the largest difference between the teacher's weights and the sum of all ranks' rounded master weights."""
+    error = 0.0
+    for name, parameter in teacher.module.named_parameters():
+        whole = torch.zeros_like(parameter).flatten()
+        for shard in teacher.local_shards()["teacher"]:
+            if shard.name == name:
+                whole[shard.start : shard.start + shard.values.numel()] = shard.values
+        if teacher.sharded:
+            dist.all_reduce(whole)
+        error = max(error, float((whole.view_as(parameter) - parameter).abs().max()))
+    return error
 
 
 if __name__ == "__main__":
