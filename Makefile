@@ -85,10 +85,10 @@ bench-step: $(READY)
 bench-loader: .simd
 	$(BIN)/python launch/benchmark.py loader --data $(DATA) --simd .simd $(BENCH)
 
-# Run the checks that need a GPU, in about eight minutes, and write gpu-check.json; DATA=SHARDS adds the loaders.
-# With a Python that has all dependencies: make gpu-check PY=python3
+# Run the checks that need a GPU, in at most eight minutes, and write gpu-check.json; DATA=SHARDS adds the loaders.
+# With a Python that has all dependencies: make gpu-check PY=python3; at tiny sizes, without a GPU: make gpu-check DRY=1
 gpu-check:
-	PYTHONPATH=kernels:. $(PY) tests/gpu_check.py gpu-check.json $(DATA)
+	$(PY) tests/gpu_check.py gpu-check.json $(DATA) $(if $(DRY),--dry)
 
 # Replace Pillow by pillow-simd: both have the same import name, so only one can be installed.
 simd: $(READY)

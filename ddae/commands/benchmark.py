@@ -33,10 +33,17 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10**6], help="index: images of simulated data sets")
     step = parser.add_argument_group("step only", "any flag of launch/pretrain.py may follow; also after peers")
     step.add_argument("--preset", nargs="+", default=[], help="default: DDAE ViT-S; on a GPU also ViT-B, ViT-L and MAE")
-    step.add_argument("--batch", type=int, nargs="+", default=[], help="images a step (default: 16; on a GPU 256)")
+    step.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[],
+        help="images a step and rank (default: 16; on a GPU 256; --fake_ranks: 64)",
+    )
     step.add_argument("--precision", default="", help="default: fp32; on a GPU bf16")
     step.add_argument("--variants", nargs="+", default=[], help="variants to measure, by name (default: all)")
     step.add_argument("--launches", action="store_true", help="count operator launches and host time by phase instead")
+    step.add_argument("--fake_ranks", action="store_true", help="as one of 64 GPUs, of which the others do not exist")
     step.add_argument("--profile", default="", help="write a profiler trace of the last variant's step to this file")
     args, pretrain_args = parser.parse_known_args()
     if args.what not in ("step", "peers") and pretrain_args:

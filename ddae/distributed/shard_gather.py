@@ -7,6 +7,9 @@ from torch import Tensor
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import gather, world_size
 
+# torch below 2.13 knows it by its older name only.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class ShardGather:
     """Copies the slices of all ranks into whole tensors that every rank has."""
@@ -35,7 +38,7 @@ class ShardGather:
         if values:  # with many ranks some own nothing
             torch._foreach_copy_(list(row[: sum(self._own)].split(self._own)), values)
         gathered = self._like.new_empty(world_size() * self._row)
-        work = dist.all_gather_into_tensor(gathered, row, async_op=True)
+        work = all_gather(gathered, row, async_op=True)
         self._pending = work, gathered
 
     def finish(self) -> None:

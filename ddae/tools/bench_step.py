@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from ddae.config.scales import SCALES
 from ddae.errors import UserError
 from ddae.tools.bench_report import append_csv, draw_bars
+from ddae.tools.launch_count import RANKS
 from ddae.training.run_dir import git
 
 WARMUP_STEPS = 2  # of each process, before the measurement
@@ -48,6 +49,15 @@ LAUNCH_VARIANTS = [  # with --launches; each one but the first adds one saving o
     Variant("direct calls", "ddae", DEEPSPEED),
     Variant("lean reduction", "ddae", ("--engine.gradient_reduction", "lean")),
 ]
+
+
+OF_A_RANK = [  # with --fake_ranks: one GPU of many; each one but the first adds one setting to the first
+    Variant("default", "ddae", ()),
+    Variant("lean reduction", "ddae", ("--engine.gradient_reduction", "lean")),
+    Variant("teacher stream", "ddae", ("--engine.teacher_stream",)),
+    Variant("compiled", "ddae", ("--engine.compile",)),
+]
+ON_GPU_ONLY = ("teacher stream", "compiled")
 
 
 def variants(gpu: bool) -> list[Variant]:
@@ -76,7 +86,11 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
     args: further arguments of launch/pretrain.py. Raise UserError for an unknown variant, or if a variant fails.
     """
     gpu, rows, panels = torch.cuda.is_available(), [], {}
-    available = {variant.name: variant for variant in (AT_SCALE if flags.scale else variants(gpu))}
+    of_a_rank = [variant for variant in OF_A_RANK if gpu or variant.name not in ON_GPU_ONLY]
+    candidates = AT_SCALE if flags.scale else of_a_rank if flags.fake_ranks else variants(gpu)
+    available = {variant.name: variant for variant in candidates}
+    if flags.scale and flags.fake_ranks:
+        raise UserError("--scale and --fake_ranks exclude each other. Choose one.")
     if flags.scale not in ("", *SCALES):
         raise UserError(f"unknown scale {flags.scale!r}. Choose from {', '.join(SCALES)}.")
     if flags.scale and not flags.data:
@@ -87,16 +101,17 @@ def benchmark_step(flags: Namespace, args: Sequence[str]) -> None:
     presets = ([f"ddae_vit_{size}16_100e" for size in "sbl"] + ["mae_vit_b16_100e"])[: 4 if gpu else 1]
     data = ["--data.train", flags.data] if flags.data else ["--data.backend", "synthetic"]
     args = ["--ds_config", str(DS_CONFIGS / ("zero2.json" if gpu else "zero0.json")), *data, *args]
-    batches = flags.batch or [256 if gpu else 16]
+    batches = flags.batch or [64 if flags.fake_ranks else 256 if gpu else 16]
     if (scale := SCALES.get(flags.scale)) is not None:
         batches = [scale.batch_size]
     for preset, batch in product(flags.preset or presets, batches):
-        of_preset = run_variants(preset, batch, chosen, flags, args)
+        of_preset: list[dict[str, Any]] = []
+        for of_preset in run_variants(preset, batch, chosen, flags, args):
+            if flags.json:  # rewritten after every round, so that an interrupted benchmark keeps its rows
+                write_json(rows + of_preset, Path(flags.json))
         print_table(of_preset)
         rows += of_preset
         panels[f"{preset}, batch {batch}"] = {row["variant"]: row["ratio"] for row in of_preset}
-        if flags.json:  # rewritten after every preset, so that an interrupted benchmark keeps its rows
-            write_json(rows, Path(flags.json))
         if flags.out:
             append_csv(of_preset, Path(flags.out).with_suffix(".csv"))
             title = f"{rows[0]['hardware']}, {rows[0]['precision']}"
@@ -143,35 +158,48 @@ class VariantProcess:
 
 def run_variants(
     preset: str, batch: int, chosen: Sequence[Variant], flags: Namespace, args: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return a row of measurements for each variant. flags, args: see benchmark_step()."""
-    precision = flags.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    steps = flags.steps or (5 if torch.cuda.is_available() else 1)
+) -> Iterator[list[dict[str, Any]]]:
+    """Yield after each round a row for each variant, of all rounds so far. flags, args: see benchmark_step()."""
+    gpu, ranks = torch.cuda.is_available(), RANKS if flags.fake_ranks else 1
+    precision = flags.precision or ("bf16" if gpu else "fp32")
+    steps = flags.steps or (5 if gpu else 1)
     environment = describe_environment(precision)
-    args = ["--preset", preset, "--data.batch_size", str(batch), "--engine.precision", precision, *args]
+    args = ["--preset", preset, "--data.batch_size", str(batch * ranks), "--engine.precision", precision, *args]
     processes: list[VariantProcess] = []
     try:
-        processes += [VariantProcess(variant, flags.scale, args) for variant in chosen]
+        processes += [VariantProcess(variant, flags.scale, args, fake_ranks=flags.fake_ranks) for variant in chosen]
+        constant = []  # what does not change from round to round
         for process in processes:  # one after the other: building takes the memory of a step, and all cores
             process.request(f"build {WARMUP_STEPS}")
-        by_round = [[median(each.request(f"time {steps}")) for each in processes] for _ in range(flags.rounds)]
-        rows = []
-        for process, seconds in zip(processes, zip(*by_round, strict=True), strict=True):
-            ratios = [first / own for (first, *_), own in zip(by_round, seconds, strict=True)]
             peak, counts = process.request("peak"), process.request("count")  # in this order: counting takes memory
             columns = {
-                "variant": process.variant.name,
-                "preset": preset,
-                "batch": batch,
-                "images_per_s": round(batch / median(seconds), 3),
-                "ratio": round(median(ratios), 3),
-                "ratio_low": round(min(ratios), 3),
-                "ratio_high": round(max(ratios), 3),
-                "flops_per_image": round(counts["flops"]),
                 "peak_bytes": peak,
+                "flops_per_image": round(counts["flops"]),
                 "host_syncs": counts["host_syncs"],
             }
-            rows.append(environment | columns)
+            constant.append(columns | {"gpu_ms": process.request("gpu")})
+        by_round, host = [], []
+        for _ in range(flags.rounds):
+            by_round.append([median(process.request(f"time {steps}")) for process in processes])
+            host.append([sum(process.request(f"host {steps}").values()) for process in processes])
+            rows = []
+            for number, process in enumerate(processes):
+                seconds = [each[number] for each in by_round]
+                ratios = [each[0] / own for each, own in zip(by_round, seconds, strict=True)]
+                columns = {
+                    "variant": process.variant.name,
+                    "preset": preset,
+                    "batch": batch,  # of a rank
+                    "ranks": ranks,
+                    "images_per_s": round(batch / median(seconds), 3),
+                    "ratio": round(median(ratios), 3),
+                    "ratio_low": round(min(ratios), 3),
+                    "ratio_high": round(max(ratios), 3),
+                    "step_ms": round(1000 * median(seconds), 2),
+                    "host_ms": round(median(each[number] for each in host), 2),
+                }
+                rows.append(environment | columns | constant[number])
+            yield rows
         if flags.profile:
             file = Path(flags.profile).with_stem(f"{Path(flags.profile).stem}_{preset}")
             print(processes[-1].request(f"profile {file}"))
@@ -179,7 +207,6 @@ def run_variants(
     finally:
         for process in processes:
             process.kill()
-    return rows
 
 
 def describe_environment(precision: str) -> dict[str, Any]:
@@ -197,12 +224,15 @@ def describe_environment(precision: str) -> dict[str, Any]:
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Print the rows of one preset."""
-    print(f"\n{rows[0]['preset']}, batch {rows[0]['batch']}, {rows[0]['precision']}, {rows[0]['hardware']}")
+    ranks = f" of a rank of {rows[0]['ranks']}" if rows[0]["ranks"] > 1 else ""
+    print(f"\n{rows[0]['preset']}, batch {rows[0]['batch']}{ranks}, {rows[0]['precision']}, {rows[0]['hardware']}")
     ratio = f"x {rows[0]['variant']} (lowest to highest)"
-    print(f"variant          images/s   {ratio:27}   GFLOP/image   peak GiB   host syncs")
+    print(f"variant          images/s   {ratio:27}   step ms   host ms   GPU ms   GFLOP/image   peak GiB   host syncs")
     for row in rows:
         spread = f"({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
+        gpu_ms = "" if row["gpu_ms"] is None else f"{row['gpu_ms']:.1f}"
         print(
-            f"{row['variant']:12} {row['images_per_s']:9.2f}   {row['ratio']:7.2f} {spread:19}   "
+            f"{row['variant']:14} {row['images_per_s']:10.2f}   {row['ratio']:6.2f} {spread:20}   "
+            f"{row['step_ms']:7.1f}   {row['host_ms']:7.1f}   {gpu_ms:>6}   "
             f"{row['flops_per_image'] / 1e9:11.1f}   {row['peak_bytes'] / 2**30:8.2f}   {row['host_syncs']:10}"
         )

@@ -5,6 +5,7 @@ Each request is a line of standard input, each result a line "RESULT" with JSON 
     build N      build the model and run N steps; must come first
     time N       seconds of each of N steps
     peak         peak memory of a step in bytes: allocated on the GPU, or resident on a CPU
+    gpu          time of the GPU's kernels in a step, in ms; null on a CPU
     host N       CPU time of the training thread in ms by phase of a step (bench_launches.py)
     launches     operators that a step launches, by phase
     count        floating-point operations an image, and host syncs a step
@@ -20,6 +21,7 @@ from copy import deepcopy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -296,6 +298,23 @@ def count_host_syncs(step: Callable[[], object]) -> int:
     return max(syncs - torch.cuda.is_available(), copies)  # without the one that ends the profile
 
 
+def gpu_ms(step: Callable[[], object]) -> float | None:
+    """Return the summed time of the kernels of one step in ms; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    synchronise()
+    return sum(event.self_device_time_total for event in profile_step(step).key_averages()) / 1000
+
+
+def thread_ms(step: Callable[[], object], count: int) -> float:
+    """Return the CPU time of the calling thread in ms: the median of `count` steps."""
+    times = [time.thread_time()]
+    for _ in range(count):
+        step()
+        times.append(time.thread_time())
+    return 1000 * median(end - start for start, end in pairwise(times))
+
+
 def operator_table(profiler: profile) -> str:
     """Return the 25 operators that take most time, as text."""
     column = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
@@ -333,9 +352,14 @@ def main() -> None:
         elif request == "peak":
             result = peak_bytes(step)
         elif request == "count":
-            result = {"flops": measure_flops(step) / config.data.batch_size, "host_syncs": count_host_syncs(step)}
-        elif request == "host":
+            images = config.data.batch_size // world_size()
+            result = {"flops": measure_flops(step) / images, "host_syncs": count_host_syncs(step)}
+        elif request == "gpu":
+            result = gpu_ms(step)
+        elif request == "host" and isinstance(train_step, PretrainStep):
             result = host_ms(train_step, next(stream), int(argument))
+        elif request == "host":
+            result = {"step": thread_ms(step, int(argument))}
         elif request == "launches":
             result = launches(train_step, next(stream))
         elif request == "knn":
