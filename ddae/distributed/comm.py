@@ -115,6 +115,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def max_over_ranks(values: list[float]) -> list[float]:
+    """Return the largest of each value over the ranks."""
+    if world_size() == 1:
+        return values
+    largest = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def gather(value: T) -> list[T]:
     """Return the value of every rank, in the order of the ranks; any picklable value."""
     if world_size() == 1:
