@@ -94,6 +94,7 @@ class TrainConfig:
     keep_every: int = 0  # keep checkpoints of every so many steps for ever; 0: none
     watchdog_timeout_s: float = 600.0  # seconds without progress after which a rank writes its stacks and exits
     allow_longer: bool = False  # allow a started or finished run to be given more steps
+    profile_steps: str = ""  # FIRST:LAST, such as 50:55: write a profiler trace of these steps to RUN/profile
     report: bool = True  # write figures and report.html at the end
 
 
@@ -157,7 +158,7 @@ class Experiment:
             *("engine.device", "engine.loss_backend", "engine.activation_checkpointing"),
             *("tracker.kind", "tracker.experiment", "tracker.parent"),
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.watchdog_timeout_s"),
-            *("train.allow_longer", "train.report"),
+            *("train.allow_longer", "train.profile_steps", "train.report"),
         }
     )
 

@@ -29,6 +29,7 @@ from ddae.errors import UserError
 from ddae.training import run_dir
 from ddae.training.flops import Flops
 from ddae.training.metrics import SpikeDetector, StepTimer, system_metrics
+from ddae.training.profiling import MemorySnapshots, StepProfiler
 from ddae.training.progress import TrainingProgress
 from ddae.training.tracker import Tracker, read_metrics
 from ddae.training.tracking import check_installed, start_tracker
@@ -97,14 +98,17 @@ class Run:
         """Join the ranks, choose the image decoder, lock the directory, start the watchdog, find the checkpoint.
 
         equal: further facts that must be the same on all ranks. Raise UserError if they differ, if another run uses the
-        directory, or if its checkpoints are damaged or missing.
+        directory, if its checkpoints are damaged or missing, or if train.profile_steps is not within the run.
         """
         config, self.loader = self.config, loader
+        num_steps = config.num_steps(loader.epoch_samples)
+        self._profiler = StepProfiler(config.train.profile_steps, num_steps, self.folder)
         start_process_group(self._timeout_s)
         loader.select_backend(run_dir.previous_decoding(config))
         assert_equal_across_ranks(decoding=loader.decoding, samples=loader.num_samples, **equal)
         run_dir.lock(config)
         keep_log_of_others(self.folder / "logs")
+        self._snapshots = MemorySnapshots(self.folder)
         self._watchdog = Watchdog(self.folder, config.train.watchdog_timeout_s)
         self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
         self._newest = self._checkpoints.newest(config.allow_restart)
@@ -140,6 +144,7 @@ class Run:
     def describe(self, start: int, num_steps: int, more: str) -> None:
         """Log what is about to be trained."""
         batch = self.rank_batch
+        self._profiler.warn_if_over(start)
         self._progress = TrainingProgress(start, num_steps)
         logger.info(
             f"{self.folder}: steps {start} to {num_steps} of {batch.batch_size} images on {batch.world_size} ranks "
@@ -164,9 +169,17 @@ class Run:
         """Report progress to the watchdog, where the run cannot stop."""
         self._watchdog.heartbeat(step)
 
+    def begin_step(self, step: int) -> None:
+        """Begin to profile a step, if that was asked for; called after poll() and evaluations."""
+        self._profiler.begin_step(step + 1)
+        self._snapshots.begin_step()
+
     def step_done(self, step: int) -> None:
         """Count a step; log how long the first one took, with compilation and the first batch."""
         self.timer.count_step()
+        with self.timer.measure("evaluate"):
+            self._profiler.end_step(step + 1)
+            self._snapshots.end_step(step + 1)
         self._progress.step_done(step + 1)
         if self._first_step:
             logger.info("first step done after %.1f s", self.timer.seconds)
@@ -228,11 +241,13 @@ class Run:
     def fail(self) -> None:
         """End the tracker's run as failed; the caller raises the error."""
         self._progress.close()
+        self._profiler.close()
         if self.tracker is not None:
             self.tracker.finish([], "FAILED", timeout_s=3)
 
     def _exit(self, reason: str, step: int) -> NoReturn:
         self._progress.close()
+        self._profiler.close()
         if is_main():
             try:
                 run_dir.set_stopped(self.config, reason, step)
