@@ -46,7 +46,7 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     """Return the key of a row's run on this data set."""
     settings = [row.config.to_dict(), evaluation.to_dict()]
     for each in settings:
-        for field in ("seed", "profile_steps"):
+        for field in ("seed", "async_save", "profile_steps"):
             each["train"].pop(field)
         for field in ("device", "direct_calls", "gradient_reduction"):  # which change the speed alone
             each.get("engine", {}).pop(field, None)

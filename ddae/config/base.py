@@ -90,6 +90,7 @@ class TrainConfig:
     seed: int = 0  # seed of weights, order, crops and masks
     log_every: int = 20  # steps between rows of metrics
     save_every: int = 1000  # steps between checkpoints
+    async_save: bool = False  # write checkpoints in the background; takes host memory for a copy of the state
     keep: int = 3  # number of newest checkpoints to keep
     keep_every: int = 0  # keep checkpoints of every so many steps for ever; 0: none
     watchdog_timeout_s: float = 600.0  # seconds without progress after which a rank writes its stacks and exits
@@ -158,7 +159,7 @@ class Experiment:
             *("engine.device", "engine.loss_backend", "engine.activation_checkpointing"),
             *("tracker.kind", "tracker.experiment", "tracker.parent"),
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.watchdog_timeout_s"),
-            *("train.allow_longer", "train.profile_steps", "train.report"),
+            *("train.allow_longer", "train.async_save", "train.profile_steps", "train.report"),
         }
     )
 

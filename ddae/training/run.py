@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from ddae.config.base import Experiment
 from ddae.data.loader import Loader
 from ddae.data.reader import RankBatch
-from ddae.distributed.checkpoint import Checkpoints
+from ddae.distributed.checkpoint import Background, Checkpoints
 from ddae.distributed.checkpoint_format import Checkpointable
 from ddae.distributed.comm import (
     assert_equal_across_ranks,
@@ -63,7 +63,7 @@ class Run:
         self._state: dict[str, Checkpointable] = {}
         self._stop = stop or StopSignal()
         self._stop.timeout_s = self._timeout_s
-        self._polls, self._saved_step, self._first_step = 0, -1, True
+        self._polls, self._first_step = 0, True
         self._encoder = ""
 
     def bind(self, encoder: str) -> None:
@@ -110,7 +110,9 @@ class Run:
         keep_log_of_others(self.folder / "logs")
         self._snapshots = MemorySnapshots(self.folder)
         self._watchdog = Watchdog(self.folder, config.train.watchdog_timeout_s)
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
+        background = Background(self._timeout_s) if config.train.async_save else None
+        keep, keep_every = config.train.keep, config.train.keep_every
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep, keep_every, background)
         self._newest = self._checkpoints.newest(config.allow_restart)
         if self._newest is None:
             broadcast_from_main(lambda: run_dir.check_history(config))
@@ -137,7 +139,6 @@ class Run:
         rows = broadcast_from_main(self.rows)
         self.evaluated_steps = {row["step"] for row in rows if any(n.startswith(EVALUATION_METRICS) for n in row)}
         self._spikes = SpikeDetector(row["loss/total"] for row in rows if "loss/total" in row)
-        self._saved_step = start if self._newest is not None else -1
         self.timer = StepTimer()
         return start
 
@@ -159,8 +160,6 @@ class Run:
         self.heartbeat(step)
         self._polls += 1
         if reason := self._stop.poll(self._polls):
-            if self._saved_step != step:
-                self.save(step)
             self.require_saved(step)
             self.loader.close()
             self._exit(reason, step)
@@ -195,17 +194,20 @@ class Run:
         self._stop.reset_poll_interval()
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the state after `step` steps."""
+        """Write a checkpoint of the state after `step` steps, or have it written in the background."""
         run_id = "" if self.tracker is None else self.tracker.run_id
         with self.timer.measure("save"):
             facts: dict[str, Any] = {"fingerprint": self.loader.fingerprint, "run_id": run_id, "encoder": self._encoder}
-            if self._checkpoints.save(step, self._state, **facts):
-                self._saved_step = step
+            self._checkpoints.save(step, self._state, **facts)
 
     def require_saved(self, step: int) -> None:
-        """Try once more to write the checkpoint after this step, if that failed. Raise UserError if it fails again."""
-        if self._saved_step != step:
+        """Write the checkpoint after this step unless it is complete. Raise UserError if that fails twice in a row."""
+        with self.timer.measure("save"):
+            self._checkpoints.wait()
+        while self._checkpoints.saved_step != step:
             self.save(step)
+            with self.timer.measure("save"):
+                self._checkpoints.wait()
 
     def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics; it has a `step`."""
@@ -224,6 +226,7 @@ class Run:
             row |= self._flops.utilisation(rate, self.config.engine.precision)
         self._progress.log(row)
         self.log(row)
+        self._checkpoints.raise_if_failed()
 
     def rows(self) -> list[dict[str, float]]:
         """Return all rows of metrics, those of earlier starts included."""
@@ -239,7 +242,11 @@ class Run:
             run_dir.set_finished(self.config, num_steps, self._encoder)
 
     def fail(self) -> None:
-        """End the tracker's run as failed; the caller raises the error."""
+        """Complete the save in the background and end the tracker's run as failed; the caller raises the error."""
+        try:
+            self._checkpoints.wait()
+        except UserError as error:
+            logger.warning("%s", error)
         self._progress.close()
         self._profiler.close()
         if self.tracker is not None:
