@@ -140,7 +140,10 @@ def new_cpu_group(timeout_s: float) -> Group:
 
     timeout_s: seconds after which a rank that waits for another gives up. All ranks call it.
     """
-    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size() > 1 else None
+    if world_size() == 1:
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    return dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[return-value] - all ranks are members
 
 
 def broadcast_from_main(compute: Callable[[], T], group: Group = None) -> T:
