@@ -104,6 +104,7 @@ class EngineConfig:
     device: Literal["auto", "cpu"] = "auto"  # auto: the GPU; the CPU only where there is none
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: a quarter more work, less memory
     precision: Literal["bf16", "autocast", "fp32"] = "bf16"  # bf16 weights, fp32 masters; or bf16 products alone
+    reduce_dtype: Literal["auto", "fp32"] = "auto"  # in which ranks sum gradients; auto: that of the weights
     loss_backend: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch on a CPU
 
 
