@@ -118,6 +118,7 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
         for step in range(start, num_steps):
             run.poll(step)
             evaluation.maybe_run(step)
+            run.begin_step(step)
             now, done = scheduled(step), step + 1
             is_log_step = done == 1 or is_due(config.train.log_every, done, num_steps)
             meter.reset()

@@ -102,6 +102,7 @@ def fit(task: Task, run: Run, loader: Loader) -> None:
         for step in range(start, num_steps):
             run.poll(step)
             evaluation.maybe_run(step)
+            run.begin_step(step)
             lr = task.schedule(step, num_steps, warmup_steps, config.peak_lr, config.optim.min_lr)
             meter.reset()
             for micro in range(accumulation):

@@ -46,9 +46,12 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     """Return the key of a row's run on this data set."""
     settings = [row.config.to_dict(), evaluation.to_dict()]
     for each in settings:
-        each["train"].pop("seed")
+        for field in ("seed", "async_save", "profile_steps"):
+            each["train"].pop(field)
         for field in ("device", "direct_calls", "gradient_reduction"):  # which change the speed alone
             each.get("engine", {}).pop(field, None)
+        if each.get("engine", {}).get("reduce_dtype") == "auto":  # rows of version 0.2 keep their keys
+            each["engine"].pop("reduce_dtype")
         if not each.get("init"):
             each.pop("init", None)
         if each["data"]["workers"] is None:

@@ -90,10 +90,12 @@ class TrainConfig:
     seed: int = 0  # seed of weights, order, crops and masks
     log_every: int = 20  # steps between rows of metrics
     save_every: int = 1000  # steps between checkpoints
+    async_save: bool = False  # write checkpoints in the background; takes host memory for a copy of the state
     keep: int = 3  # number of newest checkpoints to keep
     keep_every: int = 0  # keep checkpoints of every so many steps for ever; 0: none
     watchdog_timeout_s: float = 600.0  # seconds without progress after which a rank writes its stacks and exits
     allow_longer: bool = False  # allow a started or finished run to be given more steps
+    profile_steps: str = ""  # FIRST:LAST, such as 50:55: write a profiler trace of these steps to RUN/profile
     report: bool = True  # write figures and report.html at the end
 
 
@@ -102,6 +104,7 @@ class EngineConfig:
     device: Literal["auto", "cpu"] = "auto"  # auto: the GPU; the CPU only where there is none
     activation_checkpointing: bool = False  # recompute blocks in the backward pass: a quarter more work, less memory
     precision: Literal["bf16", "autocast", "fp32"] = "bf16"  # bf16 weights, fp32 masters; or bf16 products alone
+    reduce_dtype: Literal["auto", "fp32"] = "auto"  # in which ranks sum gradients; auto: that of the weights
     loss_backend: Literal["auto", "reference", "triton"] = "auto"  # auto: Triton on a GPU, PyTorch on a CPU
 
 
@@ -157,7 +160,7 @@ class Experiment:
             *("engine.device", "engine.loss_backend", "engine.activation_checkpointing"),
             *("tracker.kind", "tracker.experiment", "tracker.parent"),
             *("train.log_every", "train.save_every", "train.keep", "train.keep_every", "train.watchdog_timeout_s"),
-            *("train.allow_longer", "train.report"),
+            *("train.allow_longer", "train.async_save", "train.profile_steps", "train.report"),
         }
     )
 

@@ -22,7 +22,8 @@ OWNED = {  # keys that the training config owns -> its flag, "" if it has none
     "activation_checkpointing": "--engine.activation_checkpointing",
     "optimizer": "--optim.*",
     "scheduler": "--optim.*",
-    **dict.fromkeys(("amp", "bfloat16", "data_types", "communication_data_type"), "--engine.precision"),
+    **dict.fromkeys(("amp", "bfloat16", "data_types"), "--engine.precision"),
+    "communication_data_type": "--engine.reduce_dtype",
     **dict.fromkeys(("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"), "--engine.precision"),
     **dict.fromkeys(("bf16.check_grad_overflow", "zero_optimization.compute_grad_norm"), ""),
 }
@@ -109,6 +110,11 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> DeepSpe
             "Change --data.batch_size, or train_micro_batch_size_per_gpu in the DeepSpeed JSON."
         )
     precision = config.engine.precision
+    if config.engine.reduce_dtype == "fp32" and precision == "autocast":
+        raise UserError(
+            "engine.reduce_dtype is fp32, but DeepSpeed sums the gradients of engine.precision autocast in bf16. "
+            "Pass --engine.precision bf16 or fp32."
+        )
     owned = {
         "train_batch_size": (batch, "data.batch_size"),
         "train_micro_batch_size_per_gpu": (micro_batch, ""),
@@ -138,6 +144,8 @@ def resolve(settings: dict[str, Any], config: Experiment, ranks: int) -> DeepSpe
     for key, (value, _) in owned.items():
         block, _, name = key.rpartition(".")
         (merged.setdefault(block, {}) if block else merged)[name] = value
+    if config.engine.reduce_dtype == "fp32":
+        merged["communication_data_type"] = "fp32"
     if (settings.get("zero_optimization") or {}).get("offload_optimizer"):
         merged.setdefault("zero_force_ds_cpu_optimizer", False)  # keep the config's AdamW, on either device
     return DeepSpeedJson(merged, micro_batch)

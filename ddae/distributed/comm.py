@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from ddae.errors import UserError
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | None  # ranks that communicate; None: the group of training
 GPU_FILES = "/dev/nvidia[0-9]*"
 DRIVER_FILE = "/proc/driver/nvidia/version"
 MIN_DRIVER = {"12": "525 or newer", "13": "580 or newer"}  # by CUDA's major version
@@ -115,16 +117,36 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather(value: T) -> list[T]:
+def max_over_ranks(values: list[float]) -> list[float]:
+    """Return the largest of each value over the ranks."""
+    if world_size() == 1:
+        return values
+    largest = torch.tensor(values, dtype=torch.float64, device=device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather(value: T, group: Group = None) -> list[T]:
     """Return the value of every rank, in the order of the ranks; any picklable value."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group)
     return values
 
 
-def broadcast_from_main(compute: Callable[[], T]) -> T:
+def new_cpu_group(timeout_s: float) -> Group:
+    """Return a new gloo group of all ranks' CPUs: of another thread, or for messages that do not synchronise devices.
+
+    timeout_s: seconds after which a rank that waits for another gives up. All ranks call it.
+    """
+    if world_size() == 1:
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    return dist.new_group(backend="gloo", timeout=timeout)  # type: ignore[return-value] - all ranks are members
+
+
+def broadcast_from_main(compute: Callable[[], T], group: Group = None) -> T:
     """Return on all ranks what rank 0 computes, or raise on all ranks what it raises."""
     if world_size() == 1:
         return compute()
@@ -134,7 +156,7 @@ def broadcast_from_main(compute: Callable[[], T]) -> T:
             outcome[0] = compute()
         except Exception as error:  # the other ranks wait for the broadcast
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]

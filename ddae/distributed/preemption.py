@@ -11,14 +11,13 @@ import signal
 import threading
 import time
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from ddae.distributed.comm import is_main, world_size
+from ddae.distributed.comm import is_main, new_cpu_group, world_size
 
 EXIT_CODE = 75  # EX_TEMPFAIL: the same command resumes the run
 REASONS = ("", "SIGTERM", "SIGUSR1", "the launcher is gone", "SIGHUP", "SIGINT")
@@ -53,7 +52,7 @@ class StopSignal:
         if step < self._next_step:
             return ""
         if self._group is None:
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_s))
+            self._group = new_cpu_group(self.timeout_s)
         now, interval = time.monotonic(), 1  # steps until the next poll
         if self._last_step >= 0:
             interval = int((step - self._last_step) / max(now - self._last_time, 1e-3))

@@ -12,6 +12,7 @@ from ddae.training.gpu_memory import (
     USABLE,
     activation_bytes,
     bytes_per_number,
+    bytes_per_reduced_number,
     count_parameters,
     estimate_memory,
     largest_micro_batch,
@@ -23,9 +24,10 @@ def bytes_sent(config: PretrainConfig, stage: int, gpus: int, accumulation: int)
     counts, (weight_bytes, _) = count_parameters(config), bytes_per_number(config)
     n, ring_share = counts.model, (gpus - 1) / gpus
     # Passes over all numbers: at stages 1 and 2, too, DeepSpeed all-reduces gradients (2), then gathers weights (1).
-    passes = {0: 2, 1: 2 + 1, 2: 2 * accumulation + 1, 3: 3 * accumulation}[stage]
-    teacher = 2 * counts.encoder if stage > 0 and config.feature.enabled else 0
-    return weight_bytes * ring_share * (passes * n + teacher)
+    gradients = {0: 2, 1: 2, 2: 2 * accumulation, 3: accumulation}[stage] * bytes_per_reduced_number(config)
+    weights = {0: 0, 1: 1, 2: 1, 3: 2 * accumulation}[stage] * weight_bytes
+    teacher = 2 * weight_bytes * counts.encoder if stage > 0 and config.feature.enabled else 0
+    return ring_share * ((gradients + weights) * n + teacher)
 
 
 def format_plan(

@@ -121,12 +121,12 @@ def estimate_memory(config: PretrainConfig, settings: dict[str, Any], stage: int
     teacher = teacher_masters + teacher_copy if config.feature.enabled else 0.0
     if config.token.enabled:
         teacher = 4 * counts.encoder  # the tokenizer, in fp32; assumed to have the encoder's size
-    bucket = zero.get("reduce_bucket_size", BUCKET)
+    bucket = zero.get("reduce_bucket_size", BUCKET) * bytes_per_reduced_number(config)
     buffers = 0.0
     if stage in (1, 2):
-        buffers += weight_bytes * bucket * (2 if zero.get("overlap_comm", False) and gpus > 1 else 1)
+        buffers += bucket * (2 if zero.get("overlap_comm", False) and gpus > 1 else 1)
     if stage == 3:
-        buffers += weight_bytes * (bucket + min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus))
+        buffers += bucket + weight_bytes * min(n, zero.get("stage3_max_live_parameters", LIVE)) * (1 - 1 / gpus)
     if config.engine.activation_checkpointing:
         stacks = block_stacks(config, images)
         buffers += max(block_bytes(config, width, heads) * tokens for width, heads, _, tokens in stacks)
@@ -137,6 +137,11 @@ def bytes_per_number(config: PretrainConfig) -> tuple[int, int]:
     """Return the bytes of a number in weights, norms and the residual stream, and of one in matrix products."""
     precision = config.engine.precision
     return 2 if precision == "bf16" else 4, 4 if precision == "fp32" else 2
+
+
+def bytes_per_reduced_number(config: PretrainConfig) -> int:
+    """Return the bytes of a gradient's number while the ranks sum it."""
+    return 4 if config.engine.reduce_dtype == "fp32" else bytes_per_number(config)[0]
 
 
 def block_stacks(config: PretrainConfig, images: int) -> list[tuple[int, int, int, int]]:

@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ddae.distributed.comm import device, gather, mean_over_ranks
+from ddae.distributed.comm import device, gather, max_over_ranks, mean_over_ranks
 from ddae.method.betas import Betas
 
 SPIKE = 8.0  # median absolute deviations above the median
@@ -103,12 +103,16 @@ class StepTimer:
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Return images/s over all ranks, seconds a step (without saving and evaluating), seconds of it spent waiting
-        for data, and seconds spent saving; then start anew."""
+        for data, the largest of both over the ranks, and seconds spent saving; then start anew. All ranks call it."""
         seconds, steps = self.seconds, max(1, self._steps)
+        step, data_wait = seconds / steps, self._spent["data_wait"] / steps
+        slowest_step, longest_wait = max_over_ranks([step, data_wait])
         row = {
             "throughput/images_per_s": batch_size * self._steps / seconds,
-            "time/step": seconds / steps,
-            "time/data_wait": self._spent["data_wait"] / steps,
+            "time/step": step,
+            "time/step_max": slowest_step,
+            "time/data_wait": data_wait,
+            "time/data_wait_max": longest_wait,
             "time/save": self._spent["save"],
         }
         self._restart()

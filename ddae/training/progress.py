@@ -3,7 +3,7 @@
 import logging
 import sys
 
-from ddae.distributed.comm import is_main
+from ddae.distributed.comm import is_main, world_size
 from ddae.progress import Bar, clock, is_terminal
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,10 @@ class TrainingProgress:
             self._bar.update(done, self._text)
 
     def log(self, row: dict[str, float]) -> None:
-        """Show a log step's row: epoch, step, loss, images/s, MFU, share of time spent waiting for data, time left."""
+        """Show a log step's row: epoch, step, loss, images/s, MFU, share of time spent waiting for data, time left.
+
+        With several ranks also the slowest one's time per step, and the largest share of waiting.
+        """
         self._text = describe(row, self._num_steps, self._has_rate)
         self._has_rate = True  # the first row contains the first step, which takes longer
         if self._bar is None:
@@ -43,12 +46,15 @@ def describe(row: dict[str, float], num_steps: int, has_rate: bool) -> str:
     """Return a log step's row as text; has_rate: its time per step is that of the steps to come."""
     step, seconds = int(row["step"]), row["time/step"]
     mfu = f"  MFU {row['throughput/mfu']:.0%}" if "throughput/mfu" in row else ""
-    wait = row["time/data_wait"] / seconds
+    wait, ranks = f"{row['time/data_wait'] / seconds:.0%}", ""
+    if world_size() > 1:
+        wait += f" (largest {row['time/data_wait_max'] / row['time/step_max']:.0%})"
+        ranks = f"  slowest rank {row['time/step_max']:.3g} s/step"
     left = f"  left {clock((num_steps - step) * seconds)}" if has_rate else ""
     marks = f"{'  SPIKE' if row['loss/spike'] else ''}{'  COLLAPSE' if row.get('collapse/warning') else ''}"
     return (
         f"epoch {row['epoch']:.4g}  step {step}/{num_steps}  loss {row['loss/total']:.4f}  "
-        f"{row['throughput/images_per_s']:.0f} images/s{mfu}  data wait {wait:.0%}{left}{marks}"
+        f"{row['throughput/images_per_s']:.0f} images/s{mfu}  data wait {wait}{ranks}{left}{marks}"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 from ddae.config.base import Experiment
 from ddae.data.loader import Loader
 from ddae.data.reader import RankBatch
-from ddae.distributed.checkpoint import Checkpoints
+from ddae.distributed.checkpoint import Background, Checkpoints
 from ddae.distributed.checkpoint_format import Checkpointable
 from ddae.distributed.comm import (
     assert_equal_across_ranks,
@@ -29,6 +29,7 @@ from ddae.errors import UserError
 from ddae.training import run_dir
 from ddae.training.flops import Flops
 from ddae.training.metrics import SpikeDetector, StepTimer, system_metrics
+from ddae.training.profiling import MemorySnapshots, StepProfiler
 from ddae.training.progress import TrainingProgress
 from ddae.training.tracker import Tracker, read_metrics
 from ddae.training.tracking import check_installed, start_tracker
@@ -62,7 +63,7 @@ class Run:
         self._state: dict[str, Checkpointable] = {}
         self._stop = stop or StopSignal()
         self._stop.timeout_s = self._timeout_s
-        self._polls, self._saved_step, self._first_step = 0, -1, True
+        self._polls, self._first_step = 0, True
         self._encoder = ""
 
     def bind(self, encoder: str) -> None:
@@ -97,16 +98,21 @@ class Run:
         """Join the ranks, choose the image decoder, lock the directory, start the watchdog, find the checkpoint.
 
         equal: further facts that must be the same on all ranks. Raise UserError if they differ, if another run uses the
-        directory, or if its checkpoints are damaged or missing.
+        directory, if its checkpoints are damaged or missing, or if train.profile_steps is not within the run.
         """
         config, self.loader = self.config, loader
+        num_steps = config.num_steps(loader.epoch_samples)
+        self._profiler = StepProfiler(config.train.profile_steps, num_steps, self.folder)
         start_process_group(self._timeout_s)
         loader.select_backend(run_dir.previous_decoding(config))
         assert_equal_across_ranks(decoding=loader.decoding, samples=loader.num_samples, **equal)
         run_dir.lock(config)
         keep_log_of_others(self.folder / "logs")
+        self._snapshots = MemorySnapshots(self.folder)
         self._watchdog = Watchdog(self.folder, config.train.watchdog_timeout_s)
-        self._checkpoints = Checkpoints(self.folder / "checkpoints", config.train.keep, config.train.keep_every)
+        background = Background(self._timeout_s) if config.train.async_save else None
+        keep, keep_every = config.train.keep, config.train.keep_every
+        self._checkpoints = Checkpoints(self.folder / "checkpoints", keep, keep_every, background)
         self._newest = self._checkpoints.newest(config.allow_restart)
         if self._newest is None:
             broadcast_from_main(lambda: run_dir.check_history(config))
@@ -133,13 +139,13 @@ class Run:
         rows = broadcast_from_main(self.rows)
         self.evaluated_steps = {row["step"] for row in rows if any(n.startswith(EVALUATION_METRICS) for n in row)}
         self._spikes = SpikeDetector(row["loss/total"] for row in rows if "loss/total" in row)
-        self._saved_step = start if self._newest is not None else -1
         self.timer = StepTimer()
         return start
 
     def describe(self, start: int, num_steps: int, more: str) -> None:
         """Log what is about to be trained."""
         batch = self.rank_batch
+        self._profiler.warn_if_over(start)
         self._progress = TrainingProgress(start, num_steps)
         logger.info(
             f"{self.folder}: steps {start} to {num_steps} of {batch.batch_size} images on {batch.world_size} ranks "
@@ -154,8 +160,6 @@ class Run:
         self.heartbeat(step)
         self._polls += 1
         if reason := self._stop.poll(self._polls):
-            if self._saved_step != step:
-                self.save(step)
             self.require_saved(step)
             self.loader.close()
             self._exit(reason, step)
@@ -164,9 +168,17 @@ class Run:
         """Report progress to the watchdog, where the run cannot stop."""
         self._watchdog.heartbeat(step)
 
+    def begin_step(self, step: int) -> None:
+        """Begin to profile a step, if that was asked for; called after poll() and evaluations."""
+        self._profiler.begin_step(step + 1)
+        self._snapshots.begin_step()
+
     def step_done(self, step: int) -> None:
         """Count a step; log how long the first one took, with compilation and the first batch."""
         self.timer.count_step()
+        with self.timer.measure("evaluate"):
+            self._profiler.end_step(step + 1)
+            self._snapshots.end_step(step + 1)
         self._progress.step_done(step + 1)
         if self._first_step:
             logger.info("first step done after %.1f s", self.timer.seconds)
@@ -182,17 +194,20 @@ class Run:
         self._stop.reset_poll_interval()
 
     def save(self, step: int) -> None:
-        """Write a checkpoint of the state after `step` steps."""
+        """Write a checkpoint of the state after `step` steps, or have it written in the background."""
         run_id = "" if self.tracker is None else self.tracker.run_id
         with self.timer.measure("save"):
             facts: dict[str, Any] = {"fingerprint": self.loader.fingerprint, "run_id": run_id, "encoder": self._encoder}
-            if self._checkpoints.save(step, self._state, **facts):
-                self._saved_step = step
+            self._checkpoints.save(step, self._state, **facts)
 
     def require_saved(self, step: int) -> None:
-        """Try once more to write the checkpoint after this step, if that failed. Raise UserError if it fails again."""
-        if self._saved_step != step:
+        """Write the checkpoint after this step unless it is complete. Raise UserError if that fails twice in a row."""
+        with self.timer.measure("save"):
+            self._checkpoints.wait()
+        while self._checkpoints.saved_step != step:
             self.save(step)
+            with self.timer.measure("save"):
+                self._checkpoints.wait()
 
     def log(self, row: dict[str, float]) -> None:
         """Write a row of metrics; it has a `step`."""
@@ -211,6 +226,7 @@ class Run:
             row |= self._flops.utilisation(rate, self.config.engine.precision)
         self._progress.log(row)
         self.log(row)
+        self._checkpoints.raise_if_failed()
 
     def rows(self) -> list[dict[str, float]]:
         """Return all rows of metrics, those of earlier starts included."""
@@ -226,13 +242,19 @@ class Run:
             run_dir.set_finished(self.config, num_steps, self._encoder)
 
     def fail(self) -> None:
-        """End the tracker's run as failed; the caller raises the error."""
+        """Complete the save in the background and end the tracker's run as failed; the caller raises the error."""
+        try:
+            self._checkpoints.wait()
+        except UserError as error:
+            logger.warning("%s", error)
         self._progress.close()
+        self._profiler.close()
         if self.tracker is not None:
             self.tracker.finish([], "FAILED", timeout_s=3)
 
     def _exit(self, reason: str, step: int) -> NoReturn:
         self._progress.close()
+        self._profiler.close()
         if is_main():
             try:
                 run_dir.set_stopped(self.config, reason, step)

@@ -107,12 +107,14 @@ def check_history(config: Experiment) -> None:
     """Raise UserError if a run without a checkpoint must have had one: it was moved, or its disk is not mounted."""
     folder = Path(config.folder)
     try:
-        save_every = json.loads((folder / "config.json").read_text())["train"]["save_every"]
+        train = json.loads((folder / "config.json").read_text())["train"]
+        # the first checkpoint is complete before the next step, or in the background before the second save begins
+        due = train["save_every"] * (2 if train.get("async_save") else 1)
         last = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()[-2:-1]]
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return
     stopped = any((folder / name).exists() for name in (FINISHED, STOPPED))
-    if not config.allow_restart and (stopped or max(last, default=0) > save_every):
+    if not config.allow_restart and (stopped or max(last, default=0) > due):
         raise UserError(
             f"{folder} was trained for at least {max(last, default=0)} steps but holds no checkpoint. "
             "Restore its checkpoints/, choose another --run_dir, or train from the start with --allow_restart."

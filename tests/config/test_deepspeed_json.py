@@ -44,6 +44,16 @@ def test_precision(precision, blocks):
     assert (joined["bf16"]["enabled"], joined["torch_autocast"]["enabled"]) == blocks
 
 
+def test_gradients_are_summed_in_fp32_on_request():
+    reduced = replace(CONFIG, engine=replace(CONFIG.engine, reduce_dtype="fp32"))
+    assert resolve({}, reduced, 1).json["communication_data_type"] == "fp32"
+    assert "communication_data_type" not in resolve({}, CONFIG, 1).json
+    with pytest.raises(UserError, match=r"Remove it from the DeepSpeed JSON; use --engine\.reduce_dtype"):
+        resolve({"communication_data_type": "fp32"}, CONFIG, 1)
+    with pytest.raises(UserError, match=r"sums the gradients of engine\.precision autocast in bf16"):
+        resolve({}, replace(reduced, engine=replace(reduced.engine, precision="autocast")), 1)
+
+
 @pytest.mark.parametrize(
     "settings, ranks, message",
     [

@@ -3,13 +3,16 @@
 import errno
 import hashlib
 import json
+import shutil
+import threading
 
 import pytest
+import ranks
 import torch
 
 from ddae import atomic
-from ddae.distributed import checkpoint_format
-from ddae.distributed.checkpoint import FORMAT, Checkpoints
+from ddae.distributed import checkpoint, checkpoint_format
+from ddae.distributed.checkpoint import FORMAT, Background, Checkpoints
 from ddae.distributed.checkpoint_format import MANIFEST
 from ddae.distributed.logs import configure_logging
 from ddae.errors import UserError
@@ -139,3 +142,109 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
         checkpoints.save(7, parts)
     assert list(tmp_path.iterdir()) == []
     assert checkpoints.save(7, parts, allow_non_finite=True)
+
+
+class SlowDisk:
+    """Writes of slices that wait until they are released; the n-th of `failing` fails."""
+
+    def __init__(self, monkeypatch, failing=()):
+        self.write, self.failing, self.count, self.released = checkpoint._write_shards, failing, 0, threading.Event()
+        monkeypatch.setattr(checkpoint, "_write_shards", self)
+
+    def __call__(self, file, shards):
+        assert self.released.wait(60)
+        self.count += 1
+        if self.count in self.failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.write(file, shards)
+
+
+def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path, monkeypatch):
+    disk, weights = SlowDisk(monkeypatch), Weights([1.0, 2.0])
+    checkpoints = Checkpoints(tmp_path / "background", 9, background=Background(60))
+    assert not checkpoints.save(1, {"module": weights})
+    weights.values.fill_(9.0)  # training goes on
+    assert not list(checkpoints.folder.glob("step_*"))
+    checkpoints.raise_if_failed()  # it has not ended
+    disk.released.set()
+    checkpoints.save(2, {"module": weights})  # waits for the first
+    assert (checkpoints.folder / "step_00000001").is_dir()
+    checkpoints.wait()
+    checkpoints.wait()  # there is none any more
+    assert checkpoints.saved_step == 2
+    plain = Checkpoints(tmp_path / "plain", 9)
+    assert plain.save(1, {"module": Weights([1.0, 2.0])})
+    assert plain.save(2, {"module": weights})
+    files = [path.relative_to(plain.folder) for path in plain.folder.rglob("*") if path.is_file()]
+    assert len(files) == 7
+    for file in files:
+        assert (checkpoints.folder / file).read_bytes() == (plain.folder / file).read_bytes(), file
+
+
+def test_buffers_of_the_background_are_reused(tmp_path):
+    background = Background(60)
+    checkpoints, parts = Checkpoints(tmp_path, 3, background=background), {"module": Weights([1.0])}
+    checkpoints.save(1, parts)
+    (buffer,) = background.buffers.values()
+    checkpoints.save(2, parts)
+    assert [id(each) for each in background.buffers.values()] == [id(buffer)]
+    checkpoints.wait()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_failed_saves_are_logged_and_the_second_in_a_row_ends_the_run(background, tmp_path, monkeypatch, capsys):
+    configure_logging()
+    disk = SlowDisk(monkeypatch, failing=(1, 3, 4))
+    disk.released.set()
+    checkpoints = Checkpoints(tmp_path, 3, background=Background(60) if background else None)
+    parts = {"module": Weights([1.0])}
+    for step, saved in ((1, -1), (2, 2), (3, 2)):
+        checkpoints.save(step, parts)
+        checkpoints.wait()
+        assert checkpoints.saved_step == saved
+    log = capsys.readouterr().out
+    assert "checkpoint of step 1 failed: No space left on device. The next save retries." in log
+    assert "checkpoint of step 3 failed" in log
+    with pytest.raises(UserError, match="two checkpoints in a row could not be written"):  # noqa: PT012
+        checkpoints.save(4, parts)
+        while True:
+            checkpoints.raise_if_failed()
+    assert [path.name for path in tmp_path.glob("*step*")] == ["step_00000002"]
+
+
+def test_numbers_that_are_not_finite_end_a_run_that_saves_in_the_background(tmp_path):
+    checkpoints = Checkpoints(tmp_path, 3, background=Background(60))
+    checkpoints.save(7, {"module": Weights([1.0, float("inf")])})
+    with pytest.raises(UserError, match=r"weight/x is not finite after step 7, so that no checkpoint was written"):
+        checkpoints.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def files_of(run):
+    """Return the content of every file of a run's checkpoints, by step and name."""
+    folder = run / "checkpoints"
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_runs_that_save_in_the_background_resume_bit_by_bit(shards, tmp_path):
+    """Two ranks at ZeRO-2: every file is byte for byte that of a run that waits, also after both have resumed.
+
+    The slices are also those before the resumption; torch.save writes equal state that was loaded in other bytes.
+    """
+    options = ("--train.steps", "20", "--train.save_every", "4", "--train.keep", "9")
+    waits = ranks.arguments(shards, tmp_path / "waits", 2, *options)
+    background = ranks.arguments(shards, tmp_path / "background", 2, *options, "--train.async_save")
+    ranks.run_all(2, [waits, background])
+    whole = files_of(tmp_path / "waits")
+    assert len(whole) == 1 + 5 * 4
+    assert files_of(tmp_path / "background") == whole
+    for run in (tmp_path / "waits", tmp_path / "background"):
+        for step in (12, 16, 20):
+            shutil.rmtree(run / "checkpoints" / f"step_{step:08d}")
+        (run / "finished.json").unlink()
+    output = ranks.run_all(2, [waits, background])
+    assert output.count("steps 8 to 20") == 2
+    resumed = files_of(tmp_path / "background")
+    assert resumed == files_of(tmp_path / "waits")
+    assert resumed.keys() == whole.keys()
+    assert all(resumed[name] == whole[name] for name in whole if name.endswith(".safetensors"))

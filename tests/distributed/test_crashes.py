@@ -63,10 +63,12 @@ def assert_same_run(one, other, step):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("count", [1, 2])
-def test_kill_9_twenty_times(count, shards, tmp_path, forks, record_result):
+@pytest.mark.parametrize("saving", ["no_async_save", "async_save"])
+def test_kill_9_twenty_times(saving, count, shards, tmp_path, forks, record_result):
     """kill -9 at 20 instants, every other one inside a save, then resume: weights of an uninterrupted run."""
     steps, saves = 700, 7
     options = (*FP32, "--train.steps", str(steps), "--train.save_every", str(saves), "--train.watchdog_timeout_s", "20")
+    options += (f"--train.{saving}",)
     processes = forks.start([PRETRAIN, *ranks.arguments(shards, tmp_path / "uninterrupted", 2, *options)], count)
     assert [forks.wait(rank) for rank in processes] == [0] * count, forks.log()
     command, rng = [PRETRAIN, *ranks.arguments(shards, tmp_path / "killed", 2, *options)], random.Random(count)

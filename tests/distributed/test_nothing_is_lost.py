@@ -31,10 +31,15 @@ def wait_for_rows(run, count=3, seconds=120):
 FAULTS = pytest.mark.faults  # of these parameters: others of the same kind run in every suite
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
-def test_ctrl_c_and_hang_up_stop_with_a_checkpoint(number, shards, tmp_path):
+ASYNC = ("--train.async_save", "--train.save_every", "2")  # a save is in flight at almost every step
+
+
+@pytest.mark.parametrize(
+    "number, more", [(signal.SIGINT, ()), (signal.SIGHUP, ()), (signal.SIGINT, ASYNC)], ids=["INT", "HUP", "INT-async"]
+)
+def test_ctrl_c_and_hang_up_stop_with_a_checkpoint(number, more, shards, tmp_path):
     run, server = tmp_path / "run", ranks.forks()
-    process = server.start_one([PRETRAIN, *ranks.arguments(shards, run, 2, *LONG)])
+    process = server.start_one([PRETRAIN, *ranks.arguments(shards, run, 2, *LONG, *more)])
     wait_for_rows(run)
     os.kill(process, number)
     assert server.wait(process) == 75, server.log()
@@ -123,9 +128,11 @@ FAILING_SAVE = """
 """
 
 
+@pytest.mark.parametrize("saving", ["no_async_save", "async_save"])
 @pytest.mark.parametrize("failures", [pytest.param(1, marks=FAULTS), 2])
-def test_a_last_save_that_fails_is_repeated_or_reported(failures, shards, tmp_path):
-    args = ranks.arguments(shards, tmp_path / "run", 2, "--train.steps", "20", "--engine.precision", "fp32")
+def test_a_last_save_that_fails_is_repeated_or_reported(failures, saving, shards, tmp_path):
+    options = ("--train.steps", "20", "--engine.precision", "fp32", f"--train.{saving}")
+    args = ranks.arguments(shards, tmp_path / "run", 2, *options)
     process = in_python(FAILING_SAVE, failures, *args)
     output, _ = process.communicate(timeout=240)
     if failures == 1:

@@ -20,16 +20,17 @@ def errors(tmp_path_factory):
     @functools.cache
     def errors(count):
         cases = [(stage, micro_batches, "fp32") for stage in range(4) for micro_batches in (1, 2)]
-        cases.append((2, 2, "bf16"))
+        cases += [(2, 2, "bf16"), (2, 2, "bf16 reduced in fp32")]
         runs = []
         for stage, micro_batches, precision in cases:
             ds_json = json.loads((ranks.ROOT / "ds_configs" / f"zero{stage}.json").read_text())
             ds_json["train_micro_batch_size_per_gpu"] = 16 // (count * micro_batches)
-            if precision == "bf16":  # several buckets
+            if precision.startswith("bf16"):  # several buckets
                 ds_json["zero_optimization"]["reduce_bucket_size"] = 20000
             file = folder / f"{count}_{stage}_{micro_batches}_{precision}.json"
             file.write_text(json.dumps(ds_json))
-            options = ("--engine.precision", precision, "--ds_config", str(file))
+            options = ("--engine.precision", precision.split()[0], "--ds_config", str(file))
+            options += ("--engine.reduce_dtype", "fp32") if "reduced" in precision else ()
             runs.append(ranks.arguments("none", "none", stage, *options))
         lines = ranks.run_program(count, ["tests/support/numerics.py"], runs).splitlines()
         results = [json.loads(line.removeprefix("ERRORS ")) for line in lines if line.startswith("ERRORS")]
@@ -51,8 +52,11 @@ def test_gradients_equal_plain_autograd(count, errors, record_result):
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_reduced_gradients_are_those_of_deepspeed(count, errors):
-    """Averaged gradients of gradient_reduction.py and of DeepSpeed's own hooks, to the bit, also in bf16."""
-    assert {case: result["reduction"] for case, result in errors(count).items() if result["reduction"]} == {}
+    """Averaged gradients of gradient_reduction.py and DeepSpeed's own hooks, to the bit, also bf16 summed in fp32."""
+    results = errors(count)
+    assert {case: result["reduction"] for case, result in results.items() if result["reduction"]} == {}
+    assert not results[2, 2, "bf16"]["fp32_sums"]
+    assert results[2, 2, "bf16 reduced in fp32"]["fp32_sums"]
 
 
 @pytest.mark.parametrize("count", COUNTS)

@@ -33,8 +33,8 @@ def compare(args: list[str]) -> dict[str, float]:
     """Return the relative errors of the parameters' gradients, the betas' gradients and the EMA teacher.
 
     An error of parameters is relative to the largest gradient of their layer. "reduction" is the largest difference
-    between gradients that this project and DeepSpeed have reduced, "gather" between the teacher's weights that run
-    forward and the master weights of all ranks.
+    between gradients that this project and DeepSpeed have reduced, "fp32_sums" whether ranks sum in fp32, "gather" the
+    difference between the teacher's weights that run forward and the master weights of all ranks.
     """
     config = parse(args)
     resolved = ds_config.resolve(ds_config.load(config.ds_config), config, world_size())
@@ -71,10 +71,10 @@ def compare(args: list[str]) -> dict[str, float]:
             each.backward(losses.total)
             if batch is not batches[-1]:
                 each.step(0.0)
-    reduction = max(
-        float((full_gradient(engine, ours).float() - full_gradient(other, theirs).view(-1)).abs().max())
-        for ours, theirs in zip(engine.module.parameters(), other.module.parameters(), strict=True)
-    )
+    reduced = torch.cat([full_gradient(engine, parameter).float() for parameter in engine.module.parameters()])
+    by_deepspeed = torch.cat([full_gradient(other, parameter).view(-1) for parameter in other.module.parameters()])
+    reduction = float((reduced - by_deepspeed).abs().max())
+    fp32_sums = set(getattr(engine.deepspeed.optimizer, "ipg_buckets", {})) == {torch.float32}
     layers: dict[str, list[tuple[float, float]]] = {}
     for name, parameter in engine.module.named_parameters():
         gradient = full_gradient(engine, parameter).view_as(expected[name])
@@ -93,7 +93,7 @@ def compare(args: list[str]) -> dict[str, float]:
     dist.all_reduce(loss_gradient)
     expected_betas = loss_gradient / world_size() + values.grad
     betas_error = float((betas.gradient - expected_betas).abs().max() / expected_betas.abs().max())
-    errors = {"parameters": worst, "betas": betas_error, "reduction": reduction}
+    errors = {"parameters": worst, "betas": betas_error, "reduction": reduction, "fp32_sums": fp32_sums}
     errors["teacher"] = teacher_error(engine, teacher)
     return errors | {"gather": gather_error(teacher)}
 

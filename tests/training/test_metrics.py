@@ -1,10 +1,12 @@
 """Loss spikes, step times, FLOP rates."""
 
+import json
 import math
 import time
 from dataclasses import replace
 
 import pytest
+import ranks
 import torch
 
 from ddae.config.presets import preset
@@ -50,7 +52,37 @@ def test_saving_is_timed_separately():
     row = timer.read(batch_size=8)
     assert row["time/save"] == pytest.approx(0.2, abs=0.1)
     assert 0.05 <= row["time/data_wait"] <= row["time/step"] < 0.2 + row["time/data_wait"]
+    assert row["time/step_max"] == row["time/step"]
+    assert row["time/data_wait_max"] == row["time/data_wait"]
     assert timer.read(8)["time/save"] == 0
+
+
+SLOW_RANK = """
+import json, time
+from ddae.distributed.comm import gather, is_main, rank
+from ddae.distributed.engine import start_process_group, stop_process_group
+from ddae.training.metrics import StepTimer
+
+start_process_group()
+timer = StepTimer()
+time.sleep(0.3 * (1 - rank()))
+with timer.measure("data_wait"):
+    time.sleep(0.2 * rank())
+timer.count_step()
+rows = gather(timer.read(batch_size=8))
+if is_main():
+    print("ROWS", json.dumps(rows))
+stop_process_group()
+"""
+
+
+def test_the_slowest_rank_and_the_longest_wait_are_in_every_ranks_row():
+    output = ranks.run_program(2, ["-c", SLOW_RANK], [])
+    rows = json.loads(output.partition("ROWS ")[2].splitlines()[0])
+    assert 0.3 <= rows[0]["time/step"] == rows[0]["time/step_max"] == rows[1]["time/step_max"]
+    assert rows[1]["time/step"] < rows[0]["time/step"]
+    assert rows[0]["time/data_wait"] < 0.1
+    assert 0.2 <= rows[1]["time/data_wait"] == rows[1]["time/data_wait_max"] == rows[0]["time/data_wait_max"]
 
 
 def test_utilisation_counts_necessary_operations(monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 from ddae.distributed.logs import configure_logging
 from ddae.progress import ImageProgress, clock
+from ddae.training import progress
 from ddae.training.progress import TrainingProgress, describe
 
 ROW = {
@@ -18,7 +19,9 @@ ROW = {
     "loss/total": 0.75,
     "loss/spike": 0.0,
     "time/step": 0.5,
+    "time/step_max": 0.625,
     "time/data_wait": 0.01,
+    "time/data_wait_max": 0.25,
     "throughput/images_per_s": 128.4,
 }
 SHOWN = "epoch 2.5  step 1000/8200  loss 0.7500  128 images/s  data wait 2%"
@@ -54,6 +57,12 @@ def test_a_log_step_as_text():
     assert marked == SHOWN.replace("images/s", "images/s  MFU 41%") + "  SPIKE  COLLAPSE"
 
 
+def test_a_log_step_of_several_ranks_shows_the_slowest(monkeypatch):
+    monkeypatch.setattr(progress, "world_size", lambda: 2)
+    shown = describe(ROW, 8200, has_rate=True)
+    assert shown == SHOWN + " (largest 40%)  slowest rank 0.625 s/step  left 1:00:00"
+
+
 @pytest.mark.parametrize("seconds, shown", [(0, "0:00:00"), (3725.9, "1:02:05"), (100 * 3600, "100:00:00")])
 def test_durations(seconds, shown):
     assert clock(seconds) == shown
@@ -61,10 +70,10 @@ def test_durations(seconds, shown):
 
 def test_lines_without_a_terminal(capsys):
     configure_logging()
-    progress = TrainingProgress(0, 8200)
-    progress.step_done(1)
-    progress.log(ROW)
-    progress.log(ROW)
+    shown = TrainingProgress(0, 8200)
+    shown.step_done(1)
+    shown.log(ROW)
+    shown.log(ROW)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition("] ")[2] for line in lines] == [SHOWN, SHOWN + "  left 1:00:00"]
 

@@ -15,9 +15,9 @@ from ddae.training.run_dir import check, check_history, finished, lock, previous
 from ddae.training.tracker import read_metrics
 
 
-def started(path, last, save_every=10, files=()):
+def started(path, last, save_every=10, files=(), async_save=False):
     """The config of a run that has logged `last` steps and more."""
-    config = PretrainConfig(run_dir=str(path), train=TrainConfig(save_every=save_every))
+    config = PretrainConfig(run_dir=str(path), train=TrainConfig(save_every=save_every, async_save=async_save))
     config.write(path / "config.json")
     (path / "metrics.jsonl").write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, last + 2)))
     for name in files:
@@ -129,6 +129,12 @@ def test_partial_files_of_killed_processes_are_removed(tmp_path):
 @pytest.mark.parametrize("last", [0, 3, 10])
 def test_a_run_killed_before_its_first_checkpoint_starts_again(last, tmp_path):
     check_history(started(tmp_path, last))
+
+
+def test_a_run_killed_during_its_first_save_in_the_background_starts_again(tmp_path):
+    check_history(started(tmp_path, 20, async_save=True))
+    with pytest.raises(UserError, match=r"holds no checkpoint\. Restore its checkpoints/"):
+        check_history(started(tmp_path, 21, async_save=True))
 
 
 @pytest.mark.parametrize("last, files", [(11, ()), (500, ()), (3, ("stopped.json",)), (3, ("finished.json",))])
