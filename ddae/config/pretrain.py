@@ -161,7 +161,7 @@ class PretrainEngineConfig(EngineConfig):
     # DeepSpeed's own. auto: lean on a CPU, deepspeed on a GPU, where lean is not measured yet.
     gradient_reduction: Literal["auto", "lean", "deepspeed"] = "auto"
     decoder_activation_checkpointing: bool = False  # activation checkpointing of the decoders alone
-    compile: bool = False  # torch.compile encoder, decoders and teacher
+    compile: bool = False  # torch.compile encoder (in segments from tap to tap), decoders and teacher
     teacher_stream: bool = False  # run the teacher on its own CUDA stream, beside the student
 
 

@@ -291,8 +291,12 @@ def schedules(config: PretrainConfig, step: int, num_steps: int, epoch_samples: 
     )
 
 
-def compile_modules(model: PretrainModel, targets: Targets) -> None:
-    """Compile encoder, decoders and teacher, each as a whole, when they first run."""
+def compile_modules(model: PretrainModel, targets: Targets, backend: str = "inductor") -> None:
+    """Compile decoders and teacher, each as a whole, and the encoder in segments that end at the taps.
+
+    Compilation is when they first run. backend: of torch.compile.
+    """
+    model.encoder.compile_segments(backend)
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
-    for module in (model.encoder, *decoders, *targets.modules):
-        module.compile(dynamic=False)
+    for module in (*decoders, *targets.modules):
+        module.compile(dynamic=False, backend=backend)
