@@ -19,6 +19,7 @@ PRESETS = ["ddae_vit_s16_100e", "ddae_vit_b16_100e", "mae_vit_b16_100e"]
 TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in ("triton", "dynamic", "distance")),
     *("tests/data/test_dali.py", "tests/distributed/test_engine.py", "tests/training/test_step.py"),
+    "tests/method/test_cuda_graph.py",
 ]
 
 

@@ -47,7 +47,7 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     settings = [row.config.to_dict(), evaluation.to_dict()]
     for each in settings:
         each["train"].pop("seed")
-        for field in ("device", "direct_calls", "gradient_reduction"):  # which change the speed alone
+        for field in ("device", "direct_calls", "gradient_reduction", "teacher_graph"):  # which change the speed alone
             each.get("engine", {}).pop(field, None)
         if not each.get("init"):
             each.pop("init", None)

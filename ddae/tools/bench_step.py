@@ -63,6 +63,7 @@ def variants(gpu: bool) -> list[Variant]:
         found.append(Variant("triton", "ddae", batched))
         found.append(Variant("compiled", "ddae", (*batched, "--engine.compile")))
         found.append(Variant("two streams", "ddae", (*batched, "--engine.compile", "--engine.teacher_stream")))
+        found.append(Variant("teacher graph", "ddae", (*found[-1].args, "--engine.teacher_graph")))
     else:
         found.append(Variant("huge pages", "ddae", PLAIN, huge_pages=True))
         found.append(Variant("tap by tap", "ddae", ("--engine.tap_execution", "sequential"), huge_pages=True))
