@@ -6,7 +6,7 @@ from ddae.errors import UserError
 from ddae.tools.bench_launches import benchmark_launches, narrow_arguments
 from ddae.tools.bench_step import LAUNCH_VARIANTS, VariantProcess
 
-BUDGET = {"teacher": 129, "betas": 47, "student": 225, "backward": 446, "optimizer": 28, "EMA update": 13, "rest": 14}
+BUDGET = {"teacher": 129, "betas": 34, "student": 225, "backward": 446, "optimizer": 28, "EMA update": 13, "rest": 14}
 
 
 @pytest.fixture(scope="module")
