@@ -27,6 +27,7 @@ VARIANTS = ["naive", "shortcuts", "triton", "compiled", "two streams"]
 TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in ("triton", "dynamic", "distance")),
     *("tests/data/test_dali.py", "tests/distributed/test_engine.py", "tests/training/test_step.py"),
+    "tests/method/test_cuda_graph.py",
 ]
 # The packages that check tensor shapes need not be installed.
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-m", "not reliability")

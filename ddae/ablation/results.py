@@ -48,7 +48,7 @@ def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluat
     for each in settings:
         for field in ("seed", "async_save", "profile_steps"):
             each["train"].pop(field)
-        for field in ("device", "direct_calls", "gradient_reduction"):  # which change the speed alone
+        for field in ("device", "direct_calls", "gradient_reduction", "teacher_graph"):  # which change the speed alone
             each.get("engine", {}).pop(field, None)
         if each.get("engine", {}).get("reduce_dtype") == "auto":  # rows of version 0.2 keep their keys
             each["engine"].pop("reduce_dtype")

@@ -161,8 +161,9 @@ class PretrainEngineConfig(EngineConfig):
     # DeepSpeed's own. auto: lean on a CPU, deepspeed on a GPU, where lean is not measured yet.
     gradient_reduction: Literal["auto", "lean", "deepspeed"] = "auto"
     decoder_activation_checkpointing: bool = False  # activation checkpointing of the decoders alone
-    compile: bool = False  # torch.compile encoder, decoders and teacher
+    compile: bool = False  # torch.compile encoder (in segments from tap to tap), decoders and teacher
     teacher_stream: bool = False  # run the teacher on its own CUDA stream, beside the student
+    teacher_graph: bool = False  # run the teacher as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ class PretrainConfig(Experiment):
     FREE_ON_RESUME = Experiment.FREE_ON_RESUME | {
         *("probe_every", "token.tokenizer", "model.init", "init"),  # a checkpoint replaces initial weights
         *("engine.tap_execution", "engine.skip_unused_tokens", "engine.decoder_activation_checkpointing"),
-        *("engine.compile", "engine.teacher_stream", "engine.direct_calls", "engine.gradient_reduction"),
+        *("engine.compile", "engine.teacher_stream", "engine.teacher_graph", "engine.direct_calls"),
+        "engine.gradient_reduction",
     }
 
     @property
@@ -246,6 +248,11 @@ def check(config: PretrainConfig) -> None:
         raise UserError(
             "taps_per_step and decode_fraction are for branches with a decoder, but token.enabled is set. "
             "Leave out --taps_per_step and --decode_fraction."
+        )
+    if config.engine.teacher_graph and config.num_step_taps(config.feature) < len(config.feature.taps):
+        raise UserError(
+            f"engine.teacher_graph needs the same taps in every step, but taps_per_step {config.taps_per_step} draws "
+            "them. Leave out one of the two."
         )
     for name, branch in branches.items():
         _check_taps(name, branch, model.depth)

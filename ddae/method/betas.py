@@ -34,9 +34,15 @@ class Betas:
         self.optimizer = torch.optim.AdamW([self.values], lr=0.0, betas=adam_betas, weight_decay=0.0, fused=True)
         self.gradient = torch.zeros_like(start)  # of the last step
         self.last_values = start.detach().clone()  # values that the last step used
-        self.regulariser = torch.zeros((), device=device)  # of the last step, for the log
-        self._squares, self._slopes = torch.zeros_like(start), torch.zeros_like(start)
+        self._norm = torch.zeros_like(start)  # R of the last step
+        self._sums: list[Tensor] = []  # of squared norms and of their slopes, over the step's micro-batches so far
         self._micro_batches, self._warned = 0, False
+
+    @property
+    def regulariser(self) -> Float[Tensor, ""]:
+        """Return the loss of which the last two terms are the gradient, of the last step."""
+        decay = self.config.beta_l2 / 2 * self.last_values.square().sum()
+        return self.config.weight_norm_coef * self._norm.sum() + decay
 
     def clamped(self) -> Float[Tensor, " K"]:
         """Return the betas clamped to dynamic.clamp, as the loss uses them; differentiable."""
@@ -47,9 +53,13 @@ class Betas:
         if self.names:
             low, high = self.config.clamp
             values = self.values.detach()
-            square, slope = dk.weight_norm_and_slope(distance, values.clamp(low, high))
-            self._squares += square
-            self._slopes += slope * ((values >= low) & (values <= high))  # clamped exponents have no gradient
+            clamped = values.clamp(low, high)
+            square, slope = dk.weight_norm_and_slope(distance, clamped)
+            terms = [square, slope * (clamped == values)]  # clamped exponents have no gradient
+            if self._sums:
+                torch._foreach_add_(self._sums, terms)
+            else:
+                self._sums = terms
         self._micro_batches += 1
 
     def step(self, lr: float, applied: Float[Tensor, ""]) -> None:
@@ -61,21 +71,19 @@ class Betas:
         self.last_values = self.values.detach().clone()
         if self.names:
             loss_part = torch.zeros_like(self.gradient) if self.values.grad is None else self.values.grad
-            parts = [loss_part, self._squares / self._micro_batches, self._slopes / self._micro_batches]
-            loss_part, squares, slopes = mean_over_ranks(torch.stack(parts))
-            norm = (self.config.norm_batch * squares).sqrt()
-            values, weight, decay = self.values.detach(), self.config.weight_norm_coef, self.config.beta_l2
-            self.regulariser = weight * norm.sum() + decay / 2 * values.square().sum()
-            self.gradient = loss_part + weight * self.config.norm_batch * slopes / (2 * norm) + decay * values
+            parts = torch.stack([loss_part, *self._sums])
+            parts[1:] /= self._micro_batches
+            loss_part, squares, slopes = mean_over_ranks(parts)
+            self._norm = (self.config.norm_batch * squares).sqrt()
+            half_slope = self.config.weight_norm_coef * self.config.norm_batch / 2 * slopes
+            self.gradient = loss_part + half_slope / self._norm + self.config.beta_l2 * self.last_values
             if self.config.learnable:
                 self.optimizer.param_groups[0]["lr"] = lr * self.config.lr_mult
                 self.optimizer.found_inf = 1 - applied  # type: ignore[attr-defined]
                 self.values.grad = self.gradient
                 self.optimizer.step()
         self.values.grad = None
-        self._squares.zero_()
-        self._slopes.zero_()
-        self._micro_batches = 0
+        self._sums, self._micro_batches = [], 0
 
     def warn_if_clamped(self) -> None:
         """Log once when a beta has reached the clamp, where the loss has no gradient. Synchronises."""

@@ -9,13 +9,14 @@ patches, K taps, D width, P values of a patch.
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.utils import vector_to_parameters
 
 from ddae.data.masking import Mask
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.shard_gather import ShardGather
+from ddae.method.cuda_graph import GraphedFunction
 
 CHUNK_SIZE = 2**22  # values updated at a time: limits temporary memory, and stays in a CPU's cache
 
@@ -115,6 +116,7 @@ class Teacher(MovingAverage):
 
     skip_unused_tokens = True  # the last block outputs masked patches only: equal targets with less computation
     stream: torch.cuda.Stream | None = None  # side stream of start_targets()
+    graph: GraphedFunction | None = None  # of compute_targets(), for targets()
 
     def start_targets(
         self, patches: Float[Tensor, "B N P"], taps: Sequence[int], mask: Mask
@@ -137,9 +139,22 @@ class Teacher(MovingAverage):
     def targets(self, patches: Float[Tensor, "B N P"], taps: Sequence[int], mask: Mask) -> Float[Tensor, "K B M D"]:
         """Return the tokens of the masked patches after each tap, before any norm.
 
-        patches: normalised, the visible ones first, then the masked ones.
+        patches: normalised, the visible ones first, then the masked ones. With a graph, the next call overwrites the
+        tokens.
         """
-        num_masked = mask.masked.shape[1]
+        _ = self.module  # waits for the weights of the other ranks, outside the graph
+        compute = self.compute_targets if self.graph is None else self.graph
+        return compute(patches, *mask, tuple(taps))
+
+    def compute_targets(
+        self,
+        patches: Float[Tensor, "B N P"],
+        visible: Int64[Tensor, "B V"],
+        masked: Int64[Tensor, "B M"],
+        taps: tuple[int, ...],
+    ) -> Float[Tensor, "K B M D"]:
+        """Return targets() without a graph. visible, masked: the fields of its mask."""
+        num_masked = masked.shape[1]
         num_outputs = num_masked if self.skip_unused_tokens else None
-        tokens = self.module(patches, taps, torch.cat(mask, 1), num_outputs=num_outputs)
+        tokens = self.module(patches, taps, torch.cat([visible, masked], 1), num_outputs=num_outputs)
         return torch.stack([each[:, each.shape[1] - num_masked :] for each in tokens])

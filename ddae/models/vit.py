@@ -5,7 +5,7 @@ H heads, P values of a patch. Parameters have timm's and MAE's names, so that th
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -294,6 +294,7 @@ class Encoder(nn.Module):
         self.pos_embed = nn.Parameter(table) if is_learned else nn.Buffer(table, persistent=has_positions)
         self.blocks = build_blocks(shape.width, shape.depth, shape.heads, shape.layer_scale, shape.qk_norm)
         self.norm = LayerNorm(shape.width)
+        self._segment_fn: Callable[..., Tensor] = Encoder._segment  # compile_segments() replaces it
         if shape.relative_positions == "shared":
             self.rel_pos_bias = RelativePositions(self.grid, shape.heads, prefix_tokens=1)
         elif shape.relative_positions == "each":
@@ -335,13 +336,61 @@ class Encoder(nn.Module):
                 f"images have shape {list(images.shape)}; this encoder expects [B, {', '.join(map(str, expected))}]"
             )
             raise ValueError(f"{shapes}. Resize them, or load the encoder with this image_size.")
-        table = self.pos_embed.to(images.dtype)  # DeepSpeed may leave buffers in fp32
-        positions = table[:, 1:]
         if visible is not None and mask_token is None:
             if self.shape.relative_positions != "none":
                 raise ValueError("visible is set, but relative positions need all patches. Pass a mask_token, too.")
             if patches is not images:
                 patches = gather_tokens(patches, visible)
+        shared_bias = self.rel_pos_bias() if self.shape.relative_positions == "shared" else None
+        tokens, first, outputs, last = patches, 0, {}, max(layers, default=len(self.blocks))
+        for stop in sorted({*layers, last}):
+            embedding = (visible, mask_token) if first == 0 else None
+            of_segment = num_outputs if stop == last else None
+            blocks = [*self.blocks][first:stop]
+            tokens = self._segment_fn(self, tokens, blocks, shared_bias, of_segment, embedding)
+            first, outputs[stop] = stop, self._without_registers(tokens, of_segment)
+        return [outputs[number] for number in layers] if layers else self.norm(outputs[last])
+
+    def compile_segments(self, backend: str = "inductor") -> None:
+        """Let torch.compile compile the blocks from one layer of forward() to the next as one function.
+
+        The backward pass of a compiled function returns all its gradients when it ends. With segments, the gradients of
+        the last blocks are ready while those of the first blocks are computed.
+        """
+        self._segment_fn = torch.compile(Encoder._segment, dynamic=False, backend=backend)
+
+    def _segment(
+        self,
+        tokens: Float[Tensor, "B V P"] | Float[Tensor, "B T D"],
+        blocks: Sequence[nn.Module],
+        shared_bias: Float[Tensor, "1 H T T"] | None,
+        num_outputs: int | None,
+        embedding: tuple[Int64[Tensor, "B V"] | None, Float[Tensor, "1 1 D"] | None] | None,
+    ) -> Float[Tensor, "B S D"]:
+        """Run consecutive blocks. num_outputs: of the last one; None: all.
+
+        embedding: `visible` and `mask_token` of forward(), if the tokens are patches, to be embedded first.
+        """
+        if embedding is not None:
+            tokens = self._embed(tokens, *embedding)
+        stochastic = self.training and self.drop_path > 0
+        for number, block in enumerate(blocks, 1):
+            has_own_bias = self.shape.relative_positions == "each"
+            bias = block.attn.rel_pos_bias() if has_own_bias else shared_bias  # type: ignore[union-attr]
+            inputs = tokens, bias, num_outputs if number == len(blocks) else None
+            tokens = run_block(block, self.activation_checkpointing, *inputs, preserve_rng_state=stochastic)
+        return tokens
+
+    def _embed(
+        self,
+        patches: Float[Tensor, "B V P"],
+        visible: Int64[Tensor, "B V"] | None,
+        mask_token: Float[Tensor, "1 1 D"] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the tokens before the first block. visible, mask_token: of forward()."""
+        table = self.pos_embed.to(patches.dtype)  # DeepSpeed may leave buffers in fp32
+        positions = table[:, 1:]
+        if visible is not None and mask_token is None:
             positions = F.embedding(visible, positions[0])
         tokens = self.patch_embed["proj"](patches)
         if visible is not None and mask_token is not None:
@@ -351,17 +400,7 @@ class Encoder(nn.Module):
         # tokens.shape[0]: len() would be a constant in an exported program
         cls = (self.cls_token + table[:, :1]).expand(tokens.shape[0], -1, -1)
         registers = [] if self.reg_token is None else [self.reg_token.expand(tokens.shape[0], -1, -1)]
-        tokens = torch.cat([cls, *registers, tokens], 1)
-        shared_bias = self.rel_pos_bias() if self.shape.relative_positions == "shared" else None
-        outputs, stochastic, last = {}, self.training and self.drop_path > 0, max(layers, default=len(self.blocks))
-        for number, block in enumerate(self.blocks[:last], 1):
-            has_own_bias = self.shape.relative_positions == "each"
-            bias = block.attn.rel_pos_bias() if has_own_bias else shared_bias  # type: ignore[union-attr]
-            inputs = tokens, bias, num_outputs if number == last else None
-            tokens = run_block(block, self.activation_checkpointing, *inputs, preserve_rng_state=stochastic)
-            outputs[number] = self._without_registers(tokens, num_outputs if number == last else None)
-        tokens = outputs[last]
-        return [outputs[number] for number in layers] if layers else self.norm(tokens)
+        return torch.cat([cls, *registers, tokens], 1)
 
     def _without_registers(self, tokens: Float[Tensor, "B T D"], num_outputs: int | None) -> Float[Tensor, "B S D"]:
         """Return the tokens without the registers; num_outputs: how many of the last ones there are, None for all."""

@@ -55,9 +55,10 @@ OF_A_RANK = [  # with --fake_ranks: one GPU of many; each one but the first adds
     Variant("default", "ddae", ()),
     Variant("lean reduction", "ddae", ("--engine.gradient_reduction", "lean")),
     Variant("teacher stream", "ddae", ("--engine.teacher_stream",)),
+    Variant("teacher graph", "ddae", ("--engine.teacher_graph",)),
     Variant("compiled", "ddae", ("--engine.compile",)),
 ]
-ON_GPU_ONLY = ("teacher stream", "compiled")
+ON_GPU_ONLY = ("teacher stream", "teacher graph", "compiled")
 
 
 def variants(gpu: bool) -> list[Variant]:
@@ -73,6 +74,7 @@ def variants(gpu: bool) -> list[Variant]:
         found.append(Variant("triton", "ddae", batched))
         found.append(Variant("compiled", "ddae", (*batched, "--engine.compile")))
         found.append(Variant("two streams", "ddae", (*batched, "--engine.compile", "--engine.teacher_stream")))
+        found.append(Variant("teacher graph", "ddae", (*found[-1].args, "--engine.teacher_graph")))
     else:
         found.append(Variant("huge pages", "ddae", PLAIN, huge_pages=True))
         found.append(Variant("tap by tap", "ddae", ("--engine.tap_execution", "sequential"), huge_pages=True))

@@ -22,6 +22,7 @@ from ddae.errors import UserError
 from ddae.export.encoder import load_tokenizer
 from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
+from ddae.method.cuda_graph import GraphedFunction
 from ddae.method.distance import masked_distance, neighbour_weight
 from ddae.method.model import Losses, PretrainModel, set_direct_calls
 from ddae.method.partial_supervision import draw_subset, draw_taps
@@ -44,6 +45,8 @@ def resolve_auto(config: PretrainConfig, ds_json: dict[str, Any]) -> PretrainCon
     """
     if config.engine.teacher_stream and device().type == "cpu":
         raise UserError("engine.teacher_stream is set, but a CPU has no CUDA streams. Leave it out.")
+    if config.engine.teacher_graph and device().type == "cpu":
+        raise UserError("engine.teacher_graph is set, but a CPU has no CUDA graphs. Leave it out.")
     micro_batch = ds_json["train_micro_batch_size_per_gpu"]
     batch_norm = config.feature.enabled and config.feature.target_norm == "batch_layer"
     if batch_norm and micro_batch != config.data.batch_size:
@@ -168,6 +171,7 @@ def configure_teacher(teacher: Teacher, config: PretrainConfig) -> None:
     teacher.skip_unused_tokens = config.engine.skip_unused_tokens
     set_direct_calls(teacher.module, config.engine.direct_calls)  # at ZeRO-3, too: its weights are not sharded
     teacher.stream = torch.cuda.Stream() if config.engine.teacher_stream else None
+    teacher.graph = GraphedFunction(teacher.compute_targets) if config.engine.teacher_graph else None
 
 
 def build_tokenizer(config: PretrainConfig) -> Tokenizer:
@@ -291,8 +295,12 @@ def schedules(config: PretrainConfig, step: int, num_steps: int, epoch_samples: 
     )
 
 
-def compile_modules(model: PretrainModel, targets: Targets) -> None:
-    """Compile encoder, decoders and teacher, each as a whole, when they first run."""
+def compile_modules(model: PretrainModel, targets: Targets, backend: str = "inductor") -> None:
+    """Compile decoders and teacher, each as a whole, and the encoder in segments that end at the taps.
+
+    Compilation is when they first run. backend: of torch.compile.
+    """
+    model.encoder.compile_segments(backend)
     decoders = [module for module in model.modules() if isinstance(module, Decoder)]
-    for module in (model.encoder, *decoders, *targets.modules):
-        module.compile(dynamic=False)
+    for module in (*decoders, *targets.modules):
+        module.compile(dynamic=False, backend=backend)

@@ -1,6 +1,7 @@
 """Benchmark of the losses (forward + backward) against eager torch, torch.compile and their memory-traffic floor.
 
     python kernels/bench/bench.py [--batch 256 512] [--only mse pixel feature] [--step ddae_vit_b16_100e]
+    python kernels/bench/bench.py --host        host time of a call alone; without a GPU the kernels are empty functions
 
 On a GPU: bf16, random data, upstream gradient 1. The inputs rotate through more memory than the L2 cache holds. Calls
 are captured in CUDA graphs, which excludes Python overhead; rows with mode "launched" are the same calls launched from
@@ -17,7 +18,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from statistics import median
 from typing import Any
+from unittest import mock
 
 import ddae_kernels as dk
 import torch
@@ -34,6 +37,7 @@ WIDTHS = {"S": 384, "B": 768, "L": 1024} if CUDA else {"nano": 48}
 ROTATED_BYTES = 600e6 if CUDA else 0  # 10 times the L2 cache of an H200 (60 MB)
 ROUNDS = 30 if CUDA else 3
 WARMUP_ROUNDS = 3
+HOST_ROUNDS, HOST_CALLS = 11, 50  # of host_time()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOSSES: dict[str, Callable[..., dk.DynamicLoss]] = {
     "mse": dk.dynamic_mse,  # all taps share the target; feature and instance have one per tap
@@ -224,6 +228,40 @@ def step_share(preset: str, batch: int) -> str:
     return "\n".join(lines)
 
 
+def host_time(losses: list[str], batch: int) -> Iterator[str]:
+    """Yield a line per loss: host time of forward + backward, launched directly and through torch.library's operators.
+
+    It is the CPU time of the process (autograd has a thread per GPU), medians over alternating rounds. Without a GPU
+    the kernels do nothing.
+    """
+    from ddae_kernels import implementation, operators
+
+    from ddae.tools.launch_count import replace_kernels
+
+    replace_kernels()
+    accept_cpu = mock.patch.object(implementation, "INTERPRETED", True)
+    without_checks = mock.patch.dict(os.environ, {"DDAE_CHECK": "0"})  # of values, which do not run on a GPU
+    with accept_cpu, without_checks:
+        for loss in losses:
+            inputs = random_inputs(loss, 3 * PATCH**2 if loss == "pixel" else min(WIDTHS.values()), batch)
+            samples: dict[str, list[float]] = {"direct": [], "operators": []}
+            for round_number in range(WARMUP_ROUNDS + HOST_ROUNDS):
+                for name, times in samples.items():
+                    is_intercepted = operators.is_intercepted if name == "direct" else lambda tensor: True
+                    with mock.patch.object(operators, "is_intercepted", is_intercepted):
+                        start = time.process_time()
+                        for _ in range(HOST_CALLS):
+                            forward_backward(LOSSES[loss], "triton", inputs)
+                        elapsed = time.process_time() - start
+                    if CUDA:
+                        torch.cuda.synchronize()  # so that the launch queue does not fill up
+                    if round_number >= WARMUP_ROUNDS:
+                        times.append(1e6 * elapsed / HOST_CALLS)
+            direct, operator = (median(times) for times in samples.values())
+            ratio = median(one / other for one, other in zip(*samples.values(), strict=True))
+            yield f"{loss:8} direct {direct:6.0f} us  operators {operator:6.0f} us  ratio {ratio:.2f}"
+
+
 def environment() -> dict[str, Any]:
     """Return the columns that describe where a row was measured."""
     # DDAE_COMMIT is set on machines that have the code without git.
@@ -249,9 +287,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 512] if CUDA else [2], help="images per call")
     parser.add_argument("--only", nargs="+", default=list(LOSSES), choices=LOSSES, help="losses to time")
     parser.add_argument("--step", metavar="PRESET", help="also time a training step of this preset, with each loss")
+    parser.add_argument("--host", action="store_true", help="measure the host time of a call instead")
     parser.add_argument("--out", type=Path, default=RESULTS if CUDA else None, help="CSV file to append rows to")
     options = parser.parse_args()
     torch.manual_seed(0)
+    if options.host:
+        kernels = "" if CUDA else ", kernels replaced by empty functions"
+        print(f"{environment()['hardware']}: host time of a forward and backward pass{kernels}")
+        for line in host_time(options.only, min(options.batch)):
+            print(line, flush=True)
+        return
     bandwidth, facts = copy_bandwidth(), environment()
     print(f"{facts['hardware']}: copy bandwidth {bandwidth / 1e9:.0f} GB/s (read + write). ", end="")
     print("Columns: p20, p50, p80 of forward + backward in us; p50 over floor.")

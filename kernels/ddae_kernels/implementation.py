@@ -54,6 +54,17 @@ def should_check_values(tensor: Tensor) -> bool:
     return setting == "1" or (tensor.device.type == "cpu" and setting != "0")
 
 
+def is_intercepted(tensor: Tensor) -> bool:
+    """Return whether the operators of a call on `tensor` are traced or counted: by torch.compile, by a dispatch mode
+    (fake tensors, FLOP counters), or by the class of the tensor.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__  # type: ignore[attr-defined]
+    )
+
+
 def _triton_obstacle(device: str, dtypes: tuple[torch.dtype, ...]) -> str:
     """Return the reason why Triton cannot run on this device and these dtypes, "" if it can."""
     unsupported = [str(dtype) for dtype in dtypes if dtype not in TRITON_DTYPES]

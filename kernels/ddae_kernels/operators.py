@@ -1,4 +1,8 @@
-"""The Triton kernels as torch custom operators: opaque to torch.compile, differentiable, deterministic.
+"""The Triton kernels as torch operators: opaque to torch.compile, differentiable, deterministic.
+
+Each kernel has a function that launches it, and a custom operator of that function for torch.compile, fake tensors and
+dispatch modes. Elsewhere the function is called directly, because torch.library takes more of the host's time than the
+launches.
 
 The forward pass computes the gradient of pred for an upstream gradient of 1; the backward pass returns it. If all scale
 factors (tap weights, warmup, 1 / accumulation steps) are part of `tap_weight`, the backward pass has nothing to do.
@@ -9,23 +13,30 @@ S predicted ones of them (all M without a subset), K taps, D values per patch.
 import inspect
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddae_kernels import reference, triton_impl
+from ddae_kernels.implementation import is_intercepted
 
 kernels: Any = triton_impl  # Any: kernel[grid](...) has no types
-cdiv, next_power_of_2 = kernels.triton.cdiv, kernels.triton.next_power_of_2  # triton_impl alone imports triton
+# triton_impl alone imports triton, whose two functions take microseconds a call.
+cdiv, next_power_of_2 = cache(kernels.triton.cdiv), cache(kernels.triton.next_power_of_2)
 # Masked patches per program. Few balance the load at the end of the launch. More than one amortise the scan over all
 # distances of the image with which every program starts.
 ROWS = 4
 
 
-@torch.library.custom_op("ddae_kernels::patch_distance", mutates_args=())
 def patch_distance(masked: Tensor, height: int, width: int, over_max: bool = False) -> Tensor:
     """Return the distances that distance.py defines: bool [B, height * width] -> float32 [B, height * width]."""
+    compute = _distance_operator if is_intercepted(masked) else _launch_distance
+    return compute(masked, height, width, over_max)
+
+
+def _launch_distance(masked: Tensor, height: int, width: int, over_max: bool) -> Tensor:
     distance = torch.empty(masked.shape, device=masked.device)
     block_h, block_w = next_power_of_2(height), next_power_of_2(width)
     num_warps = _num_warps(block_w * max(block_h, block_w), 512)
@@ -36,8 +47,11 @@ def patch_distance(masked: Tensor, height: int, width: int, over_max: bool = Fal
     return distance
 
 
-@patch_distance.register_fake
-def _(masked, height, width, over_max=False):
+_distance_operator = torch.library.custom_op("ddae_kernels::patch_distance", mutates_args=())(_launch_distance)
+
+
+@_distance_operator.register_fake
+def _(masked, height, width, over_max):
     return torch.empty(masked.shape, device=masked.device)
 
 
@@ -73,7 +87,8 @@ def dynamic_loss(
         statistics, norm = _mean_and_scale(target, norm == "batch_layer"), "standardised_layer"
     # Scales, then offsets, that turn the bytes of each channel into pixels normalised by mean and std.
     affine = [1 / (255 * s) for s in std] + [-m / s for m, s in zip(mean, std, strict=True)]
-    loss, tap_loss, token_error, _, _ = _dynamic_loss(
+    compute = _loss_operator if is_intercepted(pred) else _Loss.apply
+    loss, tap_loss, token_error, _, _ = compute(
         *(pred.contiguous(), target, *(each if each is None else each.contiguous() for each in (masked, subset))),
         *(*vectors, patch_weight, *statistics),
         *(norm, unbiased, eps, norm_pred, patch, affine, rescale_grad == "full"),
@@ -88,7 +103,7 @@ def _mean_and_scale(target: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
     [.., B, M, D] -> two tensors [taps, images, D]. taps is 1 if all taps share the target; images is 1 if the
     statistics are over the batch.
     """
-    means, variances = _token_statistics(target)
+    means, variances = (_statistics_operator if is_intercepted(target) else _launch_statistics)(target)
     if over_batch:
         batch_mean = means[:, :1] + (means - means[:, :1]).mean(1, keepdim=True)  # exact if all means are equal
         variances = (variances + (means - batch_mean).square()).mean(1, keepdim=True)  # images have equal token counts
@@ -96,8 +111,7 @@ def _mean_and_scale(target: Tensor, over_batch: bool) -> tuple[Tensor, Tensor]:
     return means.contiguous(), (variances + reference.STANDARDISE_EPS).rsqrt()
 
 
-@torch.library.custom_op("ddae_kernels::token_statistics", mutates_args=())
-def _token_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
+def _launch_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each channel over the tokens of an image: [.., B, M, D] -> [taps, B, D]."""
     mean, variance = _empty_statistics(target)
     num_tokens, width = target.shape[-2:]
@@ -109,7 +123,10 @@ def _token_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-@_token_statistics.register_fake
+_statistics_operator = torch.library.custom_op("ddae_kernels::token_statistics", mutates_args=())(_launch_statistics)
+
+
+@_statistics_operator.register_fake
 def _(target):
     return _empty_statistics(target)
 
@@ -119,8 +136,7 @@ def _empty_statistics(target: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(shape, device=target.device), torch.empty(shape, device=target.device)
 
 
-@torch.library.custom_op("ddae_kernels::dynamic_loss", mutates_args=())
-def _dynamic_loss(
+def _launch_loss(
     pred: Tensor,
     target: Tensor,
     masked: Tensor | None,
@@ -155,7 +171,7 @@ def _dynamic_loss(
         kernels.loss_kernel[(programs,)](
             *(pred, target, masked, subset, distance, beta, tap_weight, patch_weight, mean, scale),
             *(token_error, grad, partial, num_images, num_predicted, distance.shape[1], num_taps),
-            *(height, width, eps, 2 * _storage_scale(pred) / pred[0].numel()),
+            *(height, width, eps, 2 * _storage_scale(pred) / pred.shape[1:].numel()),
             D=dim,
             PATCH=patch,
             AFFINE=tuple(affine),
@@ -183,7 +199,10 @@ def _dynamic_loss(
     return outputs
 
 
-@_dynamic_loss.register_fake
+_loss_operator = torch.library.custom_op("ddae_kernels::dynamic_loss", mutates_args=())(_launch_loss)
+
+
+@_loss_operator.register_fake
 def _(pred, *args):
     return _empty_outputs(pred, with_grad=args[-1])
 
@@ -201,22 +220,34 @@ def _storage_scale(pred: Tensor) -> float:
 
     In fp16, gradients divided by B * M * D would underflow before the backward pass multiplies them by the loss scale.
     """
-    return 2.0 ** round(math.log2(pred[0].numel())) if pred.dtype == torch.float16 else 1.0
+    return 2.0 ** round(math.log2(pred.shape[1:].numel())) if pred.dtype == torch.float16 else 1.0
 
 
-@torch.library.custom_op("ddae_kernels::scale_gradients", mutates_args=("grad", "beta_grad"))
 def _scale_gradients(grad: Tensor, beta_grad: Tensor, upstream: Tensor, unit: float) -> None:
     """Multiply grad by upstream * unit and beta_grad by upstream, in place.
 
-    unit: 1 / _storage_scale of the predictions. At most 1,024 programs are launched, because most calls have
-    upstream * unit = 1 and leave grad unchanged.
+    unit: 1 / _storage_scale of the predictions.
     """
+    if is_intercepted(grad):
+        _scale_operator(grad, beta_grad, upstream, unit)
+    else:
+        _launch_scale(grad, beta_grad, upstream, unit)
+        torch.autograd.graph.increment_version((grad, beta_grad))  # so that autograd refuses a second backward pass
+
+
+def _launch_scale(grad: Tensor, beta_grad: Tensor, upstream: Tensor, unit: float) -> None:
+    """At most 1,024 programs are launched, because most calls have upstream * unit = 1 and leave grad unchanged."""
     block, num_taps = 4096, len(beta_grad)
     programs = min(1024, max(1, cdiv(grad.numel(), block)))
     with torch.cuda.device_of(grad):
         kernels.scale_kernel[(programs,)](
             grad, beta_grad, upstream, unit, grad.numel(), num_taps, next_power_of_2(num_taps), block
         )
+
+
+_scale_operator = torch.library.custom_op("ddae_kernels::scale_gradients", mutates_args=("grad", "beta_grad"))(
+    _launch_scale
+)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -237,8 +268,20 @@ def _backward(ctx, upstream: Tensor, *_):
     return (grad if needs_pred else None, *[None] * 4, beta_grad if needs_beta else None, *[None] * (NUM_INPUTS - 6))
 
 
-NUM_INPUTS = len(inspect.signature(_dynamic_loss._init_fn).parameters)
-_dynamic_loss.register_autograd(_backward, setup_context=_setup_context)
+NUM_INPUTS = len(inspect.signature(_launch_loss).parameters)
+_loss_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Loss(torch.autograd.Function):
+    """_loss_operator without torch.library."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        outputs = _launch_loss(*inputs)
+        _setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_backward)
 
 
 def _num_warps(elements: int, elements_per_warp: int) -> int:

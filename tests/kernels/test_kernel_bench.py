@@ -24,3 +24,13 @@ def test_benchmark_appends_rows(tmp_path):
         assert int(row["floor_bytes"]) > 0
         assert row["hardware"]
         assert row["torch"]
+
+
+def test_host_time_of_direct_launches_and_of_operators():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "kernels/bench/bench.py", "--host", "--only", "mse", "pixel", "--batch", "2"]
+    environment |= {"PYTHONPATH": "kernels:."}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"^(\w+) +direct +(\d+) us  operators +(\d+) us  ratio ([\d.]+)$", output, re.MULTILINE)
+    assert [row[0] for row in found] == ["mse", "pixel"]
+    assert all(float(number) > 0 for row in found for number in row[1:])

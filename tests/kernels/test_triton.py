@@ -3,6 +3,7 @@
 The interpreter takes about 1 ms per patch and tap, so the cases are small.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ from ddae_kernels import implementation, operators
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import distance_transform_edt
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS = (-3.0, -0.5, 0.0, 0.7)
@@ -437,8 +440,91 @@ def test_missing_upstream_gradient_gives_no_gradient():
 
 def test_operators_pass_opcheck():
     grad, beta_grad, upstream = (torch.ones(shape, device=DEVICE) for shape in ((2, 3), 2, ()))
-    torch.library.opcheck(operators.patch_distance, (torch.tensor([[True, False]], device=DEVICE), 1, 2))
-    torch.library.opcheck(operators._scale_gradients, (grad, beta_grad, upstream, 1.0))
+    masked = torch.tensor([[True, False]], device=DEVICE)
+    torch.library.opcheck(operators._distance_operator, (masked, 1, 2, False))
+    torch.library.opcheck(operators._scale_operator, (grad, beta_grad, upstream, 1.0))
+
+
+def direct_and_by_operator(monkeypatch, run):
+    """Return the results of `run` with kernels launched directly, and through torch.library's operators."""
+    direct = run()
+    monkeypatch.setattr(operators, "is_intercepted", lambda tensor: True)
+    return direct, run()
+
+
+@pytest.mark.parametrize(
+    "kind, dtype", [("shared", torch.float32), ("pixel", torch.bfloat16), ("instance feature", torch.float16)]
+)
+def test_direct_launches_equal_the_operators(kind, dtype, monkeypatch):
+    """Results and gradients to the bit, also under autocast."""
+    case = Case("per_tap" if "feature" in kind else kind, taps=2, patches=5, dtype=dtype)
+    options = {"call": dk.dynamic_feature_mse, "target_norm": "instance_layer"} if "feature" in kind else {}
+
+    def run():
+        with torch.autocast(DEVICE, torch.bfloat16):
+            mixed = case("triton", **options)
+        return [*case("triton", **options), *mixed]
+
+    direct, operator = direct_and_by_operator(monkeypatch, run)
+    assert all(torch.equal(one, other) for one, other in zip(direct, operator, strict=True))
+
+
+@pytest.mark.parametrize("requires_grad", [(True, True), (True, False), (False, True), (False, False)])
+def test_direct_launches_differentiate_as_the_operators(requires_grad, monkeypatch):
+    """The same gradients are returned, none of them differentiable again, and a second backward pass is refused."""
+    case = Case(taps=2, patches=5)
+
+    def run():
+        pred, target, distance, beta, tap_weight = (
+            t.float().to(DEVICE) for t in (case.pred, case.target, case.distance, case.beta, case.tap_weight)
+        )
+        for leaf, required in zip((pred, beta), requires_grad, strict=True):
+            leaf.requires_grad_(required)
+        loss = dk.dynamic_mse(pred, target, distance, beta, tap_weight, impl="triton").loss
+        leaves = [leaf for leaf in (pred, beta) if leaf.requires_grad]
+        found = [loss.detach(), loss.requires_grad]
+        if leaves:
+            upstream = torch.tensor(3.0, device=DEVICE, requires_grad=True)
+            gradients = torch.autograd.grad(loss, leaves, upstream, create_graph=True)
+            found += [*gradients, *(gradient.requires_grad for gradient in gradients)]
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, leaves)
+        return found
+
+    direct, operator = direct_and_by_operator(monkeypatch, run)
+    assert len(direct) == len(operator) == 2 + 2 * sum(requires_grad)
+    for one, other in zip(direct, operator, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+    assert not any(direct[2 + sum(requires_grad) :])
+
+
+def test_modes_and_fake_tensors_see_the_operators(monkeypatch):
+    """A dispatch mode sees each launch as one operator; fake tensors launch nothing."""
+    monkeypatch.setenv("DDAE_CHECK", "0")  # fake tensors have no values
+    seen = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    case = Case()
+    with Record():
+        case("triton", call=dk.dynamic_feature_mse, target_norm="instance_layer")
+    ours = [name.removeprefix("ddae_kernels::") for name in seen if name.startswith("ddae_kernels::")]
+    assert ours == ["token_statistics", "dynamic_loss", "scale_gradients"]
+    mode = FakeTensorMode()
+    fake = [mode.from_tensor(each.float()) for each in (case.pred, case.target, case.distance, case.beta)]
+    masked = mode.from_tensor(torch.tensor([[True, False]]))
+    for inside in (True, False):
+        with mode if inside else contextlib.nullcontext():
+            pred = fake[0].detach().requires_grad_()
+            result = dk.dynamic_mse(pred, *fake[1:], fake[3], impl="triton")
+            (gradient,) = torch.autograd.grad(result.loss, pred)
+            distance = operators.patch_distance(masked, 1, 2)
+        assert isinstance(result.loss, FakeTensor)
+        assert isinstance(distance, FakeTensor)
+        assert gradient.shape == pred.shape
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter takes minutes for these")

@@ -6,7 +6,7 @@ from ddae.errors import UserError
 from ddae.tools.bench_launches import benchmark_launches, narrow_arguments
 from ddae.tools.bench_step import LAUNCH_VARIANTS, VariantProcess
 
-BUDGET = {"teacher": 130, "betas": 47, "student": 225, "backward": 445, "optimizer": 27, "EMA update": 12, "rest": 14}
+BUDGET = {"teacher": 130, "betas": 34, "student": 225, "backward": 445, "optimizer": 27, "EMA update": 12, "rest": 14}
 
 
 @pytest.fixture(scope="module")

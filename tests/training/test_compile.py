@@ -1,11 +1,109 @@
-"""Runs with --engine.compile equal runs without it, at each ZeRO stage, on two ranks."""
+"""Runs with --engine.compile equal runs without it, at each ZeRO stage, on two ranks; the order of their gradients."""
 
+import jaxtyping
 import numpy as np
 import pytest
 import ranks
+import torch
+from memory import batch_of
+
+from ddae.config.cli import parse
+from ddae.config.pretrain import beta_names
+from ddae.distributed.comm import device
+from ddae.method.betas import Betas
+from ddae.method.model import build_model
+from ddae.tools.replay import EagerEngine
+from ddae.training.step import ForwardPass, Targets, compile_modules
 
 SIX_STEPS = ("--engine.precision", "fp32", "--train.steps", "6")
 STAGES = (0, 1, 2, 3)
+
+
+def gradients_of_a_step(compile_encoder):
+    """Return the loss, the gradients by name, and what happened in the backward pass, in order.
+
+    An event is ("begin", tap), when autograd reaches the function whose output is that tap, or ("ready", block), when
+    the gradient of a parameter of that encoder block has arrived; block 0 is the embedding.
+    """
+    args = "--preset demo --feature.no_enabled --model.depth 4 --pixel.taps 1 3 4 --pixel.tap_weights 1 1 1".split()
+    config = parse([*args, "--engine.precision", "fp32", "--engine.tap_execution", "batched"])
+    engine, events = EagerEngine(build_model(config), "fp32"), []
+    batch = batch_of(config, 2)
+    batch = batch._replace(images=batch.images.to(device()))
+    model, encode = engine.module, engine.module.encode
+    compile_encoder(model)
+
+    def recorded_encode(*inputs):
+        tokens = encode(*inputs)
+        for tap, each in tokens.raw.items():
+            each.grad_fn.register_prehook(lambda *_, tap=tap: events.append(("begin", tap)))
+        return tokens
+
+    model.encode = recorded_encode
+    for name, parameter in model.encoder.named_parameters():
+        if not name.startswith("norm."):
+            block = int(name.split(".")[1]) + 1 if name.startswith("blocks.") else 0
+            parameter.register_post_accumulate_grad_hook(lambda *_, block=block: events.append(("ready", block)))
+    betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+    torch.manual_seed(0)
+    losses = ForwardPass(config, engine, Targets(), betas, 1.0, "reference")(batch, 1.0)
+    losses.total.backward()
+    return losses.total.detach(), {name: p.grad for name, p in model.named_parameters()}, events
+
+
+@pytest.fixture
+def dynamo():
+    """Compile from scratch, without the tests' checks of shapes, which torch.compile cannot trace.
+
+    Fail where torch.compile would run eagerly because of too many recompilations.
+    """
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+    torch._dynamo.reset()
+
+
+def test_gradients_arrive_segment_by_segment(dynamo):
+    """The gradients of a segment are ready before the backward pass of the segment before it begins."""
+    torch.manual_seed(0)
+    loss, gradients, events = gradients_of_a_step(lambda model: compile_modules(model, Targets(), "aot_eager"))
+    begins = [tap for kind, tap in events if kind == "begin"]
+    assert begins == [4, 3, 1]
+    for tap, blocks in {3: {4}, 1: {2, 3, 4}}.items():
+        before = events[: events.index(("begin", tap))]
+        assert {block for kind, block in before if kind == "ready"} == blocks
+    eager_loss, eager_gradients, _ = gradients_of_a_step(lambda model: None)
+    torch.testing.assert_close(loss, eager_loss, rtol=1e-6, atol=0)
+    errors = torch.stack([(gradients[name] - gradient).norm() for name, gradient in eager_gradients.items()])
+    assert errors.norm() <= 2e-6 * torch.stack([gradient.norm() for gradient in eager_gradients.values()]).norm()
+
+
+def test_a_whole_compiled_encoder_delays_all_gradients(dynamo):
+    """The reason for segments: one compiled function for all blocks returns their gradients at its end."""
+    *_, events = gradients_of_a_step(lambda model: model.encoder.compile(dynamic=False, backend="aot_eager"))
+    first_ready = [kind for kind, _ in events].index("ready")
+    assert {kind for kind, _ in events[first_ready:]} == {"ready"}
+
+
+def test_segments_of_equal_length_share_their_code(dynamo):
+    """With a tap at every block two functions are compiled: one with the embedding, and one for all other blocks."""
+    config = parse(["--preset", "demo"])
+    encoder, graphs = build_model(config).encoder, []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    encoder.compile_segments(backend)
+    images = torch.rand(2, 3, *config.model.height_width)
+    compiled = encoder(images, layers=range(1, 9))
+    assert len(graphs) == 2
+    encoder.compile_segments("eager")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(compiled, encoder(images, layers=range(1, 9)), strict=True))
 
 
 @pytest.mark.faults

@@ -301,6 +301,17 @@ def test_teacher_stream_is_refused_on_a_cpu():
         resolve_auto(parse(["--preset", "demo", "--engine.teacher_stream"]), {"train_micro_batch_size_per_gpu": 16})
 
 
+@CPU_ONLY
+def test_teacher_graph_is_refused_on_a_cpu():
+    with pytest.raises(UserError, match=r"engine\.teacher_graph is set, but a CPU has no CUDA graphs"):
+        resolve_auto(parse(["--preset", "demo", "--engine.teacher_graph"]), {"train_micro_batch_size_per_gpu": 16})
+
+
+def test_teacher_graph_needs_the_same_taps_in_every_step():
+    with pytest.raises(UserError, match="needs the same taps in every step, but taps_per_step 2 draws them"):
+        parse(["--preset", "demo", "--engine.teacher_graph", "--taps_per_step", "2"])
+
+
 class GuardedRun:
     """The part of a Run that NonFiniteGuard uses."""
 
