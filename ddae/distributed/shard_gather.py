@@ -37,9 +37,11 @@ class ShardGather:
         row = self._like.new_empty(self._row)
         if values:  # with many ranks some own nothing
             torch._foreach_copy_(list(row[: sum(self._own)].split(self._own)), values)
+        if world_size() == 1:
+            self._pending = None, row
+            return
         gathered = self._like.new_empty(world_size() * self._row)
-        work = all_gather(gathered, row, async_op=True)
-        self._pending = work, gathered
+        self._pending = all_gather(gathered, row, async_op=True), gathered
 
     def finish(self) -> None:
         """Wait, on a GPU its stream, until the whole tensors are those of the last start()."""
