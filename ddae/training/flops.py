@@ -14,25 +14,33 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddae.config.pretrain import FeatureConfig, PixelConfig, PretrainConfig
+from ddae.config.tokenizer import QuantizerConfig
 from ddae.data.masking import Mask
 from ddae.method.branches import Inputs, Tokens
 from ddae.method.model import build_uninitialised_model
+from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
+
+CODE_WIDTH = QuantizerConfig().code_width  # of the tokenizer's codebook
 
 
 class Gpu(NamedTuple):
+    """Vendor's figures, but for the memory."""
+
     memory: float  # GiB that a process can allocate
-    teraflops: float  # dense bf16, the vendor's figure
+    teraflops: float  # dense bf16
     in_fp32: float  # the same in fp32, without TF32
+    memory_rate: float  # GB/s
+    link: float  # GB/s in one direction to the GPUs of the same node: NVLink, otherwise PCIe
 
 
 GPUS = {
-    "a100-40g": Gpu(39.4, 312, 19.5),
-    "a100-80g": Gpu(79.2, 312, 19.5),
-    "h100-80g": Gpu(79.1, 989, 67),
-    "h200": Gpu(139.8, 989, 67),
-    "l40s": Gpu(44.4, 362, 91.6),
-    "a10g": Gpu(22.1, 70, 35),
+    "a100-40g": Gpu(39.4, 312, 19.5, 1555, 300),
+    "a100-80g": Gpu(79.2, 312, 19.5, 2039, 300),
+    "h100-80g": Gpu(79.1, 989, 67, 3350, 450),
+    "h200": Gpu(139.8, 989, 67, 4800, 450),
+    "l40s": Gpu(44.4, 362, 91.6, 864, 32),
+    "a10g": Gpu(22.1, 70, 35, 600, 32),
 }
 
 
@@ -116,12 +124,16 @@ def _count(config: PretrainConfig, images: int) -> Flops:
 
         @torch.no_grad()
         def run_teacher(taps: tuple[int, ...]) -> None:
-            teacher, short = Encoder(model), num_masked if config.engine.skip_unused_tokens else None
-            if config.token.enabled:  # a tokenizer as large as the encoder
-                teacher(torch.zeros(images, 3, *model.height_width))
+            short = num_masked if config.engine.skip_unused_tokens else None
+            if config.token.enabled:  # its size is not in the config: an encoder as large as the student's is assumed
+                tokenizer = Tokenizer(
+                    model, config.token.codes, CODE_WIDTH
+                )  # codes() itself cannot run on meta tensors
+                tokens = tokenizer.encoder(torch.zeros(images, 3, *model.height_width))[:, 1:]
+                _ = tokenizer.to_code(tokens) @ tokenizer.codebook.T
             elif config.feature.enabled:
                 order = torch.zeros(images, num_patches, dtype=torch.int64)
-                teacher(inputs.patches, taps, order, num_outputs=short)
+                Encoder(model)(inputs.patches, taps, order, num_outputs=short)
 
         last_taps = [max(taps) for taps in combinations(config.feature.taps, config.num_step_taps(config.feature))]
         teacher = {tap: _flops_of(lambda tap=tap: run_teacher((tap,))) for tap in set(last_taps)}

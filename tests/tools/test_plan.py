@@ -174,9 +174,21 @@ def test_the_command_prints_a_plan(monkeypatch, capsys):
         "GFLOP an image",
         "days",
         "GiB on a GPU",
+        "predicted ms of a step on 64 GPUs, infiniband-200 (8 x 200 Gb/s a node of 8, 300 GB/s inside)",
+        "assumed, not measured on a GPU; each is a flag:\n  --mfu 0.4:",
     ):
         assert text in output
-    assert len([line for line in output.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 4
+    assert len([line for line in output.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"], ["3"])]) == 8
+
+
+def test_a_plan_compares_numbers_of_gpus(monkeypatch, capsys):
+    args = "--gpus 8 64 512 --gpu H100 --network infiniband-400 --mfu 0.5".split()
+    code, output, _ = run_plan(args, monkeypatch, capsys)
+    assert code == 0
+    assert "ddae_vit_b16_100e on 8 x h100-80g" in output
+    rows = output.partition("GPUs  micro")[2].splitlines()[1:4]
+    assert [row.split()[:2] for row in rows] == [["8", "512"], ["64", "64"], ["512", "8"]]
+    assert "--mfu 0.5" in output
 
 
 def test_a_plan_warns_of_a_short_run_that_would_collapse(monkeypatch, capsys):
@@ -193,6 +205,9 @@ def test_a_plan_warns_of_a_short_run_that_would_collapse(monkeypatch, capsys):
         ("--gpu v100", "--gpu v100 is unknown. Choose one of a100-40g"),
         ("--gpus 7", "not divisible by 7 GPUs"),
         ("--gpus 0", "--gpus is 0"),
+        ("--gpus 8 0", "--gpus is 0"),
+        ("--network token-ring", "--network token-ring is unknown. Choose one of infiniband-200"),
+        ("--latency_us 0", "--latency_us is 0"),
         ("--gpuz 8", "unknown flag --gpuz"),
         ("--preset ddae_vit_h16_100e", "the nearest is 'ddae_vit_"),
     ],
