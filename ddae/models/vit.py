@@ -361,7 +361,7 @@ class Encoder(nn.Module):
 
     def _segment(
         self,
-        tokens: Float[Tensor, "B V P"] | Float[Tensor, "B T D"],
+        tokens: Float[Tensor, "B N P"] | Float[Tensor, "B T D"],
         blocks: Sequence[nn.Module],
         shared_bias: Float[Tensor, "1 H T T"] | None,
         num_outputs: int | None,
@@ -383,7 +383,7 @@ class Encoder(nn.Module):
 
     def _embed(
         self,
-        patches: Float[Tensor, "B V P"],
+        patches: Float[Tensor, "B N P"],
         visible: Int64[Tensor, "B V"] | None,
         mask_token: Float[Tensor, "1 1 D"] | None,
     ) -> Float[Tensor, "B T D"]:
