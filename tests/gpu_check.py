@@ -1,9 +1,9 @@
 """Checks that need a GPU, in at most eight minutes; the main questions are answered in the first four.
 
-    PYTHONPATH=kernels:. python tests/gpu_check.py gpu-check.json [SHARDS] [--dry]
+    python tests/gpu_check.py gpu-check.json [SHARDS] [--dry]
 
-Parts, in this order: the step of one GPU of many with 64 images, DDAE beside MAE, and whether gradients reduced on a
-second stream are DeepSpeed's; the tests that need a GPU; times of the losses; the step variant by variant; the loaders,
+Parts, in this order: whether gradients reduced on a second stream are DeepSpeed's; the step of one GPU of 64 with 64
+images each, DDAE beside MAE; the tests that need a GPU; times of the losses; the step variant by variant; the loaders,
 if there are SHARDS. The results are in one JSON file, which is rewritten whenever a part has new rows, and the last
 lines name the defaults that the rows speak for changing. --dry: all parts at tiny sizes, for a machine without a GPU.
 """

@@ -9,8 +9,8 @@ A checkpoint is written into a folder of another name, flushed to the disk, and 
 their place in their parameter, so that any number of ranks at any ZeRO stage can resume. No random state is saved:
 order, crops and masks are functions of seed and step (data/rng.py), and so are all schedules.
 
-In the background, training goes on once the state has been copied to host memory. A thread writes the files; it agrees
-with those of the other ranks through a process group of its own. One save is in flight at most.
+An asynchronous save copies the state to host memory, and training continues while a thread writes the files. The
+threads of all ranks communicate through a process group of their own. At most one save is in flight.
 """
 
 import io

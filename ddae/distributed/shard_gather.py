@@ -7,7 +7,7 @@ from torch import Tensor
 from ddae.distributed.checkpoint_format import TensorShard
 from ddae.distributed.comm import gather, world_size
 
-# torch below 2.13 knows it by its older name only.
+# torch 2.14 deprecates the older name, which torch 2.10 needs.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
@@ -21,10 +21,10 @@ class ShardGather:
         """
         of_ranks = gather([(shard.name, shard.start, shard.values.numel()) for shard in shards])
         used = [sum(length for _, _, length in slices) for slices in of_ranks]
-        self._row = max(used)  # numbers that each rank contributes, those without a meaning at its end included
+        self._row = max(used)  # numbers that each rank sends, with padding at the end
         self._own = [shard.values.numel() for shard in shards]
         self._lengths: list[int] = []  # of the pieces of what is gathered
-        self._places: list[Tensor | None] = []  # where they go; None: without a meaning
+        self._places: list[Tensor | None] = []  # where they go; None: padding
         for slices, numbers in zip(of_ranks, used, strict=True):
             self._lengths += [*(length for _, _, length in slices), self._row - numbers]
             self._places += [*(whole[name][start : start + length] for name, start, length in slices), None]

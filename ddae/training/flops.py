@@ -126,9 +126,7 @@ def _count(config: PretrainConfig, images: int) -> Flops:
         def run_teacher(taps: tuple[int, ...]) -> None:
             short = num_masked if config.engine.skip_unused_tokens else None
             if config.token.enabled:  # its size is not in the config: an encoder as large as the student's is assumed
-                tokenizer = Tokenizer(
-                    model, config.token.codes, CODE_WIDTH
-                )  # codes() itself cannot run on meta tensors
+                tokenizer = Tokenizer(model, config.token.codes, CODE_WIDTH)  # its codes() cannot run on meta tensors
                 tokens = tokenizer.encoder(torch.zeros(images, 3, *model.height_width))[:, 1:]
                 _ = tokenizer.to_code(tokens) @ tokenizer.codebook.T
             elif config.feature.enabled:

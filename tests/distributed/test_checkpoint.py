@@ -163,7 +163,7 @@ def test_a_save_in_the_background_holds_the_state_of_its_step(tmp_path, monkeypa
     disk, weights = SlowDisk(monkeypatch), Weights([1.0, 2.0])
     checkpoints = Checkpoints(tmp_path / "background", 9, background=Background(60))
     assert not checkpoints.save(1, {"module": weights})
-    weights.values.fill_(9.0)  # training goes on
+    weights.values.fill_(9.0)  # training continues
     assert not list(checkpoints.folder.glob("step_*"))
     checkpoints.raise_if_failed()  # it has not ended
     disk.released.set()
