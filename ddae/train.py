@@ -82,7 +82,7 @@ def _pretrain(config: PretrainConfig, resolved: deepspeed.DeepSpeedJson, stop: S
     engine = Engine(model, build_optimizer(model, config.optim), run.ds_json, config.engine.gradient_reduction)
     targets = build_targets(config, engine, tokenizer)
     if config.engine.compile:
-        compile_modules(engine.module, targets)
+        compile_modules(engine.module, targets, graphs=config.engine.student_graphs)
     betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
     forward = ForwardPass(config, engine, targets, betas, 1 / run.rank_batch.grad_accum_steps, loss_backend)
     state = {"engine": engine, "betas": betas, **targets.state}

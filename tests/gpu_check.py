@@ -28,6 +28,7 @@ TESTS = [
     *(f"tests/kernels/test_{name}.py" for name in ("triton", "dynamic", "distance")),
     *("tests/data/test_dali.py", "tests/distributed/test_engine.py", "tests/training/test_step.py"),
     "tests/method/test_cuda_graph.py",
+    "tests/training/test_compile.py::test_student_graphs_equal_compiled_modules",
 ]
 # The packages that check tensor shapes need not be installed.
 PYTEST = ("-m", "pytest", "-q", "-o", "addopts=--strict-markers", "-m", "not reliability")
@@ -37,6 +38,7 @@ DEFAULTS = {
     "teacher stream": "engine.teacher_stream",
     "teacher graph": "engine.teacher_graph",
     "compiled": "engine.compile",
+    "graphs": "engine.compile, engine.teacher_graph, engine.student_graphs",
 }
 
 

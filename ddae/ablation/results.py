@@ -42,13 +42,16 @@ class RunKey(NamedTuple):
     data: str  # hash of the shards
 
 
+SPEED_ALONE = ("device", "direct_calls", "gradient_reduction", "teacher_graph", "student_graphs")  # of section engine
+
+
 def run_key(table: str, scale: str, row: Row, seed: int, shards: Shards, evaluation: Evaluation) -> RunKey:
     """Return the key of a row's run on this data set."""
     settings = [row.config.to_dict(), evaluation.to_dict()]
     for each in settings:
         for field in ("seed", "async_save", "profile_steps"):
             each["train"].pop(field)
-        for field in ("device", "direct_calls", "gradient_reduction", "teacher_graph"):  # which change the speed alone
+        for field in SPEED_ALONE:
             each.get("engine", {}).pop(field, None)
         if each.get("engine", {}).get("reduce_dtype") == "auto":  # rows of version 0.2 keep their keys
             each["engine"].pop("reduce_dtype")

@@ -45,6 +45,9 @@ def main() -> None:
     step.add_argument("--precision", default="", help="default: fp32; on a GPU bf16")
     step.add_argument("--variants", nargs="+", default=[], help="variants to measure, by name (default: all)")
     step.add_argument("--launches", action="store_true", help="count operator launches and host time by phase instead")
+    step.add_argument(
+        "--before", default="", help="with --launches: an older checkout, and flags for it, to compare with"
+    )
     step.add_argument("--fake_ranks", action="store_true", help="as one of 64 GPUs, of which the others do not exist")
     step.add_argument("--profile", default="", help="write a profiler trace of the last variant's step to this file")
     args, pretrain_args = parser.parse_known_args()

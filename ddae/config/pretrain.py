@@ -164,6 +164,8 @@ class PretrainEngineConfig(EngineConfig):
     compile: bool = False  # torch.compile encoder (in segments from tap to tap), decoders and teacher
     teacher_stream: bool = False  # run the teacher on its own CUDA stream, beside the student
     teacher_graph: bool = False  # run the teacher as a CUDA graph
+    # Run what compile compiles of encoder and decoders as CUDA graphs; at ZeRO 1 and 2, with one micro-batch a step.
+    student_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,7 @@ class PretrainConfig(Experiment):
         *("probe_every", "token.tokenizer", "model.init", "init"),  # a checkpoint replaces initial weights
         *("engine.tap_execution", "engine.skip_unused_tokens", "engine.decoder_activation_checkpointing"),
         *("engine.compile", "engine.teacher_stream", "engine.teacher_graph", "engine.direct_calls"),
-        "engine.gradient_reduction",
+        *("engine.student_graphs", "engine.gradient_reduction"),
     }
 
     @property
@@ -254,6 +256,8 @@ def check(config: PretrainConfig) -> None:
             f"engine.teacher_graph needs the same taps in every step, but taps_per_step {config.taps_per_step} draws "
             "them. Leave out one of the two."
         )
+    if config.engine.student_graphs and not config.engine.compile:
+        raise UserError("engine.student_graphs needs compiled modules. Pass --engine.compile, too.")
     for name, branch in branches.items():
         _check_taps(name, branch, model.depth)
         own = isinstance(branch, DecoderBranchConfig) and (branch.per_tap_norm or branch.per_tap_head)

@@ -351,13 +351,13 @@ class Encoder(nn.Module):
             first, outputs[stop] = stop, self._without_registers(tokens, of_segment)
         return [outputs[number] for number in layers] if layers else self.norm(outputs[last])
 
-    def compile_segments(self, backend: str = "inductor") -> None:
+    def compile_segments(self, **options) -> None:
         """Let torch.compile compile the blocks from one layer of forward() to the next as one function.
 
         The backward pass of a compiled function returns all its gradients when it ends. With segments, the gradients of
-        the last blocks are ready while those of the first blocks are computed.
+        the last blocks are ready while those of the first blocks are computed. options: of torch.compile.
         """
-        self._segment_fn = torch.compile(Encoder._segment, dynamic=False, backend=backend)
+        self._segment_fn = torch.compile(Encoder._segment, dynamic=False, **options)
 
     def _segment(
         self,

@@ -5,6 +5,8 @@ no time; the other ranks are torch's fake process group. Without a GPU the Trito
 as one launch each, so that their own launch time is missing.
 """
 
+import math
+import shlex
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,24 +15,34 @@ from typing import Any
 
 from ddae.config.presets import preset as load_preset
 from ddae.errors import UserError
-from ddae.tools.bench_step import LAUNCH_VARIANTS, VariantProcess, describe_environment, write_json
+from ddae.tools.bench_step import LAUNCH_VARIANTS, Variant, VariantProcess, describe_environment, write_json
 from ddae.tools.launch_count import RANKS
 
-HEAD_WIDTH, PATCH, GRID = 4, 8, 4  # of the narrow model
+PATCH, GRID = 2, 2  # of the narrow model, whose widths are multiples of WIDTH
+WIDTH = 4
 
 
 def narrow_arguments(name: str) -> list[str]:
     """Return arguments of launch/pretrain.py that make a preset's model narrow, and its images few patches."""
     config = load_preset(name)
-    arguments = ["--model.width", str(HEAD_WIDTH * config.model.heads), "--model.patch_size", str(PATCH)]
+    arguments = ["--model.width", str(math.lcm(WIDTH, config.model.heads)), "--model.patch_size", str(PATCH)]
     arguments += ["--model.image_size", str(PATCH * GRID), "--data.batch_size", str(RANKS)]
     for branch, of in (("pixel", config.pixel), ("feature", config.feature)):
-        arguments += [f"--{branch}.decoder_width", str(HEAD_WIDTH * of.decoder_heads)]
+        arguments += [f"--{branch}.decoder_width", str(math.lcm(WIDTH, of.decoder_heads))]
     return arguments
 
 
 def benchmark_launches(flags: Namespace, args: Sequence[str]) -> None:
-    """Measure LAUNCH_VARIANTS, alternating, and print and save the rows. args: further ones of launch/pretrain.py."""
+    """Measure LAUNCH_VARIANTS, alternating, and print and save the rows. args: further ones of launch/pretrain.py.
+
+    flags.before: a checkout of an earlier version, and arguments for it; it becomes the first row.
+    """
+    variants = LAUNCH_VARIANTS
+    if flags.before:
+        checkout, *earlier = shlex.split(flags.before)
+        if not Path(checkout, "ddae").is_dir():
+            raise UserError(f"--before names {checkout}, which is no checkout of this project.")
+        variants = [Variant("before", "ddae", tuple(earlier), checkout=str(Path(checkout).resolve())), *variants]
     for name in flags.preset or ["ddae_vit_b16_100e"]:
         if name in ("demo", "own"):
             raise UserError(f"--launches cannot narrow the preset {name}. Choose one such as ddae_vit_b16_100e.")
@@ -38,7 +50,7 @@ def benchmark_launches(flags: Namespace, args: Sequence[str]) -> None:
         arguments += ["--engine.loss_backend", "triton", "--ds_config", "zero2", *args]
         processes: list[VariantProcess] = []
         try:
-            processes += [VariantProcess(each, "", arguments, fake_ranks=True) for each in LAUNCH_VARIANTS]
+            processes += [VariantProcess(each, "", arguments, fake_ranks=True) for each in variants]
             for process in processes:
                 process.request("build 5")
             rounds = [[each.request(f"host {flags.steps or 10}") for each in processes] for _ in range(flags.rounds)]

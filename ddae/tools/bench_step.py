@@ -39,26 +39,29 @@ class Variant(NamedTuple):
     kind: str
     args: tuple[str, ...]  # arguments of launch/pretrain.py
     huge_pages: bool = False  # back large CPU tensors with huge pages
+    checkout: str = ""  # folder of another version of this project, to run that
 
 
 AT_SCALE = [Variant("plain loop", "plain", ()), Variant("pretraining", "ddae", ())]  # with --scale
 PLAIN = ("--engine.loss_backend", "reference", "--engine.tap_execution", "batched")
 DEEPSPEED = ("--engine.gradient_reduction", "deepspeed")
+LEAN = ("--engine.gradient_reduction", "lean")
+GRAPHS = ("--engine.compile", "--engine.teacher_graph", "--engine.student_graphs")
 LAUNCH_VARIANTS = [  # with --launches; each one but the first adds one saving of host time to the one before it
     Variant("modules", "ddae", ("--engine.no_direct_calls", *DEEPSPEED)),
     Variant("direct calls", "ddae", DEEPSPEED),
-    Variant("lean reduction", "ddae", ("--engine.gradient_reduction", "lean")),
+    Variant("lean reduction", "ddae", LEAN),
+    Variant("graphs", "ddae", (*LEAN, *GRAPHS)),
 ]
-
-
 OF_A_RANK = [  # with --fake_ranks: one GPU of many; each one but the first adds one setting to the first
     Variant("default", "ddae", ()),
-    Variant("lean reduction", "ddae", ("--engine.gradient_reduction", "lean")),
+    Variant("lean reduction", "ddae", LEAN),
     Variant("teacher stream", "ddae", ("--engine.teacher_stream",)),
     Variant("teacher graph", "ddae", ("--engine.teacher_graph",)),
     Variant("compiled", "ddae", ("--engine.compile",)),
+    Variant("graphs", "ddae", GRAPHS),
 ]
-ON_GPU_ONLY = ("teacher stream", "teacher graph", "compiled")
+ON_GPU_ONLY = ("teacher stream", "teacher graph", "compiled", "graphs")
 
 
 def variants(gpu: bool) -> list[Variant]:
@@ -75,6 +78,7 @@ def variants(gpu: bool) -> list[Variant]:
         found.append(Variant("compiled", "ddae", (*batched, "--engine.compile")))
         found.append(Variant("two streams", "ddae", (*batched, "--engine.compile", "--engine.teacher_stream")))
         found.append(Variant("teacher graph", "ddae", (*found[-1].args, "--engine.teacher_graph")))
+        found.append(Variant("student graphs", "ddae", (*found[-1].args, "--engine.student_graphs")))
     else:
         found.append(Variant("huge pages", "ddae", PLAIN, huge_pages=True))
         found.append(Variant("tap by tap", "ddae", ("--engine.tap_execution", "sequential"), huge_pages=True))
@@ -125,6 +129,9 @@ def write_json(rows: list[dict[str, Any]], path: Path) -> None:
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
+PIPES: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": STDOUT}
+
+
 class VariantProcess:
     """A process that runs one variant and answers requests (bench_worker.py)."""
 
@@ -134,10 +141,12 @@ class VariantProcess:
         args = [*args, *variant.args]
         task = {"kind": variant.kind, "num_steps": num_steps, "scale": scale, "args": args, "fake_ranks": fake_ranks}
         environment = os.environ | {"THP_MEM_ALLOC_ENABLE": str(int(variant.huge_pages)), "DDAE_CHECK": "0"}
+        if variant.checkout:
+            environment["PYTHONPATH"] = f"{variant.checkout}:{variant.checkout}/kernels"
         if fake_ranks and not torch.cuda.is_available():
             environment |= {"TRITON_INTERPRET": "1"}  # so that Triton's kernels can be imported
         command = [sys.executable, "-m", "ddae.tools.bench_worker", json.dumps(task)]
-        self._process = Popen(command, env=environment, text=True, stdin=PIPE, stdout=PIPE, stderr=STDOUT)
+        self._process = Popen(command, env=environment, text=True, cwd=variant.checkout or None, **PIPES)
         self._output: list[str] = []
 
     def request(self, request: str) -> Any:

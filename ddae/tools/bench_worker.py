@@ -45,7 +45,7 @@ from ddae.method.distance import masked_distance
 from ddae.method.model import build_model
 from ddae.method.naive import NaiveEncoder, NaiveMethod, ema_update, to_pixels
 from ddae.method.teacher import MovingAverage
-from ddae.tools.launch_count import host_ms, launches, replace_kernels, start_fake_process_group
+from ddae.tools.launch_count import host_ms, launches, replace_graphs, replace_kernels, start_fake_process_group
 from ddae.tools.peers import PEERS, PeerStep, measure_knn
 from ddae.training import step as pretraining
 from ddae.training.optimizer import build_optimizer
@@ -63,12 +63,17 @@ class PretrainStep:
     """The step that pretraining runs."""
 
     def __init__(self, config: PretrainConfig, ds_json: dict[str, Any], lr: Callable[[int], float]):
+        stand_ins = config.engine.student_graphs and device().type == "cpu"  # for graphs that a CPU does not have
+        if stand_ins:
+            config = replace(config, engine=replace(config.engine, student_graphs=False, teacher_graph=False))
         resolved, backend = pretraining.resolve_auto(config, ds_json), pretraining.resolve_loss_backend(config)
         model = build_model(resolved)
         self.engine = Engine(model, build_optimizer(model, config.optim), ds_json, config.engine.gradient_reduction)
         self.targets = pretraining.build_targets(resolved, self.engine)
-        if config.engine.compile:
-            pretraining.compile_modules(self.engine.module, self.targets)
+        if stand_ins:
+            replace_graphs(self.engine.module, self.targets)
+        elif config.engine.compile:
+            pretraining.compile_modules(self.engine.module, self.targets, graphs=config.engine.student_graphs)
         self.betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, self.engine.device)
         self.forward = pretraining.ForwardPass(resolved, self.engine, self.targets, self.betas, 1.0, backend)
         self.lr, self.number = lr, 0  # learning rate by the number of the step, and that number

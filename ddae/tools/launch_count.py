@@ -3,18 +3,25 @@
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from ddae_kernels import operators
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddae.distributed.zero_state import deepspeed, set_world_group, skip_shared_memory_op
+from ddae.method.cuda_graph import Captured, GraphedFunction
+from ddae.method.model import PretrainModel
+from ddae.training.step import Targets, TeacherTargets, compile_modules
 
 RANKS = 64  # of the fake process group
 NOT_LAUNCHED = set(  # operators that compute nothing: views, allocations, bookkeeping
@@ -30,6 +37,11 @@ class LaunchCounter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled functions run as such, and count what they launch."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += func._schema.name.partition("::")[2] not in NOT_LAUNCHED
@@ -135,3 +147,43 @@ def replace_kernels() -> None:
     outputs = operators._empty_outputs
     operators.kernels = Empty()
     operators._empty_outputs = lambda *args, **options: tuple(map(torch.zeros_like, outputs(*args, **options)))  # type: ignore[assignment]
+
+
+class ZerosOnce:
+    """Stands in for a captured graph: one launch, then tensors of zeros that were allocated in the first call."""
+
+    def __init__(self, outputs: Sequence[Any]):
+        """outputs: of the captured graph; of a tensor, which may be fake, only shape and dtype matter."""
+        self._outputs = [
+            partial(torch.zeros, tuple(o.shape), dtype=o.dtype) if isinstance(o, Tensor) else o for o in outputs
+        ]
+        self._launched: Tensor | None = None
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        if self._launched is None:
+            self._launched = torch.zeros(())
+            self._outputs = [each() if isinstance(each, partial) else each for each in self._outputs]
+        self._launched.zero_()
+        return [each.detach() if isinstance(each, Tensor) else each for each in self._outputs]
+
+
+def zeros_backend(graph: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+    """Compile with torch.compile to ZerosOnce: forward and backward pass keep the host's work around a CUDA graph."""
+
+    def compile_part(module: torch.fx.GraphModule, _: Sequence[Any]) -> Any:
+        (outputs,) = next(node for node in module.graph.nodes if node.op == "output").args
+        return make_boxed_func(ZerosOnce([o.meta["val"] if isinstance(o, torch.fx.Node) else o for o in outputs]))
+
+    return aot_autograd(fw_compiler=compile_part)(graph, example_inputs)
+
+
+def replace_graphs(model: PretrainModel, targets: Targets) -> None:
+    """Without a GPU: let the teacher, and what compile_modules() compiles of the student, run as ZerosOnce."""
+    compile_modules(model, Targets(), zeros_backend)
+    if isinstance(targets, TeacherTargets):
+
+        def capture(function: Callable[[], Tensor]) -> Captured:
+            replay = ZerosOnce([output := function()])
+            return replay, output
+
+        targets.teacher.graph = GraphedFunction(targets.teacher.compute_targets, capture)

@@ -1,6 +1,6 @@
 """The pretraining step: settings for this machine, targets, forward pass, schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ def resolve_auto(config: PretrainConfig, ds_json: dict[str, Any]) -> PretrainCon
         raise UserError("engine.teacher_stream is set, but a CPU has no CUDA streams. Leave it out.")
     if config.engine.teacher_graph and device().type == "cpu":
         raise UserError("engine.teacher_graph is set, but a CPU has no CUDA graphs. Leave it out.")
+    if config.engine.student_graphs and device().type == "cpu":
+        raise UserError("engine.student_graphs is set, but a CPU has no CUDA graphs. Leave it out.")
     micro_batch = ds_json["train_micro_batch_size_per_gpu"]
     batch_norm = config.feature.enabled and config.feature.target_norm == "batch_layer"
     if batch_norm and micro_batch != config.data.batch_size:
@@ -54,8 +56,15 @@ def resolve_auto(config: PretrainConfig, ds_json: dict[str, Any]) -> PretrainCon
             f"feature.target_norm is batch_layer, which needs the whole batch of {config.data.batch_size} images on "
             f"one rank; a rank processes {micro_batch} at a time. Use one rank without accumulation, or instance_layer."
         )
-    is_stage_3 = ds_json.get("zero_optimization", {}).get("stage", 0) == 3
-    execution = config.engine.tap_execution
+    stage = ds_json.get("zero_optimization", {}).get("stage", 0)
+    accumulation = ds_json.get("gradient_accumulation_steps", 1)
+    if config.engine.student_graphs and (stage not in (1, 2) or accumulation > 1):
+        # Elsewhere gradients stay where the graph has written them, and its next replay overwrites them.
+        raise UserError(
+            f"engine.student_graphs needs ZeRO 1 or 2 and one micro-batch a step; this run has ZeRO {stage} and "
+            f"{accumulation}. Leave it out, or use ds_configs/zero2.json and a larger micro-batch."
+        )
+    is_stage_3, execution = stage == 3, config.engine.tap_execution
     if is_stage_3 and execution == "sequential":
         raise UserError(
             "engine.tap_execution is sequential, which needs whole parameters; ZeRO stage 3 shards them. "
@@ -219,6 +228,8 @@ class ForwardPass:
         tokens to the collapse monitor, if there is one.
         """
         config, engine = self.config, self.engine
+        if config.engine.student_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any longer
         mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(engine.device)
         distance = masked_distance(mask, config.grid, self.loss_backend, config.dynamic.distance_norm)
         patches = None if config.mask.use_mask_token else extract_patches(batch.images, mask, config, engine.dtype)
@@ -295,12 +306,17 @@ def schedules(config: PretrainConfig, step: int, num_steps: int, epoch_samples: 
     )
 
 
-def compile_modules(model: PretrainModel, targets: Targets, backend: str = "inductor") -> None:
+def compile_modules(
+    model: PretrainModel, targets: Targets, backend: str | Callable[..., Any] = "inductor", graphs: bool = False
+) -> None:
     """Compile decoders and teacher, each as a whole, and the encoder in segments that end at the taps.
 
-    Compilation is when they first run. backend: of torch.compile.
+    Compilation is when they first run. backend: of torch.compile. graphs: let inductor run decoders and segments as
+    CUDA graphs, forward and backward pass.
     """
-    model.encoder.compile_segments(backend)
-    decoders = [module for module in model.modules() if isinstance(module, Decoder)]
-    for module in (*decoders, *targets.modules):
+    options: dict[str, Any] = {"options": {"triton.cudagraphs": True}} if graphs else {}
+    model.encoder.compile_segments(backend=backend, **options)
+    for decoder in (module for module in model.modules() if isinstance(module, Decoder)):
+        decoder.compile(dynamic=False, backend=backend, **options)
+    for module in targets.modules:
         module.compile(dynamic=False, backend=backend)

@@ -9,6 +9,8 @@ import pytest
 import ranks
 import torch
 from memory import batch_of
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,18 +18,18 @@ from ddae.config.cli import parse
 from ddae.config.deepspeed import load
 from ddae.config.presets import preset
 from ddae.config.pretrain import beta_names
-from ddae.data.masking import sample_mask
+from ddae.data.masking import Mask, sample_mask
 from ddae.method.betas import Betas
 from ddae.method.branches import Inputs
 from ddae.method.distance import masked_distance
-from ddae.method.model import build_model
+from ddae.method.model import build_model, build_uninitialised_model
 from ddae.method.teacher import Teacher, TensorShard
 from ddae.models.tokenizer import Tokenizer
 from ddae.models.vit import Encoder
 from ddae.tools.replay import EagerEngine
 from ddae.training.flops import count_flops
-from ddae.training.gpu_memory import activation_bytes, estimate_memory
-from ddae.training.step import ForwardPass, TeacherTargets, TokenTargets
+from ddae.training.gpu_memory import activation_bytes, count_parameters, estimate_memory
+from ddae.training.step import ForwardPass, Targets, TeacherTargets, TokenTargets
 
 SIZES = {
     "s": ["--preset", "ddae_vit_s16_100e"],
@@ -113,6 +115,63 @@ def test_planned_activations_equal_saved_tensors(size, precision, loss_backend, 
     ratio = activation_bytes(config, images) / sum(saved.values())
     assert abs(ratio - 1) < 0.1
     record_result(f"deviation {abs(ratio - 1):.1%}")
+
+
+class FakeEngine(EagerEngine):
+    """The model of a config in bf16, of fake tensors: shapes without memory."""
+
+    def __init__(self, config):
+        self.device, self.dtype, self._autocast = torch.device("cpu"), torch.bfloat16, False
+        self.module = build_uninitialised_model(config)
+
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Build modules in bf16, because fake parameters cannot be converted; check no values, which fakes do not have."""
+    monkeypatch.setenv("DDAE_CHECK", "0")
+    torch.set_default_dtype(torch.bfloat16)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+LARGER = [("ddae_vit_s16_100e", 64), ("ddae_vit_b16_100e", 64), ("ddae_vit_l16_800e", 32)]
+
+
+@pytest.mark.parametrize(
+    "name, images", [("mae_vit_b16_100e", 64), *(pytest.param(*case, marks=pytest.mark.faults) for case in LARGER)]
+)
+def test_planned_peak_equals_that_of_a_memory_tracker(bf16, name, images, record_result):
+    """Weights, gradients, the teacher's copy and activations: their planned sum against the peak of a step.
+
+    torch's MemTracker follows the forward and backward pass of a micro-batch of 224-pixel images, with Triton's losses,
+    in FakeTensorMode.
+    """
+    config = parse(["--preset", name, "--engine.loss_backend", "triton", "--engine.tap_execution", "batched"])
+    batch, targets = batch_of(config, images), Targets()
+    mask = sample_mask(config.mask.kind, torch.arange(images), config.grid, config.num_masked)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+        engine, teacher_copy = FakeEngine(config), 0
+        if config.feature.enabled:
+            encoder, teacher_copy = Encoder(config.model), 2 * count_parameters(config).encoder
+            shards = [
+                TensorShard(name, 0, each.detach().float().flatten()) for name, each in encoder.named_parameters()
+            ]
+            targets = TeacherTargets(config, engine, Teacher(encoder, shards, sharded=False))
+            encoder.requires_grad_(True)  # the tracker registers hooks
+        torch.set_default_dtype(torch.float32)
+        for parameter in engine.module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        fake = batch._replace(images=fakes.from_tensor(batch.images), mask=Mask(*map(fakes.from_tensor, mask)))
+        betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+        forward, tracker = ForwardPass(config, engine, targets, betas, 1.0, "triton"), MemTracker()
+        tracker.track_external(engine.module)
+        with tracker:
+            forward(fake, 1.0).total.backward()
+    measured = tracker.get_tracker_snapshot("peak")[engine.device]["Total"]
+    planned = estimate_memory(config, {}, 0, 1, images)
+    ratio = (planned.weights + planned.gradients + teacher_copy + planned.activations) / measured
+    assert abs(ratio - 1) < 0.05
+    record_result(f"planned over measured {ratio:.3f}")
 
 
 @pytest.mark.parametrize(

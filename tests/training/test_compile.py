@@ -1,5 +1,7 @@
 """Runs with --engine.compile equal runs without it, at each ZeRO stage, on two ranks; the order of their gradients."""
 
+from dataclasses import replace
+
 import jaxtyping
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from ddae.method.model import build_model
 from ddae.tools.replay import EagerEngine
 from ddae.training.step import ForwardPass, Targets, compile_modules
 
+GPU_ONLY = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SIX_STEPS = ("--engine.precision", "fp32", "--train.steps", "6")
 STAGES = (0, 1, 2, 3)
 
@@ -96,14 +99,43 @@ def test_segments_of_equal_length_share_their_code(dynamo):
         graphs.append(graph)
         return graph
 
-    encoder.compile_segments(backend)
+    encoder.compile_segments(backend=backend)
     images = torch.rand(2, 3, *config.model.height_width)
     compiled = encoder(images, layers=range(1, 9))
     assert len(graphs) == 2
-    encoder.compile_segments("eager")
+    encoder.compile_segments(backend="eager")
     torch._dynamo.reset()
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(compiled, encoder(images, layers=range(1, 9)), strict=True))
+
+
+@GPU_ONLY
+def test_student_graphs_equal_compiled_modules(dynamo):
+    """Losses and gradients of six steps with other images and weights in each, to the bit."""
+    config = parse(
+        ["--preset", "demo", "--feature.no_enabled", "--engine.tap_execution", "batched", "--engine.compile"]
+    )
+    results = []
+    for graphs in (False, True):
+        config = replace(config, engine=replace(config.engine, student_graphs=graphs))
+        engine = EagerEngine(build_model(config), "bf16")
+        compile_modules(engine.module, Targets(), graphs=graphs)
+        betas = Betas(beta_names(config), config.dynamic, config.optim.adam_betas, engine.device)
+        forward, generator = ForwardPass(config, engine, Targets(), betas, 1.0, "reference"), torch.Generator()
+        for step in range(6):
+            batch = batch_of(config, 4)
+            images = torch.randint(0, 256, batch.images.shape, dtype=torch.uint8, generator=generator.manual_seed(step))
+            losses = forward(batch._replace(images=images.to(engine.device)), 1.0)
+            losses.total.backward()
+            results.append([losses.total.detach().clone()])
+            for parameter in engine.module.parameters():
+                results[-1].append(parameter.grad.clone())
+                parameter.grad = None
+                parameter.data.mul_(1.01)
+        torch._dynamo.reset()
+    assert not torch.equal(results[0][0], results[1][0])
+    for compiled, graphed in zip(results[:6], results[6:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(compiled, graphed, strict=True))
 
 
 @pytest.mark.faults

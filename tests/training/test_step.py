@@ -1,12 +1,14 @@
 """The training step gives the losses and gradients of naive.py with every setting, at the expected FLOPs."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import ranks
 import torch
 from memory import batch_of
 
+import ddae.training.step
 from ddae.config.cli import parse
 from ddae.config.pretrain import beta_names
 from ddae.data.masking import sample_mask
@@ -296,15 +298,31 @@ def test_teacher_momentum_by_name_of_its_schedule():
 
 
 @CPU_ONLY
-def test_teacher_stream_is_refused_on_a_cpu():
-    with pytest.raises(UserError, match=r"engine\.teacher_stream is set, but a CPU has no CUDA streams"):
-        resolve_auto(parse(["--preset", "demo", "--engine.teacher_stream"]), {"train_micro_batch_size_per_gpu": 16})
+@pytest.mark.parametrize(
+    "setting, missing",
+    [("teacher_stream", "CUDA streams"), ("teacher_graph", "CUDA graphs"), ("student_graphs", "CUDA graphs")],
+)
+def test_streams_and_graphs_are_refused_on_a_cpu(setting, missing):
+    config = parse(["--preset", "demo", "--engine.compile", f"--engine.{setting}"])
+    with pytest.raises(UserError, match=rf"engine\.{setting} is set, but a CPU has no {missing}"):
+        resolve_auto(config, {"train_micro_batch_size_per_gpu": 16})
 
 
-@CPU_ONLY
-def test_teacher_graph_is_refused_on_a_cpu():
-    with pytest.raises(UserError, match=r"engine\.teacher_graph is set, but a CPU has no CUDA graphs"):
-        resolve_auto(parse(["--preset", "demo", "--engine.teacher_graph"]), {"train_micro_batch_size_per_gpu": 16})
+@pytest.mark.parametrize(
+    "stage, accumulation, allowed", [(1, 1, True), (2, 1, True), (0, 1, False), (3, 1, False), (2, 4, False)]
+)
+def test_student_graphs_need_gradients_that_are_moved_at_once(monkeypatch, stage, accumulation, allowed):
+    monkeypatch.setattr(ddae.training.step, "device", lambda: torch.device("cuda"))
+    config = parse(["--preset", "ddae_vit_s16_100e", "--engine.compile", "--engine.student_graphs"])
+    ds_json = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+    expected = pytest.raises(UserError, match=f"this run has ZeRO {stage} and {accumulation}")
+    with nullcontext() if allowed else expected:
+        resolve_auto(config, ds_json | {"train_micro_batch_size_per_gpu": 16})
+
+
+def test_student_graphs_need_compiled_modules():
+    with pytest.raises(UserError, match=r"engine\.student_graphs needs compiled modules. Pass --engine\.compile, too"):
+        parse(["--preset", "demo", "--engine.student_graphs"])
 
 
 def test_teacher_graph_needs_the_same_taps_in_every_step():
