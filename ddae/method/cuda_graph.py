@@ -8,7 +8,7 @@ from ddae_kernels.implementation import is_intercepted
 from torch import Tensor
 
 WARMUP_CALLS = 3  # before the capture: libraries choose their kernels and allocate, torch.compile compiles
-Captured = tuple[Callable[[], None], Tensor]  # runs a graph, and the tensor that it fills
+Captured = tuple[Callable[[], object], Tensor]  # runs a graph, and the tensor that it fills
 
 
 def capture(function: Callable[[], Tensor]) -> Captured:

@@ -183,7 +183,7 @@ def replace_graphs(model: PretrainModel, targets: Targets) -> None:
     if isinstance(targets, TeacherTargets):
 
         def capture(function: Callable[[], Tensor]) -> Captured:
-            replay = ZerosOnce([output := function()])
-            return replay, output
+            output = function()
+            return output.zero_, output  # one launch instead of the graph
 
         targets.teacher.graph = GraphedFunction(targets.teacher.compute_targets, capture)
