@@ -121,6 +121,23 @@ def test_curves_in_bf16(train, recorded, capsys):
     check(train("bf16", golden.BF16_STEPS, golden.STAGES), recorded, "bf16", golden.BF16_TOLERANCE, capsys)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_curves_of_ddae_with_every_option(images, tmp_path, recorded, count, capsys):
+    """At ZeRO-2: each option of the engine by itself, all of them, and none."""
+    lines = []
+    for option, args in golden.OPTIONS.items():
+        base = golden.arguments("ddae", tmp_path, "fp32", golden.STEPS)
+        args = [*base, *args.split(), "--ds_config", "zero2", "--data.train", str(images)]
+        lines.append(
+            [f"ddae/{count}/{option}", "pretrain", *args, "--run_dir", str(tmp_path / option.replace(" ", "_"))]
+        )
+    measured = parse_curves(ranks.run_program(count, [PROGRAM], lines))
+    assert len(measured) == len(golden.OPTIONS)
+    of_ddae = {"fp32": {f"ddae/{count}": recorded["fp32"][f"ddae/{count}"]}}
+    check(measured, of_ddae, "fp32", golden.TOLERANCE, capsys)
+
+
 def test_curves_of_the_demo(recorded, tmp_path, capsys):
     """50 steps of the demo, on the photographs of data_prep/sample_photos.py."""
     assert ranks.run_command("data_prep/sample_photos.py", "--out", str(tmp_path / "demo"))[0] == 0

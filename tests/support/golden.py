@@ -25,6 +25,25 @@ SMALL = (
     "--train.log_every 1 --train.save_every 1000 --optim.lr 2e-3 --optim.min_lr 1e-4 --optim.warmup_epochs 1"
 ).split()
 FOUR_TAPS, LAST_TAP = "1 2 3 4".split(), ["4"]
+OPTIONS = {  # of a step's computation, which leave its result as it is
+    "all off": "--engine.no_direct_calls --engine.no_skip_unused_tokens --engine.gradient_reduction deepspeed "
+    "--engine.tap_execution batched",
+    "modules": "--engine.no_direct_calls",
+    "all tokens": "--engine.no_skip_unused_tokens",
+    "deepspeed": "--engine.gradient_reduction deepspeed",
+    "lean": "--engine.gradient_reduction lean",
+    "batched": "--engine.tap_execution batched",
+    "tap by tap": "--engine.tap_execution sequential",
+    "checkpointed": "--engine.activation_checkpointing",
+    "decoders checkpointed": "--engine.decoder_activation_checkpointing",
+    "summed in fp32": "--engine.reduce_dtype fp32",
+    "saved in the background": "--train.async_save --train.save_every 5",
+    "profiled": "--train.profile_steps 3:5",
+    "compiled": "--engine.compile --engine.tap_execution batched",
+    "all on": "--engine.compile --engine.tap_execution sequential --engine.gradient_reduction lean "
+    "--engine.reduce_dtype fp32 --engine.activation_checkpointing --train.async_save --train.save_every 5 "
+    "--train.profile_steps 3:5",
+}
 METHODS = {  # preset, its branches, their taps
     "mae": ("mae_vit_s16_100e", ("pixel",), LAST_TAP),
     "dds_mae": ("dds_mae_vit_s16_100e", ("pixel",), FOUR_TAPS),
