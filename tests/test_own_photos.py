@@ -165,6 +165,7 @@ def test_probe_on_class_folders(run, work):
     assert sum(results["images"].values()) == 120
 
 
+@pytest.mark.slow
 def test_further_from_given_weights(run, work):
     from ddae.api import flags
 

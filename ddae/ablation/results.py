@@ -1,6 +1,7 @@
 """Results of runs, in a CSV file that may be kept under version control: a run whose row is there is not repeated.
 
-FILE.csv has a row per run. FILE_curves.csv has a row per k-NN evaluation during pretraining.
+FILE.csv has a row per run. FILE_curves.csv has a row per k-NN evaluation during pretraining, FILE_betas.csv a row per
+point of the curves of learnt betas.
 """
 
 import csv
@@ -27,6 +28,7 @@ LAST_LOGGED = {  # at the last log step: the extreme over taps of metrics that b
     "feature_error": (min, "error/feature/"),
     "position_share": (max, "collapse/target/position/"),  # of the feature targets
 }
+BETA_POINTS = 20  # of the curves of a run's betas
 DIGEST = 12  # characters of the hashes of settings and data
 
 
@@ -71,6 +73,7 @@ class ResultsFile:
 
     def __init__(self, path: Path):
         self.path, self.curves = path, path.with_name(f"{path.stem}_curves.csv")
+        self.betas = path.with_name(f"{path.stem}_betas.csv")
 
     def rows(self) -> list[dict[str, str]]:
         """Return all rows as they stand in the file."""
@@ -96,7 +99,8 @@ class ResultsFile:
         untrained = next((point for point in points if point["after_steps"] == 0), {})
         row |= {f"untrained_{name}": _rounded(untrained.get(name)) for name in KNN}
         _append(self.path, [row | _last_logged(run) | {"minutes": _rounded(minutes)}])
-        _append(self.curves, [{**key._asdict(), **{k: _rounded(v) for k, v in point.items()}} for point in points])
+        for file, rows in ((self.curves, points), (self.betas, beta_points(run))):
+            _append(file, [{**key._asdict(), **{k: _rounded(v) for k, v in each.items()}} for each in rows])
 
 
 def _is_of(row: dict[str, str], key: RunKey) -> bool:
@@ -119,6 +123,16 @@ def _knn_points(run: Path, config: PretrainConfig) -> Iterator[dict[str, float]]
             values = row[f"knn/{tap}/mean"], row[f"knn/{tap}/cls"], row[f"features/effective_rank/{tap}"]
             step = row["step"]
             yield {"after_steps": step, "images": step * config.data.batch_size, **dict(zip(KNN, values, strict=True))}
+
+
+def beta_points(run: Path) -> list[dict[str, float]]:
+    """Return the betas of the first and the last tap at BETA_POINTS + 1 even steps of a run; [] if it has none."""
+    logged = []
+    for row in read_metrics(run / "metrics.jsonl"):
+        if betas := [row[name] for name in sorted(row) if name.startswith("beta/")]:
+            logged.append({"after_steps": row["step"], "beta_first": betas[0], "beta_last": betas[-1]})
+    chosen = {round(number * (len(logged) - 1) / BETA_POINTS) for number in range(BETA_POINTS + 1)} if logged else ()
+    return [logged[number] for number in sorted(chosen)]
 
 
 def _last_logged(run: Path) -> dict[str, str]:

@@ -73,6 +73,7 @@ def test_slurm_script_requeues_a_stopped_run(file, code, requeued, tmp_path):
     assert (tmp_path / "ran").read_text() == expected
 
 
+@pytest.mark.slow
 def test_srun_alone_starts_ranks(shards, tmp_path):
     """A stub of srun starts two tasks with Slurm's variables; after SIGUSR1 the job is requeued."""
     stubs = {

@@ -6,7 +6,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 
+
+@pytest.mark.slow
 def test_benchmark_appends_rows(tmp_path):
     out = tmp_path / "results.csv"
     environment = os.environ | {"PYTHONPATH": "kernels:."}
@@ -26,6 +29,7 @@ def test_benchmark_appends_rows(tmp_path):
         assert row["torch"]
 
 
+@pytest.mark.slow
 def test_host_time_of_direct_launches_and_of_operators():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "kernels/bench/bench.py", "--host", "--only", "mse", "pixel", "--batch", "2"]
