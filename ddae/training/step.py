@@ -229,7 +229,7 @@ class ForwardPass:
         """
         config, engine = self.config, self.engine
         if config.engine.student_graphs:
-            torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any longer
+            torch.compiler.cudagraph_mark_step_begin()  # the graphs may overwrite the last step's tensors
         mask = (batch.mask or mask_sampler(config)(batch.seeds)).to(engine.device)
         distance = masked_distance(mask, config.grid, self.loss_backend, config.dynamic.distance_norm)
         patches = None if config.mask.use_mask_token else extract_patches(batch.images, mask, config, engine.dtype)

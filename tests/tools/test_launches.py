@@ -9,13 +9,19 @@ from ddae.tools.bench_step import LAUNCH_VARIANTS, VariantProcess
 BUDGET = {"teacher": 130, "betas": 34, "student": 225, "backward": 433, "optimizer": 27, "EMA update": 12, "rest": 14}
 
 
+def start(variant):
+    """Start the process of a variant of ViT-B."""
+    name = "ddae_vit_b16_100e"
+    args = ["--preset", name, *narrow_arguments(name), "--data.backend", "synthetic", "--ds_config", "zero2"]
+    args += ["--engine.loss_backend", "triton"]
+    (chosen,) = (each for each in LAUNCH_VARIANTS if each.name == variant)
+    return VariantProcess(chosen, "", args, fake_ranks=True)
+
+
 @pytest.fixture(scope="module")
 def measured():
     """Return the launches and the host time, by phase, of the finished step of ViT-B."""
-    name = "ddae_vit_b16_100e"
-    args = ["--preset", name, *narrow_arguments(name), "--data.backend", "synthetic", "--ds_config", "zero2"]
-    lean = next(each for each in LAUNCH_VARIANTS if each.name == "lean reduction")
-    process = VariantProcess(lean, "", [*args, "--engine.loss_backend", "triton"], fake_ranks=True)
+    process = start("lean reduction")
     try:
         process.request("build 2")
         yield process.request("launches 1"), process.request("host 2")
@@ -39,10 +45,7 @@ def test_host_time_is_divided_among_the_same_phases(measured):
 @pytest.mark.slow
 def test_stand_ins_for_graphs_leave_the_launches_around_them():
     """One launch a compiled segment or decoder; gradients still arrive one by one in DeepSpeed's buckets."""
-    name = "ddae_vit_b16_100e"
-    args = ["--preset", name, *narrow_arguments(name), "--data.backend", "synthetic", "--ds_config", "zero2"]
-    graphs = next(each for each in LAUNCH_VARIANTS if each.name == "graphs")
-    process = VariantProcess(graphs, "", [*args, "--engine.loss_backend", "triton"], fake_ranks=True)
+    process = start("graphs")
     try:
         process.request("build 5")
         launches = process.request("launches 1")
