@@ -46,7 +46,7 @@ demo: $(READY) data/demo/manifest.json
 test: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# The golden curves in bf16, measured FLOPs of ViT-B, benchmarks.
+# Long tests: golden curves in bf16 and with every option, measured FLOPs of ViT-B, benchmarks, launchers.
 test-slow: $(DEV)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
