@@ -48,8 +48,8 @@ def to_markdown(results: dict[str, Any]) -> str:
 def to_html(results: dict[str, Any]) -> str:
     """Return the table and its best row as a page."""
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}"
-    figure = "table.png" if has_curves(results) else ""
-    return render("table", title=title, head=HEAD, rows=_lines(results), best=results["best"], figure=figure)
+    figures = [f"{name}.png" for name in CURVES if has_curves(results, name)]
+    return render("table", title=title, head=HEAD, rows=_lines(results), best=results["best"], figures=figures)
 
 
 def _lines(results: dict[str, Any]) -> list[list[str]]:
@@ -71,31 +71,54 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [row["row"], accuracy, *(each or missing for each in others), str(len(row["seeds"])), paper]
 
 
-def has_curves(results: dict[str, Any]) -> bool:
-    """Return whether a run of the table was evaluated by k-NN during pretraining."""
-    return any(curve for row in results["rows"] for curve in row.get("knn_curves", {}).values())
+def has_curves(results: dict[str, Any], name: str) -> bool:
+    """Return whether a run of the table has curves of this name, one of CURVES."""
+    return any(curve for row in results["rows"] for curve in row.get(name, {}).values())
 
 
 def draw_knn_curves(results: dict[str, Any]) -> Figure:
     """Draw the k-NN accuracy against the images seen, a line per row: mean and standard deviation over seeds."""
     figure, axis = plt.subplots(figsize=(8.0, 4.2), layout="constrained")
-    drawn = [row for row in results["rows"] if any(row["knn_curves"].values())]
-    for number, row in enumerate(drawn):
+    for number, row in enumerate(row for row in results["rows"] if any(row["knn_curves"].values())):
         by_images: dict[int, list[float]] = {}
         for curve in row["knn_curves"].values():
             for images, accuracy in curve:
                 by_images.setdefault(images, []).append(accuracy)
         points = sorted(by_images.items())
         deviations = [stdev(values) if len(values) > 1 else 0.0 for _, values in points]
-        style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.4, "capsize": 2.5}
-        style["linestyle"] = "-" if number < len(COLOURS) else "--"
         means = [mean(values) for _, values in points]
-        axis.errorbar([images for images, _ in points], means, deviations, label=row["row"], **style)
+        axis.errorbar(
+            [images for images, _ in points], means, deviations, label=row["row"], capsize=2.5, **_line(number)
+        )
     axis.set_title(f"k-NN top-1 in %, last block: table {results['table']}, {results['scale']}", fontsize=10)
     levels = {name.partition(",")[0]: results["baselines"][key] for key, name in BASELINE_NAMES.items()}
     style_axis(axis, "images seen", levels=levels)
     axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
+
+
+def draw_beta_curves(results: dict[str, Any]) -> Figure:
+    """Draw the learnt betas of the first and the last tap, a panel each, a line per row and seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained", sharey=True)
+    for number, row in enumerate(row for row in results["rows"] if any(row["beta_curves"].values())):
+        for seed, curve in enumerate(curve for curve in row["beta_curves"].values() if curve):
+            steps, *betas = zip(*curve, strict=True)
+            for axis, values, label in zip(axes, betas, ("", "" if seed else row["row"]), strict=True):
+                axis.plot(steps, values, label=label, **_line(number))
+    for axis, tap in zip(axes, ("first", "last"), strict=True):
+        axis.set_title(f"beta of the {tap} tap: table {results['table']}, {results['scale']}", fontsize=10)
+        style_axis(axis, "step")
+    axes[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+CURVES = {"knn_curves": draw_knn_curves, "beta_curves": draw_beta_curves}  # of a row's results; the figures' names
+
+
+def _line(number: int) -> dict[str, Any]:
+    """Return the style of the line of a row with this number."""
+    style = "-" if number < len(COLOURS) else "--"
+    return {"color": COLOURS[number % len(COLOURS)], "linewidth": 1.4, "linestyle": style}
 
 
 def _with_deviation(mean: float | None, deviation: float | None) -> str:

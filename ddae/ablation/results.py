@@ -7,6 +7,7 @@ point of the curves of learnt betas.
 import csv
 import fcntl
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,13 @@ class ResultsFile:
         rows = [row for row in _read(self.curves) if _is_of(row, key) and row["knn_mean"]]
         return sorted({int(row["images"]): float(row["knn_mean"]) for row in rows}.items())
 
+    def beta_curve(self, key: RunKey) -> list[tuple[int, float, float]]:
+        """Return (step, beta of the first tap, of the last tap) of a run's curve, in order; [] if it has none."""
+        rows = [row for row in _read(self.betas) if _is_of(row, key)]
+        names = ("after_steps", "beta_first", "beta_last")
+        points = ((row[name] for name in names) for row in rows)
+        return sorted({(int(step), float(first), float(last)) for step, first, last in points})
+
     def add(self, key: RunKey, evaluation: dict[str, Any], run: Path, config: PretrainConfig, minutes: float) -> None:
         """Append the results of a run: its evaluation's results.json, and the k-NN evaluations in its folder."""
         points = list(_knn_points(run, config))
@@ -98,7 +106,8 @@ class ResultsFile:
         row |= {name: _rounded(points[-1][name]) if points else "" for name in KNN}
         untrained = next((point for point in points if point["after_steps"] == 0), {})
         row |= {f"untrained_{name}": _rounded(untrained.get(name)) for name in KNN}
-        _append(self.path, [row | _last_logged(run) | {"minutes": _rounded(minutes)}])
+        row |= _last_logged(run) | {"minutes": _rounded(minutes), "warned_at": _first_warning(run)}
+        _append(self.path, [row])
         for file, rows in ((self.curves, points), (self.betas, beta_points(run))):
             _append(file, [{**key._asdict(), **{k: _rounded(v) for k, v in each.items()}} for each in rows])
 
@@ -144,18 +153,30 @@ def _last_logged(run: Path) -> dict[str, str]:
     return found
 
 
+def _first_warning(run: Path) -> str:
+    """Return the first step at which the collapse monitor warned; "never", or "" for a run without a teacher."""
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "collapse/warning" in row]
+    return next((str(row["step"]) for row in rows if row["collapse/warning"]), "never" if rows else "")
+
+
 def _rounded(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows, whose names are the file's head."""
+    """Append rows, whose names are the file's head. A file of an older version gets the columns that it lacks."""
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", newline="") as file:
+    with open(path, "a+", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if file.tell() == 0:
+        file.seek(0)
+        head, text = file.readline(), io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        older = [] if head == ",".join(rows[0]) + "\n" else _read(path)
+        if older or not head:
             writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(older + rows)
+        if older:
+            file.truncate(0)
+        file.write(text.getvalue())

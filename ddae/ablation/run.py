@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ddae import atomic
-from ddae.ablation.format import best_row, draw_knn_curves, has_curves, to_html, to_markdown
+from ddae.ablation.format import CURVES, best_row, has_curves, to_html, to_markdown
 from ddae.ablation.jobs import Job, require_no_launcher, run_jobs
 from ddae.ablation.results import ResultsFile, RunKey, run_key
 from ddae.ablation.tables import Row, table_rows
@@ -114,8 +114,9 @@ def ablate(out: Path, settings: AblationSettings) -> dict[str, Any] | None:
     atomic.write_json(out / "results.json", results)
     atomic.write_text(out / "table.md", to_markdown(results))
     atomic.write_text(out / "table.html", to_html(results))
-    if has_curves(results):
-        draw_knn_curves(results).savefig(out / "table.png", dpi=110)
+    for name, draw in CURVES.items():
+        if has_curves(results, name):
+            draw(results).savefig(out / f"{name}.png", dpi=110)
     assert tracker is not None
     means = {f"top1/{row['row']}": row["mean"] for row in results["rows"] if row["mean"] is not None}
     means |= {f"top1/{name}": value for name, value in results["baselines"].items()}
@@ -282,11 +283,12 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
     collected, used = [], []
     baselines: dict[str, float] = {}
     for row in rows:
-        found, knn = {}, {}
+        found, knn, betas = {}, {}, {}
         for seed in sorted({int(each["seed"]) for each in all_runs}):
             key = _key(row, seed, shards, settings)
             if (result := file.find(key)) is not None:
-                found[str(seed)], knn[str(seed)] = result, file.knn_curve(key)
+                found[str(seed)] = result
+                knn[str(seed)], betas[str(seed)] = file.knn_curve(key), file.beta_curve(key)
         used += found.values()
         mean, deviation = _mean_and_deviation(float(each["accuracy"]) for each in found.values())
         accuracies = {seed: float(each["accuracy"]) for seed, each in found.items()}
@@ -295,6 +297,7 @@ def _collect_results(rows: list[Row], out: Path, settings: AblationSettings) -> 
             values = [float(each[name]) for each in found.values() if each[name]]
             result[name], result[f"{name}_deviation"] = _mean_and_deviation(values)
         result["knn_curves"] = knn  # by seed: (images seen, accuracy)
+        result["beta_curves"] = betas  # by seed: (step, first tap, last tap)
         baselines |= {name: float(each[name]) for each in found.values() for name in BASELINES}  # equal for all rows
         collected.append(result)
     left_out = [f"{each['row']}, seed {each['seed']}, {each['steps']} steps" for each in of_table if each not in used]

@@ -197,8 +197,9 @@ def test_a_table_runs_and_resumes(tmp_path):
     assert (tmp_path / "t" / "table.md").read_text() in output
     page = (tmp_path / "t" / "table.html").read_text()
     assert "<td>DDS-MAE</td>" in page
-    assert 'src="table.png"' in page
-    assert (tmp_path / "t" / "table.png").exists()
+    for figure in ("knn_curves.png", "beta_curves.png"):
+        assert f'src="{figure}"' in page
+        assert (tmp_path / "t" / figure).exists()
     assert [images for images, _ in again[3]["knn_curves"]["0"]] == [224 * quarter for quarter in range(5)]
 
 
