@@ -3,7 +3,6 @@
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from ddae.pages import render
@@ -78,7 +77,8 @@ def has_curves(results: dict[str, Any], name: str) -> bool:
 
 def draw_knn_curves(results: dict[str, Any]) -> Figure:
     """Draw the k-NN accuracy against the images seen, a line per row: mean and standard deviation over seeds."""
-    figure, axis = plt.subplots(figsize=(8.0, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.2), layout="constrained")
+    axis = figure.subplots()
     for number, row in enumerate(row for row in results["rows"] if any(row["knn_curves"].values())):
         by_images: dict[int, list[float]] = {}
         for curve in row["knn_curves"].values():
@@ -99,7 +99,8 @@ def draw_knn_curves(results: dict[str, Any]) -> Figure:
 
 def draw_beta_curves(results: dict[str, Any]) -> Figure:
     """Draw the learnt betas of the first and the last tap, a panel each, a line per row and seed."""
-    figure, axes = plt.subplots(1, 2, figsize=(11.0, 4.2), layout="constrained", sharey=True)
+    figure = Figure(figsize=(11.0, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     for number, row in enumerate(row for row in results["rows"] if any(row["beta_curves"].values())):
         for seed, curve in enumerate(curve for curve in row["beta_curves"].values() if curve):
             steps, *betas = zip(*curve, strict=True)

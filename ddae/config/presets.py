@@ -125,7 +125,7 @@ def dds_beitv2(size: str, epochs: int) -> PretrainConfig:
 def demo() -> PretrainConfig:
     """`make demo`: a tiny DDAE on small photographs, minutes on two CPU cores.
 
-    Two thousand steps need their own settings: small batches, for more steps; a teacher with a half-life of 69 steps;
+    So few steps need their own settings: small batches, for more steps; a teacher with a half-life of 69 steps;
     betas with four times the learning rate and less L2; many narrow heads, which find neighbouring patches sooner;
     plain pixels as targets, for normalised patches take far longer to learn. fp32: a CPU without bf16 instructions
     multiplies a hundred times more slowly in bf16.
@@ -139,7 +139,7 @@ def demo() -> PretrainConfig:
         teacher=TeacherConfig(momentum=0.99),
         data=DataConfig(train="data/demo", batch_size=16, workers=1),
         optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=0.5),
-        train=TrainConfig(epochs=13, log_every=20, save_every=500),
+        train=TrainConfig(epochs=9, log_every=20, save_every=500),
         engine=PretrainEngineConfig(precision="fp32"),
     )
 

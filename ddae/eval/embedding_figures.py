@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -34,7 +33,8 @@ def draw_map(photos: Sequence[Path], values: np.ndarray) -> Figure:
     for (column, row), (_, photo) in nearest.items():
         top, left = (CELLS - 1 - row) * THUMBNAIL, column * THUMBNAIL
         canvas[top : top + THUMBNAIL, left : left + THUMBNAIL] = _thumbnail(photos[photo])
-    figure, axis = plt.subplots(figsize=(12, 12.4), layout="tight")
+    figure = Figure(figsize=(12, 12.4), layout="tight")
+    axis = figure.subplots()
     axis.imshow(canvas, interpolation="nearest")
     axis.set_axis_off()
     shown = f"{len(nearest):,} of {len(photos):,} photos, one for each place that has any"

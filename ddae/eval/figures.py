@@ -5,7 +5,6 @@ The drawing functions return a matplotlib figure; class_colours(), blend_classes
 
 from collections.abc import Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.colors import hsv_to_rgb
@@ -36,7 +35,8 @@ def confusion_matrix(counts: Tensor, names: Sequence[str]) -> Figure:
         classes = errors.topk(MAX_CLASSES).indices.sort().values
     rates = rates[classes][:, classes]
     side = 2.4 + 0.26 * len(classes)
-    figure, axis = plt.subplots(figsize=(side + 0.8, side), layout="tight")
+    figure = Figure(figsize=(side + 0.8, side), layout="tight")
+    axis = figure.subplots()
     image = axis.imshow(rates.numpy(), cmap="Blues", vmin=0, vmax=1)
     labels = [_name(names, number) for number in classes.tolist()]
     axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7)
@@ -97,7 +97,8 @@ def metric_by_block(values: dict[str, float], ylabel: str, baselines: dict[str, 
 
     values: {"block 12 cls": 60.3, ...}.
     """
-    figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="tight")
+    figure = Figure(figsize=(4.6, 3.2), layout="tight")
+    axis = figure.subplots()
     for (pooling, label), colour in zip(POOLINGS.items(), COLOURS, strict=False):
         points = [(int(name.split()[1]), value) for name, value in values.items() if name.endswith(pooling)]
         axis.plot(*zip(*points, strict=True), color=colour, marker="o", linewidth=1.4, label=label)
@@ -149,7 +150,8 @@ def bar_chart(values: dict[str, float], xlabel: str) -> Figure:
     ordered = sorted(values.items(), key=lambda pair: pair[1])
     if len(ordered) > 2 * MAX_CLASSES:
         ordered = ordered[:MAX_CLASSES] + ordered[-MAX_CLASSES:]
-    figure, axis = plt.subplots(figsize=(6.4, 0.8 + 0.19 * len(ordered)), layout="tight")
+    figure = Figure(figsize=(6.4, 0.8 + 0.19 * len(ordered)), layout="tight")
+    axis = figure.subplots()
     axis.barh(range(len(ordered)), [value for _, value in ordered], color=COLOURS[0], height=0.7)
     axis.set_yticks(range(len(ordered)), [_shorten(name) for name, _ in ordered], fontsize=7)
     if len(ordered) < len(values):

@@ -6,7 +6,6 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -192,7 +191,8 @@ def _cls_attention(encoder: Encoder, images: Tensor, block: int) -> Tensor:
 def distance_maps(grid: tuple[int, int]) -> Figure:
     """Draw Figure 2: distances of masked patches to the nearest visible one, over their maximum, by mask and ratio."""
     size = (2.2 * len(MASK_RATIOS) + 1, 2.3 * len(MASK_KINDS))
-    figure, axes = plt.subplots(len(MASK_KINDS), len(MASK_RATIOS), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(MASK_KINDS), len(MASK_RATIOS), squeeze=False)
     for row, kind in zip(axes, MASK_KINDS, strict=True):
         for axis, ratio in zip(row, MASK_RATIOS, strict=True):
             mask = sample_mask(kind, torch.tensor([7]), grid, round(ratio * grid[0] * grid[1]))
@@ -243,7 +243,8 @@ def distance_dots(encoders: Sequence[NamedEncoder], data: str, num_images: int) 
     Return the figure, and each encoder's mean distance and diversity over the later half of its blocks.
     """
     count, results = len(encoders), {}
-    figure, axes = plt.subplots(1, count, figsize=(4.4 * count, 3.5), squeeze=False, sharey=True, layout="tight")
+    figure = Figure(figsize=(4.4 * count, 3.5), layout="tight")
+    axes = figure.subplots(1, count, squeeze=False, sharey=True)
     for axis, (name, _, encoder, _), colour in zip(axes[0], encoders, cycle(COLOURS), strict=False):
         local, side = measure_locality(encoder, _image_batches(data, encoder, num_images)), encoder.shape.patch_size
         mean_distance, diversity = local.deep_half
@@ -264,7 +265,8 @@ def distance_dots(encoders: Sequence[NamedEncoder], data: str, num_images: int) 
 def beta_curves(runs: dict[str, list[dict[str, float]]]) -> Figure:
     """Draw Figures 5 and 6: the betas of each run by epoch, over the whole training and over its beginning."""
     size = (9.2, 0.6 + 2.9 * len(runs))
-    figure, axes = plt.subplots(len(runs), 2, figsize=size, squeeze=False, sharey="col", layout="tight")
+    figure = Figure(figsize=size, layout="tight")
+    axes = figure.subplots(len(runs), 2, squeeze=False, sharey="col")
     for (run, rows), row_of_axes in zip(runs.items(), axes, strict=True):
         names, end = [name for name in rows[-1] if name.startswith("beta/")], rows[-1]["epoch"]
         panels = ((end, "whole training"), (BETA_ZOOM * end, f"first {BETA_ZOOM:.0%}"))

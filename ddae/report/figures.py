@@ -2,12 +2,7 @@
 
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import ddae_kernels as dk
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from ddae_kernels.dynamic import PATCH_NORMS
@@ -116,7 +111,8 @@ def scatter_to_grid(values: Tensor, mask: Mask, grid: tuple[int, int]) -> np.nda
 def image_axes(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
     """Return a figure and its rows x columns axes without frames; width, height: of an axis, in inches."""
     size = (width * columns, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
     return figure, axes
@@ -137,7 +133,8 @@ def curves(
     groups: {panel: metric names}; a line is labelled with its label(), unless it is the only one. levels: {panel:
     {name: value}}, drawn as grey horizontal lines.
     """
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 3.2), squeeze=False, layout="tight")
+    figure = Figure(figsize=(4.6 * len(groups), 3.2), layout="tight")
+    axes = figure.subplots(1, len(groups), squeeze=False)
     for axis, (panel, names) in zip(axes[0], groups.items(), strict=True):
         for name, colour in zip(names, COLOURS * 3, strict=False):
             points = [(row["step"], row[name]) for row in rows if name in row]
@@ -171,7 +168,8 @@ def collapse_curves(rows: list[dict[str, float]]) -> Figure:
         "effective rank over images": "image_rank",
         "standard deviation over images": "image_std",
     }
-    figure, axes = plt.subplots(1, len(panels) + 2, figsize=(4.2 * (len(panels) + 2), 3.2), layout="tight")
+    figure = Figure(figsize=(4.2 * (len(panels) + 2), 3.2), layout="tight")
+    axes = figure.subplots(1, len(panels) + 2)
 
     def draw(axis: Axes, prefix: str, labelled: bool, linestyle: str) -> None:
         for name, colour in zip(metric_names(rows, prefix), COLOURS * 3, strict=False):
@@ -197,7 +195,8 @@ def weight_by_distance(betas: dict[str, float], farthest: float, distance_norm: 
 
     farthest: largest distance in patches.
     """
-    figure, axis = plt.subplots(figsize=(4.6, 3.2), layout="tight")
+    figure = Figure(figsize=(4.6, 3.2), layout="tight")
+    axis = figure.subplots()
     patches = torch.linspace(1, max(2.0, farthest), 100)[None]
     distance = patches / patches.max() if distance_norm == "max" else patches
     for (name, beta), colour in zip(betas.items(), COLOURS * 3, strict=False):

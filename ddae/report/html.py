@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
@@ -141,12 +140,11 @@ def summary(config: PretrainConfig) -> str:
 
 
 def _save_figures(drawn: dict[str, Figure], folder: Path) -> list[Path]:
-    """Write figures/NAME.png of each figure and close it. Return the files."""
+    """Write figures/NAME.png of each figure. Return the files."""
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     files = [folder / "figures" / f"{name}.png" for name in drawn]
     for figure, file in zip(drawn.values(), files, strict=True):
         figure.savefig(file, dpi=110)
-        plt.close(figure)
     return files
 
 

@@ -5,7 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from ddae.report.figures import COLOURS, style_axis
 
@@ -66,7 +66,8 @@ def append_csv(rows: list[dict[str, Any]], path: Path) -> None:
 def draw_bars(panels: dict[str, dict[str, float]], baseline: str, title: str, path: Path) -> None:
     """Draw images/s relative to the baseline as bars. panels: {heading: {name: ratio}}."""
     size = (2.8 + 3.6 * len(panels), 1.3 + 0.4 * max(map(len, panels.values())))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+    figure = Figure(figsize=size)
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)
     for axis, (heading, ratios) in zip(axes[0], panels.items(), strict=True):
         bars = axis.barh(list(ratios), list(ratios.values()), color=COLOURS[0], height=0.6)
         axis.bar_label(bars, fmt=" {:.2f} x", fontsize=8)
@@ -78,4 +79,3 @@ def draw_bars(panels: dict[str, dict[str, float]], baseline: str, title: str, pa
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -88,7 +88,7 @@ def test_a_pixel_branch_that_has_not_learnt_gives_one_warning(norm, warmed_up, e
         ("bootmae_vit_b16_100e", {}, 31_250, []),
         ("bootmae_vit_b16_100e", {}, 1000, ["feature.target_norm is layer", "pixel.norm is per_channel"]),
         ("dds_mae_vit_s16_100e", {"norm": "per_channel"}, 1000, []),  # without a teacher
-        ("demo", {}, 2056, []),
+        ("demo", {}, 1423, []),
     ],
 )
 def test_settings_that_collapse_in_short_runs_are_named(name, changes, num_steps, named):
