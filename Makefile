@@ -39,8 +39,8 @@ data/demo/manifest.json: | $(READY)
 
 # Train a tiny DDAE; then compare its k-NN accuracy on grey images with untrained weights, raw pixels and chance.
 demo: $(READY) data/demo/manifest.json
-	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed launch/pretrain.py --ds_config ds_configs/zero2.json --preset demo
-	$(BIN)/python launch/knn.py --encoder runs/demo --data data/demo --grey --workers 2
+	$(BIN)/ddae pretrain --preset demo
+	$(BIN)/ddae knn --encoder runs/demo --data data/demo --grey --workers 2
 
 # Two test modules at a time.
 test: $(DEV)
