@@ -14,7 +14,10 @@ CONSTRAINTS += --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-# Modules are compiled when they are first imported: most never are, and installing takes 40 s less of a core.
+# Modules are compiled when they are first imported: most never are, and installing takes 40 s less of a core. The variable
+# forbids to keep what was compiled: each command would compile two thousand modules again, which takes ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+COMPILE := $(PY) -c "import deepspeed, matplotlib.figure, mlflow, rich.progress, timm, tyro, webdataset" > /dev/null
 INSTALL := $(BIN)/pip install --quiet --no-compile $(CONSTRAINTS)
 
 .PHONY: venv demo test test-slow test-faults soak lint docs bench-kernels bench-loader bench-step gpu-check simd clean
@@ -27,6 +30,7 @@ $(READY): pyproject.toml constraints.txt constraints-$(CUDA).txt
 	$(if $(FOR_OTHER_CUDA),$(PYTHON) -m venv --clear $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
 	$(INSTALL) torch torchvision setuptools wheel
 	$(INSTALL) --no-build-isolation --editable '.[$(CUDA)]'
+	$(COMPILE)
 	touch $@
 
 # What the tests, the checks and the documentation need in addition.
