@@ -14,8 +14,8 @@ CONSTRAINTS += --extra-index-url https://download.pytorch.org/whl/cpu
 endif
 BIN := $(VENV)/bin
 PY := $(BIN)/python
-# Modules are compiled when they are first imported: most never are, and installing takes 40 s less of a core. The variable
-# forbids to keep what was compiled: each command would compile two thousand modules again, which takes ten seconds.
+# Modules are compiled when they are first imported: most never are, and installing takes 40 s less of a core. With this
+# variable Python does not keep the compiled modules: each command would compile two thousand again, which takes ten seconds.
 unexport PYTHONDONTWRITEBYTECODE
 COMPILE := $(PY) -c "import deepspeed, matplotlib.figure, mlflow, rich.progress, timm, tyro, webdataset" > /dev/null
 INSTALL := $(BIN)/pip install --quiet --no-compile $(CONSTRAINTS)

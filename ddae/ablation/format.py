@@ -47,7 +47,7 @@ def to_markdown(results: dict[str, Any]) -> str:
 def to_html(results: dict[str, Any]) -> str:
     """Return the table and its best row as a page."""
     title = f"Table {results['table']}, {results['scale']}: {results['judged']}"
-    figures = [f"{name}.png" for name in CURVES if has_curves(results, name)]
+    figures = {f"{name}.png": name.replace("_", " ") for name in CURVES if has_curves(results, name)}
     return render("table", title=title, head=HEAD, rows=_lines(results), best=results["best"], figures=figures)
 
 

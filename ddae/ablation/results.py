@@ -171,12 +171,13 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     with open(path, "a+", newline="") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        head, text = file.readline(), io.StringIO(newline="")
+        outdated = file.readline() != ",".join(rows[0]) + "\n"
+        text = io.StringIO(newline="")
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        older = [] if head == ",".join(rows[0]) + "\n" else _read(path)
-        if older or not head:
+        if outdated:
             writer.writeheader()
-        writer.writerows(older + rows)
-        if older:
+            writer.writerows(_read(path))
+        writer.writerows(rows)
+        if outdated:
             file.truncate(0)
         file.write(text.getvalue())

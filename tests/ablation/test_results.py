@@ -49,5 +49,6 @@ def test_an_older_file_gets_the_new_columns(tmp_path):
     assert (first["accuracy"], first["minutes"], first["warned_at"]) == ("10", "2", "")
     assert (second["accuracy"], second["seed"], second["warned_at"]) == ("11", "2", "0")
     results.add(KEY._replace(seed=3), {}, tmp_path / "run", CONFIG, 3.0)
+    assert results.path.read_text().splitlines()[0] == new.splitlines()[0]
     assert results.path.read_text().count("warned_at") == 1
     assert len(results.rows()) == 3
