@@ -72,14 +72,14 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 def has_curves(results: dict[str, Any], name: str) -> bool:
     """Return whether a run of the table has curves of this name, one of CURVES."""
-    return any(curve for row in results["rows"] for curve in row.get(name, {}).values())
+    return bool(_rows_with(results, name))
 
 
 def draw_knn_curves(results: dict[str, Any]) -> Figure:
     """Draw the k-NN accuracy against the images seen, a line per row: mean and standard deviation over seeds."""
     figure = Figure(figsize=(8.0, 4.2), layout="constrained")
     axis = figure.subplots()
-    for number, row in enumerate(row for row in results["rows"] if any(row["knn_curves"].values())):
+    for number, row in _rows_with(results, "knn_curves"):
         by_images: dict[int, list[float]] = {}
         for curve in row["knn_curves"].values():
             for images, accuracy in curve:
@@ -101,7 +101,7 @@ def draw_beta_curves(results: dict[str, Any]) -> Figure:
     """Draw the learnt betas of the first and the last tap, a panel each, a line per row and seed."""
     figure = Figure(figsize=(11.0, 4.2), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    for number, row in enumerate(row for row in results["rows"] if any(row["beta_curves"].values())):
+    for number, row in _rows_with(results, "beta_curves"):
         for seed, curve in enumerate(curve for curve in row["beta_curves"].values() if curve):
             steps, *betas = zip(*curve, strict=True)
             for axis, values, label in zip(axes, betas, ("", "" if seed else row["row"]), strict=True):
@@ -114,6 +114,11 @@ def draw_beta_curves(results: dict[str, Any]) -> Figure:
 
 
 CURVES = {"knn_curves": draw_knn_curves, "beta_curves": draw_beta_curves}  # of a row's results; the figures' names
+
+
+def _rows_with(results: dict[str, Any], name: str) -> list[tuple[int, dict[str, Any]]]:
+    """Return the rows that have curves of this name, each with its number in the table, which decides its line."""
+    return [(number, row) for number, row in enumerate(results["rows"]) if any(row.get(name, {}).values())]
 
 
 def _line(number: int) -> dict[str, Any]:
